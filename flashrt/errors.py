@@ -1,0 +1,35 @@
+"""Named errors. Every one says what was found, what was expected and what to do about it."""
+
+from __future__ import annotations
+
+
+class FlashrtError(Exception):
+    """Base of every error that flashrt raises on purpose; the CLI prints it as one message, without a traceback."""
+
+
+class UsageError(FlashrtError):
+    """An argument is out of range, malformed or contradicts another one."""
+
+
+class CheckpointError(FlashrtError):
+    """A checkpoint is missing, damaged, incomplete or of an unsupported kind."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The architecture, or a variant of it, is not one that flashrt runs."""
+
+
+class PackError(FlashrtError):
+    """A pack is missing, damaged or written by an incompatible version."""
+
+
+class BudgetError(FlashrtError):
+    """The memory budget cannot hold what the run needs."""
+
+
+class DiskError(FlashrtError):
+    """A read or a write failed, or the disk lacks the room for one."""
+
+
+class DeviceError(FlashrtError):
+    """The device asked for is absent or cannot do what was asked."""

@@ -1,0 +1,251 @@
+"""What a model is: shapes, and the byte and FLOP accounting that planner, packer and benchmarks share.
+
+A spec says nothing about where weights lie or how they are stored. Tensors have *logical names*, the same for every
+family. `{i}` is the layer:
+
+    vectors   (float32, always resident)
+        norm.final  norm.final.bias
+        {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
+        {i}.norm.attention_post  {i}.norm.ffn_post                      sandwich norms (Gemma)
+        {i}.q_norm  {i}.k_norm                                           [head_dim]
+        {i}.qkv.bias  {i}.out.bias  {i}.up.bias  {i}.down.bias
+    matrices  (packed rows; y = W x)
+        embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
+        {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows
+        {i}.out [hidden, heads * head_dim]
+        {i}.router [experts, hidden]
+    neurons   (packed bundles: gate row, up row, down column)
+        {i}.ffn   [experts * neurons] bundles; expert e is the run starting at e * neurons
+
+RMSNorm weights are stored as the factor that is multiplied (Gemma's `1 + w` is folded in when packing).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding over the whole head, halves rotated against each other (the NeoX layout).
+
+    kind: 'default', 'linear' (positions / factor), 'llama3' (Llama 3.1's piecewise scaling) or 'yarn'
+    (arXiv:2309.00071). Unused fields keep their defaults.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+    def inverse_frequencies(self, head_dim: int) -> list[float]:
+        """The head_dim / 2 angular frequencies, radians per position."""
+        plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+        if self.kind == "linear":
+            return [f / self.factor for f in plain]
+        if self.kind == "llama3":
+            return [self._llama3(f) for f in plain]
+        if self.kind == "yarn":
+            return self._yarn(plain, head_dim)
+        return plain
+
+    def _llama3(self, frequency: float) -> float:
+        turns = self.original_context * frequency / (2 * math.pi)
+        if turns < self.low_freq_factor:
+            return frequency / self.factor
+        if turns > self.high_freq_factor:
+            return frequency
+        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return (1 - smooth) * frequency / self.factor + smooth * frequency
+
+    def _yarn(self, plain: list[float], head_dim: int) -> list[float]:
+        def dimension(turns: float) -> float:
+            return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = max(high - low, 0.001)
+        result = []
+        for i, frequency in enumerate(plain):
+            interpolated = min(max((i - low) / width, 0.0), 1.0)
+            result.append(interpolated * frequency / self.factor + (1 - interpolated) * frequency)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention of one layer. `window` counts the tokens a query sees, itself included (None: all)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None = None
+    window: int | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Ffn:
+    """Feed-forward block of one layer: dense, or a mixture of `experts` of `neurons` neurons each."""
+
+    neurons: int
+    activation: str
+    gated: bool = True
+    bias: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    normalize_router: bool = False  # the chosen experts' softmax weights are rescaled to sum to one
+
+    @property
+    def bundle_rows(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
+    def runs(self) -> int:
+        """Runs of neurons: one per expert, one for a dense block."""
+        return max(self.experts, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    attention: Attention
+    ffn: Ffn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only transformer, pre-norm, with everything the engine needs to run it."""
+
+    family: str
+    vocab: int
+    hidden: int
+    layers: tuple[Layer, ...]
+    context: int  # the longest sequence the model supports
+    norm: str = "rms"  # or 'layer'
+    norm_eps: float = 1e-6
+    post_norms: bool = False
+    embed_scale: float = 1.0
+    tied: bool = False
+    positions: int = 0  # rows of the learned position table
+    position_offset: int = 0  # row of the table that position 0 uses
+    logit_softcap: float | None = None
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+
+    def vectors(self) -> dict[str, int]:
+        """Logical name → length of every vector, in the order in which they are stored."""
+        norms = ("", ".bias") if self.norm == "layer" else ("",)
+        result = {f"norm.final{suffix}": self.hidden for suffix in norms}
+        for i, layer in enumerate(self.layers):
+            attention, ffn = layer.attention, layer.ffn
+            for name in ("attention", "ffn"):
+                result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
+                if self.post_norms:
+                    result[f"{i}.norm.{name}_post"] = self.hidden
+            if attention.qk_norm:
+                result |= {f"{i}.q_norm": attention.head_dim, f"{i}.k_norm": attention.head_dim}
+            if attention.qkv_bias:
+                result[f"{i}.qkv.bias"] = attention.qkv_rows
+            if attention.out_bias:
+                result[f"{i}.out.bias"] = self.hidden
+            if ffn.bias:
+                result |= {f"{i}.up.bias": ffn.neurons, f"{i}.down.bias": self.hidden}
+        return result
+
+    def shared_matrices(self) -> dict[str, tuple[int, int]]:
+        """Logical name → (rows, columns) of the matrices that belong to no layer."""
+        result = {"embed": (self.vocab, self.hidden)}
+        if not self.tied:
+            result["head"] = (self.vocab, self.hidden)
+        if self.positions:
+            result["positions"] = (self.positions, self.hidden)
+        return result
+
+    def layer_matrices(self, i: int) -> dict[str, tuple[int, int]]:
+        """Logical name → (rows, columns) of layer `i`'s matrices, in execution order."""
+        attention, ffn = self.layers[i].attention, self.layers[i].ffn
+        result = {
+            f"{i}.qkv": (attention.qkv_rows, self.hidden),
+            f"{i}.out": (self.hidden, attention.heads * attention.head_dim),
+        }
+        if ffn.experts:
+            result[f"{i}.router"] = (ffn.experts, self.hidden)
+        return result
+
+    @property
+    def head(self) -> str:
+        """Logical name of the matrix that turns hidden states into logits."""
+        return "embed" if self.tied else "head"
+
+    @property
+    def parameters(self) -> int:
+        """Weights in matrices and neurons; a tied matrix counts once."""
+        total = sum(rows * columns for rows, columns in self.shared_matrices().values())
+        for i, layer in enumerate(self.layers):
+            total += sum(rows * columns for rows, columns in self.layer_matrices(i).values())
+            total += layer.ffn.runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
+        return total
+
+    @property
+    def flops_per_token(self) -> int:
+        """Multiply-adds, counted as two operations, of one token outside attention scores."""
+        weights = self.vocab * self.hidden
+        for i, layer in enumerate(self.layers):
+            weights += sum(rows * columns for rows, columns in self.layer_matrices(i).values())
+            runs = layer.ffn.experts_per_token or 1
+            weights += runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
+        return 2 * weights
+
+    def kv_bytes_per_token(self, element: int) -> int:
+        """Bytes of keys and values of one token over all layers, `element` bytes each number."""
+        return sum(2 * a.kv_heads * a.head_dim * element for a in (layer.attention for layer in self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; equal layers are written once, with a count."""
+        data = asdict(self)
+        runs: list[dict[str, Any]] = []
+        for layer in data["layers"]:
+            if runs and runs[-1]["layer"] == layer:
+                runs[-1]["count"] += 1
+            else:
+                runs.append({"count": 1, "layer": layer})
+        data["layers"] = runs
+        data["eos"] = list(self.eos)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelSpec:
+        """The inverse of `to_json`. Raises TypeError, KeyError or ValueError when fields are missing or unknown."""
+        fields = dict(data)
+        layers: list[Layer] = []
+        for run in fields["layers"]:
+            attention, ffn = dict(run["layer"]["attention"]), dict(run["layer"]["ffn"])
+            if attention["rope"] is not None:
+                attention["rope"] = Rope(**attention["rope"])
+            count = run["count"]
+            if not isinstance(count, int) or not 0 < count <= 4096:
+                raise ValueError(f"a run of {count!r} layers")
+            layers += [Layer(Attention(**attention), Ffn(**ffn))] * count
+        fields["layers"] = tuple(layers)
+        fields["eos"] = tuple(fields["eos"])
+        return cls(**fields)

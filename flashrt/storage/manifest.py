@@ -1,0 +1,179 @@
+"""manifest.json: the one file that says what a pack holds, where, and with which checksums.
+
+Everything in it is checked before it is used: a pack may come from anywhere, and a manifest with absurd sizes, or with
+paths that leave the directory, must end in one clear message. Positions are not taken from the manifest: they follow
+from the spec, the dtype and the block size (`pack_layout`), and the manifest only has to agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashrt.errors import PackError
+from flashrt.spec import ACTIVATIONS, ModelSpec
+from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
+from flashrt_kernels.rows import Codec
+
+FORMAT = "flashrt-pack"
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+TEXT_FILES = ("tokenizer.json", "text.json")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One data file: size, SHA-256, CRC-32 of its header, and CRC-32 of each tensor's blocks and of the vectors."""
+
+    nbytes: int
+    sha256: str
+    header_crc32: int
+    blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → CRC-32 of each block
+    vectors_crc32: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        blocks = {name: "".join(f"{crc:08x}" for crc in crcs) for name, crcs in self.blocks.items()}
+        return {
+            "bytes": self.nbytes,
+            "sha256": self.sha256,
+            "header_crc32": self.header_crc32,
+            "blocks_crc32": blocks,
+            "vectors_crc32": self.vectors_crc32,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> FileEntry:
+        blocks = {}
+        for name, text in data["blocks_crc32"].items():
+            blocks[name] = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
+        return cls(
+            int(data["bytes"]), str(data["sha256"]), int(data["header_crc32"]), blocks, int(data["vectors_crc32"])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a pack holds. `text_files` maps the names in TEXT_FILES to their SHA-256."""
+
+    name: str
+    source: str
+    fingerprint: str
+    dtype: Codec
+    spec: ModelSpec
+    files: dict[str, FileEntry]
+    text_files: dict[str, str]
+    block_bytes: int = BLOCK_BYTES
+
+    def layout(self) -> PackLayout:
+        return pack_layout(self.spec, self.dtype, self.block_bytes)
+
+    def to_bytes(self) -> bytes:
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype.value,
+            "block_bytes": self.block_bytes,
+            "spec": self.spec.to_json(),
+            "text_files": self.text_files,
+            "files": {name: entry.to_json() for name, entry in self.files.items()},
+        }
+        body["checksum"] = _checksum(body)
+        return json.dumps(body, indent=1).encode() + b"\n"
+
+    @property
+    def hash(self) -> str:
+        """Identity of the pack's contents: artefacts made for one pack are bound to it."""
+        return str(json.loads(self.to_bytes())["checksum"])
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, where: str) -> Manifest:
+        """Parse and check. Raises PackError, naming `where`."""
+        try:
+            body = json.loads(raw)
+            if not isinstance(body, dict) or body.get("format") != FORMAT:
+                raise PackError(f"{where} is not the manifest of a flashrt pack")
+            if body.get("version") != VERSION:
+                raise PackError(
+                    f"{where} has format version {body.get('version')!r}, this flashrt reads version {VERSION}: "
+                    "pack the checkpoint again, or use the flashrt that wrote it"
+                )
+            if body.pop("checksum", None) != _checksum(body):
+                raise PackError(f"{where} is damaged: its checksum does not match. Pack the checkpoint again")
+            manifest = cls._from_body(body)
+            manifest._check(where)
+            return manifest
+        except PackError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
+            raise PackError(f"{where} is damaged ({type(error).__name__}: {error}). Pack the checkpoint again") from None
+
+    @classmethod
+    def _from_body(cls, body: dict[str, Any]) -> Manifest:
+        return cls(
+            name=str(body["name"]),
+            source=str(body["source"]),
+            fingerprint=str(body["fingerprint"]),
+            dtype=Codec(body["dtype"]),
+            spec=ModelSpec.from_json(body["spec"]),
+            files={name: FileEntry.from_json(entry) for name, entry in body["files"].items()},
+            text_files={str(k): str(v) for k, v in body["text_files"].items()},
+            block_bytes=body["block_bytes"],
+        )
+
+    def _check(self, where: str) -> None:
+        _check_spec(self.spec, where)
+        if not isinstance(self.block_bytes, int) or not 0 < self.block_bytes <= 1 << 30:
+            raise PackError(f"{where}: block_bytes is {self.block_bytes!r}, expected 1 to 2**30")
+        unknown = set(self.text_files) - set(TEXT_FILES)
+        if unknown:
+            raise PackError(f"{where}: unexpected text files {sorted(unknown)}")
+        layout = self.layout()
+        if set(self.files) != set(layout.file_bytes):
+            odd = sorted(set(self.files) ^ set(layout.file_bytes))[:3]
+            raise PackError(f"{where}: the files listed are not those of this model ({', '.join(odd)} ...)")
+        for name, entry in self.files.items():
+            if entry.nbytes != layout.file_bytes[name]:
+                raise PackError(f"{where}: {name} is listed with {entry.nbytes} bytes, expected {layout.file_bytes[name]}")
+            expected = {tensor.name: tensor.blocks for tensor in layout.tensors_of(name)}
+            if {tensor: len(crcs) for tensor, crcs in entry.blocks.items()} != expected:
+                raise PackError(f"{where}: the block checksums of {name} do not match its tensors")
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_spec(spec: ModelSpec, where: str) -> None:
+    """Refuse shapes that no model has, before anything is sized by them."""
+
+    def bounded(name: str, value: object, low: int, high: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise PackError(f"{where}: {name} is {value!r}, expected a whole number from {low} to {high}")
+
+    bounded("vocab", spec.vocab, 1, 1 << 24)
+    bounded("hidden", spec.hidden, 1, 1 << 20)
+    bounded("context", spec.context, 1, 1 << 31)
+    bounded("positions", spec.positions, 0, 1 << 31)
+    bounded("layers", len(spec.layers), 1, 4096)
+    if spec.norm not in ("rms", "layer"):
+        raise PackError(f"{where}: unknown norm {spec.norm!r}")
+    for layer in set(spec.layers):
+        attention, ffn = layer.attention, layer.ffn
+        bounded("heads", attention.heads, 1, 1 << 14)
+        bounded("kv_heads", attention.kv_heads, 1, attention.heads)
+        bounded("head_dim", attention.head_dim, 1, 1 << 14)
+        bounded("neurons", ffn.neurons, 1, 1 << 22)
+        bounded("experts", ffn.experts, 0, 1 << 14)
+        bounded("experts_per_token", ffn.experts_per_token, 1 if ffn.experts else 0, ffn.experts)
+        if attention.heads % attention.kv_heads:
+            raise PackError(f"{where}: {attention.heads} heads do not share {attention.kv_heads} KV heads evenly")
+        if attention.window is not None:
+            bounded("window", attention.window, 1, 1 << 31)
+        if ffn.activation not in ACTIVATIONS:
+            raise PackError(f"{where}: unknown activation {ffn.activation!r}")

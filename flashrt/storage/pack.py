@@ -1,0 +1,110 @@
+"""A pack on disk: opened, checked cheaply, verified wholly."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from flashrt.errors import PackError
+from flashrt.spec import ModelSpec
+from flashrt.storage.layout import PackLayout
+from flashrt.storage.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
+
+HASH_BYTES = 4 << 20
+
+
+class Pack:
+    """An opened pack: its manifest and layout. Opening checks everything but the data itself.
+
+    Raises PackError when the directory, the manifest, a file or a header is missing, damaged or of the wrong size.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        self.layout: PackLayout = self.manifest.layout()
+        for name, entry in self.manifest.files.items():
+            _check_file(self.path / name, entry, self._header_bytes(name))
+        for name in self.manifest.text_files:
+            if not (self.path / name).is_file():
+                raise PackError(f"{self.path / name} is missing: pack the checkpoint again")
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
+
+    def _header_bytes(self, file: str) -> int:
+        offsets = [t.offset for t in self.layout.tensors_of(file)]
+        return min(offsets)
+
+    def block_crc(self, tensor: str, index: int) -> int:
+        """CRC-32 that block `index` of `tensor` has on disk."""
+        return self.manifest.files[self.layout.tensors[tensor].file].blocks[tensor][index]
+
+    def read_text(self, name: str) -> bytes:
+        """A text file of the pack (tokenizer.json, text.json), checked against the manifest."""
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise PackError(f"{self.path / name} cannot be read: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != self.manifest.text_files[name]:
+            raise PackError(f"{self.path / name} is damaged: its checksum does not match. Pack the checkpoint again")
+        return data
+
+    def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read every byte and compare it with the checksums. Raises PackError naming the first damaged file."""
+        done, total = 0, self.layout.nbytes
+        for name, entry in self.manifest.files.items():
+            digest = hashlib.sha256()
+            with open(self.path / name, "rb") as handle:
+                while chunk := handle.read(HASH_BYTES):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    progress(done, total)
+            if digest.hexdigest() != entry.sha256:
+                raise PackError(f"{self.path / name} is damaged: its SHA-256 does not match. Pack the checkpoint again")
+        for name in self.manifest.text_files:
+            self.read_text(name)
+
+
+def is_pack(path: Path) -> bool:
+    """Whether `path` is a directory that holds a finished pack."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.exists():
+        raise PackError(f"{path} does not exist")
+    if not path.is_dir():
+        raise PackError(f"{path} is a file; a pack is a directory made by `flashrt pack`")
+    manifest = path / MANIFEST_FILE
+    try:
+        size = manifest.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise PackError(f"{manifest} has {size} bytes: no manifest is that large")
+        return Manifest.from_bytes(manifest.read_bytes(), str(manifest))
+    except FileNotFoundError:
+        raise PackError(
+            f"{path} is not a finished pack: it has no {MANIFEST_FILE}. If packing was interrupted, run it again"
+        ) from None
+    except OSError as error:
+        raise PackError(f"{manifest} cannot be read: {error.strerror}") from None
+
+
+def _check_file(path: Path, entry: FileEntry, header_bytes: int) -> None:
+    try:
+        size = path.stat().st_size
+        if size != entry.nbytes:
+            raise PackError(
+                f"{path} has {size} bytes, expected {entry.nbytes}: the file is damaged. Pack the checkpoint again"
+            )
+        with open(path, "rb") as handle:
+            header = handle.read(header_bytes)
+    except FileNotFoundError:
+        raise PackError(f"{path} is missing: pack the checkpoint again") from None
+    except OSError as error:
+        raise PackError(f"{path} cannot be read: {error.strerror}") from None
+    if zlib.crc32(header) != entry.header_crc32:
+        raise PackError(f"{path} is damaged: the checksum of its header does not match. Pack the checkpoint again")

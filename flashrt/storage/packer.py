@@ -1,0 +1,331 @@
+"""Writes a pack: file by file, in bounded memory, resumable after a kill, complete only when the manifest is there.
+
+Each data file is written under a temporary name, synced, renamed, and noted in a small entry file beside it; the
+manifest is written last and replaces the entries. A killed packer therefore loses at most the file it was writing, and
+a directory without a manifest is never mistaken for a pack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+
+from flashrt.errors import CheckpointError, DiskError, UsageError
+from flashrt.spec import ModelSpec
+from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
+from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
+from flashrt.storage.safetensors_file import build_header
+from flashrt_kernels import ops
+from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+
+CHUNK_WEIGHTS = 4 << 20  # float32 weights converted at a time and per row of a bundle: 16 MiB
+FLUSH_BYTES = 64 << 20  # written pages are pushed to disk in steps of this, so that they never pile up in memory
+JOB_FILE = "packing.json"
+
+Array = np.ndarray
+Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
+
+
+class WeightSource(Protocol):
+    """What the packer needs of a checkpoint; see `flashrt.storage.sources`."""
+
+    spec: ModelSpec
+    name: str
+    source: str
+    fingerprint: str
+
+    def vector(self, key: str) -> Array: ...
+    def matrix_rows(self, key: str, start: int, stop: int) -> Array: ...
+    def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]: ...
+    def text_files(self) -> dict[str, bytes]: ...
+
+
+def pack(
+    source: WeightSource,
+    out: Path,
+    dtype: Codec,
+    *,
+    progress: Progress = lambda file, done, total: None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Manifest:
+    """Convert `source` into a pack at `out`, or finish one that was interrupted.
+
+    Raises UsageError when `out` holds something else, DiskError when the disk is too small or fails, CheckpointError
+    when the source holds values that are not finite.
+    """
+    layout = pack_layout(source.spec, dtype, block_bytes)
+    with _job(out, source, dtype, block_bytes):
+        _check_room(out, layout)
+        done = 0
+        files: dict[str, FileEntry] = {}
+        for file in layout.file_bytes:
+            entry = _finished(out, file, layout)
+            if entry is None:
+                entry = _FileWriter(source, out, file, layout, progress, done).write()
+            files[file] = entry
+            done += entry.nbytes
+            progress(file, done, layout.nbytes)
+        text_files = {name: _write_text(out, name, data) for name, data in source.text_files().items()}
+        manifest = Manifest(
+            source.name, source.source, source.fingerprint, dtype, source.spec, files, text_files, block_bytes
+        )
+        _write_atomically(out / MANIFEST_FILE, manifest.to_bytes())
+        for file in layout.file_bytes:
+            _entry_path(out, file).unlink(missing_ok=True)
+    return manifest
+
+
+@contextlib.contextmanager
+def _job(out: Path, source: WeightSource, dtype: Codec, block_bytes: int) -> Iterator[None]:
+    """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job."""
+    job = {
+        "source": source.fingerprint,
+        "dtype": dtype.value,
+        "block_bytes": block_bytes,
+        "spec": hashlib.sha256(json.dumps(source.spec.to_json()).encode()).hexdigest(),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in out.iterdir()}
+        if MANIFEST_FILE in names:
+            raise UsageError(f"{out} already holds a finished pack: remove it first, or choose another directory")
+        if names and JOB_FILE not in names:
+            raise UsageError(f"{out} is not empty and holds no unfinished pack: choose another directory")
+        handle = open(out / JOB_FILE, "a+")
+    except OSError as error:
+        raise DiskError(f"cannot write to {out}: {error.strerror}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another process is packing into {out}") from None
+        handle.seek(0)
+        text = handle.read()
+        if text and _parsed(text) != job:
+            raise UsageError(
+                f"{out} holds an unfinished pack of another checkpoint or dtype: remove it, or choose another directory"
+            )
+        if not text:
+            with _disk_errors(out):
+                handle.write(json.dumps(job))
+                handle.flush()
+                os.fsync(handle.fileno())
+        yield
+        (out / JOB_FILE).unlink()
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _check_room(out: Path, layout: PackLayout) -> None:
+    present = sum(
+        (out / file).stat().st_size for file in layout.file_bytes if _entry_path(out, file).exists()
+    )
+    needed = layout.nbytes - present + (64 << 20)  # tokenizer, manifest, and the file system's own
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DiskError(
+            f"the pack needs {needed / 1e9:.2f} GB more in {out}, the disk has {free / 1e9:.2f} GB free: "
+            "free some space, choose another directory or a smaller --dtype"
+        )
+
+
+def _entry_path(out: Path, file: str) -> Path:
+    return out / f"{file}.entry.json"
+
+
+def _finished(out: Path, file: str, layout: PackLayout) -> FileEntry | None:
+    """The entry of a file that an earlier, interrupted run completed."""
+    try:
+        entry = FileEntry.from_json(json.loads(_entry_path(out, file).read_bytes()))
+        size = (out / file).stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entry if size == entry.nbytes == layout.file_bytes[file] else None
+
+
+class _FileWriter:
+    """Writes one data file and gathers its checksums on the way."""
+
+    def __init__(
+        self, source: WeightSource, out: Path, file: str, layout: PackLayout, progress: Progress, done: int
+    ) -> None:
+        self.source, self.out, self.file, self.layout = source, out, file, layout
+        self.progress, self.done = progress, done
+        self.kernels = ops.load("cpu")
+        self.sha = hashlib.sha256()
+        self.written = 0
+        self.flushed = 0
+
+    def write(self) -> FileEntry:
+        path = self.out / self.file
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with _disk_errors(self.out), open(temporary, "wb") as handle:
+                entry = self._contents(handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with _disk_errors(self.out):
+                os.replace(temporary, path)
+                _sync_directory(self.out)
+                _write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return entry
+
+    def _contents(self, handle: IO[bytes]) -> FileEntry:
+        tensors = list(self.layout.tensors_of(self.file))
+        vectors = list(self.layout.vectors_of(self.file))
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in tensors}
+        shapes |= {v.name: ("F32", (v.length,)) for v in vectors}
+        header = build_header(shapes)
+        self._put(handle, header)
+        blocks = {tensor.name: tuple(self._tensor(handle, tensor)) for tensor in tensors}
+        vectors_crc = 0
+        for layout in vectors:
+            data = self._vector(layout.name, layout.length).tobytes()
+            vectors_crc = zlib.crc32(data, vectors_crc)
+            self._put(handle, data)
+        return FileEntry(self.written, self.sha.hexdigest(), zlib.crc32(header), blocks, vectors_crc)
+
+    def _put(self, handle: IO[bytes], data: bytes | memoryview) -> None:
+        handle.write(data)
+        self.sha.update(data)
+        self.written += len(data)
+        if self.written - self.flushed >= FLUSH_BYTES:
+            handle.flush()
+            os.fdatasync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, self.written, os.POSIX_FADV_DONTNEED)
+            self.flushed = self.written
+        self.progress(self.file, self.done + self.written, self.layout.nbytes)
+
+    def _vector(self, name: str, length: int) -> Array:
+        vector = np.ascontiguousarray(self.source.vector(name), dtype="<f4")
+        if vector.shape != (length,):
+            raise CheckpointError(f"{name} has shape {vector.shape}, expected ({length},)")
+        _check_finite(name, vector)
+        return vector
+
+    def _tensor(self, handle: IO[bytes], tensor: TensorLayout) -> Iterator[int]:
+        """Write the blocks of a tensor and yield the CRC-32 of each."""
+        buffer = np.zeros(tensor.max_block_bytes, np.uint8)
+        for index in range(tensor.blocks):
+            block = tensor.block(index)
+            data = buffer[: block.nbytes]
+            data[:] = 0
+            bundles = data.reshape(block.bundles, tensor.stride)
+            run, first = divmod(block.first, tensor.run_stride)
+            filled = min(block.bundles, tensor.run_bundles - first)
+            if filled > 0:
+                self._fill(tensor, run, first, bundles[:filled])
+            view = memoryview(data)
+            yield zlib.crc32(view)
+            self._put(handle, view)
+
+    def _fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
+        step = max(CHUNK_WEIGHTS // (tensor.columns * tensor.bundle_rows), 1)
+        for start in range(0, len(bundles), step):
+            part = bundles[start : start + step]
+            if tensor.bundle_rows == MATRIX_ROWS:
+                self._fill_matrix(tensor, first + start, part)
+            else:
+                self._fill_neurons(tensor, run, first + start, part)
+
+    def _fill_matrix(self, tensor: TensorLayout, first: int, bundles: Array) -> None:
+        rows_total = _matrix_rows(self.source.spec, tensor.name)
+        start = first * MATRIX_ROWS
+        stop = min(start + len(bundles) * MATRIX_ROWS, rows_total)
+        rows = self.source.matrix_rows(tensor.name, start, stop)
+        encoded = self._encode(tensor, tensor.name, rows, stop - start)
+        size = row_bytes(tensor.codec, tensor.columns)
+        for r in range(MATRIX_ROWS):
+            share = encoded[r::MATRIX_ROWS]
+            bundles[: len(share), r * size : (r + 1) * size] = share
+
+    def _fill_neurons(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
+        layer = int(tensor.name.partition(".")[0])
+        gate, up, down = self.source.neuron_rows(layer, run, first, first + len(bundles))
+        rows = [up, down] if gate is None else [gate, up, down]
+        if len(rows) != tensor.bundle_rows:
+            raise CheckpointError(f"{tensor.name} has {len(rows)} rows per neuron, expected {tensor.bundle_rows}")
+        size = row_bytes(tensor.codec, tensor.columns)
+        for r, weights in enumerate(rows):
+            encoded = self._encode(tensor, tensor.name, weights, len(bundles))
+            bundles[:, r * size : (r + 1) * size] = encoded
+
+    def _encode(self, tensor: TensorLayout, name: str, weights: Array, rows: int) -> Array:
+        if weights.shape != (rows, tensor.columns):
+            raise CheckpointError(f"{name}: read shape {weights.shape}, expected {(rows, tensor.columns)}")
+        weights = np.ascontiguousarray(weights, dtype=np.float32)
+        _check_finite(name, weights)
+        encoded = np.empty((rows, row_bytes(tensor.codec, tensor.columns)), np.uint8)
+        self.kernels.quantize(weights, tensor.codec, encoded)
+        return encoded
+
+
+def _matrix_rows(spec: ModelSpec, name: str) -> int:
+    shared = spec.shared_matrices()
+    if name in shared:
+        return shared[name][0]
+    return spec.layer_matrices(int(name.partition(".")[0]))[name][0]
+
+
+def _check_finite(name: str, values: Array) -> None:
+    # The extremes are NaN or infinite as soon as one value is; unlike a mask they need no temporary.
+    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity): the checkpoint is damaged")
+
+
+def _write_text(out: Path, name: str, data: bytes) -> str:
+    _write_atomically(out / name, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with _disk_errors(path.parent):
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskError(f"the disk of {out} is full: free some space and run the same command again") from None
+        raise DiskError(f"writing to {out} failed: {error.strerror}") from None
