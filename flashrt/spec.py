@@ -94,7 +94,6 @@ class Attention:
     scale: float
     rope: Rope | None = None
     window: int | None = None
-    softcap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
@@ -148,7 +147,6 @@ class ModelSpec:
     tied: bool = False
     positions: int = 0  # rows of the learned position table
     position_offset: int = 0  # row of the table that position 0 uses
-    logit_softcap: float | None = None
     bos: int | None = None
     eos: tuple[int, ...] = ()
 

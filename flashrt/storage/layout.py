@@ -150,9 +150,7 @@ def _file_tensors(
     if layer is not None:
         ffn = spec.layers[layer].ffn
         codec = codec_of("ffn", dtype)
-        yield _tensor(
-            f"{layer}.ffn", file, codec, spec.hidden, ffn.bundle_rows, ffn.runs, ffn.neurons, block_bytes
-        )
+        yield _tensor(f"{layer}.ffn", file, codec, spec.hidden, ffn.bundle_rows, ffn.runs, ffn.neurons, block_bytes)
 
 
 def pack_layout(spec: ModelSpec, dtype: Codec, block_bytes: int = BLOCK_BYTES) -> PackLayout:

@@ -111,7 +111,9 @@ class Manifest:
         except PackError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
-            raise PackError(f"{where} is damaged ({type(error).__name__}: {error}). Pack the checkpoint again") from None
+            raise PackError(
+                f"{where} is damaged ({type(error).__name__}: {error}). Pack the checkpoint again"
+            ) from None
 
     @classmethod
     def _from_body(cls, body: dict[str, Any]) -> Manifest:
@@ -139,7 +141,9 @@ class Manifest:
             raise PackError(f"{where}: the files listed are not those of this model ({', '.join(odd)} ...)")
         for name, entry in self.files.items():
             if entry.nbytes != layout.file_bytes[name]:
-                raise PackError(f"{where}: {name} is listed with {entry.nbytes} bytes, expected {layout.file_bytes[name]}")
+                raise PackError(
+                    f"{where}: {name} is listed with {entry.nbytes} bytes, expected {layout.file_bytes[name]}"
+                )
             expected = {tensor.name: tensor.blocks for tensor in layout.tensors_of(name)}
             if {tensor: len(crcs) for tensor, crcs in entry.blocks.items()} != expected:
                 raise PackError(f"{where}: the block checksums of {name} do not match its tensors")

@@ -133,9 +133,7 @@ def _parsed(text: str) -> object:
 
 
 def _check_room(out: Path, layout: PackLayout) -> None:
-    present = sum(
-        (out / file).stat().st_size for file in layout.file_bytes if _entry_path(out, file).exists()
-    )
+    present = sum((out / file).stat().st_size for file in layout.file_bytes if _entry_path(out, file).exists())
     needed = layout.nbytes - present + (64 << 20)  # tokenizer, manifest, and the file system's own
     free = shutil.disk_usage(out).free
     if free < needed:

@@ -43,6 +43,10 @@ class Ticket:
         self.error = error
         self._done.set()
 
+    def settle(self) -> None:
+        """Return when the read is over, whatever became of it."""
+        self._done.wait()
+
     def wait(self) -> None:
         """Return when the data is there. Raises what the read raised."""
         self._done.wait()
@@ -126,12 +130,16 @@ class Reader:
             while done < needed:
                 count = os.preadv(handle, [view[done:]], offset + done)
                 if count == 0:
-                    raise PackError(f"{self.pack.path / file} ends at byte {offset + done}: it was cut short while in use")
+                    raise PackError(
+                        f"{self.pack.path / file} ends at byte {offset + done}: it was cut short while in use"
+                    )
                 done += count
                 if done < needed and done % PAGE:
                     done -= done % PAGE  # O_DIRECT goes on from a page boundary only
         except OSError as error:
-            raise DiskError(f"reading {self.pack.path / file} at byte {offset + done} failed: {error.strerror}") from None
+            raise DiskError(
+                f"reading {self.pack.path / file} at byte {offset + done} failed: {error.strerror}"
+            ) from None
         finally:
             self._end(done)
         if not self.direct:

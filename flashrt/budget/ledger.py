@@ -1,0 +1,47 @@
+"""Enforces a plan: every large allocation names its owner, and no owner gets more than it was planned."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flashrt.errors import BudgetError
+
+Array = np.ndarray
+POPULATE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+
+
+class Ledger:
+    """Hands out page-aligned, zeroed host memory. `grants` maps owner → bytes."""
+
+    def __init__(self, grants: Mapping[str, int]) -> None:
+        self._left = dict(grants)
+
+    def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Array:
+        """An array of zeros charged to `owner`. Raises BudgetError when the owner's grant is used up."""
+        count = math.prod(shape)
+        nbytes = count * np.dtype(dtype).itemsize
+        self.charge(owner, nbytes)
+        if nbytes == 0:
+            return np.zeros(shape, dtype)
+        region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(region, dtype, count).reshape(shape)
+
+    def charge(self, owner: str, nbytes: int) -> None:
+        """Take `nbytes` from the grant of `owner`."""
+        left = self._left.get(owner, 0)
+        if nbytes > left:
+            raise BudgetError(
+                f"internal accounting error: {owner} asks for {nbytes} bytes and its plan has {left} left; "
+                "please report this with the output of `flashrt plan`"
+            )
+        self._left[owner] = left - nbytes
+
+
+def populate(array: Array) -> None:
+    """Make every page of `array` resident now, so that nothing grows while decoding."""
+    flat = array.reshape(-1).view(np.uint8)
+    flat[:: mmap.PAGESIZE] = 0

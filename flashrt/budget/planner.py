@@ -1,0 +1,277 @@
+"""Who gets which byte of the budget: a pure function from a pack's layout and a budget to a plan.
+
+Order of claim in exact mode: the process itself, KV for the asked context and the buffers of a pass, because nothing
+runs without them; then weights, the small ones that every token needs first (router, attention, head), then FFN rows
+spread evenly over the layers, so that every layer streams the same share and compute overlaps all of it; embeddings
+last, since a token needs one row of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flashrt.budget.working_set import working_set
+from flashrt.errors import BudgetError
+from flashrt.spec import ModelSpec
+from flashrt.storage.layout import PAGE, PackLayout, TensorLayout
+from flashrt_kernels.rows import align
+
+GIB = 1 << 30
+MIB = 1 << 20
+CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
+CHUNK_SHARE = 0.08  # of what the process leaves free: a larger chunk may not take more than this from the weights
+RING_SLOTS = (12, 8, 4, 2)  # blocks in flight or in use, the best first
+SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
+SLACK_SHARE = 0.012  # and what grows with the budget
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a run asks for."""
+
+    context: int  # positions of KV
+    prompt: int | None = None  # tokens of the longest prompt, when known: no pass is longer
+    logit_rows: int = 1
+    scoring: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the process costs before any weight is loaded, and what the kernels need."""
+
+    runtime_bytes: int  # resident on the budgeted device once everything but the model is loaded
+    peak_bytes: int  # the largest that this has been
+    kv_item_bytes: int
+    scratch_bytes: Callable[[int], int]  # kernels' scratch for a pass of so many tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A feasible division of the budget. `owners` sums to `budget_bytes`; `pinned` maps tensor → leading blocks."""
+
+    budget_bytes: int
+    context: int
+    chunk: int
+    logit_rows: int
+    scoring: bool
+    owners: Mapping[str, int]
+    pinned: Mapping[str, int]
+    slots: int
+    slot_bytes: int
+    weight_bytes: int
+    pinned_bytes: int
+    streamed_bytes_per_token: int
+
+    @property
+    def resident(self) -> bool:
+        """Whether decoding reads nothing from disk."""
+        return self.streamed_bytes_per_token == 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "budget_bytes": self.budget_bytes,
+            "context": self.context,
+            "prefill_chunk": self.chunk,
+            "owners": dict(self.owners),
+            "weight_bytes": self.weight_bytes,
+            "pinned_bytes": self.pinned_bytes,
+            "streamed_bytes_per_token": self.streamed_bytes_per_token,
+            "ring_slots": self.slots,
+            "slot_bytes": self.slot_bytes,
+        }
+
+
+def plan(spec: ModelSpec, layout: PackLayout, budget_bytes: int, workload: Workload, machine: Machine) -> Plan:
+    """Divide `budget_bytes`. Raises BudgetError, with the smallest budget that would do, when it cannot be done."""
+    return _Planner(spec, layout, workload, machine).plan(budget_bytes)
+
+
+def smallest_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> int:
+    """Bytes of the smallest budget for which `plan` succeeds."""
+    return _Planner(spec, layout, workload, machine).smallest()
+
+
+def resident_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> int:
+    """Bytes of the smallest budget with which decoding reads nothing from disk."""
+    return _Planner(spec, layout, workload, machine).enough()
+
+
+class _Planner:
+    def __init__(self, spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> None:
+        self.spec, self.layout, self.workload, self.machine = spec, layout, workload, machine
+        self.tensors = list(layout.tensors.values())
+        self.weight_bytes = sum(t.nbytes for t in self.tensors)
+        self.slot_bytes = align(max(t.max_block_bytes for t in self.tensors), PAGE)
+
+    def plan(self, budget: int) -> Plan:
+        if budget < self.smallest():
+            raise BudgetError(self._refusal(budget))
+        chunk = self._chunk(budget)
+        fixed = self._fixed(chunk) | {"slack": slack_bytes(budget)}
+        free = budget - sum(fixed.values())
+        slots = 0
+        if free < self.weight_bytes:
+            slots = next(
+                n for n in RING_SLOTS if self._ring_bytes(n) <= max(free // 8, self._ring_bytes(RING_SLOTS[-1]))
+            )
+            fixed["stream buffers"] = self._ring_bytes(slots)
+            free -= fixed["stream buffers"]
+        pinned = self._pin(free)
+        owners = fixed | self._weights_by_owner(pinned)
+        owners["slack"] += budget - sum(owners.values())
+        pinned_bytes = sum(prefix_bytes(t, pinned[t.name]) for t in self.tensors)
+        return Plan(
+            budget_bytes=budget,
+            context=self.workload.context,
+            chunk=chunk,
+            logit_rows=self.workload.logit_rows,
+            scoring=self.workload.scoring,
+            owners=owners,
+            pinned=pinned,
+            slots=slots,
+            slot_bytes=self.slot_bytes if slots else 0,
+            weight_bytes=self.weight_bytes,
+            pinned_bytes=pinned_bytes,
+            streamed_bytes_per_token=sum(self._streamed(t, pinned[t.name]) for t in self.tensors),
+        )
+
+    def smallest(self) -> int:
+        """Everything streamed through the smallest ring, in the smallest chunk."""
+        fixed = sum(self._fixed(self._smallest_chunk()).values()) + self._ring_bytes(RING_SLOTS[-1])
+        budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.machine.peak_bytes + SLACK_BASE)
+        return align(budget, PAGE)
+
+    def enough(self) -> int:
+        """Everything resident, in the longest pass that is of use."""
+        chunk = next(c for c in CHUNKS if not self._too_long(c))
+        fixed = sum(self._fixed(chunk).values()) + self.weight_bytes
+        return max(align(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, PAGE), self.smallest())
+
+    def _fixed(self, chunk: int) -> dict[str, int]:
+        """What nothing runs without, slack aside."""
+        spec, workload = self.spec, self.workload
+        codec = self.layout.tensors["embed"].codec
+        buffers = working_set(spec, codec, chunk, workload.logit_rows, workload.scoring)
+        return {
+            "process": self.machine.runtime_bytes,
+            "norms and biases": sum(align(4 * v.length, 64) for v in self.layout.vectors.values()),
+            "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
+            "activations": sum(b.nbytes for b in buffers.values()) + self.machine.scratch_bytes(chunk),
+            "embedding reads": self.slot_bytes + 2 * PAGE,
+        }
+
+    def _smallest_chunk(self) -> int:
+        return CHUNKS[-1]
+
+    def _chunk(self, budget: int) -> int:
+        """The longest pass that is of use and takes no more than its share."""
+        limit = CHUNK_SHARE * (budget - self.machine.runtime_bytes)
+        for chunk in CHUNKS:
+            if not self._too_long(chunk) and self._fixed(chunk)["activations"] <= limit:
+                return chunk
+        return self._smallest_chunk()
+
+    def _too_long(self, chunk: int) -> bool:
+        """Whether a pass half as long would do as well."""
+        useful = self.workload.prompt or self.workload.context
+        return chunk > CHUNKS[-1] and chunk // 2 >= useful
+
+    def _ring_bytes(self, slots: int) -> int:
+        rings = 2 if any(layer.ffn.experts for layer in self.spec.layers) else 1
+        return rings * slots * self.slot_bytes
+
+    def _pin(self, free: int) -> dict[str, int]:
+        pinned: dict[str, int] = {}
+        for tier in self._tiers():
+            share = _spread(tier, free)
+            free -= sum(prefix_bytes(t, share[t.name]) for t in tier)
+            pinned |= share
+        return pinned
+
+    def _tiers(self) -> Iterable[list[TensorLayout]]:
+        """Tensors in order of claim."""
+        groups: dict[str, list[TensorLayout]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(owner_of(self.spec, tensor), []).append(tensor)
+        for owner in ("router", "attention", "head", "FFN", "experts", "embeddings"):
+            yield groups.get(owner, [])
+
+    def _weights_by_owner(self, pinned: Mapping[str, int]) -> dict[str, int]:
+        result: dict[str, int] = {}
+        for tensor in self.tensors:
+            owner = owner_of(self.spec, tensor)
+            result[owner] = result.get(owner, 0) + prefix_bytes(tensor, pinned[tensor.name])
+        return {owner: nbytes for owner, nbytes in result.items() if nbytes}
+
+    def _streamed(self, tensor: TensorLayout, pinned: int) -> int:
+        """Bytes of a tensor that one token reads, on average over its experts."""
+        rest = tensor.nbytes - prefix_bytes(tensor, pinned)
+        owner = owner_of(self.spec, tensor)
+        if owner == "embeddings":
+            return 0 if rest == 0 else PAGE
+        if owner == "experts":
+            ffn = self.spec.layers[int(tensor.name.partition(".")[0])].ffn
+            return rest * ffn.experts_per_token // ffn.experts
+        return rest
+
+    def _refusal(self, budget: int) -> str:
+        smallest = self.smallest()
+        fixed = self._fixed(self._smallest_chunk()) | {"stream buffers": self._ring_bytes(RING_SLOTS[-1])}
+        parts = ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in sorted(fixed.items(), key=_by_size))
+        hint = "a shorter --context needs less" if fixed["KV"] > smallest // 10 else "use a larger --budget-gb"
+        if self.machine.peak_bytes + SLACK_BASE >= smallest:
+            parts = f"loading the program and the tokenizer alone took {self.machine.peak_bytes / MIB:.0f} MiB; {parts}"
+        return (
+            f"a budget of {budget / GIB:.3f} GiB is too small for a context of {self.workload.context} tokens: "
+            f"the smallest that would do is {ceil_gib(smallest):.3f} GiB ({parts}). {hint[0].upper()}{hint[1:]}"
+        )
+
+
+def owner_of(spec: ModelSpec, tensor: TensorLayout) -> str:
+    """Under whose name the bytes of a tensor stand in the plan."""
+    if tensor.name == spec.head:
+        return "head"
+    kind = tensor.name.rpartition(".")[2]
+    if kind == "ffn":
+        return "experts" if tensor.runs > 1 else "FFN"
+    return {"qkv": "attention", "out": "attention", "router": "router"}.get(kind, "embeddings")
+
+
+def ceil_gib(nbytes: int) -> float:
+    """Bytes as GiB, rounded up to three digits, so that the figure printed is one that suffices."""
+    return -(-nbytes * 1000 // GIB) / 1000
+
+
+def slack_bytes(budget: int) -> int:
+    """What is left unowned on purpose."""
+    return SLACK_BASE + int(SLACK_SHARE * budget)
+
+
+def _by_size(item: tuple[str, int]) -> int:
+    return -item[1]
+
+
+def prefix_bytes(tensor: TensorLayout, blocks: int) -> int:
+    """Bytes of the first `blocks` blocks of a tensor."""
+    if blocks == 0:
+        return 0
+    last = tensor.block(blocks - 1)
+    return last.offset + last.nbytes - tensor.offset
+
+
+def _spread(tensors: list[TensorLayout], free: int) -> dict[str, int]:
+    """Leading blocks of each tensor that fit in `free` bytes together, the same share of every tensor."""
+    total = sum(t.nbytes for t in tensors)
+    if total <= free:
+        return {t.name: t.blocks for t in tensors}
+    share = {t.name: int(t.blocks * max(free, 0) / total) for t in tensors}
+    free -= sum(prefix_bytes(t, share[t.name]) for t in tensors)
+    for tensor in sorted(tensors, key=lambda t: share[t.name] / t.blocks):  # those that rounding left furthest behind
+        have = share[tensor.name]
+        more = prefix_bytes(tensor, have + 1) - prefix_bytes(tensor, have) if have < tensor.blocks else free + 1
+        if more <= free:
+            share[tensor.name] = have + 1
+            free -= more
+    return share

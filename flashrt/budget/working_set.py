@@ -1,0 +1,58 @@
+"""The buffers that a pass computes in: their shapes, so that planner and decoder agree to the byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flashrt.spec import ModelSpec, Rope
+from flashrt_kernels.rows import Codec, row_bytes
+
+SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class BufferShape:
+    shape: tuple[int, ...]
+    item_bytes: int = 4  # float32; 1 is uint8
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.item_bytes
+
+
+def ropes(spec: ModelSpec) -> list[tuple[Rope, int]]:
+    """The distinct (rope, head_dim) pairs of a model, in order of appearance."""
+    pairs = ((layer.attention.rope, layer.attention.head_dim) for layer in spec.layers)
+    return list(dict.fromkeys((rope, dim) for rope, dim in pairs if rope is not None))
+
+
+def working_set(
+    spec: ModelSpec, embed_codec: Codec, tokens: int, logit_rows: int, scoring: bool
+) -> dict[str, BufferShape]:
+    """Buffers of a pass of at most `tokens` tokens that asks for the logits of at most `logit_rows` of them.
+
+    With `scoring`, strips of the head's output for all tokens are added.
+    """
+    attentions = [layer.attention for layer in spec.layers]
+    experts = max(layer.ffn.experts for layer in spec.layers)
+    shapes = {
+        "x": BufferShape((tokens, spec.hidden)),
+        "normed": BufferShape((tokens, spec.hidden)),
+        "y": BufferShape((tokens, spec.hidden)),
+        "qkv": BufferShape((tokens, max(a.qkv_rows for a in attentions))),
+        "attended": BufferShape((tokens, max(a.heads * a.head_dim for a in attentions))),
+        "encoded": BufferShape((tokens, row_bytes(embed_codec, spec.hidden)), 1),
+        "logits": BufferShape((logit_rows, spec.vocab)),
+    }
+    for i, (_, head_dim) in enumerate(ropes(spec)):
+        shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, head_dim // 2))
+    if experts:
+        shapes["router"] = BufferShape((tokens, experts))
+    if scoring:
+        shapes["strip"] = BufferShape((tokens, SCORE_ROWS))
+    return shapes

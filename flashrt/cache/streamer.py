@@ -1,0 +1,78 @@
+"""A ring of buffers through which blocks stream in the order in which they will be used.
+
+The user says what it will take, in order (`expect`), and takes it (`take`). Reads run ahead as far as there are free
+buffers, across layers and passes. A block stays valid until the next `take`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from flashrt.storage.layout import Block
+from flashrt.storage.reader import Reader, Ticket
+
+Array = np.ndarray
+
+
+class Streamer:
+    """`slots` are page-aligned uint8 buffers, each at least as large as any block; at least two, or none at all."""
+
+    def __init__(self, reader: Reader, slots: Iterable[Array]) -> None:
+        self._reader = reader
+        self._free = deque(slots)
+        self._wanted: deque[Block] = deque()
+        self._flying: deque[tuple[Ticket, Array]] = deque()
+        self._held: Array | None = None
+        self.wait_s = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Blocks expected and not yet taken."""
+        return len(self._wanted) + len(self._flying)
+
+    def expect(self, blocks: Iterable[Block]) -> None:
+        """Announce what will be taken next, after all that is already expected."""
+        self._wanted.extend(blocks)
+        self._pump()
+
+    def take(self, block: Block) -> Array:
+        """The bytes of `block` (uint8 [nbytes]), which must be the next one expected."""
+        self.release()
+        if not self._flying or self._flying[0][0].block is not block:
+            raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
+        ticket, slot = self._flying.popleft()
+        self._held = slot
+        if not ticket.ready:
+            began = time.perf_counter()
+            ticket.wait()
+            self.wait_s += time.perf_counter() - began
+        ticket.wait()
+        return ticket.buffer
+
+    def release(self) -> None:
+        """Let go of the block taken last: its buffer may be read into again."""
+        if self._held is not None:
+            self._free.append(self._held)
+            self._held = None
+        self._pump()
+
+    def flush(self) -> None:
+        """Forget everything expected. Reads under way are waited for."""
+        self._wanted.clear()
+        if self._held is not None:
+            self._free.append(self._held)
+            self._held = None
+        while self._flying:
+            ticket, slot = self._flying.popleft()
+            ticket.settle()
+            self._free.append(slot)
+
+    def _pump(self) -> None:
+        while self._wanted and self._free:
+            block = self._wanted.popleft()
+            slot = self._free.popleft()
+            self._flying.append((self._reader.submit(block, slot[: block.nbytes]), slot))

@@ -1,0 +1,180 @@
+"""One generation: an iterator of tokens, and the report at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashrt.budget.process import peak_resident_bytes
+from flashrt.config import Sampling
+from flashrt.engine.report import Report
+from flashrt.engine.sampling import Sampler
+
+if TYPE_CHECKING:
+    from flashrt.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token. `text` is what it makes readable: it may be empty, or hold earlier tokens' characters."""
+
+    id: int
+    text: str
+
+
+@dataclass(slots=True)
+class _Counters:
+    """The engine's running totals at one moment."""
+
+    at: float
+    bytes_read: int
+    wait_s: float
+
+
+class Generation:
+    """Yields tokens as they come. After the last one, or after `close`, `report` holds the figures."""
+
+    def __init__(
+        self, engine: Engine, prompt: list[int], limit: int, sampling: Sampling, stop: Sequence[str], stop_ids: set[int]
+    ) -> None:
+        self._engine, self._prompt, self._limit = engine, prompt, limit
+        self._sampler = Sampler(sampling, prompt)
+        self._stops = _StopStrings(stop)
+        self._stop_ids = stop_ids
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._began = self._counters()
+        self._first: _Counters | None = None
+        self._finish = "interrupted"
+        self._report: Report | None = None
+        self._tokens = self._run()
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """Stop early."""
+        self._tokens.close()
+        self._end()
+
+    @property
+    def report(self) -> Report:
+        """The figures. Raises RuntimeError while the generation is going on."""
+        if self._report is None:
+            raise RuntimeError("the generation is not over: exhaust or close it before reading its report")
+        return self._report
+
+    def _run(self) -> Iterator[Token]:
+        engine = self._engine
+        stream = engine.tokenizer.stream()
+        try:
+            logits = engine.prefill(self._prompt)
+            for _ in range(self._limit):
+                token = self._sampler.choose(logits)
+                self._first = self._first or self._counters()
+                self._ids.append(token)
+                if token in self._stop_ids:
+                    self._finish = "eos"
+                    break
+                piece = self._stops.push(stream.push(token))
+                self._text.append(piece)
+                yield Token(token, piece)
+                if self._stops.found:
+                    self._finish = "stop"
+                    break
+                if len(self._ids) == self._limit:
+                    self._finish = "length"
+                    break
+                logits = engine.step(token)
+            rest = self._stops.flush(stream.flush())
+            if rest:
+                self._text.append(rest)
+                yield Token(self._ids[-1], rest)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self._report is None:
+            if self._finish == "interrupted":
+                self._engine.weights.abandon_pass()
+            self._report = self._make_report()
+
+    def _counters(self) -> _Counters:
+        engine = self._engine
+        return _Counters(time.perf_counter(), engine.reader.bytes_read, engine.weights.wait_s)
+
+    def _make_report(self) -> Report:
+        engine, began, end = self._engine, self._began, self._counters()
+        first = self._first or end
+        decoded = max(len(self._ids) - 1, 0)
+        decode_s = end.at - first.at
+        read = end.bytes_read - first.bytes_read
+        wait_s = end.wait_s - began.wait_s
+        streaming = not engine.plan.resident and decoded > 0 and decode_s > 0
+        rate = read / decode_s if streaming else None
+        return Report(
+            text="".join(self._text),
+            token_ids=self._ids,
+            finish_reason=self._finish,
+            prompt_tokens=len(self._prompt),
+            new_tokens=len(self._ids),
+            load_s=engine.load_s,
+            ttft_s=first.at - began.at,
+            decode_s=decode_s,
+            decode_tok_per_s=decoded / decode_s if decoded and decode_s > 0 else None,
+            peak_rss_bytes=peak_resident_bytes(),
+            device_peak_bytes=None,
+            budget_bytes=engine.plan.budget_bytes,
+            bytes_read_total=end.bytes_read - began.bytes_read,
+            bytes_read_per_token=read / decoded if decoded else 0.0,
+            io_wait_s=wait_s,
+            compute_s=end.at - began.at - wait_s,
+            disk_bytes_per_s=rate,
+            disk_roofline_share=rate / engine.disk_rate if rate and engine.disk_rate else None,
+            plan=engine.plan.to_json(),
+        )
+
+
+class _StopStrings:
+    """Holds back text that may turn out to be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [s for s in stops if s]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Text that is now certain to belong to the answer."""
+        if not self._stops:
+            return text
+        self._held += text
+        hits = [i for s in self._stops if (i := self._held.find(s)) >= 0]
+        if hits:
+            self.found = True
+            answer, self._held = self._held[: min(hits)], ""
+            return answer
+        keep = max(_overlap(self._held, s) for s in self._stops)
+        cut = len(self._held) - keep
+        answer, self._held = self._held[:cut], self._held[cut:]
+        return answer
+
+    def flush(self, text: str) -> str:
+        """What is left at the end."""
+        if self.found:
+            return ""
+        answer = self.push(text) + self._held
+        self._held = ""
+        return answer
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

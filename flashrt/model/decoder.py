@@ -1,0 +1,206 @@
+"""One decoder for every family: what a ModelSpec says, computed by `ops` on buffers that were allocated beforehand.
+
+Two kinds of pass: a *narrow* one, of 1 to 16 tokens, whose kernels read each weight once and give a token the same
+bits whoever shares its pass; and a *wide* one, for prefill, whose kernels decode weights into panels and multiply them
+by many tokens, and give a token the same bits however the prompt is cut into passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flashrt.budget.working_set import SCORE_ROWS, ropes
+from flashrt.cache.kv import KVCache
+from flashrt.cache.weights import Weights
+from flashrt.model.router import route
+from flashrt.spec import Attention, Ffn
+from flashrt_kernels.rows import MATRIX_ROWS, row_bytes
+
+NARROW = 16  # tokens at most in a narrow pass
+
+Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
+
+
+class Decoder:
+    """Runs passes over `weights`, appending to `kv`. `buffers` are flat, sized by `budget.working_set`."""
+
+    def __init__(self, weights: Weights, kv: KVCache, buffers: Mapping[str, Tensor], scratch: Tensor, ops: Any) -> None:
+        self.spec, self.layout = weights.spec, weights.layout
+        self.weights, self.kv, self.buffers, self.scratch, self.ops = weights, kv, buffers, scratch, ops
+        pairs = ropes(self.spec)
+        self._rope_index = {pair: i for i, pair in enumerate(pairs)}
+        self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
+
+    def hidden(self, ids: Sequence[int], wide: bool) -> Tensor:
+        """Run `ids` through all layers at the end of the sequence. Returns the normed states, float32 [T, hidden].
+
+        The result is a view of a buffer that the next pass overwrites. `weights.begin_pass` comes first.
+        """
+        start, count = self.kv.length, len(ids)
+        if start + count > self.kv.capacity:
+            raise ValueError(f"{start} + {count} tokens do not fit in a KV cache of {self.kv.capacity}")
+        x = self._view("x", count, self.spec.hidden)
+        self._embed(ids, start, x)
+        self._rotations(start, count)
+        for i in range(len(self.spec.layers)):
+            self._attention(i, x, start, wide)
+            self._ffn(i, x, wide)
+        self.kv.length = start + count
+        normed = self._view("normed", count, self.spec.hidden)
+        self._norm("norm.final", x, normed)
+        return normed
+
+    def logits(self, states: Tensor, wide: bool = False) -> Tensor:
+        """Logits of normed states (float32 [B, hidden]): float32 [B, vocab], a view of a buffer."""
+        out = self._view("logits", len(states), self.spec.vocab)
+        self._linear(self.spec.head, states, out, wide)
+        return out
+
+    def scores(self, states: Tensor, targets: np.ndarray, wide: bool) -> np.ndarray:
+        """Log-probability of `targets` (int64 [T]) after `states` (float32 [T, hidden]): float64 [T].
+
+        The head's output is reduced strip by strip, so that [T, vocab] never exists.
+        """
+        count = len(states)
+        top = np.full(count, -np.inf)
+        total = np.zeros(count)
+        chosen = np.zeros(count)
+        linear = self.ops.gemm_linear if wide else self.ops.linear
+        codec = self.layout.tensors[self.spec.head].codec
+        step = SCORE_ROWS // MATRIX_ROWS
+        for first, bundles in self.weights.runs(self.spec.head):
+            for begin in range(0, len(bundles), step):
+                part = bundles[begin : begin + step]
+                row0 = (first + begin) * MATRIX_ROWS
+                rows = min(len(part) * MATRIX_ROWS, self.spec.vocab - row0)
+                strip = self._view("strip", count, rows)
+                linear(states, part, codec, strip, 0, rows, scratch=self.scratch)
+                values = self.ops.to_host(strip)
+                peak = np.maximum(top, values.max(axis=1))
+                total = total * np.exp(top - peak) + np.exp(values - peak[:, None]).sum(axis=1)
+                top = peak
+                inside = np.flatnonzero((targets >= row0) & (targets < row0 + rows))
+                chosen[inside] = values[inside, targets[inside] - row0]
+        return chosen - top - np.log(total)
+
+    def _view(self, name: str, rows: int, width: int) -> Tensor:
+        """The leading part of a flat buffer as a contiguous [rows, width] matrix."""
+        return self.buffers[name][: rows * width].reshape(rows, width)
+
+    def _embed(self, ids: Sequence[int], start: int, x: Tensor) -> None:
+        self._lookup("embed", ids, x)
+        if self.spec.embed_scale != 1.0:
+            x *= self.spec.embed_scale
+        if self.spec.positions:
+            first = start + self.spec.position_offset
+            y = self._view("y", len(ids), self.spec.hidden)
+            self._lookup("positions", range(first, first + len(ids)), y)
+            x += y
+
+    def _lookup(self, name: str, ids: Sequence[int], out: Tensor) -> None:
+        tensor = self.layout.tensors[name]
+        encoded = self._view("encoded", len(ids), row_bytes(tensor.codec, tensor.columns))
+        self.weights.rows(name, ids, encoded)
+        self.ops.dequantize(encoded, tensor.codec, tensor.columns, out)
+
+    def _rotations(self, start: int, count: int) -> None:
+        """Cosines and sines of the pass's positions, for every distinct rope."""
+        positions = np.arange(start, start + count, dtype=np.float64)[:, None]
+        for (rope, dim), i in self._rope_index.items():
+            angles = positions * self._frequencies[i]
+            for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
+                self.ops.from_host(values * rope.attention_factor, self._view(name, count, dim // 2))
+
+    def _attention(self, i: int, x: Tensor, start: int, wide: bool) -> None:
+        attention, count, hidden = self.spec.layers[i].attention, len(x), self.spec.hidden
+        normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
+        self._norm(f"{i}.norm.attention", x, normed)
+        qkv = self._view("qkv", count, attention.qkv_rows)
+        self._linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None)
+        attended = self._view("attended", count, attention.heads * attention.head_dim)
+        self._attend(i, attention, qkv, start, attended)
+        self._linear(f"{i}.out", attended, y, wide, f"{i}.out.bias" if attention.out_bias else None)
+        if self.spec.post_norms:
+            self._norm(f"{i}.norm.attention_post", y, y)
+        x += y
+
+    def _attend(self, i: int, attention: Attention, qkv: Tensor, start: int, out: Tensor) -> None:
+        ops, count, dim, kv = self.ops, len(qkv), attention.head_dim, self.kv.layers[i]
+        heads = qkv.reshape(count, -1, dim)
+        query = heads[:, : attention.heads]
+        key = heads[:, attention.heads : attention.heads + attention.kv_heads]
+        value = heads[:, attention.heads + attention.kv_heads :]
+        if attention.qk_norm:
+            ops.rms_norm_heads(query, self.weights.vector(f"{i}.q_norm"), self.spec.norm_eps)
+            ops.rms_norm_heads(key, self.weights.vector(f"{i}.k_norm"), self.spec.norm_eps)
+        if attention.rope is not None:
+            index = self._rope_index[attention.rope, dim]
+            cos, sin = (self._view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
+            ops.rope(heads[:, : attention.heads + attention.kv_heads], cos, sin)
+        ops.kv_append(key, value, kv, start)
+        ops.attention(query, kv, start, attention.window, attention.scale, out, scratch=self.scratch)
+
+    def _ffn(self, i: int, x: Tensor, wide: bool) -> None:
+        ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
+        normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
+        self._norm(f"{i}.norm.ffn", x, normed)
+        y[:] = 0
+        if ffn.experts:
+            self._experts(i, ffn, normed, y, wide)
+        else:
+            self._glu(i, ffn, 0, normed, y, wide)
+        if ffn.bias:
+            y += self.weights.vector(f"{i}.down.bias")
+        if self.spec.post_norms:
+            self._norm(f"{i}.norm.ffn_post", y, y)
+        x += y
+
+    def _experts(self, i: int, ffn: Ffn, x: Tensor, y: Tensor, wide: bool) -> None:
+        """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""
+        logits = self._view("router", len(x), ffn.experts)
+        self._linear(f"{i}.router", x, logits, wide)
+        chosen, weights = route(self.ops.to_host(logits), ffn)
+        experts = np.unique(chosen)
+        self.weights.expect_experts(i, experts.tolist())
+        for expert in experts.tolist():
+            tokens, rank = np.nonzero(chosen == expert)
+            self._glu(i, ffn, expert, x, y, wide, tokens.astype(np.int32), weights[tokens, rank])
+
+    def _glu(
+        self,
+        i: int,
+        ffn: Ffn,
+        run: int,
+        x: Tensor,
+        y: Tensor,
+        wide: bool,
+        tokens: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        glu = self.ops.gemm_glu if wide else self.ops.glu
+        name = f"{i}.ffn"
+        codec = self.layout.tensors[name].codec
+        bias = self.weights.vector(f"{i}.up.bias") if ffn.bias else None
+        for first, bundles in self.weights.runs(name, run):
+            share = None if bias is None else bias[first : first + len(bundles)]
+            glu(x, bundles, codec, ffn.activation, ffn.gated, y, share, tokens, weights, scratch=self.scratch)
+
+    def _linear(self, name: str, x: Tensor, out: Tensor, wide: bool, bias: str | None = None) -> None:
+        linear = self.ops.gemm_linear if wide else self.ops.linear
+        codec, total = self.layout.tensors[name].codec, out.shape[1]
+        vector = None if bias is None else self.weights.vector(bias)
+        for first, bundles in self.weights.runs(name):
+            row0 = first * MATRIX_ROWS
+            rows = min(len(bundles) * MATRIX_ROWS, total - row0)
+            share = None if vector is None else vector[row0 : row0 + rows]
+            linear(x, bundles, codec, out, row0, rows, share, scratch=self.scratch)
+
+    def _norm(self, name: str, x: Tensor, out: Tensor) -> None:
+        weight = self.weights.vector(name)
+        if self.spec.norm == "rms":
+            self.ops.rms_norm(x, weight, self.spec.norm_eps, out)
+        else:
+            self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), self.spec.norm_eps, out)
