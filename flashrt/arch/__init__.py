@@ -1,0 +1,64 @@
+"""Families of models: Hugging Face configs and tensor names → ModelSpec and TensorMap. No forward code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flashrt.arch import gemma3, llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
+from flashrt.arch.config import Config
+from flashrt.arch.names import GGUF_NAMES, Has, Names, Part, TensorMap
+from flashrt.errors import UnsupportedModelError
+from flashrt.spec import ModelSpec
+
+__all__ = ["FAMILIES", "Family", "Part", "TensorMap", "family_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One supported architecture: how its config reads, and what its tensors are called."""
+
+    name: str
+    spec_of: Callable[[Config], ModelSpec]
+    names: Names
+    gguf_permuted: bool = False  # llama.cpp's converter permutes query and key rows of this family
+
+    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The spec that a Hugging Face config (or one made from GGUF metadata) describes."""
+        return self.spec_of(Config(config, self.name))
+
+    def tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
+        """Tensor names of a Hugging Face checkpoint."""
+        names = self.names
+        if self.name == "mixtral" and has("model.layers.0.mlp.gate.weight"):
+            names = mixtral.NEW_NAMES
+        return names.resolve(spec, has)
+
+    def gguf_tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
+        """Tensor names of a GGUF file."""
+        return replace(GGUF_NAMES, permuted=self.gguf_permuted).resolve(spec, has)
+
+
+_GEMMA3 = Family("gemma3", gemma3.spec, gemma3.NAMES)
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", llama.spec, llama.NAMES, gguf_permuted=True),
+    "mistral": Family("mistral", mistral.spec, mistral.NAMES, gguf_permuted=True),
+    "mixtral": Family("mixtral", mixtral.spec, mixtral.NAMES, gguf_permuted=True),
+    "qwen2": Family("qwen2", qwen2.spec, qwen2.NAMES),
+    "qwen3": Family("qwen3", qwen3.spec, qwen3.NAMES),
+    "qwen3_moe": Family("qwen3_moe", qwen3_moe.spec, qwen3_moe.NAMES),
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "opt": Family("opt", opt.spec, opt.NAMES),
+}
+"""model_type of a Hugging Face config → family."""
+
+
+def family_of(model_type: object) -> Family:
+    """The family of a config's model_type. Raises UnsupportedModelError naming it."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"architecture {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]

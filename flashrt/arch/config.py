@@ -1,0 +1,175 @@
+"""A typed view of a Hugging Face `config.json`: every field read is checked, everything unsupported is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import ACTIVATIONS, Rope
+
+_ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+class Config:
+    """The fields of one model's configuration; `family` is used in messages."""
+
+    def __init__(self, data: Mapping[str, Any], family: str):
+        self.data, self.family = data, family
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = 1 << 31) -> int:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise CheckpointError(
+                f"{self.family} config: {key} is {value!r}, expected an integer of at least {minimum}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return _number(self.data.get(key, default) if self.data.get(key) is not None else default, key, self.family)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.data.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.family} config: {key} is {value!r}, expected true or false")
+        return value
+
+    def names(self, key: str, count: int) -> list[str] | None:
+        """A list of `count` strings (one per layer), or None when the field is absent."""
+        value = self.data.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or not all(isinstance(item, str) for item in value):
+            raise CheckpointError(f"{self.family} config: {key} is {value!r}, expected {count} names")
+        return value
+
+    def refuse(self, key: str, *allowed: Any) -> None:
+        """Raise unless the field is absent, null or one of `allowed`: any other value would change results."""
+        value = self.data.get(key)
+        if value is not None and value not in allowed:
+            raise UnsupportedModelError(f"{self.family} with {key}={value!r} is not supported")
+
+    def activation(self, key: str, default: str) -> str:
+        name = self.data.get(key) or default
+        if name not in _ACTIVATION_NAMES:
+            known = ", ".join(sorted(_ACTIVATION_NAMES))
+            raise UnsupportedModelError(f"{self.family} with activation {name!r} is not supported; known: {known}")
+        assert _ACTIVATION_NAMES[name] in ACTIVATIONS
+        return _ACTIVATION_NAMES[name]
+
+    def heads(self) -> tuple[int, int]:
+        """(query heads, key/value heads)."""
+        heads = self.integer("num_attention_heads", maximum=1 << 16)
+        kv_heads = self.integer("num_key_value_heads", heads, maximum=1 << 16)
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"{self.family} config: {heads} heads are not a multiple of {kv_heads} key/value heads"
+            )
+        return heads, kv_heads
+
+    def head_dim(self, default: int | None = None) -> int:
+        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        if default is None and self.data.get("head_dim") is None and hidden % heads:
+            raise CheckpointError(f"{self.family} config: hidden_size {hidden} is not a multiple of {heads} heads")
+        return self.integer("head_dim", default or hidden // heads, maximum=1 << 16)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """A token id or a list of them, as a tuple; empty when absent."""
+        value = self.data.get(key)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
+            raise CheckpointError(f"{self.family} config: {key} is {value!r}, expected token ids")
+        return tuple(items)
+
+    def rope(self, default_theta: float = 10000.0) -> Rope:
+        """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+        self.refuse("partial_rotary_factor", 1, 1.0)
+        scaling = self.data.get("rope_scaling") or self.data.get("rope_parameters") or {}
+        return rope_from(self, scaling, self.number("rope_theta", default_theta))
+
+
+def _number(value: Any, key: str, family: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{family} config: {key} is {value!r}, expected a number")
+    return float(value)
+
+
+def rope_from(config: Config, parameters: Any, theta: float) -> Rope:
+    """A Rope from one (not nested) dictionary of rope parameters; `theta` is used when it names none."""
+    if not isinstance(parameters, Mapping):
+        raise CheckpointError(f"{config.family} config: rope parameters are {parameters!r}, expected an object")
+    rope = Config(parameters, config.family)
+    rope.refuse("partial_rotary_factor", 1, 1.0)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    theta = rope.number("rope_theta", theta)
+    if theta <= 0:
+        raise CheckpointError(f"{config.family} config: rope_theta is {theta}, expected a positive number")
+    if "mrope_section" in parameters or kind not in ("default", "linear", "llama3", "yarn"):
+        name = "mrope" if "mrope_section" in parameters else kind
+        raise UnsupportedModelError(
+            f"{config.family} with rope scaling {name!r} is not supported; known: default, linear, llama3, yarn"
+        )
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", _factor(rope))
+    context = config.integer("original_max_position_embeddings", _original_context(config, rope))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            "llama3",
+            _factor(rope),
+            context,
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
+    factor = (
+        _factor(rope) if parameters.get("factor") is not None else config.integer("max_position_embeddings") / context
+    )
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        context,
+        beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 1.0) or 1.0,
+        attention_factor=_yarn_attention_factor(rope, factor),
+        truncate=rope.flag("truncate", True),
+    )
+
+
+def _factor(rope: Config) -> float:
+    factor = rope.number("factor")
+    if factor <= 0:
+        raise CheckpointError(f"{rope.family} config: rope factor is {factor}, expected a positive number")
+    return factor
+
+
+def _original_context(config: Config, rope: Config) -> int:
+    value = rope.data.get("original_max_position_embeddings")
+    return (
+        rope.integer("original_max_position_embeddings")
+        if value is not None
+        else config.integer("max_position_embeddings")
+    )
+
+
+def _yarn_attention_factor(rope: Config, factor: float) -> float:
+    def scale(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.data.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    return scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale()

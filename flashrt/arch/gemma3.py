@@ -1,0 +1,109 @@
+"""Gemma 3, text: sandwich norms of 1 + w, scaled embeddings, five sliding layers to each global one."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import replace
+
+from flashrt.arch.config import Config, rope_from
+from flashrt.arch.decoder import attention, decoder_spec, layer_count, windows
+from flashrt.arch.names import HF_DECODER, HF_LAYER
+from flashrt.errors import CheckpointError
+from flashrt.spec import Ffn, Layer, ModelSpec, Rope
+
+NAMES = replace(
+    HF_DECODER,
+    prefixes=("model.", "model.language_model.", "language_model.model.", ""),
+    layer={
+        **HF_LAYER,
+        "norm.attention_post": ("post_attention_layernorm.weight",),
+        "norm.ffn": ("pre_feedforward_layernorm.weight",),
+        "norm.ffn_post": ("post_feedforward_layernorm.weight",),
+    },
+    head=("lm_head.weight", "language_model.lm_head.weight"),
+    norm_add=1.0,
+)
+
+# Gemma's published configs leave out what equals the defaults of transformers' Gemma3TextConfig.
+_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+
+
+def spec(config: Config) -> ModelSpec:
+    outer = config.data
+    inner = outer.get("text_config", outer)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"gemma3 config: text_config is {inner!r}, expected an object")
+    inherited = {key: outer[key] for key in ("dtype", "torch_dtype", "eos_token_id", "bos_token_id") if outer.get(key)}
+    text = Config({**_DEFAULTS, **inherited, **{k: v for k, v in inner.items() if v is not None}}, "gemma3")
+    text.refuse("use_bidirectional_attention", False)
+    text.refuse("tie_word_embeddings", True)
+    scalar = text.number("query_pre_attn_scalar")
+    if scalar <= 0:
+        raise CheckpointError(f"gemma3 config: query_pre_attn_scalar is {scalar}, expected a positive number")
+    bias = text.flag("attention_bias")
+    ffn = Ffn(text.integer("intermediate_size"), text.activation("hidden_activation", "gelu_pytorch_tanh"))
+    full, sliding = _ropes(text)
+    layers = [
+        Layer(
+            attention(
+                text,
+                text.head_dim(256),
+                full if window is None else sliding,
+                scale=scalar**-0.5,
+                window=window,
+                qkv_bias=bias,
+                out_bias=bias,
+                qk_norm=True,
+            ),
+            ffn,
+        )
+        for window in _windows(text)
+    ]
+    return decoder_spec(text, layers, post_norms=True, tied=True, embed_scale=_embed_scale(text))
+
+
+def _windows(config: Config) -> list[int | None]:
+    pattern = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
+    types = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layer_count(config))]
+    return windows(config, config.integer("sliding_window"), types)
+
+
+def _ropes(config: Config) -> tuple[Rope, Rope]:
+    """(global, local). Scaling applies to the global layers only."""
+    parameters = config.data.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"gemma3 config: rope_parameters is {parameters!r}, expected an object")
+    full = {**(parameters.get("full_attention") or {}), **(config.data.get("rope_scaling") or {})}
+    sliding = parameters.get("sliding_attention") or {}
+    return (
+        rope_from(config, full, config.number("rope_theta", 1e6)),
+        rope_from(config, sliding, config.number("rope_local_base_freq", 1e4)),
+    )
+
+
+def _embed_scale(config: Config) -> float:
+    """sqrt(hidden), rounded as transformers does: to the type of the embedding table."""
+    scale = math.sqrt(config.integer("hidden_size"))
+    dtype = config.data.get("dtype") or config.data.get("torch_dtype")
+    scale = struct.unpack("<f", struct.pack("<f", scale))[0]
+    if dtype == "bfloat16":
+        bits = struct.unpack("<I", struct.pack("<f", scale))[0]
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+    if dtype == "float16":
+        return float(struct.unpack("<e", struct.pack("<e", scale))[0])
+    return float(scale)

@@ -1,0 +1,159 @@
+"""Where each logical tensor of a ModelSpec lies in a checkpoint: families write templates, `Names` expands them.
+
+In templates `{i}` is the layer and `{e}` the expert. Layer templates are relative to a prefix, because the same model
+is found under several ('model.', 'language_model.model.' in multimodal checkpoints, none in bare ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from flashrt.spec import ModelSpec
+
+Has = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive rows of a logical tensor: all rows, or `rows` of them, of one checkpoint tensor.
+
+    expert: the slice of a stacked tensor [experts, rows, columns]
+    heads: the rows are stored permuted for interleaved rotary embedding, this many heads; reading undoes it
+    add: added to every value (Gemma's norms are stored as w, and multiply by 1 + w)
+    """
+
+    tensor: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    heads: int = 0
+    add: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FfnNames:
+    """Templates of one way to store a feed-forward block; `gate` is None when it is not gated.
+
+    stacked: the tensors are [experts, rows, columns]; fused: `gate` and `up` name one tensor, gate rows first.
+    """
+
+    gate: str | None
+    up: str
+    down: str
+    stacked: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Templates for one family in one kind of checkpoint."""
+
+    prefixes: tuple[str, ...]
+    shared: Mapping[str, str]
+    layer: Mapping[str, tuple[str, ...]]
+    dense: tuple[FfnNames, ...]
+    experts: tuple[FfnNames, ...] = ()
+    head: tuple[str, ...] = ("lm_head.weight",)  # absolute
+    norm_add: float = 0.0
+    permuted: bool = False
+    layer_prefix: str = "layers.{i}."
+
+    def resolve(self, spec: ModelSpec, has: Has) -> TensorMap:
+        """The names as one checkpoint spells them; `has` tells whether it holds a tensor of that name."""
+        embed = self.shared["embed"]
+        prefix = next((p for p in self.prefixes if has(p + embed)), self.prefixes[0])
+        head = next((name for name in self.head if has(name)), self.head[0])
+        return TensorMap(self, spec, prefix, head, has)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """Logical name → parts, for one checkpoint."""
+
+    names: Names
+    spec: ModelSpec
+    prefix: str
+    head: str
+    has: Has = field(repr=False)
+
+    def parts(self, key: str) -> tuple[Part, ...]:
+        """The parts of a vector or matrix, stacked along rows."""
+        if key == "head":
+            return (Part(self.head),)
+        if key in self.names.shared:
+            return (self._adjust(key, Part(self.prefix + self.names.shared[key])),)
+        layer, _, name = key.partition(".")
+        parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
+        if name in ("qkv", "qkv.bias") and self.names.permuted:
+            attention = self.spec.layers[int(layer)].attention
+            parts[0] = replace(parts[0], heads=attention.heads)
+            parts[1] = replace(parts[1], heads=attention.kv_heads)
+        return tuple(self._adjust(name, part) for part in parts)
+
+    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
+        """(gate, up, down) of a layer's dense block or one of its experts."""
+        ffn = self.spec.layers[layer].ffn
+        ways = self.names.experts if ffn.experts else self.names.dense
+        index = expert if ffn.experts else None
+        way = next((w for w in ways if self.has(self._layer(layer, w.down, index))), ways[0])
+        part = index if way.stacked else None
+        down = Part(self._layer(layer, way.down, index), part)
+        if way.fused:
+            fused = Part(self._layer(layer, way.up, index), part)
+            return replace(fused, rows=(0, ffn.neurons)), replace(fused, rows=(ffn.neurons, 2 * ffn.neurons)), down
+        gate = None if way.gate is None else Part(self._layer(layer, way.gate, index), part)
+        return gate, Part(self._layer(layer, way.up, index), part), down
+
+    def _layer(self, layer: int, template: str, expert: int | None = None) -> str:
+        return self.prefix + (self.names.layer_prefix + template).format(i=layer, e=expert)
+
+    def _adjust(self, name: str, part: Part) -> Part:
+        is_norm = "norm" in name and not name.endswith(".bias")
+        return replace(part, add=self.names.norm_add) if is_norm and self.names.norm_add else part
+
+
+HF_LAYER: dict[str, tuple[str, ...]] = {
+    "norm.attention": ("input_layernorm.weight",),
+    "norm.ffn": ("post_attention_layernorm.weight",),
+    "q_norm": ("self_attn.q_norm.weight",),
+    "k_norm": ("self_attn.k_norm.weight",),
+    "qkv": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+    "qkv.bias": tuple(f"self_attn.{name}_proj.bias" for name in "qkv"),
+    "out": ("self_attn.o_proj.weight",),
+    "out.bias": ("self_attn.o_proj.bias",),
+    "router": ("mlp.gate.weight",),
+}
+HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
+HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+
+HF_DECODER = Names(("model.", ""), HF_SHARED, HF_LAYER, (HF_DENSE,))
+"""The naming that Llama started and most families follow."""
+
+GGUF_NAMES = Names(
+    prefixes=("",),
+    shared={
+        "embed": "token_embd.weight",
+        "norm.final": "output_norm.weight",
+    },
+    layer={
+        "norm.attention": ("attn_norm.weight",),
+        "norm.attention_post": ("post_attention_norm.weight",),
+        "norm.ffn": ("ffn_norm.weight",),
+        "norm.ffn_post": ("post_ffw_norm.weight",),
+        "q_norm": ("attn_q_norm.weight",),
+        "k_norm": ("attn_k_norm.weight",),
+        "qkv": tuple(f"attn_{name}.weight" for name in "qkv"),
+        "qkv.bias": tuple(f"attn_{name}.bias" for name in "qkv"),
+        "out": ("attn_output.weight",),
+        "out.bias": ("attn_output.bias",),
+        "router": ("ffn_gate_inp.weight",),
+    },
+    dense=(FfnNames("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),),
+    experts=(
+        FfnNames("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight", stacked=True),
+        FfnNames("ffn_gate.{e}.weight", "ffn_up.{e}.weight", "ffn_down.{e}.weight"),
+    ),
+    head=("output.weight",),
+    layer_prefix="blk.{i}.",
+)
+"""llama.cpp's naming, the same for every family; only the permutation of query and key rows differs."""

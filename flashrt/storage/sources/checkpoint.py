@@ -1,0 +1,198 @@
+"""A checkpoint: a ModelSpec, and its logical tensors read by ranges."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from flashrt.arch import Part, TensorMap
+from flashrt.errors import CheckpointError
+from flashrt.spec import ModelSpec
+from flashrt.storage.sources.tensors import F32, TensorReader
+from flashrt.text.files import TextFiles
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A part and the shape it must have, stack dimension left out."""
+
+    part: Part
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """One model on disk. Memory is bounded: ranges are read on demand, at most one tensor's stored bytes are kept."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        name: str,
+        source: str,
+        fingerprint: str,
+        reader: TensorReader,
+        tensor_map: TensorMap,
+        text: Callable[[], TextFiles],
+    ):
+        self.spec, self.name, self.source, self.fingerprint = spec, name, source, fingerprint
+        self._reader, self._map, self._text = reader, tensor_map, text
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    @functools.cached_property
+    def text(self) -> TextFiles:
+        """Tokenizer, chat template and generation defaults. A GGUF tokenizer is built here, which takes seconds."""
+        return self._text()
+
+    def text_files(self) -> dict[str, bytes]:
+        """What a pack keeps of `text`: file name → content."""
+        return self.text.to_files()
+
+    @functools.cached_property
+    def weight_bytes_source(self) -> int:
+        """Bytes that the needed tensors take as stored; a tensor that several parts read counts once."""
+        names = {expected.part.tensor for expected in self._expected()}
+        return sum(self._reader.tensors[name].nbytes for name in names if name in self._reader.tensors)
+
+    def vector(self, key: str) -> F32:
+        """A logical vector, float32 [length]."""
+        return np.concatenate([self._part_vector(part) for part in self._map.parts(key)])
+
+    def matrix_rows(self, key: str, start: int, stop: int) -> F32:
+        """Rows start:stop of a logical matrix, float32 [stop - start, columns]."""
+        pieces, first = [], 0
+        for part, rows in zip(self._map.parts(key), self._part_rows(key), strict=True):
+            begin, end = max(start - first, 0), min(stop - first, rows)
+            if begin < end:
+                pieces.append(self._part_matrix(part, rows, begin, end))
+            first += rows
+        if not 0 <= start < stop <= first:
+            raise CheckpointError(f"rows {start}:{stop} of {key} were asked for; it has {first}")
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def neuron_rows(self, layer: int, expert: int | None, start: int, stop: int) -> tuple[F32 | None, F32, F32]:
+        """(gate, up, down) of neurons start:stop, each float32 [stop - start, hidden]; gate is None without one.
+
+        `expert` is ignored for a dense block. `down` holds columns of the down matrix, transposed.
+        """
+        gate, up, down = self._map.neurons(layer, expert)
+        neurons = self.spec.layers[layer].ffn.neurons
+        if not 0 <= start < stop <= neurons:
+            raise CheckpointError(f"neurons {start}:{stop} of layer {layer} were asked for; it has {neurons}")
+        return (
+            None if gate is None else self._part_matrix(gate, neurons, start, stop),
+            self._part_matrix(up, neurons, start, stop),
+            self._reader.columns(down.tensor, start, stop, down.expert),
+        )
+
+    def validate(self) -> None:
+        """Check name, shape and dtype of every needed tensor. Raises one CheckpointError listing the first problems."""
+        problems = [problem for expected in self._expected() if (problem := self._problem(expected))]
+        if problems:
+            more = len(problems) - _SHOWN
+            shown = "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+            raise CheckpointError(f"{self.source} cannot be used: {shown}")
+
+    def _problem(self, expected: _Expected) -> str | None:
+        part = expected.part
+        tensor = self._reader.tensors.get(part.tensor)
+        if tensor is None:
+            return f"tensor {part.tensor} is missing"
+        if tensor.codec is None:
+            return f"tensor {part.tensor} is stored as {tensor.dtype}, which is not supported"
+        shape = tensor.shape
+        if part.expert is not None:
+            if len(shape) != 3 or part.expert >= shape[0]:
+                return f"tensor {part.tensor} has shape {list(shape)}, expected {part.expert + 1} or more matrices"
+            shape = shape[1:]
+        wanted = expected.shape
+        if part.rows is not None and len(shape) == 2:
+            # Several parts share the tensor: the last of them says how many rows there are.
+            shape = (min(shape[0], part.rows[1]) - part.rows[0], shape[1])
+        if shape != wanted:
+            return f"tensor {part.tensor} has shape {list(tensor.shape)}, expected {list(wanted)}"
+        return None
+
+    def _expected(self) -> Iterator[_Expected]:
+        spec = self.spec
+        for key in spec.vectors():
+            for part, rows in zip(self._map.parts(key), self._part_rows(key), strict=True):
+                yield _Expected(part, (rows,))
+        matrices = dict(spec.shared_matrices())
+        for i in range(len(spec.layers)):
+            matrices |= spec.layer_matrices(i)
+        for key, (_, columns) in matrices.items():
+            for part, rows in zip(self._map.parts(key), self._part_rows(key), strict=True):
+                yield _Expected(part, (rows, columns))
+        for i, layer in enumerate(spec.layers):
+            for expert in range(layer.ffn.runs):
+                gate, up, down = self._map.neurons(i, expert)
+                if gate is not None:
+                    yield _Expected(gate, (layer.ffn.neurons, spec.hidden))
+                yield _Expected(up, (layer.ffn.neurons, spec.hidden))
+                yield _Expected(down, (spec.hidden, layer.ffn.neurons))
+
+    def _part_rows(self, key: str) -> tuple[int, ...]:
+        """Rows of each part of a vector or matrix."""
+        layer, _, name = key.partition(".")
+        if name in ("qkv", "qkv.bias"):
+            attention = self.spec.layers[int(layer)].attention
+            q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+            return q, kv, kv
+        return (self._rows_of(key),)
+
+    def _rows_of(self, key: str) -> int:
+        if key in self._vector_lengths:
+            return self._vector_lengths[key]
+        shared = self.spec.shared_matrices()
+        if key in shared:
+            return shared[key][0]
+        layer = key.partition(".")[0]
+        matrices = (
+            self.spec.layer_matrices(int(layer)) if layer.isdigit() and int(layer) < len(self.spec.layers) else {}
+        )
+        if key not in matrices:
+            raise CheckpointError(f"{key} is not a tensor of this model")
+        return matrices[key][0]
+
+    @functools.cached_property
+    def _vector_lengths(self) -> dict[str, int]:
+        return self.spec.vectors()
+
+    def _part_vector(self, part: Part) -> F32:
+        values = self._reader.vector(part.tensor)
+        if part.heads:
+            values = _unpermute(values[:, None], part.heads)[:, 0]
+        return values + np.float32(part.add) if part.add else values
+
+    def _part_matrix(self, part: Part, rows: int, start: int, stop: int) -> F32:
+        """Rows start:stop of one part that has `rows`."""
+        if part.heads:
+            # A permutation moves rows within their head only, so whole heads are read and cut.
+            head = rows // part.heads
+            first, last = start // head, -(-stop // head)
+            values = self._reader.rows(part.tensor, first * head, last * head, part.expert)
+            return _unpermute(values, last - first)[start - first * head : stop - first * head]
+        shift = part.rows[0] if part.rows else 0
+        return self._reader.rows(part.tensor, start + shift, stop + shift, part.expert)
+
+
+def _unpermute(values: F32, heads: int) -> F32:
+    """Rows [heads, dim / 2, 2] (pairs rotated against each other adjacent) → [heads, 2, dim / 2] (halves)."""
+    rows, columns = values.shape
+    return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

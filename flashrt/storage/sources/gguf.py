@@ -1,0 +1,47 @@
+"""A checkpoint in one GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashrt.arch import family_of
+from flashrt.arch.gguf import gguf_config
+from flashrt.errors import CheckpointError
+from flashrt.storage.sources.checkpoint import Checkpoint
+from flashrt.storage.sources.gguf_header import read_gguf_header
+from flashrt.storage.sources.tensors import TensorReader
+from flashrt.text.gguf import text_from_gguf
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def open_gguf(path: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
+    """Open a file; reads its header only. Raises CheckpointError."""
+    header = read_gguf_header(path)
+    reader = TensorReader(header.tensors)
+
+    def shape(tensor: str) -> Sequence[int] | None:
+        return header.tensors[tensor].shape if tensor in header.tensors else None
+
+    if "rope_factors_long.weight" in header.tensors:
+        raise CheckpointError(f"{path}: long rope factors are not supported")
+    factors = reader.vector(ROPE_FACTORS).tolist() if ROPE_FACTORS in header.tensors else None
+    try:
+        config = gguf_config(header.metadata, shape, factors)
+        family = family_of(config["model_type"])
+        spec = family.spec(config)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} is damaged: its metadata makes no sense ({error})") from error
+    status = path.stat()
+    identity = f"{path.name} {status.st_size} {status.st_mtime_ns} {header.digest}"
+    return Checkpoint(
+        spec=spec,
+        name=name or path.stem,
+        source=source or f"GGUF file {path}",
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        reader=reader,
+        tensor_map=family.gguf_tensors(spec, header.tensors.__contains__),
+        text=lambda: text_from_gguf(header.metadata),
+    )

@@ -1,0 +1,60 @@
+"""What turns text into tokens and back, as files: kept beside the weights of a pack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashrt.errors import CheckpointError
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = "text.json"
+
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "eos_token_id")
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """tokenizer: tokenizer.json, the tokenizers library's format
+    chat_template: Jinja source, None for a base model
+    special_tokens: what templates may name: bos_token, eos_token, unk_token, pad_token
+    generation: defaults the model's authors recommend, as in generation_config.json
+    add_bos: whether encoding adds the BOS token; None leaves it to tokenizer.json's post-processor
+    """
+
+    tokenizer: bytes = field(repr=False)
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    add_bos: bool | None = None
+
+    def to_files(self) -> dict[str, bytes]:
+        """File name → content."""
+        settings = {
+            "chat_template": self.chat_template,
+            "special_tokens": dict(self.special_tokens),
+            "generation": dict(self.generation),
+            "add_bos": self.add_bos,
+        }
+        return {TOKENIZER: self.tokenizer, SETTINGS: json.dumps(settings, indent=1).encode()}
+
+    @classmethod
+    def from_files(cls, directory: Path) -> TextFiles:
+        """The inverse of `to_files`. Raises CheckpointError."""
+        try:
+            tokenizer = (directory / TOKENIZER).read_bytes()
+            settings = json.loads((directory / SETTINGS).read_bytes())
+            return cls(
+                tokenizer,
+                settings["chat_template"],
+                settings["special_tokens"],
+                settings["generation"],
+                settings["add_bos"],
+            )
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{directory / SETTINGS} is damaged: {error}") from error

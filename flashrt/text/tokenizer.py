@@ -1,0 +1,110 @@
+"""Text to token ids and back, on the tokenizers library alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashrt.errors import CheckpointError
+from flashrt.text.files import TextFiles
+
+if TYPE_CHECKING:
+    from flashrt.text.template import ChatTemplate
+
+REPLACEMENT = "\ufffd"
+_CONTEXT = 8  # tokens before a stream that decide how its first token is spelled (a leading space or none)
+_MAX_PENDING = 16  # a character takes at most four bytes: what is still unfinished after so many tokens is not UTF-8
+
+
+class Tokenizer:
+    """Wraps one tokenizer.json."""
+
+    def __init__(self, text: TextFiles):
+        from tokenizers import Tokenizer as Backend
+
+        self.text = text
+        try:
+            self._backend: Any = Backend.from_str(text.tokenizer.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"tokenizer.json cannot be used: {error}") from error
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._bos = self._prepended_bos()
+
+    @classmethod
+    def from_files(cls, directory: Path | str) -> Tokenizer:
+        """From the files that `TextFiles.to_files` wrote (a pack's directory)."""
+        return cls(TextFiles.from_files(Path(directory)))
+
+    @property
+    def vocab(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's template. Raises UsageError for a base model, which has none."""
+        from flashrt.text.template import ChatTemplate
+
+        return ChatTemplate.from_text(self.text)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one whole token, such as '<|im_end|>'."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids. `special` adds what the model wants around a text (BOS); pass False for a rendered template,
+        which names its own. Special tokens written out in the text are recognised either way.
+        """
+        backend_adds = special and self.text.add_bos is not False
+        ids: list[int] = self._backend.encode(text, add_special_tokens=backend_adds).ids
+        return [self._bos, *ids] if special and self._bos is not None else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def stream(self, context: Sequence[int] = (), skip_special: bool = True) -> TextStream:
+        """An incremental detokenizer. `context`: the tokens before it, when the text continues theirs."""
+        return TextStream(self, context, skip_special)
+
+    def _prepended_bos(self) -> int | None:
+        """The BOS id, when the model wants one and tokenizer.json does not add it itself."""
+        if not self.text.add_bos or "bos_token" not in self.text.special_tokens:
+            return None
+        bos = self.token_id(self.text.special_tokens["bos_token"])
+        return None if bos in self._backend.encode("").ids else bos
+
+
+class TextStream:
+    """Turns tokens into text as they come. A token may end within a character, and how a token is spelled may depend on
+    the one before it; so a short window of tokens is decoded with and without the new ones, and the difference is
+    given out once it ends on a whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skip_special: bool):
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._known = list(context[-_CONTEXT:])  # tokens whose text was given out
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Text that `token` completes; '' while a character is unfinished."""
+        self._pending.append(token)
+        return self._take(force=len(self._pending) > _MAX_PENDING)
+
+    def flush(self) -> str:
+        """What is left at the end; an unfinished character comes out as U+FFFD."""
+        return self._take(force=True)
+
+    def _take(self, force: bool) -> str:
+        if not self._pending:
+            return ""
+        before = self._tokenizer.decode(self._known, self._skip)
+        after = self._tokenizer.decode(self._known + self._pending, self._skip)
+        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not force):
+            # Special tokens have no text: forget them, or a run of them would grow the window.
+            if after == before and not force:
+                self._pending.clear()
+            return ""
+        self._known, self._pending = self._pending, []
+        return after[len(before) :]
