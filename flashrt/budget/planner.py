@@ -98,6 +98,15 @@ def resident_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, mac
     return _Planner(spec, layout, workload, machine).enough()
 
 
+def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes: int) -> dict[str, int]:
+    """Leading blocks of each tensor that a GPU's host keeps in `host_bytes`, those on the GPU counted in.
+
+    Embeddings are left on disk: a token needs one row of them.
+    """
+    tensors = [t for t in layout.tensors.values() if owner_of(spec, t) != "embeddings"]
+    return _spread(tensors, host_bytes, device_plan.pinned)
+
+
 class _Planner:
     def __init__(self, spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> None:
         self.spec, self.layout, self.workload, self.machine = spec, layout, workload, machine
@@ -261,17 +270,26 @@ def prefix_bytes(tensor: TensorLayout, blocks: int) -> int:
     return last.offset + last.nbytes - tensor.offset
 
 
-def _spread(tensors: list[TensorLayout], free: int) -> dict[str, int]:
-    """Leading blocks of each tensor that fit in `free` bytes together, the same share of every tensor."""
-    total = sum(t.nbytes for t in tensors)
+def _spread(tensors: list[TensorLayout], free: int, have: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Leading blocks of each tensor that fit in `free` bytes together, the same share of every tensor.
+
+    `have` blocks of each are held elsewhere already and cost nothing.
+    """
+    have = have or {t.name: 0 for t in tensors}
+
+    def cost(tensor: TensorLayout, blocks: int) -> int:
+        return prefix_bytes(tensor, blocks) - prefix_bytes(tensor, have[tensor.name])
+
+    total = sum(cost(t, t.blocks) for t in tensors)
     if total <= free:
         return {t.name: t.blocks for t in tensors}
-    share = {t.name: int(t.blocks * max(free, 0) / total) for t in tensors}
-    free -= sum(prefix_bytes(t, share[t.name]) for t in tensors)
+    part = max(free, 0) / total
+    share = {t.name: have[t.name] + int((t.blocks - have[t.name]) * part) for t in tensors}
+    free -= sum(cost(t, share[t.name]) for t in tensors)
     for tensor in sorted(tensors, key=lambda t: share[t.name] / t.blocks):  # those that rounding left furthest behind
-        have = share[tensor.name]
-        more = prefix_bytes(tensor, have + 1) - prefix_bytes(tensor, have) if have < tensor.blocks else free + 1
+        blocks = share[tensor.name]
+        more = cost(tensor, blocks + 1) - cost(tensor, blocks) if blocks < tensor.blocks else free + 1
         if more <= free:
-            share[tensor.name] = have + 1
+            share[tensor.name] = blocks + 1
             free -= more
     return share

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import Plan, owner_of, prefix_bytes
-from flashrt.cache.streamer import Streamer
+from flashrt.cache.device import Device, Tensor
 from flashrt.errors import PackError
-from flashrt.storage.layout import PAGE, Block, TensorLayout
+from flashrt.storage.layout import PAGE, Block, PackLayout, TensorLayout
 from flashrt.storage.pack import Pack
-from flashrt.storage.reader import DEPTH, Reader
+from flashrt.storage.reader import Reader
 from flashrt_kernels.rows import row_bytes
 
 Array = np.ndarray
@@ -28,28 +26,25 @@ Array = np.ndarray
 class Weights:
     """Pinned and streamed weights of `pack` under `plan`. `load` must be called before anything else."""
 
-    def __init__(self, pack: Pack, plan: Plan, ledger: Ledger, reader: Reader) -> None:
-        self.pack, self.plan, self.reader = pack, plan, reader
+    def __init__(self, pack: Pack, plan: Plan, device: Device, reader: Reader) -> None:
+        self.pack, self.plan, self.device, self.reader = pack, plan, device, reader
         self.spec, self.layout = pack.spec, pack.layout
-        self._pinned: dict[str, Array] = {}
+        self._pinned: dict[str, Tensor] = {}
         for tensor in self.layout.tensors.values():
             bundles = prefix_bytes(tensor, plan.pinned[tensor.name]) // tensor.stride
             owner = owner_of(self.spec, tensor)
-            self._pinned[tensor.name] = ledger.allocate(owner, (bundles, tensor.stride), np.uint8)
+            self._pinned[tensor.name] = device.allocate(owner, (bundles, tensor.stride), np.uint8)
         self._vectors = {
-            name: ledger.allocate("norms and biases", (v.length,), np.float32)
-            for name, v in self.layout.vectors.items()
+            name: device.allocate("norms and biases", (v.length,), np.float32) for name, v in self.layout.vectors.items()
         }
-        slots = [ledger.allocate("stream buffers", (plan.slot_bytes,), np.uint8) for _ in range(plan.slots)]
-        self._static = Streamer(reader, slots)
-        more = plan.slots if any(layer.ffn.experts for layer in self.spec.layers) else 0
-        slots = [ledger.allocate("stream buffers", (plan.slot_bytes,), np.uint8) for _ in range(more)]
-        self._experts = Streamer(reader, slots)
+        has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
+        self._static = device.stream(plan.slots, plan.slot_bytes)
+        self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
         self._blocks = {t.name: [t.block(i) for i in range(t.blocks)] for t in self.layout.tensors.values()}
         self._body = self._streamed(_body_tensors(self.layout.tensors.values()))
         self._head = self._streamed([self.layout.tensors[self.spec.head]])
         self._ahead: bool | None = None  # whether a pass is already expected, and if so, with the head or without
-        self._window = ledger.allocate("embedding reads", (self._window_bytes(),), np.uint8)
+        self._window = device.window(window_bytes(self.layout))
         self._checked: set[tuple[str, int]] = set()
 
     @property
@@ -61,21 +56,16 @@ class Weights:
         """Read vectors and pinned blocks."""
         self._load_vectors()
         done, total = 0, self.plan.pinned_bytes
-        flying: deque = deque()
-        for name, array in self._pinned.items():
-            stride = self.layout.tensors[name].stride
-            flat = array.reshape(-1)
-            for block in self._blocks[name][: self.plan.pinned[name]]:
-                start = block.first * stride
-                flying.append(self.reader.submit(block, flat[start : start + block.nbytes]))
-                if len(flying) > 2 * DEPTH:
-                    done += _finish(flying)
-                    progress(done, total)
-        while flying:
-            done += _finish(flying)
-        progress(done, total)
 
-    def vector(self, name: str) -> Array:
+        def arrived(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        self.device.fill(self._pinned_blocks(), arrived)
+        self.device.keep(self._streamed(self.layout.tensors.values()))
+
+    def vector(self, name: str) -> Tensor:
         """A norm weight or bias, float32 [length]."""
         return self._vectors[name]
 
@@ -104,7 +94,7 @@ class Weights:
             indices = tensor.run_block_range(expert)
             self._experts.expect(self._blocks[tensor.name][max(indices.start, pinned) : max(indices.stop, pinned)])
 
-    def runs(self, name: str, run: int = 0) -> Iterator[tuple[int, Array]]:
+    def runs(self, name: str, run: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first bundle within the run, uint8 [bundles, stride]) that together cover one run of a tensor."""
         tensor = self.layout.tensors[name]
         start, pinned = run * tensor.run_stride, self._pinned[name]
@@ -120,7 +110,7 @@ class Weights:
             yield first, bundles[: tensor.run_bundles - first]
         streamer.release()
 
-    def rows(self, name: str, ids: Iterable[int], out: Array) -> None:
+    def rows(self, name: str, ids: Iterable[int], out: Tensor) -> None:
         """Copy the encoded rows `ids` of a matrix into `out` (uint8 [len(ids), row_bytes])."""
         tensor = self.layout.tensors[name]
         size = row_bytes(tensor.codec, tensor.columns)
@@ -130,7 +120,7 @@ class Weights:
             if bundle < len(pinned):
                 out[i] = pinned[bundle, position * size : (position + 1) * size]
             else:
-                out[i] = self._read_row(tensor, bundle, position * size, size)
+                self.device.put(self._read_row(tensor, bundle, position * size, size), out[i])
 
     def _read_row(self, tensor: TensorLayout, bundle: int, offset: int, size: int) -> Array:
         self._check_block(self._blocks[tensor.name][bundle // tensor.block_bundles])
@@ -143,8 +133,13 @@ class Weights:
             self.reader.submit(block, self._window[: block.nbytes]).wait()
             self._checked.add(key)
 
-    def _window_bytes(self) -> int:
-        return max(t.max_block_bytes for t in self.layout.tensors.values()) + 2 * PAGE
+    def _pinned_blocks(self) -> Iterator[tuple[Block, Tensor]]:
+        for name, memory in self._pinned.items():
+            stride = self.layout.tensors[name].stride
+            flat = memory.reshape(-1)
+            for block in self._blocks[name][: self.plan.pinned[name]]:
+                start = block.first * stride
+                yield block, flat[start : start + block.nbytes]
 
     def _load_vectors(self) -> None:
         for file in self.layout.file_bytes:
@@ -155,7 +150,7 @@ class Weights:
                     data = handle.read(4 * layout.length)
                     crc = zlib.crc32(data, crc)
                     if len(data) == 4 * layout.length:
-                        self._vectors[layout.name][:] = np.frombuffer(data, "<f4")
+                        self.device.put(np.frombuffer(data, "<f4"), self._vectors[layout.name])
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             if crc != self.pack.manifest.files[file].vectors_crc32:
                 raise PackError(f"{self.pack.path / file} is damaged: its vectors do not match their checksum")
@@ -176,7 +171,6 @@ def _body_tensors(tensors: Iterable[TensorLayout]) -> Iterator[TensorLayout]:
             yield tensor
 
 
-def _finish(flying: deque) -> int:
-    ticket = flying.popleft()
-    ticket.wait()
-    return int(ticket.block.nbytes)
+def window_bytes(layout: PackLayout) -> int:
+    """Bytes of the window through which single rows are read: any block, at any offset."""
+    return max(t.max_block_bytes for t in layout.tensors.values()) + 2 * PAGE

@@ -9,82 +9,65 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import Machine, Plan, Workload, plan, resident_budget
-from flashrt.budget.process import (
-    available_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-    resident_bytes,
-    usable_cores,
-)
+from flashrt.budget.planner import Plan, Workload, plan, resident_budget, smallest_budget
 from flashrt.budget.profile import DiskProfile, load_disk_profile, save_disk_profile, sequential_rate
 from flashrt.budget.working_set import working_set
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
 from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
+from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt.text.tokenizer import Tokenizer
-from flashrt_kernels import ops
-from flashrt_kernels.rows import Codec
 
 Progress = Callable[[int, int], None]
 
 DEFAULT_CONTEXT = 4096
-RUNTIME_GROWTH = 4 << 20  # what the interpreter still takes after it was measured: reports, text, block lists
-AVAILABLE_SHARE = 0.85  # of the machine's free memory that is used when no budget is given
+AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
 
 
 class Prepared:
     """An opened pack and all that a plan depends on: what `flashrt plan` and `flashrt run` have in common.
 
-    The process is measured once everything but the model is loaded, so that both see the same figure.
+    The process is measured here, once everything but the model is loaded, so that both see the same figure.
     """
 
-    def __init__(self, path: Path | str, cache: Path, threads: int | None = None) -> None:
-        self.pack = Pack(path)
-        self.cache = cache
-        self.ops = ops.load("cpu")
-        self.ops.set_threads(threads or usable_cores())
-        self.tokenizer = Tokenizer.from_files(self.pack.read_text)
-        release_free_memory()
-        self._runtime = resident_bytes() + RUNTIME_GROWTH
-        self._peak = peak_resident_bytes()
+    def __init__(self, path: Path | str, cache: Path, runtime: Runtime) -> None:
+        self.pack, self.cache, self.runtime = Pack(path), cache, runtime
+        self.tokenizer = Tokenizer.from_pack(self.pack.read_text)
+        self.machine = runtime.machine(self.pack)
 
     @property
     def spec(self) -> ModelSpec:
         return self.pack.spec
 
-    def machine(self) -> Machine:
-        exact = self.pack.manifest.dtype is Codec.F32
-        return Machine(self._runtime, self._peak, 4 if exact else 2, self._scratch_bytes)
-
     def plan(self, budget_gb: float | None, workload: Workload) -> Plan:
         """Plan the budget; without one, all that the model needs or that the machine has."""
-        machine = self.machine()
+        arguments = (self.spec, self.pack.layout)
         if budget_gb is not None:
-            budget = budget_bytes(budget_gb)
-        else:
-            enough = resident_budget(self.spec, self.pack.layout, workload, machine)
-            budget = min(enough, int(AVAILABLE_SHARE * available_bytes()) + self._runtime)
-        return plan(self.spec, self.pack.layout, budget, workload, machine)
+            return plan(*arguments, budget_bytes(budget_gb), workload, self.machine)
+        enough = resident_budget(*arguments, workload, self.machine)
+        available = int(AVAILABLE_SHARE * self.runtime.available())
+        return plan(*arguments, min(enough, available), workload, self.machine)
+
+    def smallest_budget(self, workload: Workload) -> int:
+        """Bytes of the smallest budget that `plan` accepts."""
+        return smallest_budget(self.spec, self.pack.layout, workload, self.machine)
 
     def engine(self, the_plan: Plan, progress: Progress = lambda done, total: None) -> Engine:
         """Allocate what the plan says, load what it pins, and return an engine."""
+        disk_rate = None if the_plan.resident else self.disk_rate()
         began = time.perf_counter()
-        disk_rate = None if the_plan.resident else self._disk_rate()
-        engine = build_engine(self.pack, the_plan, self.tokenizer, self.ops, progress, disk_rate)
+        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress)
         engine.load_s = time.perf_counter() - began
+        engine.disk_rate = disk_rate
         return engine
 
-    def _scratch_bytes(self, tokens: int) -> int:
-        return int(self.ops.scratch_bytes(self.spec, tokens))
-
-    def _disk_rate(self) -> float:
-        """The measured sequential rate of the disk that holds the pack."""
+    def disk_rate(self) -> float:
+        """The sequential rate of the disk that holds the pack: measured once, then taken from the profile."""
         device = self.pack.path.stat().st_dev
         known = load_disk_profile(self.cache, device)
         if known is None:
@@ -98,27 +81,26 @@ def build_engine(
     pack: Pack,
     the_plan: Plan,
     tokenizer: Tokenizer,
-    kernels: ops.Ops,
+    runtime: Runtime,
     progress: Progress = lambda done, total: None,
-    disk_rate: float | None = None,
 ) -> Engine:
-    """An engine for exactly this plan."""
+    """An engine for exactly this plan, loaded."""
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     reader = Reader(pack)
     try:
-        weights = Weights(pack, the_plan, ledger, reader)
-        kv_type = np.float32 if pack.manifest.dtype is Codec.F32 else np.uint16
-        kv = KVCache(spec, the_plan.context, lambda shape: ledger.allocate("KV", shape, kv_type))
-        shapes = working_set(
-            spec, pack.layout.tensors["embed"].codec, the_plan.chunk, the_plan.logit_rows, the_plan.scoring
-        )
+        device = runtime.device(pack, the_plan, ledger, reader)
+        weights = Weights(pack, the_plan, device, reader)
+        kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
+        kv = KVCache(spec, the_plan.context, lambda shape: device.allocate("KV", shape, kv_type))
+        codec = pack.layout.tensors["embed"].codec
+        shapes = working_set(spec, codec, the_plan.chunk, the_plan.logit_rows, the_plan.scoring)
         buffers = {
-            name: ledger.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
+            name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()
         }
-        scratch = ledger.allocate("activations", (kernels.scratch_bytes(spec, the_plan.chunk),), np.uint8)
+        scratch = device.allocate("activations", (device.ops.scratch_bytes(spec, the_plan.chunk),), np.uint8)
         weights.load(progress)
-        return Engine(Decoder(weights, kv, buffers, scratch, kernels), reader, the_plan, tokenizer, disk_rate=disk_rate)
+        return Engine(Decoder(weights, kv, buffers, scratch, device.ops), reader, the_plan, tokenizer, runtime)
     except BaseException:
         reader.close()
         raise

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from flashrt.budget.planner import Plan
-from flashrt.cache.weights import Weights
 from flashrt.config import Sampling
 from flashrt.engine.generation import Generation
+from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
 from flashrt.model.decoder import NARROW, Decoder
 from flashrt.spec import ModelSpec
@@ -34,13 +34,12 @@ class Engine:
         reader: Reader,
         plan: Plan,
         tokenizer: Tokenizer,
-        *,
-        disk_rate: float | None = None,
-        load_s: float = 0.0,
+        runtime: Runtime,
     ) -> None:
         self.decoder, self.reader, self.plan, self.tokenizer = decoder, reader, plan, tokenizer
-        self.weights: Weights = decoder.weights
-        self.disk_rate, self.load_s = disk_rate, load_s
+        self.runtime, self.weights = runtime, decoder.weights
+        self.disk_rate: float | None = None  # bytes per second that the disk gives; for reports
+        self.load_s = 0.0
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
 
     def __enter__(self) -> Engine:
@@ -93,7 +92,7 @@ class Engine:
         """
         if window < 2 or window > self.plan.context:
             raise UsageError(f"the window is {window} tokens, expected 2 to the context of {self.plan.context}")
-        prefix = self.tokenizer.prefix
+        prefix = self.tokenizer.encode("")
         step = window - len(prefix)
         windows = [prefix + list(ids[i : i + step]) for i in range(0, len(ids), step)]
         total, count = 0.0, 0

@@ -128,7 +128,7 @@ class Generation:
             decode_s=decode_s,
             decode_tok_per_s=decoded / decode_s if decoded and decode_s > 0 else None,
             peak_rss_bytes=peak_resident_bytes(),
-            device_peak_bytes=None,
+            device_peak_bytes=engine.runtime.peak_bytes(),
             budget_bytes=engine.plan.budget_bytes,
             bytes_read_total=end.bytes_read - began.bytes_read,
             bytes_read_per_token=read / decoded if decoded else 0.0,

@@ -1,0 +1,91 @@
+"""What the engine needs of the place that computes: memory, kernels, and blocks brought to it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from flashrt.budget.ledger import Ledger
+from flashrt.cache.streamer import Streamer
+from flashrt.storage.layout import Block
+from flashrt.storage.reader import DEPTH, Reader
+
+Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
+Progress = Callable[[int], None]  # bytes of a block that has arrived
+
+
+class BlockStream(Protocol):
+    """Blocks in the order in which they will be used; see `Streamer`."""
+
+    wait_s: float
+
+    def expect(self, blocks: Iterable[Block]) -> None: ...
+    def take(self, block: Block) -> Tensor: ...
+    def release(self) -> None: ...
+    def flush(self) -> None: ...
+
+
+class Device(Protocol):
+    """A place that computes."""
+
+    ops: Any
+
+    def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Tensor:
+        """Zeroed memory of the device, charged to `owner`; uint16 stands for bfloat16."""
+
+    def window(self, nbytes: int) -> np.ndarray:
+        """Page-aligned host memory, uint8 [nbytes], through which single rows of embeddings are read."""
+
+    def stream(self, slots: int, slot_bytes: int) -> BlockStream:
+        """A ring of `slots` buffers."""
+
+    def fill(self, items: Iterable[tuple[Block, Tensor]], arrived: Progress) -> None:
+        """Read each block into its uint8 memory of the device."""
+
+    def keep(self, blocks: Iterable[Block]) -> None:
+        """Bring those of the blocks to be streamed nearer that a tier between disk and device has room for."""
+
+    def put(self, values: np.ndarray, out: Tensor) -> None:
+        """Copy host values to memory of the device."""
+
+
+class CpuDevice:
+    """The budgeted memory of a machine without a GPU: reads go straight to where the kernels compute."""
+
+    def __init__(self, ops: Any, ledger: Ledger, reader: Reader) -> None:
+        self.ops, self._ledger, self._reader = ops, ledger, reader
+
+    def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
+        return self._ledger.allocate(owner, shape, dtype)
+
+    def window(self, nbytes: int) -> np.ndarray:
+        return self._ledger.allocate("embedding reads", (nbytes,), np.uint8)
+
+    def stream(self, slots: int, slot_bytes: int) -> Streamer:
+        return Streamer(
+            self._reader, [self._ledger.allocate("stream buffers", (slot_bytes,), np.uint8) for _ in range(slots)]
+        )
+
+    def fill(self, items: Iterable[tuple[Block, np.ndarray]], arrived: Progress) -> None:
+        flying: deque = deque()
+
+        def finish() -> None:
+            ticket = flying.popleft()
+            ticket.wait()
+            arrived(ticket.block.nbytes)
+
+        for block, memory in items:
+            flying.append(self._reader.submit(block, memory))
+            if len(flying) > 2 * DEPTH:
+                finish()
+        while flying:
+            finish()
+
+    def keep(self, blocks: Iterable[Block]) -> None:
+        """There is no such tier: memory not in the plan belongs to others."""
+
+    def put(self, values: np.ndarray, out: np.ndarray) -> None:
+        out[...] = values

@@ -1,0 +1,216 @@
+"""Blocks brought to a GPU: disk → pinned host slots → device slots, copies overlapped with compute on a side stream.
+
+The host is a tier of its own: blocks that fit in its budget are read once into pinned memory and cross PCIe from
+there; the rest comes from disk each time. On `torch.device('cpu')` the same code runs without streams, as the
+reference that tests compare with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashrt.budget.ledger import Ledger
+from flashrt.cache.device import Progress
+from flashrt.storage.layout import Block
+from flashrt.storage.reader import DEPTH, Reader, Ticket
+
+Slot = torch.Tensor
+
+_DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.uint16: torch.bfloat16}
+
+
+class TorchDevice:
+    """A torch device behind a ledger that counts its memory.
+
+    `host_blocks` maps tensor → how many of its leading blocks host memory may hold (those on the device included).
+    """
+
+    def __init__(
+        self, ops: Any, name: str, ledger: Ledger, reader: Reader, host_blocks: Mapping[str, int] | None = None
+    ) -> None:
+        self.ops, self._ledger, self._reader = ops, ledger, reader
+        self.device = torch.device(name)
+        self._cuda = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if self._cuda else None
+        self._host_blocks = host_blocks or {}
+        self._host: dict[tuple[str, int], torch.Tensor] = {}
+
+    def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> torch.Tensor:
+        kind = _DTYPES[np.dtype(dtype).type]
+        result = torch.zeros(tuple(shape), dtype=kind, device=self.device)
+        self._ledger.charge(owner, result.numel() * result.element_size())
+        return result
+
+    def window(self, nbytes: int) -> np.ndarray:
+        return self._staging(nbytes).numpy()
+
+    def stream(self, slots: int, slot_bytes: int) -> TorchStream:
+        device_slots = [self.allocate("stream buffers", (slot_bytes,), np.uint8) for _ in range(slots)]
+        staging = [self._staging(slot_bytes) for _ in range(slots)]
+        return TorchStream(self._reader, device_slots, staging, self._host, self._copies)
+
+    def fill(self, items: Iterable[tuple[Block, torch.Tensor]], arrived: Progress) -> None:
+        flying: deque[tuple[Ticket, torch.Tensor, torch.Tensor]] = deque()
+        free: deque[torch.Tensor] = deque()
+
+        def finish() -> None:
+            ticket, staged, memory = flying.popleft()
+            ticket.wait()
+            memory.copy_(staged[: ticket.block.nbytes])
+            free.append(staged)
+            arrived(ticket.block.nbytes)
+
+        for block, memory in items:
+            if len(flying) > 2 * DEPTH:
+                finish()
+            staged = free.popleft() if free and free[0].numel() >= block.nbytes else self._staging(block.nbytes)
+            flying.append((self._reader.submit(block, staged[: block.nbytes].numpy()), staged, memory))
+        while flying:
+            finish()
+
+    def put(self, values: np.ndarray, out: torch.Tensor) -> None:
+        out.copy_(torch.from_numpy(np.array(values)))
+
+    def keep(self, blocks: Iterable[Block]) -> None:
+        flying: list[Ticket] = []
+        for block in blocks:
+            if block.index < self._host_blocks.get(block.tensor, 0):
+                memory = self._staging(block.nbytes)
+                self._host[block.tensor, block.index] = memory
+                flying.append(self._reader.submit(block, memory.numpy()))
+        for ticket in flying:
+            ticket.wait()
+
+    def _staging(self, nbytes: int) -> torch.Tensor:
+        """Page-aligned host memory, pinned where a GPU reads from it."""
+        page = 4096
+        raw = torch.empty(nbytes + page, dtype=torch.uint8, pin_memory=self._cuda)
+        offset = -raw.data_ptr() % page
+        return raw[offset : offset + nbytes]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A block on its way: read (unless host memory holds it), then copied."""
+
+    block: Block
+    source: torch.Tensor
+    staging: torch.Tensor | None
+    ticket: Ticket | None
+    slot: Slot | None = None
+    copied: Any = None  # CUDA event
+
+
+class TorchStream:
+    """A ring like `Streamer`, whose buffers lie on a torch device. `host` holds blocks that need no read."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        slots: Sequence[Slot],
+        staging: Sequence[torch.Tensor],
+        host: Mapping[tuple[str, int], torch.Tensor],
+        copies: Any,
+    ) -> None:
+        self._reader, self._host, self._copies = reader, host, copies
+        self._free: deque[tuple[Slot, Any]] = deque((slot, None) for slot in slots)  # slot, event of its last use
+        self._staging = deque(staging)
+        self._leaving: deque[tuple[torch.Tensor, Any]] = deque()  # staging buffers being copied from, with the event
+        self._wanted: deque[Block] = deque()
+        self._flying: deque[_Flight] = deque()
+        self._held: Slot | None = None
+        self.wait_s = 0.0
+
+    def expect(self, blocks: Iterable[Block]) -> None:
+        self._wanted.extend(blocks)
+        self._pump()
+
+    def take(self, block: Block) -> torch.Tensor:
+        self.release()
+        if not self._flying or self._flying[0].block is not block:
+            raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
+        flight = self._flying[0]
+        if flight.copied is None:
+            self._copy(flight)
+        self._flying.popleft()
+        if self._copies is not None:
+            torch.cuda.current_stream().wait_event(flight.copied)
+        self._held = flight.slot
+        self._pump()
+        assert flight.slot is not None
+        return flight.slot[: block.nbytes]
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._free.append((self._held, self._used()))
+            self._held = None
+        self._pump()
+
+    def flush(self) -> None:
+        self._wanted.clear()
+        if self._held is not None:
+            self._free.append((self._held, self._used()))
+            self._held = None
+        while self._flying:
+            flight = self._flying.popleft()
+            if flight.ticket is not None:
+                flight.ticket.settle()
+            if flight.copied is not None and self._copies is not None:
+                flight.copied.synchronize()
+            if flight.slot is not None:
+                self._free.append((flight.slot, None))
+            if flight.staging is not None and flight.copied is None:
+                self._staging.append(flight.staging)
+
+    def _pump(self) -> None:
+        """Start reads while there are staging buffers, and copies of what has arrived while there are slots."""
+        while self._leaving and (self._leaving[0][1] is None or self._leaving[0][1].query()):
+            self._staging.append(self._leaving.popleft()[0])
+        while self._wanted and len(self._flying) < len(self._free) + len(self._staging) + 1:
+            flight = self._depart(self._wanted[0])
+            if flight is None:
+                break
+            self._wanted.popleft()
+            self._flying.append(flight)
+        for flight in self._flying:
+            if flight.copied is None:
+                if not self._free or (flight.ticket is not None and not flight.ticket.ready):
+                    break
+                self._copy(flight)
+
+    def _depart(self, block: Block) -> _Flight | None:
+        held = self._host.get((block.tensor, block.index))
+        if held is not None:
+            return _Flight(block, held, None, None)
+        if not self._staging:
+            return None
+        staging = self._staging.popleft()
+        source = staging[: block.nbytes]
+        return _Flight(block, source, staging, self._reader.submit(block, source.numpy()))
+
+    def _copy(self, flight: _Flight) -> None:
+        """Enqueue the copy to a device slot; waits for the read, not for the copy."""
+        if flight.ticket is not None:
+            began = time.perf_counter()
+            flight.ticket.wait()
+            self.wait_s += time.perf_counter() - began
+        slot, used = self._free.popleft()
+        with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
+            if used is not None:
+                self._copies.wait_event(used)
+            slot[: flight.block.nbytes].copy_(flight.source, non_blocking=True)
+            flight.slot, flight.copied = slot, self._copies.record_event() if self._copies is not None else True
+        if flight.staging is not None:
+            self._leaving.append((flight.staging, flight.copied if self._copies is not None else None))
+
+    def _used(self) -> Any:
+        """An event after all that is enqueued so far on the computing stream."""
+        return torch.cuda.current_stream().record_event() if self._copies is not None else None

@@ -1,0 +1,155 @@
+"""What differs between computing on the CPU and on a GPU: what the process costs, and the device it computes on."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any, Protocol
+
+from flashrt.budget.ledger import Ledger
+from flashrt.budget.planner import GIB, Machine, Plan, host_tier
+from flashrt.budget.process import (
+    available_bytes,
+    peak_resident_bytes,
+    release_free_memory,
+    resident_bytes,
+    usable_cores,
+)
+from flashrt.cache.device import CpuDevice, Device
+from flashrt.config import budget_bytes
+from flashrt.errors import BudgetError, DeviceError, UsageError
+from flashrt.spec import ModelSpec
+from flashrt.storage.layout import PackLayout
+from flashrt.storage.pack import Pack
+from flashrt.storage.reader import Reader
+from flashrt_kernels import ops
+from flashrt_kernels.rows import Codec
+
+RUNTIME_GROWTH = 4 << 20  # what the interpreter still takes after it was measured: reports, text, block lists
+HOST_SHARE = 0.5  # of the memory available that pinned host memory takes when no host budget is given
+ITEM_BYTES = {Codec.F32: 4}  # of keys and values: float32 packs keep float32, all others bfloat16
+
+
+class Runtime(Protocol):
+    """A device before any model is on it. Measure it when everything but the model is loaded."""
+
+    ops: Any
+
+    def machine(self, pack: Pack) -> Machine:
+        """What the process costs on the budgeted device."""
+
+    def available(self) -> int:
+        """Bytes that a budget may cover when the user gives none."""
+
+    def device(self, pack: Pack, plan: Plan, ledger: Ledger, reader: Reader) -> Device:
+        """The device that carries out `plan`."""
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that the process has held on a GPU; None where the budget bounds the process itself."""
+
+
+class CpuRuntime:
+    """The budget bounds the whole process."""
+
+    def __init__(self, threads: int | None) -> None:
+        self.ops = ops.load("cpu")
+        self.ops.set_threads(threads or usable_cores())
+
+    def machine(self, pack: Pack) -> Machine:
+        release_free_memory()
+        return Machine(
+            resident_bytes() + RUNTIME_GROWTH, peak_resident_bytes(), kv_item_bytes(pack), self.ops.scratch_bytes
+        )
+
+    def available(self) -> int:
+        return resident_bytes() + available_bytes()
+
+    def device(self, pack: Pack, plan: Plan, ledger: Ledger, reader: Reader) -> Device:
+        return CpuDevice(self.ops, ledger, reader)
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+
+class CudaRuntime:
+    """The budget bounds all GPU memory of the process, its context included; `host_budget_gb` bounds host memory."""
+
+    def __init__(self, host_budget_gb: float | None) -> None:
+        before = _gpu_used_bytes()
+        try:
+            import torch
+        except ImportError:
+            raise DeviceError("--device cuda needs torch: install flashrt[gpu]") from None
+        if not torch.cuda.is_available():
+            raise DeviceError("--device cuda: torch sees no CUDA device. Use --device cpu")
+        self.ops = ops.load("torch")
+        self._torch = torch
+        self._host_bytes = None if host_budget_gb is None else budget_bytes(host_budget_gb)
+        self._warm_up()
+        free, total = torch.cuda.mem_get_info()
+        self._context = total - free - before - torch.cuda.memory_reserved()
+
+    def machine(self, pack: Pack) -> Machine:
+        runtime = self._context + RUNTIME_GROWTH
+        return Machine(runtime, runtime, kv_item_bytes(pack), self.ops.scratch_bytes)
+
+    def available(self) -> int:
+        return int(self._torch.cuda.mem_get_info()[0]) + self._context
+
+    def device(self, pack: Pack, plan: Plan, ledger: Ledger, reader: Reader) -> Device:
+        from flashrt.cache.torch_device import TorchDevice
+
+        torch = self._torch
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min((plan.budget_bytes - self._context) / total, 1.0))
+        blocks = host_tier(pack.spec, pack.layout, plan, self._host_tier_bytes(pack.spec, pack.layout, plan))
+        return TorchDevice(self.ops, "cuda", ledger, reader, blocks)
+
+    def peak_bytes(self) -> int | None:
+        return self._context + int(self._torch.cuda.max_memory_reserved())
+
+    def _host_tier_bytes(self, spec: ModelSpec, layout: PackLayout, plan: Plan) -> int:
+        """What pinned host memory may take for weights: the host's budget less the process and the staging buffers."""
+        staging = 2 * plan.slots * plan.slot_bytes + 2 * max(t.max_block_bytes for t in layout.tensors.values())
+        if self._host_bytes is None:
+            return max(int(HOST_SHARE * available_bytes()) - staging, 0)
+        needed = resident_bytes() + RUNTIME_GROWTH + staging
+        if self._host_bytes < needed:
+            raise BudgetError(
+                f"a host budget of {self._host_bytes / GIB:.3f} GiB is too small: the process and its staging buffers "
+                f"take {needed / GIB:.3f} GiB"
+            )
+        return self._host_bytes - needed
+
+    def _warm_up(self) -> None:
+        """Make the libraries take what they take, so that it can be measured."""
+        torch = self._torch
+        for dtype in (torch.float32, torch.bfloat16):
+            square = torch.ones(64, 64, device="cuda", dtype=dtype)
+            (square @ square).sum().item()
+        torch.cuda.empty_cache()
+
+
+def runtime_for(device: str, threads: int | None = None, host_budget_gb: float | None = None) -> Runtime:
+    """The runtime named by `--device`. Raises DeviceError or UsageError."""
+    if device == "cpu":
+        if host_budget_gb is not None:
+            raise UsageError("a host budget is for --device cuda; on the CPU the budget bounds the whole process")
+        return CpuRuntime(threads)
+    if device == "cuda":
+        return CudaRuntime(host_budget_gb)
+    raise UsageError(f"unknown device {device!r}: expected cpu or cuda")
+
+
+def kv_item_bytes(pack: Pack) -> int:
+    """Bytes of one number in the KV cache."""
+    return ITEM_BYTES.get(pack.manifest.dtype, 2)
+
+
+def _gpu_used_bytes() -> int:
+    """Memory in use on the first GPU before this process touches it; 0 when the driver's tool is missing."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(output.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
