@@ -1,0 +1,74 @@
+# Everything runs in a virtual environment of its own, made on first use with the versions of constraints.txt.
+#
+#   make demo        install, fetch the demo model, pack it, run it under a budget
+#   make test        install with test tools, lint, type check, quick tests
+#   make test-slow   the long tests: real models, memory cgroups
+#   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
+#   make bench       speed of the demo pack         make gpu-report  GPU tests and benchmark, with the Python at hand
+#   make clean       remove what was built; models stay
+#
+# PYTHON names the interpreter to start from (3.10 or later), VENV the environment, MODELS where packs are kept.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODELS ?= models
+DEMO_DTYPE ?= int4
+DEMO_BUDGET_GB ?= 0.7
+DEMO_PROMPT ?= Write a Python function that returns the n-th Fibonacci number.
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/flashrt_kernels/cpu/*.cpp kernels/flashrt_kernels/cpu/*.h)
+
+.PHONY: demo test test-slow lint format bench gpu-report clean
+
+demo: $(DEMO_PACK)/manifest.json
+	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --prompt "$(DEMO_PROMPT)"
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(DEV)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEMO_PACK)/manifest.json
+	$(BIN)/flashrt bench $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --json
+
+# No environment is made and nothing is installed: the machine with the GPU may be unable to download anything.
+gpu-report:
+	PYTHONPATH=.:kernels $(PYTHON) tools/gpu_report.py
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flashrt needs Python 3.10 or later; set PYTHON")'
+	$(PYTHON) -m venv $(VENV)
+
+# The build tools come from the constraints too, hence an install without build isolation.
+$(RUNTIME): $(BUILD_FILES) | $(BIN)/python
+	$(PIP) install -q -c constraints.txt scikit-build-core nanobind cmake ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(DEV): $(RUNTIME)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# Only the manifest of a finished pack counts; an interrupted one is resumed.
+$(DEMO_PACK)/manifest.json: | $(RUNTIME)
+	$(BIN)/flashrt pull demo
+	$(BIN)/flashrt pack demo $(DEMO_PACK) --dtype $(DEMO_DTYPE)
