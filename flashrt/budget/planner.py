@@ -175,10 +175,13 @@ class _Planner:
         return CHUNKS[-1]
 
     def _chunk(self, budget: int) -> int:
-        """The longest pass that is of use and takes no more than its share."""
+        """The longest pass that is of use and takes no more than its share, or nothing from the weights."""
         limit = CHUNK_SHARE * (budget - self.machine.runtime_bytes)
         for chunk in CHUNKS:
-            if not self._too_long(chunk) and self._fixed(chunk)["activations"] <= limit:
+            fixed = self._fixed(chunk)
+            free = budget - slack_bytes(budget) - sum(fixed.values())
+            within = self._ring_bytes(RING_SLOTS[-1]) <= free and fixed["activations"] <= limit
+            if not self._too_long(chunk) and (within or self.weight_bytes <= free):
                 return chunk
         return self._smallest_chunk()
 
@@ -284,12 +287,15 @@ def _spread(tensors: list[TensorLayout], free: int, have: Mapping[str, int] | No
     if total <= free:
         return {t.name: t.blocks for t in tensors}
     part = max(free, 0) / total
-    share = {t.name: have[t.name] + int((t.blocks - have[t.name]) * part) for t in tensors}
+    share = {t.name: have[t.name] + int(part * cost(t, t.blocks)) // t.max_block_bytes for t in tensors}
     free -= sum(cost(t, share[t.name]) for t in tensors)
-    for tensor in sorted(tensors, key=lambda t: share[t.name] / t.blocks):  # those that rounding left furthest behind
-        blocks = share[tensor.name]
-        more = cost(tensor, blocks + 1) - cost(tensor, blocks) if blocks < tensor.blocks else free + 1
-        if more <= free:
-            share[tensor.name] = blocks + 1
-            free -= more
+    grew = True
+    while grew:  # hand out what rounding left over, to those furthest behind first
+        grew = False
+        for tensor in sorted(tensors, key=lambda t: share[t.name] / t.blocks):
+            blocks = share[tensor.name]
+            if blocks < tensor.blocks and (more := cost(tensor, blocks + 1) - cost(tensor, blocks)) <= free:
+                share[tensor.name] = blocks + 1
+                free -= more
+                grew = True
     return share

@@ -51,6 +51,12 @@ class Device(Protocol):
     def put(self, values: np.ndarray, out: Tensor) -> None:
         """Copy host values to memory of the device."""
 
+    def make(self, values: np.ndarray) -> Tensor:
+        """Host values on the device: small things that change with every pass, such as who goes to which expert."""
+
+    def get(self, values: Tensor) -> np.ndarray:
+        """Values of the device on the host; valid until the next pass."""
+
 
 class CpuDevice:
     """The budgeted memory of a machine without a GPU: reads go straight to where the kernels compute."""
@@ -89,3 +95,9 @@ class CpuDevice:
 
     def put(self, values: np.ndarray, out: np.ndarray) -> None:
         out[...] = values
+
+    def make(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def get(self, values: np.ndarray) -> np.ndarray:
+        return values

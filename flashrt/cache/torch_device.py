@@ -79,6 +79,12 @@ class TorchDevice:
     def put(self, values: np.ndarray, out: torch.Tensor) -> None:
         out.copy_(torch.from_numpy(np.array(values)))
 
+    def make(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def get(self, values: torch.Tensor) -> np.ndarray:
+        return values.detach().to("cpu", torch.float32).numpy()
+
     def keep(self, blocks: Iterable[Block]) -> None:
         flying: list[Ticket] = []
         for block in blocks:

@@ -17,10 +17,11 @@ from flashrt.cache.weights import Weights
 from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
-from flashrt.model.decoder import Decoder
+from flashrt.model.decoder import Decoder, scratch_bytes
 from flashrt.spec import ModelSpec
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
+from flashrt.text.files import TextFiles
 from flashrt.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -37,7 +38,7 @@ class Prepared:
 
     def __init__(self, path: Path | str, cache: Path, runtime: Runtime) -> None:
         self.pack, self.cache, self.runtime = Pack(path), cache, runtime
-        self.tokenizer = Tokenizer.from_pack(self.pack.read_text)
+        self.tokenizer = load_tokenizer(self.pack)
         self.machine = runtime.machine(self.pack)
 
     @property
@@ -77,6 +78,11 @@ class Prepared:
         return known.sequential
 
 
+def load_tokenizer(pack: Pack) -> Tokenizer:
+    """The tokenizer that a pack carries, its files checked against the manifest."""
+    return Tokenizer(TextFiles.from_bytes({name: pack.read_text(name) for name in pack.manifest.text_files}))
+
+
 def build_engine(
     pack: Pack,
     the_plan: Plan,
@@ -98,9 +104,9 @@ def build_engine(
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()
         }
-        scratch = device.allocate("activations", (device.ops.scratch_bytes(spec, the_plan.chunk),), np.uint8)
+        scratch = device.allocate("activations", (scratch_bytes(spec, device.ops, the_plan.chunk),), np.uint8)
         weights.load(progress)
-        return Engine(Decoder(weights, kv, buffers, scratch, device.ops), reader, the_plan, tokenizer, runtime)
+        return Engine(Decoder(weights, kv, buffers, scratch), reader, the_plan, tokenizer, runtime)
     except BaseException:
         reader.close()
         raise

@@ -149,7 +149,7 @@ class Engine:
 
     def _logits(self, states: Any) -> Array:
         rows = states[-self.plan.logit_rows :]
-        return self.decoder.ops.to_host(self.decoder.logits(rows[-1:] if len(states) > NARROW else rows))
+        return self.decoder.device.get(self.decoder.logits(rows[-1:] if len(states) > NARROW else rows))
 
     def _forget(self, length: int) -> None:
         self.decoder.kv.truncate(length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from flashrt.budget.process import (
 from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
 from flashrt.errors import BudgetError, DeviceError, UsageError
+from flashrt.model.decoder import reserve, scratch_bytes
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt.storage.pack import Pack
@@ -55,9 +57,13 @@ class CpuRuntime:
         self.ops.set_threads(threads or usable_cores())
 
     def machine(self, pack: Pack) -> Machine:
+        reserve(pack.spec, self.ops)
         release_free_memory()
         return Machine(
-            resident_bytes() + RUNTIME_GROWTH, peak_resident_bytes(), kv_item_bytes(pack), self.ops.scratch_bytes
+            resident_bytes() + RUNTIME_GROWTH,
+            peak_resident_bytes(),
+            kv_item_bytes(pack),
+            functools.partial(scratch_bytes, pack.spec, self.ops),
         )
 
     def available(self) -> int:
@@ -90,7 +96,7 @@ class CudaRuntime:
 
     def machine(self, pack: Pack) -> Machine:
         runtime = self._context + RUNTIME_GROWTH
-        return Machine(runtime, runtime, kv_item_bytes(pack), self.ops.scratch_bytes)
+        return Machine(runtime, runtime, kv_item_bytes(pack), functools.partial(scratch_bytes, pack.spec, self.ops))
 
     def available(self) -> int:
         return int(self._torch.cuda.mem_get_info()[0]) + self._context

@@ -16,10 +16,11 @@ from flashrt.budget.working_set import SCORE_ROWS, ropes
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
 from flashrt.model.router import route
-from flashrt.spec import Attention, Ffn
-from flashrt_kernels.rows import MATRIX_ROWS, row_bytes
+from flashrt.spec import Attention, Ffn, ModelSpec
+from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 NARROW = 16  # tokens at most in a narrow pass
+WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 64 (see `flashrt_kernels.cpu`)
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 
@@ -27,9 +28,10 @@ Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 class Decoder:
     """Runs passes over `weights`, appending to `kv`. `buffers` are flat, sized by `budget.working_set`."""
 
-    def __init__(self, weights: Weights, kv: KVCache, buffers: Mapping[str, Tensor], scratch: Tensor, ops: Any) -> None:
+    def __init__(self, weights: Weights, kv: KVCache, buffers: Mapping[str, Tensor], scratch: Tensor) -> None:
         self.spec, self.layout = weights.spec, weights.layout
-        self.weights, self.kv, self.buffers, self.scratch, self.ops = weights, kv, buffers, scratch, ops
+        self.device, self.ops = weights.device, weights.device.ops
+        self.weights, self.kv, self.buffers, self.scratch = weights, kv, buffers, scratch
         pairs = ropes(self.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
@@ -68,7 +70,6 @@ class Decoder:
         top = np.full(count, -np.inf)
         total = np.zeros(count)
         chosen = np.zeros(count)
-        linear = self.ops.gemm_linear if wide else self.ops.linear
         codec = self.layout.tensors[self.spec.head].codec
         step = SCORE_ROWS // MATRIX_ROWS
         for first, bundles in self.weights.runs(self.spec.head):
@@ -77,8 +78,8 @@ class Decoder:
                 row0 = (first + begin) * MATRIX_ROWS
                 rows = min(len(part) * MATRIX_ROWS, self.spec.vocab - row0)
                 strip = self._view("strip", count, rows)
-                linear(states, part, codec, strip, 0, rows, scratch=self.scratch)
-                values = self.ops.to_host(strip)
+                self._multiply(states, part, codec, strip, 0, rows, None, wide)
+                values = self.device.get(strip)
                 peak = np.maximum(top, values.max(axis=1))
                 total = total * np.exp(top - peak) + np.exp(values - peak[:, None]).sum(axis=1)
                 top = peak
@@ -112,7 +113,7 @@ class Decoder:
         for (rope, dim), i in self._rope_index.items():
             angles = positions * self._frequencies[i]
             for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
-                self.ops.from_host(values * rope.attention_factor, self._view(name, count, dim // 2))
+                self.device.put((values * rope.attention_factor).astype(np.float32), self._view(name, count, dim // 2))
 
     def _attention(self, i: int, x: Tensor, start: int, wide: bool) -> None:
         attention, count, hidden = self.spec.layers[i].attention, len(x), self.spec.hidden
@@ -134,14 +135,14 @@ class Decoder:
         key = heads[:, attention.heads : attention.heads + attention.kv_heads]
         value = heads[:, attention.heads + attention.kv_heads :]
         if attention.qk_norm:
-            ops.rms_norm_heads(query, self.weights.vector(f"{i}.q_norm"), self.spec.norm_eps)
-            ops.rms_norm_heads(key, self.weights.vector(f"{i}.k_norm"), self.spec.norm_eps)
+            self._norm_heads(query, self.weights.vector(f"{i}.q_norm"))
+            self._norm_heads(key, self.weights.vector(f"{i}.k_norm"))
         if attention.rope is not None:
             index = self._rope_index[attention.rope, dim]
             cos, sin = (self._view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
             ops.rope(heads[:, : attention.heads + attention.kv_heads], cos, sin)
         ops.kv_append(key, value, kv, start)
-        ops.attention(query, kv, start, attention.window, attention.scale, out, scratch=self.scratch)
+        ops.attention(query, kv, start, attention.window, attention.scale, None, out, self.scratch)
 
     def _ffn(self, i: int, x: Tensor, wide: bool) -> None:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
@@ -162,7 +163,7 @@ class Decoder:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""
         logits = self._view("router", len(x), ffn.experts)
         self._linear(f"{i}.router", x, logits, wide)
-        chosen, weights = route(self.ops.to_host(logits), ffn)
+        chosen, weights = route(self.device.get(logits), ffn)
         experts = np.unique(chosen)
         self.weights.expect_experts(i, experts.tolist())
         for expert in experts.tolist():
@@ -180,23 +181,45 @@ class Decoder:
         tokens: np.ndarray | None = None,
         weights: np.ndarray | None = None,
     ) -> None:
-        glu = self.ops.gemm_glu if wide else self.ops.glu
-        name = f"{i}.ffn"
+        """Add one run of neurons, of all tokens or of those in `tokens`, to y."""
+        name, ops = f"{i}.ffn", self.ops
         codec = self.layout.tensors[name].codec
         bias = self.weights.vector(f"{i}.up.bias") if ffn.bias else None
+        chosen = None if tokens is None else self.device.make(tokens)
+        factors = None if weights is None else self.device.make(weights)
         for first, bundles in self.weights.runs(name, run):
-            share = None if bias is None else bias[first : first + len(bundles)]
-            glu(x, bundles, codec, ffn.activation, ffn.gated, y, share, tokens, weights, scratch=self.scratch)
+            # A wide call keeps the activations of all its neurons: long runs are cut to bound that.
+            for begin in range(0, len(bundles), WIDE_NEURONS if wide else len(bundles)):
+                part = bundles[begin : begin + WIDE_NEURONS] if wide else bundles
+                share = None if bias is None else bias[first + begin : first + begin + len(part)]
+                arguments = (x, part, codec, ffn.activation, ffn.gated, y, share, chosen, factors)
+                if wide:
+                    ops.gemm_glu(*arguments, self.scratch)
+                else:
+                    ops.glu(*arguments)
 
     def _linear(self, name: str, x: Tensor, out: Tensor, wide: bool, bias: str | None = None) -> None:
-        linear = self.ops.gemm_linear if wide else self.ops.linear
         codec, total = self.layout.tensors[name].codec, out.shape[1]
         vector = None if bias is None else self.weights.vector(bias)
         for first, bundles in self.weights.runs(name):
             row0 = first * MATRIX_ROWS
             rows = min(len(bundles) * MATRIX_ROWS, total - row0)
             share = None if vector is None else vector[row0 : row0 + rows]
-            linear(x, bundles, codec, out, row0, rows, share, scratch=self.scratch)
+            self._multiply(x, bundles, codec, out, row0, rows, share, wide)
+
+    def _multiply(
+        self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool
+    ) -> None:
+        if wide:
+            self.ops.gemm_linear(x, bundles, codec, out, row0, rows, bias, self.scratch)
+        else:
+            self.ops.linear(x, bundles, codec, out, row0, rows, bias)
+
+    def _norm_heads(self, heads: Tensor, weight: Tensor) -> None:
+        """Normalise [T, heads, head_dim] in place, in as few calls as its strides allow."""
+        tokens, count = heads.shape[:2]
+        for matrix in (heads[t] for t in range(tokens)) if tokens <= count else (heads[:, h] for h in range(count)):
+            self.ops.rms_norm(matrix, weight, self.spec.norm_eps, matrix)
 
     def _norm(self, name: str, x: Tensor, out: Tensor) -> None:
         weight = self.weights.vector(name)
@@ -204,3 +227,23 @@ class Decoder:
             self.ops.rms_norm(x, weight, self.spec.norm_eps, out)
         else:
             self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), self.spec.norm_eps, out)
+
+
+def scratch_bytes(spec: ModelSpec, ops: Any, tokens: int) -> int:
+    """Bytes of the kernels' scratch in a pass of at most `tokens` tokens."""
+    sizes = [ops.gemm_scratch_bytes(tokens, spec.hidden)]
+    for layer in set(spec.layers):
+        attention, neurons = layer.attention, min(layer.ffn.neurons, WIDE_NEURONS)
+        width = attention.heads * attention.head_dim
+        sizes += [
+            ops.gemm_scratch_bytes(tokens, width),
+            ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),
+            ops.attention_scratch_bytes(tokens, attention.heads, attention.kv_heads, attention.head_dim),
+        ]
+    return int(max(sizes))
+
+
+def reserve(spec: ModelSpec, ops: Any) -> None:
+    """Make the kernels take what they keep between calls, before the process is measured."""
+    widest = max(max(layer.attention.heads * layer.attention.head_dim for layer in spec.layers), spec.hidden)
+    ops.reserve(widest, max(layer.ffn.neurons for layer in spec.layers))

@@ -164,7 +164,7 @@ def pack_layout(spec: ModelSpec, dtype: Codec, block_bytes: int = BLOCK_BYTES) -
         prefix = "norm.final" if layer is None else f"{layer}."
         own = list(_file_tensors(spec, dtype, file, layer, block_bytes))
         own_vectors = {name: n for name, n in lengths.items() if name.startswith(prefix)}
-        shapes = {t.name: ("U8", (t.bundles, t.stride)) for t in own}
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in own}
         shapes |= {name: ("F32", (n,)) for name, n in own_vectors.items()}
         offset = header_bytes(shapes)
         for tensor in own:

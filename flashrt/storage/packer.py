@@ -233,7 +233,7 @@ class _FileWriter:
             filled = min(block.bundles, tensor.run_bundles - first)
             if filled > 0:
                 self._fill(tensor, run, first, bundles[:filled])
-            view = memoryview(data)
+            view = data.data
             yield zlib.crc32(view)
             self._put(handle, view)
 

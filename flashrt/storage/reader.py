@@ -123,7 +123,7 @@ class Reader:
 
     def _read(self, file: str, offset: int, buffer: Array, needed: int) -> None:
         """Fill `buffer` from `offset`, at least the first `needed` bytes: the end of the file may cut the rest."""
-        handle, view = self._files[file], memoryview(buffer)
+        handle, view = self._files[file], buffer.data
         done = 0
         self._begin()
         try:
@@ -162,7 +162,7 @@ class Reader:
         key = (block.tensor, block.index)
         if key in self._verified:
             return
-        if zlib.crc32(memoryview(buffer)) != self.pack.block_crc(*key):
+        if zlib.crc32(buffer.data) != self.pack.block_crc(*key):
             raise PackError(
                 f"{self.pack.path / block.file} is damaged: block {block.index} of {block.tensor} does not match its "
                 "checksum. Pack the checkpoint again"

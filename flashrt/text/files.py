@@ -43,18 +43,23 @@ class TextFiles:
 
     @classmethod
     def from_files(cls, directory: Path) -> TextFiles:
+        """Read what `to_files` wrote. Raises CheckpointError."""
+        try:
+            return cls.from_bytes({name: (directory / name).read_bytes() for name in (TOKENIZER, SETTINGS)})
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    @classmethod
+    def from_bytes(cls, files: Mapping[str, bytes]) -> TextFiles:
         """The inverse of `to_files`. Raises CheckpointError."""
         try:
-            tokenizer = (directory / TOKENIZER).read_bytes()
-            settings = json.loads((directory / SETTINGS).read_bytes())
+            settings = json.loads(files[SETTINGS])
             return cls(
-                tokenizer,
+                files[TOKENIZER],
                 settings["chat_template"],
                 settings["special_tokens"],
                 settings["generation"],
                 settings["add_bos"],
             )
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{directory / SETTINGS} is damaged: {error}") from error
+            raise CheckpointError(f"{SETTINGS} is damaged: {error}") from error

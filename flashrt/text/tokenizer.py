@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ class Tokenizer:
     def __init__(self, text: TextFiles):
         from tokenizers import Tokenizer as Backend
 
-        self.text = text
+        self.text = replace(text, tokenizer=b"")  # the library keeps its own form, several times as large already
         try:
             self._backend: Any = Backend.from_str(text.tokenizer.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception

@@ -1,0 +1,69 @@
+"""Fetching and packing a checkpoint; as a program, for `flashrt.engine.open`, which runs it in a child process.
+
+    python -m flashrt.engine.packing CHECKPOINT OUT DTYPE CACHE
+
+Prints one JSON object a line: {"stage", "done", "total"} while it works, {"error", "message"} when it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from flashrt.engine.open import Progress, is_remote
+from flashrt.errors import FlashrtError
+from flashrt.storage.manifest import Manifest
+from flashrt.storage.packer import pack
+from flashrt.storage.sources import open_checkpoint
+from flashrt_kernels.rows import Codec
+
+INTERVAL_S = 0.1
+
+
+def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progress) -> Path:
+    """Bring a demo model or a hub repository to this machine, into `out` or the cache; return where it is."""
+    from flashrt.storage.sources.fetch import fetch
+
+    return fetch(name, out or cache / "checkpoints", lambda done, total: progress("fetching", done, total))
+
+
+def pack_checkpoint(checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress) -> Manifest:
+    """Pack a checkpoint, fetched first if it has to be, into the directory `out`."""
+    name = str(checkpoint)
+    path = fetch_checkpoint(name, cache, None, progress) if is_remote(name) else Path(name)
+    with open_checkpoint(path) as source:
+        source.validate()
+        return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
+
+
+def main() -> int:
+    # Ctrl-C and a terminated parent end the packer the same way: it removes the file that it was writing.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    checkpoint, out, dtype, cache = sys.argv[1:]
+    reported = 0.0
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal reported
+        now = time.monotonic()
+        if now - reported >= INTERVAL_S or done == total:
+            reported = now
+            print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
+
+    try:
+        pack_checkpoint(checkpoint, Path(out), dtype, Path(cache), report)
+    except FlashrtError as error:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever asked for the pack is gone
+        sys.stdout = None
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
