@@ -1,0 +1,148 @@
+// Attention of a tile of queries over one segment of positions.
+//
+// Scores are chains over the head dimension, sums over positions are chains in ascending order: an invisible position
+// adds exactly zero, so a query's result does not depend on which other queries share its tile.
+#pragma once
+
+#include "tile.h"
+
+namespace flashrt::FLASHRT_ISA {
+
+FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float* to) {  // D floats, zeros up to 16
+    const size_t at = (2 * static_cast<size_t>(position) + value) * s.dim;
+    const int dim16 = (s.dim + 15) / 16 * 16;
+    int d = 0;
+    if (s.half) {
+        const uint16_t* from = static_cast<const uint16_t*>(s.kv) + at;
+        for (; d + 16 <= s.dim; d += 16) store(to + d, load_bf16(from + d));
+        if (d < s.dim) {
+            uint16_t tail[16] = {};
+            std::memcpy(tail, from + d, 2 * (s.dim - d));
+            store(to + d, load_bf16(tail));
+        }
+    } else {
+        const float* from = static_cast<const float*>(s.kv) + at;
+        for (; d + 16 <= s.dim; d += 16) store(to + d, load(from + d));
+        if (d < s.dim) store(to + d, load_part(from + d, s.dim - d));
+    }
+    (void)dim16;
+}
+
+// [n / 16][D][16]: keys, transposed; positions past the end are zero.
+inline void pack_keys(const Segment& s, int n16) {
+    const int dim16 = (s.dim + 15) / 16 * 16;
+    alignas(64) float keys[16][256];
+    for (int p = 0; p < n16; p += 16) {
+        for (int i = 0; i < 16; ++i) {
+            if (s.begin + p + i < s.end) load_head(s, s.begin + p + i, false, keys[i]);
+            else std::memset(keys[i], 0, 4 * static_cast<size_t>(dim16));
+        }
+        float* stripe = s.panel + static_cast<size_t>(p) * dim16;
+        for (int d = 0; d < dim16; d += 16) {
+            const void* from[16];
+            for (int i = 0; i < 16; ++i) from[i] = keys[i] + d;
+            transpose(from, stripe + 16 * d);
+        }
+    }
+}
+
+// [D16 / 16][n][16]: values.
+inline void pack_values(const Segment& s, int n) {
+    const int dim16 = (s.dim + 15) / 16 * 16;
+    alignas(64) float value[256];
+    for (int p = 0; p < n; ++p) {
+        load_head(s, s.begin + p, true, value);
+        for (int d = 0; d < dim16; d += 16) store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load(value + d));
+    }
+}
+
+// c[queries, 16 * stripes] = a · panel, in register tiles.
+inline void multiply(int queries, const float* a, size_t a_step, const float* panel, size_t stripe_bytes, int stripes,
+                     int depth, float* c, size_t c_step) {
+    for (int q = 0; q < queries; q += TILE) {
+        const int rows = queries - q < TILE ? queries - q : TILE;
+        const float* from = a + q * a_step;
+        int j = 0;
+        float* to[TILE];
+        for (int m = 0; m < rows; ++m) to[m] = c + (q + m) * c_step;
+        for (; j + 4 <= stripes; j += 4) {
+            tile(false, rows, from, a_step, reinterpret_cast<const char*>(panel) + j * stripe_bytes, stripe_bytes,
+                 depth, to, false);
+            for (int m = 0; m < rows; ++m) to[m] += PANEL;
+        }
+        for (; j < stripes; ++j) {
+            const char* p = reinterpret_cast<const char*>(panel) + j * stripe_bytes;
+            for (int m = 0; m < rows; ++m) {
+                float* one[1] = {to[m]};
+                tile_float<1, 1>(from + m * a_step, a_step, p, stripe_bytes, depth, one, 0, false);
+                to[m] += 16;
+            }
+        }
+    }
+}
+
+// Scores → exp(score - best) in place; invisible positions become zero.
+FLASHRT_INLINE void soften(const Segment& s, int query, int n16) {
+    float* row = s.scores + static_cast<size_t>(query) * SEGMENT;
+    const int low = s.first[query] - s.begin, high = s.last[query] - s.begin;  // visible, inclusive
+    const float never = -__builtin_inff();
+    F most = splat(never);
+    for (int p = 0; p < n16; p += 16) {
+        F v = load(row + p);
+        if (s.softcap != 0.0f) v = mul(splat(s.softcap), tanh(div(v, splat(s.softcap))));
+        if (p < low || p + 15 > high) {
+            float lanes[16];
+            store(lanes, v);
+            for (int i = 0; i < 16; ++i)
+                if (p + i < low || p + i > high) lanes[i] = never;
+            v = load(lanes);
+        }
+        store(row + p, v);
+        most = max(v, most);
+    }
+    const float best = highest(most);
+    F total = zero();
+    for (int p = 0; p < n16; p += 16) {
+        F v = exp(sub(load(row + p), splat(best)));
+        if (p < low || p + 15 > high) {
+            float lanes[16];
+            store(lanes, v);
+            for (int i = 0; i < 16; ++i)
+                if (p + i < low || p + i > high) lanes[i] = 0.0f;
+            v = load(lanes);
+        }
+        store(row + p, v);
+        total = add(total, v);
+    }
+    s.best[query] = best;
+    s.total[query] = sum(total);
+}
+
+inline void attend(const Segment& s) {
+    const int dim16 = (s.dim + 15) / 16 * 16, n = s.end - s.begin, n16 = (n + 15) / 16 * 16;
+    pack_keys(s, n16);
+    multiply(s.queries, s.q, s.dim, s.panel, 64 * static_cast<size_t>(dim16), n16 / 16, s.dim, s.scores, SEGMENT);
+    for (int q = 0; q < s.queries; ++q) soften(s, q, n16);
+    pack_values(s, n);
+    multiply(s.queries, s.scores, SEGMENT, s.panel, 64 * static_cast<size_t>(n), dim16 / 16, n, s.acc, dim16);
+}
+
+inline void merge(int dim16, float* best, float* total, float* acc, float best2, float total2, const float* acc2) {
+    const float never = -__builtin_inff();
+    if (best2 == never) return;
+    if (*best == never) {
+        *best = best2;
+        *total = total2;
+        std::memcpy(acc, acc2, 4 * static_cast<size_t>(dim16));
+        return;
+    }
+    const float top = *best > best2 ? *best : best2;
+    float factors[16] = {*best - top, best2 - top};
+    store(factors, exp(load(factors)));
+    const F old = splat(factors[0]), fresh = splat(factors[1]);
+    *total = *total * factors[0] + total2 * factors[1];
+    for (int d = 0; d < dim16; d += 16) store(acc + d, fma(load(acc2 + d), fresh, mul(load(acc + d), old)));
+    *best = top;
+}
+
+}  // namespace flashrt::FLASHRT_ISA

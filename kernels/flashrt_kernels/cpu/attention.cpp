@@ -1,0 +1,187 @@
+// Attention over an append-only cache, in segments of 256 positions that are merged in ascending order.
+
+#include <cmath>
+#include <cstring>
+
+#include "ops.h"
+#include "pool.h"
+
+namespace flashrt {
+namespace {
+
+constexpr int WAVE = 8;      // segments of one KV head that run in parallel before they are merged
+constexpr int QUERIES = 96;  // rows of the largest tile, about
+
+int rounded(int dim) { return (dim + 15) / 16 * 16; }
+int tile_tokens(int group) { return QUERIES / group > 1 ? QUERIES / group : 1; }
+
+struct Partial {  // running softmax of a tile's queries
+    float *best, *total, *acc;
+};
+
+struct Shape {
+    int group, dim16, tile, queries;  // queries: of a full tile
+    explicit Shape(int tokens, int heads, int kv_heads, int dim) {
+        group = heads / kv_heads;
+        dim16 = rounded(dim);
+        tile = tile_tokens(group) < tokens ? tile_tokens(group) : tokens;
+        queries = tile * group;
+    }
+    size_t partial() const { return static_cast<size_t>(queries) * (dim16 + 2); }
+    size_t worker(int dim) const {  // panel, scores, queries, bounds, a partial and the running one
+        return static_cast<size_t>(SEGMENT) * (dim16 + queries) + static_cast<size_t>(queries) * (dim + 2) +
+               2 * partial() + 64;
+    }
+};
+
+Partial partial_at(float* memory, int queries) { return {memory, memory + queries, memory + 2 * queries}; }
+
+struct Worker {
+    float *panel, *scores, *q;
+    int *first, *last;
+    Partial fresh, running;
+    Worker(float* memory, const Shape& shape, int dim) {
+        panel = memory;
+        scores = panel + static_cast<size_t>(SEGMENT) * shape.dim16;
+        q = scores + static_cast<size_t>(SEGMENT) * shape.queries;
+        first = reinterpret_cast<int*>(q + static_cast<size_t>(shape.queries) * dim);
+        last = first + shape.queries;
+        float* rest = reinterpret_cast<float*>(last + shape.queries);
+        fresh = partial_at(rest, shape.queries);
+        running = partial_at(rest + shape.partial(), shape.queries);
+    }
+};
+
+struct Tile {  // consecutive tokens against one KV head
+    int token, tokens, head;
+};
+
+int first_visible(const AttentionJob& job, int position) {
+    return job.window > 0 && position - job.window + 1 > 0 ? position - job.window + 1 : 0;
+}
+
+// Partial softmax of the tile over segment `index`.
+void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int index, Worker& worker, Partial& out) {
+    const int low = first_visible(job, job.start + tile.token), high = job.start + tile.token + tile.tokens - 1;
+    const int begin = index * SEGMENT;
+    Segment s{};
+    s.kv = static_cast<const char*>(job.kv) + static_cast<size_t>(tile.head) * job.context * 2 * job.dim * (job.half ? 2 : 4);
+    s.half = job.half;
+    s.dim = job.dim;
+    s.begin = low > begin ? low / 16 * 16 : begin;
+    s.end = high + 1 < begin + SEGMENT ? high + 1 : begin + SEGMENT;
+    s.queries = tile.tokens * shape.group;
+    for (int t = 0, i = 0; t < tile.tokens; ++t)
+        for (int g = 0; g < shape.group; ++g, ++i) {
+            const int position = job.start + tile.token + t;
+            const float* from = job.q + (tile.token + t) * job.q_step +
+                                static_cast<size_t>(tile.head * shape.group + g) * job.dim;
+            for (int d = 0; d < job.dim; ++d) worker.q[static_cast<size_t>(i) * job.dim + d] = from[d] * job.scale;
+            worker.first[i] = first_visible(job, position);
+            worker.last[i] = position;
+        }
+    s.q = worker.q;
+    s.first = worker.first;
+    s.last = worker.last;
+    s.softcap = job.softcap;
+    s.panel = worker.panel;
+    s.scores = worker.scores;
+    s.best = out.best;
+    s.total = out.total;
+    s.acc = out.acc;
+    kernels().attend(s);
+}
+
+void clear(Partial& p, int queries, int dim16) {
+    for (int i = 0; i < queries; ++i) {
+        p.best[i] = -INFINITY;
+        p.total[i] = 0.0f;
+    }
+    std::memset(p.acc, 0, sizeof(float) * queries * dim16);
+}
+
+void merge(const Shape& shape, int queries, Partial& into, const Partial& from) {
+    for (int i = 0; i < queries; ++i)
+        kernels().merge(shape.dim16, into.best + i, into.total + i, into.acc + static_cast<size_t>(i) * shape.dim16,
+                        from.best[i], from.total[i], from.acc + static_cast<size_t>(i) * shape.dim16);
+}
+
+void write(const AttentionJob& job, const Shape& shape, const Tile& tile, const Partial& p) {
+    for (int t = 0, i = 0; t < tile.tokens; ++t)
+        for (int g = 0; g < shape.group; ++g, ++i) {
+            float* to = job.out + (tile.token + t) * job.out_step +
+                        static_cast<size_t>(tile.head * shape.group + g) * job.dim;
+            const float* from = p.acc + static_cast<size_t>(i) * shape.dim16;
+            const float scale = 1.0f / p.total[i];
+            for (int d = 0; d < job.dim; ++d) to[d] = from[d] * scale;
+        }
+}
+
+void segments(const AttentionJob& job, const Tile& tile, int& first, int& last) {
+    first = first_visible(job, job.start + tile.token) / SEGMENT;
+    last = (job.start + tile.token + tile.tokens - 1) / SEGMENT;
+}
+
+size_t wave_floats(const Shape& shape, int kv_heads) { return (WAVE + 1) * shape.partial() * kv_heads; }
+
+// One tile of tokens, few KV heads: segments run in parallel too.
+void by_segment(const AttentionJob& job, const Shape& shape, float* workers, float* partials) {
+    const int queries = job.tokens * shape.group;
+    int first, last;
+    segments(job, {0, job.tokens, 0}, first, last);
+    auto partial = [&](int head, int i) {
+        return partial_at(partials + (static_cast<size_t>(head) * (WAVE + 1) + i) * shape.partial(), shape.queries);
+    };
+    for (int from = first; from <= last; from += WAVE) {
+        const int count = last - from + 1 < WAVE ? last - from + 1 : WAVE;
+        parallel_for(static_cast<int64_t>(job.kv_heads) * count, [&](int64_t item, int thread) {
+            const int head = static_cast<int>(item) / count, i = static_cast<int>(item) % count;
+            Worker worker(workers + thread * shape.worker(job.dim), shape, job.dim);
+            Partial p = partial(head, i);
+            attend(job, shape, {0, job.tokens, head}, from + i, worker, p);
+        });
+        parallel_for(job.kv_heads, [&](int64_t head, int) {
+            Partial running = partial(static_cast<int>(head), WAVE);
+            if (from == first) clear(running, queries, shape.dim16);
+            for (int i = 0; i < count; ++i) merge(shape, queries, running, partial(static_cast<int>(head), i));
+            if (from + WAVE > last) write(job, shape, {0, job.tokens, static_cast<int>(head)}, running);
+        });
+    }
+}
+
+void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
+    const int tiles = (job.tokens + shape.tile - 1) / shape.tile;
+    parallel_for(static_cast<int64_t>(tiles) * job.kv_heads, [&](int64_t item, int thread) {
+        // Heaviest tiles first, so that the threads end together.
+        const int token = (tiles - 1 - static_cast<int>(item) / job.kv_heads) * shape.tile;
+        const Tile tile{token, job.tokens - token < shape.tile ? job.tokens - token : shape.tile,
+                        static_cast<int>(item) % job.kv_heads};
+        Worker worker(workers + thread * shape.worker(job.dim), shape, job.dim);
+        const int queries = tile.tokens * shape.group;
+        clear(worker.running, queries, shape.dim16);
+        int first, last;
+        segments(job, tile, first, last);
+        for (int i = first; i <= last; ++i) {
+            attend(job, shape, tile, i, worker, worker.fresh);
+            merge(shape, queries, worker.running, worker.fresh);
+        }
+        write(job, shape, tile, worker.running);
+    });
+}
+
+}  // namespace
+
+size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim) {
+    const Shape shape(tokens, heads, kv_heads, dim);
+    const bool one_tile = tokens <= shape.tile;
+    return 64 + sizeof(float) * (threads() * shape.worker(dim) + (one_tile ? wave_floats(shape, kv_heads) : 0));
+}
+
+void attention(const AttentionJob& job) {
+    const Shape shape(job.tokens, job.heads, job.kv_heads, job.dim);
+    float* workers = reinterpret_cast<float*>((reinterpret_cast<size_t>(job.scratch) + 63) / 64 * 64);
+    if (job.tokens <= shape.tile) by_segment(job, shape, workers, workers + threads() * shape.worker(job.dim));
+    else by_tile(job, shape, workers);
+}
+
+}  // namespace flashrt

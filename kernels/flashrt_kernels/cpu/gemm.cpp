@@ -1,0 +1,201 @@
+// Wide passes: weights are decoded once per call into panels and multiplied by all tokens.
+
+#include <cstring>
+
+#include "ops.h"
+#include "pool.h"
+
+namespace flashrt {
+namespace {
+
+constexpr size_t PANEL_BYTES = 512 * 1024;  // per thread; half of a second-level cache
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Elements from one token to the next in the left operand: off the power of two that would hit one cache set.
+size_t left_step(int64_t depth) { return static_cast<size_t>((depth + 63) / 64 * 64 + 32); }
+
+struct Left {  // [tokens, step] of float or bfloat16
+    char* data;
+    size_t step;
+    bool half;
+    char* at(int token, int column) const { return data + (token * step + column) * (half ? 2 : 4); }
+};
+
+bool use_half(Codec codec) { return kernels().half_gemm && codec != Codec::F32; }
+
+template <typename Row>
+void fill_left(const Left& left, int tokens, int k, Row&& row) {
+    parallel_for(tokens, [&](int64_t t, int) {
+        char* to = left.at(static_cast<int>(t), 0);
+        if (left.half) {
+            uint16_t* halves = reinterpret_cast<uint16_t*>(to);
+            kernels().to_half(row(t), k, halves);
+            if (k & 1) halves[k] = 0;
+        } else {
+            std::memcpy(to, row(t), sizeof(float) * k);
+        }
+    });
+}
+
+// Columns of the row in one packed panel of 64 rows.
+int panel_depth(int k, bool half) {
+    const int fits = static_cast<int>(PANEL_BYTES / (PANEL * (half ? 2 : 4)));
+    return padded(k) < fits ? padded(k) : fits;
+}
+
+// c[t][0..63] = left · panel for all tokens, where pack(from, to, panel) packs columns [from, to) of the weights.
+// `c(t)` is where a token's 64 sums go.
+template <typename Pack, typename Out>
+void multiply(const Left& left, int tokens, int k, char* panel, Pack&& pack, Out&& c) {
+    const int depth = panel_depth(k, left.half);
+    for (int from = 0; from < k; from += depth) {
+        const int to = k - from < depth ? k : from + depth;
+        const size_t stripe = static_cast<size_t>(padded(to - from)) * (left.half ? 32 : 64);
+        pack(from, to, panel, stripe);
+        for (int t = 0; t < tokens; t += TILE) {
+            const int rows = tokens - t < TILE ? tokens - t : TILE;
+            float* out[TILE];
+            for (int m = 0; m < rows; ++m) out[m] = c(t + m);
+            kernels().tile(left.half, rows, left.at(t, from), left.step, panel, stripe, to - from, out, from > 0);
+        }
+    }
+}
+
+struct Memory {  // carves up the caller's scratch
+    char* next;
+    char* take(size_t bytes) {
+        char* result = next;
+        next += aligned(bytes);
+        return result;
+    }
+};
+
+size_t panel_bytes() { return PANEL_BYTES + 4096; }
+
+}  // namespace
+
+size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons) {
+    const size_t left = aligned(tokens * left_step(k) * 4);
+    const size_t sums = aligned(static_cast<size_t>(tokens) * PANEL * 4);
+    const size_t h = aligned(tokens * left_step(neurons) * 4);
+    const size_t along = aligned((static_cast<size_t>(neurons) + 1) * PANEL * 4);
+    const size_t panel = panel_bytes() > along ? panel_bytes() : along;
+    return left + h + threads() * (sums + aligned(panel)) + 64;
+}
+
+void gemm_linear(const LinearJob& job, void* memory) {
+    const Rows& w = job.weights;
+    Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
+    const bool half = use_half(w.codec);
+    const Left left{scratch.take(job.tokens * left_step(w.k) * (half ? 2 : 4)), left_step(w.k), half};
+    const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4), each = aligned(panel_bytes());
+    char* sums = scratch.take(threads() * sums_bytes);
+    char* panels = scratch.take(threads() * each);
+    fill_left(left, job.tokens, w.k, [&](int64_t t) { return job.x + t * job.x_step; });
+
+    const size_t bytes = row_bytes(w.codec, w.k);
+    parallel_for((job.rows + PANEL - 1) / PANEL, [&](int64_t item, int thread) {
+        const int64_t first = item * PANEL;
+        const int columns = static_cast<int>(job.rows - first < PANEL ? job.rows - first : PANEL);
+        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
+        auto pack = [&](int from, int to, char* panel, size_t stripe) {
+            for (int j = 0; j < PANEL / 16; ++j) {
+                const uint8_t* rows[16];
+                int count = 0;
+                for (int64_t r = first + 16 * j; r < first + columns && count < 16; ++r)
+                    rows[count++] = w.data + r / MATRIX_ROWS * w.stride + r % MATRIX_ROWS * bytes;
+                kernels().pack_across(w.codec, rows, count, w.k, from, to, half, panel + j * stripe);
+            }
+        };
+        float* out = job.out + job.row0 + first;
+        const bool whole = columns == PANEL;  // then the sums go straight to where they belong
+        multiply(left, job.tokens, w.k, panels + thread * each, pack,
+                 [&](int t) { return whole ? out + t * job.out_step : c + t * PANEL; });
+        for (int t = 0; t < job.tokens; ++t) {
+            float* row = out + t * job.out_step;
+            if (!whole) std::memcpy(row, c + t * PANEL, sizeof(float) * columns);
+            if (job.bias)
+                for (int i = 0; i < columns; ++i) row[i] += job.bias[first + i];
+        }
+    });
+}
+
+namespace {
+
+// act(gate) * up of one panel's neurons, from its sums to h.
+void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, float* sums) {
+    const Kernels& kernel = kernels();
+    if (!job.gated && job.up_bias)
+        for (int i = 0; i < count; ++i) sums[i] += job.up_bias[first + i];
+    kernel.activate(job.activation, sums, job.gated ? sums + PANEL / 2 : nullptr, count);
+    if (job.weights)
+        for (int i = 0; i < count; ++i) sums[i] *= job.weights[t];
+    char* to = h.at(t, static_cast<int>(first));
+    if (h.half) kernel.to_half(sums, count, reinterpret_cast<uint16_t*>(to));
+    else std::memcpy(to, sums, sizeof(float) * count);
+}
+
+}  // namespace
+
+void gemm_glu(const GluJob& job, void* memory) {
+    const Rows& w = job.neurons;
+    const int neurons = static_cast<int>(w.bundles);
+    Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
+    const bool half = use_half(w.codec);
+    const Left left{scratch.take(job.tokens * left_step(w.k) * (half ? 2 : 4)), left_step(w.k), half};
+    const Left h{scratch.take(job.tokens * left_step(neurons) * (half ? 2 : 4)), left_step(neurons), half};
+    const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4);
+    const size_t along = static_cast<size_t>(neurons + 1) * PANEL * (half ? 2 : 4);
+    const size_t each = aligned(panel_bytes() > along ? panel_bytes() : along);
+    char* sums = scratch.take(threads() * sums_bytes);
+    char* panels = scratch.take(threads() * each);
+    auto row_of = [&](int64_t t) { return job.chosen ? static_cast<int64_t>(job.chosen[t]) : t; };
+    fill_left(left, job.tokens, w.k, [&](int64_t t) { return job.x + row_of(t) * job.x_step; });
+
+    const size_t bytes = row_bytes(w.codec, w.k);
+    const int kinds = job.gated ? 2 : 1, per_panel = PANEL / kinds;  // gate columns first, then up columns
+    parallel_for((neurons + per_panel - 1) / per_panel, [&](int64_t item, int thread) {
+        const int first = static_cast<int>(item) * per_panel;
+        const int count = neurons - first < per_panel ? neurons - first : per_panel;
+        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
+        auto pack = [&](int from, int to, char* panel, size_t stripe) {
+            for (int j = 0; j < PANEL / 16; ++j) {
+                const int kind = 16 * j / per_panel, at = 16 * j % per_panel;
+                const uint8_t* rows[16];
+                int n = 0;
+                for (int i = at; i < count && n < 16; ++i) rows[n++] = w.data + (first + i) * w.stride + kind * bytes;
+                kernels().pack_across(w.codec, rows, n, w.k, from, to, half, panel + j * stripe);
+            }
+        };
+        multiply(left, job.tokens, w.k, panels + thread * each, pack, [&](int t) { return c + t * PANEL; });
+        for (int t = 0; t < job.tokens; ++t) finish(job, h, first, count, t, c + t * PANEL);
+    });
+    if (half && neurons & 1)
+        for (int t = 0; t < job.tokens; ++t) std::memset(h.at(t, neurons), 0, 2);
+
+    const uint8_t* down = w.data + kinds * bytes;
+    parallel_for(padded(w.k) / CHUNK, [&](int64_t chunk, int thread) {
+        char* panel = panels + thread * each;
+        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
+        kernels().pack_along(w.codec, down, w.stride, neurons, w.k, static_cast<int>(chunk), half, panel);
+        const size_t stripe = static_cast<size_t>(half ? (neurons + 1) / 2 : neurons) * 64;
+        const int64_t column = chunk * CHUNK;
+        const int columns = static_cast<int>(w.k - column < CHUNK ? w.k - column : CHUNK);
+        for (int t = 0; t < job.tokens; t += TILE) {
+            const int rows = job.tokens - t < TILE ? job.tokens - t : TILE;
+            float* out[TILE];
+            for (int m = 0; m < rows; ++m) {
+                float* y = job.y + row_of(t + m) * job.y_step + column;
+                out[m] = columns == CHUNK ? y : c + m * PANEL;
+                if (columns < CHUNK) std::memcpy(out[m], y, sizeof(float) * columns);
+            }
+            kernels().tile(half, rows, h.at(t, 0), h.step, panel, stripe, neurons, out, true);
+            if (columns < CHUNK)
+                for (int m = 0; m < rows; ++m)
+                    std::memcpy(job.y + row_of(t + m) * job.y_step + column, out[m], sizeof(float) * columns);
+        }
+    });
+}
+
+}  // namespace flashrt

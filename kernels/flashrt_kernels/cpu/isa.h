@@ -1,0 +1,87 @@
+// The kernels of one instruction set, as a table; the threaded drivers call through it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "codec.h"
+
+namespace flashrt {
+
+enum class Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+
+// Up to 16 tokens' activations, padded with zeros to `kp`. Float codecs use `f`, integer codecs the 16-bit codes `q`:
+// x = scale * q, one scale per chunk of 64.
+struct Tokens {
+    int count, k, kp;
+    float* f;       // [count, kp]
+    int16_t* q;     // [count, kp]
+    float* scale;   // [count, groups]: one per chunk, padded to 16
+    float* sums;    // [count, groups]: sum of x over each INT4_GROUP, padded to 16
+    size_t groups;  // kp / 32 rounded up to 16
+};
+
+// Weights of a wide multiplication: [columns / 16][depth][16] float, or [columns / 16][depth / 2][16][2] bfloat16.
+constexpr int PANEL = 64;  // columns of one panel
+constexpr int TILE = 6;    // tokens of one register tile
+
+struct Segment {  // one (KV head, segment of positions) against a tile of queries
+    const void* kv;        // [positions, 2, D] of the KV head
+    bool half;             // bfloat16 bits, or float32
+    int dim;               // D
+    int begin, end;        // absolute positions that some query of the tile sees
+    int queries;           // rows of q
+    const float* q;        // [queries, D], scaled
+    const int* first;      // [queries]: first visible position
+    const int* last;       // [queries]: last visible position
+    float softcap;         // 0: none
+    float* panel;          // scratch: SEGMENT * (D rounded up to 16) floats
+    float* scores;         // scratch: [queries, SEGMENT]
+    float* best;           // out [queries]: highest score, -inf when nothing is visible
+    float* total;          // out [queries]: sum of exp(score - best)
+    float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
+};
+constexpr int SEGMENT = 256;  // positions; segments start at multiples of it
+
+struct Kernels {
+    const char* name;
+    bool half_gemm;  // wide multiplications of the coded weights run in bfloat16
+
+    void (*prepare)(Codec, const float* x, int token, Tokens&);
+    // out[r * row_step + t * token_step] = row r · token t. `ahead`: bytes from a row to what will be read soon.
+    void (*dots)(Codec, const uint8_t* rows, size_t stride, int count, const Tokens&, float* out, size_t row_step,
+                 size_t token_step, size_t ahead);
+    // y[t][64c...] += h[t * h_step + i] * row i, for i ascending, over chunks [first, last)
+    void (*axpys)(Codec, const uint8_t* rows, size_t stride, int count, int k, int first, int last, const float* h,
+                  size_t h_step, int tokens, float* const* y);
+    // gate[i] = act(gate[i]) * up[i]; up may be null
+    void (*activate)(Activation, float* gate, const float* up, int n);
+
+    void (*to_half)(const float* x, int n, uint16_t* out);
+    // Packs `count` <= 16 rows, columns [from, to) of the row, into one 16-column stripe of a panel.
+    void (*pack_across)(Codec, const uint8_t* const* rows, int count, int k, int from, int to, bool half, void* stripe);
+    // Packs chunk `chunk` of `count` rows into the four stripes of a panel whose depth is `count` (rounded up to even).
+    void (*pack_along)(Codec, const uint8_t* rows, size_t stride, int count, int k, int chunk, bool half, void* panel);
+    // c[m][0..63] (+)= a[m] · panel, for m < rows <= TILE. a: [rows, a_step] of float or bfloat16. `depth` in weights.
+    void (*tile)(bool half, int rows, const void* a, size_t a_step, const void* panel, size_t stripe_bytes, int depth,
+                 float* const* c, bool accumulate);
+
+    void (*attend)(const Segment&);
+    // (best, total, acc) of a query absorb those of a later segment
+    void (*merge)(int dim16, float* best, float* total, float* acc, float best2, float total2, const float* acc2);
+
+    void (*rms_norm)(const float* x, const float* weight, int k, float eps, float* out);
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, int k, float eps, float* out);
+    void (*rope)(float* x, const float* cos, const float* sin, int half);
+    void (*quantize)(Codec, const float* w, const float* importance, int k, uint8_t* row);
+    void (*dequantize)(Codec, const uint8_t* row, int k, float* out);
+    uint64_t (*read)(const void* data, size_t bytes);
+};
+
+const Kernels& kernels();
+const char* isa();
+// Uses the named instruction set, or the best for nullptr. False: unknown or not available on this machine.
+bool force_isa(const char* name);
+int available_isas(const char** names, int room);
+
+}  // namespace flashrt

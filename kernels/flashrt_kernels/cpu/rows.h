@@ -1,0 +1,64 @@
+// Decoding of packed rows, 64 weights (one chunk) at a time.
+#pragma once
+
+#include "isa.h"
+#include "simd.h"
+
+namespace flashrt::FLASHRT_ISA {
+
+struct Int4Row {
+    const uint8_t* codes;
+    const uint8_t* a;  // scale codes, one per group
+    const uint8_t* b;  // offset codes
+    float u, v;
+
+    FLASHRT_INLINE Int4Row(const uint8_t* row, int kp)
+        : codes(row), a(row + kp / 2), b(a + kp / INT4_GROUP) {
+        std::memcpy(&u, b + kp / INT4_GROUP, 4);
+        std::memcpy(&v, b + kp / INT4_GROUP + 4, 4);
+    }
+};
+
+FLASHRT_INLINE float bf16(const uint8_t* p) {
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <Codec codec>
+FLASHRT_INLINE void decode(const uint8_t* row, int kp, int chunk, F w[4]) {
+    if constexpr (codec == Codec::F32) {
+        for (int j = 0; j < 4; ++j) w[j] = load(reinterpret_cast<const float*>(row) + CHUNK * chunk + 16 * j);
+    } else if constexpr (codec == Codec::BF16) {
+        for (int j = 0; j < 4; ++j) w[j] = load_bf16(reinterpret_cast<const uint16_t*>(row) + CHUNK * chunk + 16 * j);
+    } else if constexpr (codec == Codec::INT8) {
+        const F scale = splat(bf16(row + kp + 2 * chunk));
+        for (int j = 0; j < 4; ++j)
+            w[j] = mul(load_i8(reinterpret_cast<const int8_t*>(row) + CHUNK * chunk + 16 * j), scale);
+    } else {
+        const Int4Row r(row, kp);
+        const Table low = table(r.u * r.a[2 * chunk], r.v * r.b[2 * chunk]);
+        const Table high = table(r.u * r.a[2 * chunk + 1], r.v * r.b[2 * chunk + 1]);
+        for (int j = 0; j < 2; ++j) look_up(r.codes + 32 * chunk + 16 * j, low, high, w[j], w[j + 2]);
+    }
+}
+
+// Calls f with the codec as a compile-time constant.
+template <Codec c>
+struct Constant {
+    static constexpr Codec value = c;
+};
+template <typename Fn>
+FLASHRT_INLINE void with_codec(Codec codec, Fn&& f) {
+    switch (codec) {
+        case Codec::F32: return f(Constant<Codec::F32>{});
+        case Codec::BF16: return f(Constant<Codec::BF16>{});
+        case Codec::INT8: return f(Constant<Codec::INT8>{});
+        case Codec::INT4: return f(Constant<Codec::INT4>{});
+    }
+}
+
+}  // namespace flashrt::FLASHRT_ISA

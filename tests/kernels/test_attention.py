@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+
+from .helpers import cpu, empty, normal, reference, rms_ratio, same
+
+HALF = pytest.mark.parametrize("half", [True, False])
+
+
+def cache(seed, kv_heads, context, dim, half):
+    """A cache full of keys and values, and the same as a tensor."""
+    kv = np.zeros((kv_heads, context, 2, dim), np.uint16 if half else np.float32)
+    k, v = normal(seed, context, kv_heads, dim), normal(seed + 1, context, kv_heads, dim)
+    cpu.kv_append(k, v, kv, 0)
+    return kv, torch.from_numpy(kv.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(kv)
+
+
+def test_kv_append(isa):
+    k, v = normal(1, 5, 3, 24), normal(2, 5, 3, 24)
+    for half in (True, False):
+        kv = np.zeros((3, 11, 2, 24), np.uint16 if half else np.float32)
+        other = torch.zeros(3, 11, 2, 24, dtype=torch.bfloat16 if half else torch.float32)
+        fused = np.concatenate((k, v), 1)
+        cpu.kv_append(fused[:, :3], fused[:, 3:], kv, 4)
+        reference.kv_append(torch.from_numpy(k), torch.from_numpy(v), other, 4)
+        assert np.array_equal(kv.view(np.uint8), other.view(torch.uint8).numpy().reshape(kv.view(np.uint8).shape))
+
+
+@HALF
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "softcap"),
+    [(4, 1, 48, None, None), (8, 2, 64, 100, None), (6, 6, 80, None, 20.0), (3, 1, 10, 7, None), (2, 1, 256, 300, 5.0)],
+)
+def test_attention_matches_reference(isa, half, heads, kv_heads, dim, window, softcap):
+    kv, tensor = cache(1, kv_heads, 700, dim, half)
+    for start, tokens in ((0, 1), (0, 17), (255, 1), (300, 5), (100, 123), (690, 10)):
+        q, out = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
+        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out)
+        expected = torch.empty(tokens, heads * dim)
+        reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected)
+        assert rms_ratio(out, expected) < 5e-6
+
+
+@HALF
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (3, 3)])
+def test_attention_is_invariant(isa, half, window, heads, kv_heads):
+    dim, context = 40, 600
+    kv, _ = cache(1, kv_heads, context, dim, half)
+    q, whole = normal(3, context, heads, dim), empty(context, heads * dim)
+    cpu.attention(q, kv, 0, window, 0.2, None, whole)
+    for threads, start, tokens in ((1, 0, 1), (2, 599, 1), (3, 250, 13), (2, 256, 16), (1, 57, 300), (2, 511, 2)):
+        cpu.set_threads(threads)
+        out = empty(tokens, heads * dim)
+        cpu.attention(q[start : start + tokens], kv, start, window, 0.2, None, out)
+        assert same(out, whole[start : start + tokens])
+
+
+def test_longest_waves():
+    """More segments than run in parallel at once."""
+    kv, tensor = cache(1, 2, 5000, 32, True)
+    q, out, expected = normal(3, 2, 4, 32), empty(2, 128), torch.empty(2, 128)
+    cpu.attention(q, kv, 4990, None, 0.2, None, out)
+    reference.attention(torch.from_numpy(q), tensor, 4990, None, 0.2, None, expected)
+    assert rms_ratio(out, expected) < 5e-6
+    alone = empty(1, 128)
+    cpu.attention(q[1:], kv, 4991, None, 0.2, None, alone)
+    assert same(alone, out[1:])
+
+
+def test_the_future_is_not_read():
+    """What lies behind a token's position, even not-a-number, does not reach its result."""
+    kv, _ = cache(1, 2, 64, 16, False)
+    q, out, again = normal(3, 4, 4, 16), empty(4, 64), empty(4, 64)
+    cpu.attention(q, kv, 20, None, 0.25, None, out)
+    kv[:, 24:] = np.nan
+    cpu.attention(q, kv, 20, None, 0.25, None, again)
+    assert same(again, out)
+
+
+def test_wrong_arguments_are_named():
+    kv, _ = cache(1, 2, 32, 16, False)
+    q, out = normal(1, 3, 4, 16), empty(3, 64)
+    good = {"q": q, "kv": kv, "start": 0, "window": None, "scale": 1.0, "softcap": None, "out": out}
+    for name, wrong in [
+        ("q", q.astype(np.float16)),
+        ("q", normal(1, 3, 8, 16)[:, ::2]),
+        ("kv", kv.astype(np.float64)),
+        ("kv", kv[:, :, :, :8]),
+        ("kv", kv[:, ::2]),
+        ("start", 30),
+        ("start", -1),
+        ("window", 0),
+        ("out", empty(3, 63)),
+        ("scratch", np.empty(16, np.uint8)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}"):
+            cpu.attention(**good | {name: wrong})
+    with pytest.raises(ValueError, match="^kv"):
+        cpu.attention(normal(1, 3, 3, 16), kv, 0, None, 1.0, None, empty(3, 48))
+    with pytest.raises(ValueError, match="^v"):
+        cpu.kv_append(normal(1, 2, 2, 16), normal(1, 2, 2, 15), kv, 0)
+    with pytest.raises(ValueError, match="^start"):
+        cpu.kv_append(normal(1, 2, 2, 16), normal(1, 2, 2, 16), kv, 31)

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+
+from flashrt_kernels.rows import Codec
+
+from .helpers import CODECS, cpu, empty, neurons, normal, reference, rms_ratio, same, tensor, tolerance
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+
+
+def expect(x, w, codec, activation, gated, y, **options):
+    result = torch.from_numpy(y.copy())
+    reference.glu(
+        tensor(x), tensor(w), codec, activation, gated, result, **{name: tensor(v) for name, v in options.items()}
+    )
+    return result.numpy()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("k", "n"), [(48, 3), (63, 21), (640, 45), (1536, 530)])
+def test_glu_matches_reference(isa, codec, k, n):
+    w = neurons(1, n, k, codec)
+    for tokens in (1, 2, 3, 5, 8, 16):
+        x, y = normal(2, tokens, k), normal(3, tokens, k) * np.float32(0.01)
+        expected = expect(x, w, codec, "silu", True, y)
+        cpu.glu(x, w, codec, "silu", True, y)
+        assert rms_ratio(y, expected) < tolerance(codec)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("call", [cpu.glu, cpu.gemm_glu])
+def test_activations(isa, call, activation, gated):
+    k, n, tokens, codec = 96, 37, 19, Codec.F32
+    w, x, y = neurons(1, n, k, codec, gated), normal(2, tokens, k), normal(3, tokens, k)
+    options = {} if gated else {"up_bias": normal(4, n)}
+    expected = expect(x, w, codec, activation, gated, y, **options)
+    call(x, w, codec, activation, gated, y, **options)
+    assert rms_ratio(y, expected) < 2e-6
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("k", "n"), [(48, 3), (63, 21), (640, 75), (1536, 130)])
+@pytest.mark.parametrize("tokens", [17, 63, 123])
+def test_gemm_glu_matches_reference(isa, codec, k, n, tokens):
+    w, x, y = neurons(1, n, k, codec), normal(2, tokens, k), normal(3, tokens, k) * np.float32(0.01)
+    expected = expect(x, w, codec, "silu", True, y)
+    cpu.gemm_glu(x, w, codec, "silu", True, y)
+    exact = codec is Codec.F32 or isa != "avx512bf16"
+    assert rms_ratio(y, expected) < (3e-6 if exact else 1e-2)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("call", [cpu.glu, cpu.gemm_glu])
+def test_chosen_tokens_with_weights(isa, call, codec):
+    k, n, tokens = 160, 29, 9
+    w, x, y = neurons(1, n, k, codec), normal(2, tokens, k), normal(3, tokens, k)
+    before = y.copy()
+    chosen = np.array([7, 0, 3], np.int32)
+    weights = np.array([0.5, -2.0, 0.125], np.float32)
+    expected = expect(x, w, codec, "silu", True, y, tokens=chosen, weights=weights)
+    call(x, w, codec, "silu", True, y, tokens=chosen, weights=weights)
+    assert rms_ratio(y, expected) < 3e-3
+    others = [i for i in range(tokens) if i not in chosen]
+    assert same(y[others], before[others])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_glu_is_invariant(isa, codec, gated):
+    """Batch, threads and the split of neurons over calls leave every bit as it is."""
+    k, n, tokens = 352, 601, 16
+    w, x = neurons(1, n, k, codec, gated), normal(2, tokens, k)
+    whole = normal(3, tokens, k)
+    start = whole.copy()
+    cpu.glu(x, w, codec, "silu", gated, whole)
+    for batch in (1, 2, 3, 5, 8):
+        y = start[-batch:].copy()
+        cpu.glu(x[-batch:].copy(), w, codec, "silu", gated, y)
+        assert same(y, whole[-batch:])
+    chosen = np.array([9, 2, 4], np.int32)
+    y = start.copy()
+    cpu.glu(x, w, codec, "silu", gated, y, tokens=chosen)
+    assert same(y[chosen], whole[chosen])
+    y = start.copy()
+    for threads, first, last in ((1, 0, 1), (3, 1, 70), (2, 70, 590), (1, 590, n)):
+        cpu.set_threads(threads)
+        cpu.glu(x, w[first:last], codec, "silu", gated, y)
+    assert same(y, whole)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_gemm_glu_is_invariant(isa, codec):
+    k, n, tokens = 352, 217, 63
+    w, x = neurons(1, n, k, codec), normal(2, tokens, k)
+    whole = normal(3, tokens, k)
+    start = whole.copy()
+    cpu.gemm_glu(x, w, codec, "silu", True, whole)
+    for first, last in ((0, 17), (17, 18), (18, 63)):
+        y = start[first:last].copy()
+        cpu.gemm_glu(x[first:last].copy(), w, codec, "silu", True, y)
+        assert same(y, whole[first:last])
+    y = start.copy()
+    for threads, first, last in ((1, 0, 64), (3, 64, 192), (2, 192, n)):
+        cpu.set_threads(threads)
+        cpu.gemm_glu(x, w[first:last], codec, "silu", True, y)
+    assert same(y, whole)
+
+
+def test_wrong_arguments_are_named():
+    codec = Codec.INT8
+    w, x, y = neurons(1, 4, 64, codec), normal(1, 3, 64), empty(3, 64)
+    good = {"x": x, "bundles": w, "codec": codec, "activation": "silu", "gated": True, "y": y}
+    for name, wrong in [
+        ("x", x[0]),
+        ("bundles", w[:, :128]),
+        ("activation", "tanh"),
+        ("y", empty(2, 64)),
+        ("y", x),
+        ("up_bias", normal(1, 4)),
+        ("tokens", np.array([3], np.int32)),
+        ("tokens", np.array([1, 1], np.int32)),
+        ("tokens", np.array([1], np.int64)),
+        ("weights", normal(1, 2)),
+    ]:
+        for call in (cpu.glu, cpu.gemm_glu):
+            with pytest.raises(ValueError, match=f"^{name}"):
+                call(**good | {name: wrong})
