@@ -36,7 +36,7 @@ def _sparse_layers(config: Config) -> list[bool]:
 
 def _experts(config: Config) -> Ffn:
     # 'num_experts' is written as 'num_local_experts' by some versions of transformers.
-    experts = config.integer("num_experts", config.data.get("num_local_experts") or 128)
+    experts = config.integer("num_experts", config.data.get("num_local_experts", 128))
     return Ffn(
         config.integer("moe_intermediate_size"),
         config.activation("hidden_act", "silu"),

@@ -98,15 +98,16 @@ def sentencepiece(
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    pre, normalizer = None, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     if prefix_space and not gemma:
+        # As in Llama 2's own tokenizer.json, and in llama.cpp: also before text that starts with a space.
+        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        pre = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
     return _document(
         model=model,
         added=_added_tokens(spelled, kinds, vocab),
-        normalizer=None if pre else normalizer,
-        pre_tokenizer=pre,
+        normalizer={"type": "Sequence", "normalizers": steps},
+        pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": decoders},
         bos=None if bos is None else (spelled[bos], bos),
     )

@@ -103,9 +103,14 @@ class TextStream:
         before = self._tokenizer.decode(self._known, self._skip)
         after = self._tokenizer.decode(self._known + self._pending, self._skip)
         if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not force):
-            # Special tokens have no text: forget them, or a run of them would grow the window.
             if after == before and not force:
-                self._pending.clear()
+                self._absorb(before)
             return ""
         self._known, self._pending = self._pending, []
         return after[len(before) :]
+
+    def _absorb(self, before: str) -> None:
+        """Deal with tokens without text: special ones, or a leading space that decoding strips."""
+        if not before:
+            self._known = (self._known + self._pending)[-_CONTEXT:]  # what follows is not the first token any more
+        self._pending = []

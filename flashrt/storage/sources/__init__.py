@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flashrt.errors import CheckpointError
@@ -9,16 +10,37 @@ from flashrt.storage.sources.checkpoint import Checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
+DEFAULT_CACHE = Path("~/.cache/flashrt")
 
-def open_checkpoint(where: str | Path) -> Checkpoint:
-    """Open a directory or a GGUF file. Raises CheckpointError."""
+
+def open_checkpoint(
+    where: str | Path, cache: Path | None = None, progress: Callable[[str, int, int], None] | None = None
+) -> Checkpoint:
+    """Open a directory, a GGUF file, a hub repository ('org/name') or a demo model ('demo', 'demo-small').
+
+    cache: where demo models are kept (default ~/.cache/flashrt); hub repositories go to the hub's own cache
+    progress: called with (what, parts done, parts in all) while a demo model is fetched
+    Headers are read, weights are not; call `validate()` before converting. Raises CheckpointError.
+    """
+    from flashrt.storage.sources.demo import DEMOS, fetch_demo
+    from flashrt.storage.sources.gguf import open_gguf
+    from flashrt.storage.sources.hub import REPOSITORY, open_repository
+    from flashrt.storage.sources.huggingface import open_directory
+
     path = Path(where)
     if path.is_dir():
-        from flashrt.storage.sources.huggingface import open_directory
-
         return open_directory(path)
     if path.is_file():
-        from flashrt.storage.sources.gguf import open_gguf
-
+        if path.suffix == ".safetensors":
+            raise CheckpointError(f"{path} is one file of a checkpoint: give the directory it lies in")
         return open_gguf(path)
-    raise CheckpointError(f"{where} is neither a directory, a GGUF file, a hub repository (org/name) nor a demo model")
+    name = str(where)
+    if name in DEMOS:
+        demo = fetch_demo(name, cache or DEFAULT_CACHE.expanduser(), progress)
+        return open_gguf(demo, source=f"{name}: {DEMOS[name].title}")
+    if REPOSITORY.fullmatch(name) and not path.parent.is_dir():
+        return open_repository(name)
+    raise CheckpointError(
+        f"{name} does not exist: expected a directory, a GGUF file, a hub repository (org/name) or one of "
+        + ", ".join(DEMOS)
+    )

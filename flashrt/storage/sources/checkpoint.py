@@ -75,8 +75,8 @@ class Checkpoint:
 
     def matrix_rows(self, key: str, start: int, stop: int) -> F32:
         """Rows start:stop of a logical matrix, float32 [stop - start, columns]."""
-        pieces, first = [], 0
-        for part, rows in zip(self._map.parts(key), self._part_rows(key), strict=True):
+        pieces, first, counts = [], 0, self._part_rows(key)
+        for part, rows in zip(self._map.parts(key), counts, strict=True):
             begin, end = max(start - first, 0), min(stop - first, rows)
             if begin < end:
                 pieces.append(self._part_matrix(part, rows, begin, end))
@@ -149,12 +149,13 @@ class Checkpoint:
 
     def _part_rows(self, key: str) -> tuple[int, ...]:
         """Rows of each part of a vector or matrix."""
+        rows = self._rows_of(key)
         layer, _, name = key.partition(".")
         if name in ("qkv", "qkv.bias"):
             attention = self.spec.layers[int(layer)].attention
             q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
             return q, kv, kv
-        return (self._rows_of(key),)
+        return (rows,)
 
     def _rows_of(self, key: str) -> int:
         if key in self._vector_lengths:

@@ -1,0 +1,148 @@
+"""A spec says enough: a plain forward pass over logical tensors gives transformers' logits, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flashrt.spec import Attention, ModelSpec, Rope
+from flashrt.storage.sources import Checkpoint, open_checkpoint
+from tests.families import FAMILIES, GGUF_FAMILIES, VOCAB, tiny_checkpoint, tiny_gguf
+
+TOKENS = 40  # longer than every window
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class PlainModel:
+    """The whole model in float64, nothing cached."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.spec = checkpoint, checkpoint.spec
+        self.lengths = self.spec.vectors()
+
+    def vector(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(self.checkpoint.vector(key)).double()
+
+    def matrix(self, key: str, rows: int) -> torch.Tensor:
+        return torch.from_numpy(self.checkpoint.matrix_rows(key, 0, rows)).double()
+
+    def bias(self, key: str) -> torch.Tensor | float:
+        return self.vector(key) if key in self.lengths else 0.0
+
+    def norm(self, x: torch.Tensor, key: str) -> torch.Tensor:
+        if self.spec.norm == "layer":
+            shape = (self.spec.hidden,)
+            return F.layer_norm(x, shape, self.vector(key), self.vector(f"{key}.bias"), self.spec.norm_eps)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.spec.norm_eps) * self.vector(key)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        spec = self.spec
+        x = self.matrix("embed", spec.vocab)[tokens] * spec.embed_scale
+        if spec.positions:
+            x = x + self.matrix("positions", spec.positions)[torch.arange(len(tokens)) + spec.position_offset]
+        for i in range(len(spec.layers)):
+            y = self.attention(i, self.norm(x, f"{i}.norm.attention"))
+            x = x + (self.norm(y, f"{i}.norm.attention_post") if spec.post_norms else y)
+            y = self.ffn(i, self.norm(x, f"{i}.norm.ffn"))
+            x = x + (self.norm(y, f"{i}.norm.ffn_post") if spec.post_norms else y)
+        return self.norm(x, "norm.final") @ self.matrix(spec.head, spec.vocab).T
+
+    def attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        a: Attention = self.spec.layers[i].attention
+        qkv = x @ self.matrix(f"{i}.qkv", a.qkv_rows).T + self.bias(f"{i}.qkv.bias")
+        q, k, v = qkv.view(len(x), -1, a.head_dim).transpose(0, 1).split([a.heads, a.kv_heads, a.kv_heads])
+        if a.qk_norm:
+            q, k = self.norm(q, f"{i}.q_norm"), self.norm(k, f"{i}.k_norm")
+        if a.rope:
+            q, k = rotate(q, a.rope), rotate(k, a.rope)
+        k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
+        distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
+        seen = (distance >= 0) & (distance < (a.window or len(x)))
+        scores = (q @ k.transpose(1, 2) * a.scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        joined = (scores @ v).transpose(0, 1).reshape(len(x), -1)
+        return joined @ self.matrix(f"{i}.out", self.spec.hidden).T + self.bias(f"{i}.out.bias")
+
+    def ffn(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        ffn = self.spec.layers[i].ffn
+        if not ffn.experts:
+            return self.block(i, None, x)
+        weights = (x @ self.matrix(f"{i}.router", ffn.experts).T).softmax(-1)
+        weights, chosen = weights.topk(ffn.experts_per_token)
+        if ffn.normalize_router:
+            weights = weights / weights.sum(-1, keepdim=True)
+        outputs = torch.stack([self.block(i, e, x) for e in range(ffn.experts)], 1)
+        return (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+
+    def block(self, i: int, expert: int | None, x: torch.Tensor) -> torch.Tensor:
+        ffn = self.spec.layers[i].ffn
+        gate, up, down = self.checkpoint.neuron_rows(i, expert, 0, ffn.neurons)
+        activate = _ACTIVATIONS[ffn.activation]
+        y = x @ torch.from_numpy(up).double().T + self.bias(f"{i}.up.bias")
+        y = activate(y) if gate is None else activate(x @ torch.from_numpy(gate).double().T) * y
+        return y @ torch.from_numpy(down).double() + self.bias(f"{i}.down.bias")
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    angles = torch.arange(x.shape[1])[:, None] * torch.tensor(rope.inverse_frequencies(x.shape[-1])).double()
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rms_ratio(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def check(checkpoint: Checkpoint, model: Any, tolerance: float = 1e-5) -> None:
+    tokens = torch.from_numpy(np.random.default_rng(5).integers(0, VOCAB, TOKENS))
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0].double()
+    assert rms_ratio(PlainModel(checkpoint).logits(tokens), expected) < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_directory_gives_transformers_logits(family: str, tmp_path: Path) -> None:
+    model, directory = tiny_checkpoint(family, tmp_path, seed=1)
+    with open_checkpoint(directory) as checkpoint:
+        check(checkpoint, model)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama", "mixtral"])
+def test_bfloat16_directory_gives_transformers_logits(family: str, tmp_path: Path) -> None:
+    model, directory = tiny_checkpoint(family, tmp_path, seed=1, dtype=torch.bfloat16)
+    with open_checkpoint(directory) as checkpoint:
+        check(checkpoint, model)
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_gguf_gives_transformers_logits(family: str, tmp_path: Path) -> None:
+    fields = {"gemma3": {"query_pre_attn_scalar": 20}, "qwen3_moe": {"mlp_only_layers": []}}.get(family, {})
+    model, path = tiny_gguf(family, tmp_path / "tiny.gguf", seed=2, **fields)
+    with open_checkpoint(path) as checkpoint:
+        check(checkpoint, model)
+
+
+def test_a_changed_window_would_be_noticed(tmp_path: Path) -> None:
+    model, directory = tiny_checkpoint("mistral", tmp_path, seed=1)
+    config = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(config.replace('"sliding_window": 7', '"sliding_window": 8'))
+    with open_checkpoint(directory) as checkpoint, pytest.raises(AssertionError):
+        check(checkpoint, model)
+
+
+def test_specs_survive_json(tmp_path: Path) -> None:
+    for family in ("gemma3", "qwen3_moe", "llama-yarn", "opt"):
+        _, directory = tiny_checkpoint(family, tmp_path / family)
+        with open_checkpoint(directory) as checkpoint:
+            assert ModelSpec.from_json(checkpoint.spec.to_json()) == checkpoint.spec

@@ -1,0 +1,376 @@
+"""Tiny random models of every family, saved as transformers saves them, and as GGUF: what parity tests compare with.
+
+Shapes are odd on purpose (nothing a power of two where the family allows it), biases and norms are random, windows are
+shorter than a test prompt. transformers is imported late: most tests of a parametrisation never need it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCAB = 131
+BOS, EOS, USER = 0, 1, 2
+SPECIAL = ("<s>", "</s>", "<|user|>")
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 72,
+    "intermediate_size": 104,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_LLAMA = {**_COMMON, "head_dim": 20, "rms_norm_eps": 1e-5}
+
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **fields}}
+
+
+# Variant → (config class, model class, config fields).
+_VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
+    "llama-bias": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "attention_bias": True, "tie_word_embeddings": True}),
+    "llama-linear": ("LlamaConfig", "LlamaForCausalLM", _LLAMA | _rope("linear", factor=3.0)),
+    "llama-llama3": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        _LLAMA
+        | _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "llama-yarn": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        _LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=64),
+    ),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**_LLAMA, "sliding_window": 7}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _COMMON),
+    "qwen2-window": (
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {
+            **_COMMON,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_COMMON, "head_dim": 20}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            **_COMMON,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 3,
+            "head_dim": 20,
+            "query_pre_attn_scalar": 15,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 72,
+            "ffn_dim": 104,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 256,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "pad_token_id": 3,
+            "word_embed_proj_dim": 72,
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_LLAMA, "intermediate_size": 40, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **_COMMON,
+            "head_dim": 20,
+            "moe_intermediate_size": 24,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+FAMILIES = tuple(_VARIANTS)
+GGUF_FAMILIES = ("llama", "llama-llama3", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
+    """A random transformers model of a variant, float32, in evaluation mode. `overrides` are config fields."""
+    import transformers
+
+    config_class, model_class, fields = _VARIANTS[family]
+    config = getattr(transformers, config_class)(**{**fields, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        model = getattr(transformers, model_class)(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _randomise(name, parameter, generator)
+    return model
+
+
+def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.ndim > 1:
+        # Unit gain, so that activations neither vanish nor explode and every weight shows in the logits.
+        scale = 0.5 if "embed" in name else parameter.shape[-1] ** -0.5
+        parameter.copy_(noise * scale)
+    elif name.endswith("bias"):
+        parameter.copy_(noise * 0.3)
+    else:
+        parameter.copy_(parameter + noise * 0.2)  # norms: around one, or around zero for Gemma
+
+
+def tiny_checkpoint(
+    family: str, directory: Path | str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> tuple[Any, Path]:
+    """Save a tiny model of `family` (one of FAMILIES) with a tokenizer. Returns (model, directory).
+
+    The model is float32 whatever `dtype` is saved: its weights are the saved ones exactly.
+    """
+    directory = Path(directory)
+    model = tiny_model(family, seed, **overrides)
+    # A copy, because `.to` would round the rotary frequencies too, which no checkpoint holds.
+    copy.deepcopy(model).to(dtype).save_pretrained(directory)
+    write_tokenizer(directory)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    if family == "gemma3":
+        # transformers rounds the scale to the type of the weights; the float32 model has to follow the saved one.
+        embed = model.model.embed_tokens
+        embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
+    return model, directory
+
+
+def tiny_tokens() -> tuple[list[str], list[tuple[str, str]]]:
+    """(tokens, merges) of a byte-level BPE over printable ASCII, as large as the tiny models' vocabulary."""
+    letters = [chr(c) for c in range(33, 127)] + ["\u0120", "\u010a"]  # the byte alphabet's space and newline
+    merges = []
+    for pair in ("t h", "th e", "\u0120 the", "i n", "in g", "a n", "an d", "\u0120 a", "e r", "o n", "\u0120 and"):
+        left, right = pair.split(" ")
+        merges.append((left, right))
+    tokens = [*SPECIAL, "<pad>", *letters, *(left + right for left, right in merges)]
+    return tokens + [f"<unused{i}>" for i in range(VOCAB - len(tokens))], merges
+
+
+def tokenizer_json() -> bytes:
+    tokens, merges = tiny_tokens()
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    start = {"SpecialToken": {"id": SPECIAL[BOS], "type_id": 0}}
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for i, token in enumerate(SPECIAL)],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {SPECIAL[BOS]: {"id": SPECIAL[BOS], "ids": [BOS], "tokens": [SPECIAL[BOS]]}},
+        },
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+    return json.dumps(document).encode()
+
+
+def write_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_bytes(tokenizer_json())
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[BOS],
+        "eos_token": SPECIAL[EOS],
+        "chat_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+_GGUF_ARCH = {"llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+_GGUF_LEAVES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+}
+_GEMMA_LEAVES = {
+    **_GGUF_LEAVES,
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+}
+
+
+def tiny_gguf(family: str, path: Path | str, seed: int = 0, quant: str = "F32", **overrides: Any) -> tuple[Any, Path]:
+    """Write the same weights as `tiny_checkpoint(family, seed=seed)` as GGUF. Returns (model, path).
+
+    family: one of GGUF_FAMILIES; quant: type of the matrices whose rows it fits (F32, F16, BF16, Q8_0)
+    """
+    import gguf
+
+    path = Path(path)
+    model = tiny_model(family, seed, **overrides)
+    config = model.config
+    arch = _GGUF_ARCH.get(family.partition("-")[0], "gemma3")
+    writer = gguf.GGUFWriter(path, arch)
+    _write_metadata(writer, config, family, arch)
+    for name, values in _gguf_tensors(model, family).items():
+        kind = gguf.GGMLQuantizationType[quant]
+        if values.ndim > 1 and quant != "F32" and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, path
+
+
+def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if arch == "gemma3":
+        _write_gemma_metadata(writer, config)
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if family == "mixtral":
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if family == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    tokens, merges = tiny_tokens()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 5 if token.startswith("<unused") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _write_gemma_metadata(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_array(
+        "gemma3.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in config.layer_types]
+    )
+    full, sliding = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
+    writer.add_rope_freq_base(full["rope_theta"])
+    writer.add_float32("gemma3.rope.freq_base_swa", sliding["rope_theta"])
+    if full["rope_type"] == "linear":
+        writer.add_string("gemma3.rope.scaling.type", "linear")
+        writer.add_float32("gemma3.rope.scaling.factor", full["factor"])
+
+
+def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
+    config, result = model.config, {}
+    leaves = _GEMMA_LEAVES if family == "gemma3" else _GGUF_LEAVES
+    for name, tensor in model.state_dict().items():
+        values = tensor.float().numpy()
+        if name == "lm_head.weight":
+            if not config.tie_word_embeddings:
+                result["output.weight"] = values
+        elif name.endswith("experts.gate_up_proj"):
+            layer, half = name.split(".")[2], values.shape[1] // 2
+            result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
+            result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])
+        else:
+            result[_gguf_name(name, leaves)] = _gguf_values(name, values, config, family)
+    if family == "llama-llama3":
+        result["rope_freqs.weight"] = _rope_factors(model)
+    return result
+
+
+def _gguf_name(name: str, leaves: dict[str, str]) -> str:
+    if name.startswith("model.embed_tokens"):
+        return "token_embd.weight"
+    if name == "model.norm.weight":
+        return "output_norm.weight"
+    _, _, layer, leaf = name.split(".", 3)
+    for ours, theirs in leaves.items():
+        if leaf.startswith(ours):
+            return f"blk.{layer}.{theirs}{leaf[len(ours) :]}"
+    raise KeyError(name)
+
+
+def _gguf_values(name: str, values: np.ndarray, config: Any, family: str) -> np.ndarray:
+    """What llama.cpp's converter changes: Gemma's norms hold 1 + w, Llama's query and key rows are permuted."""
+    if family == "gemma3" and "norm" in name:
+        return values + 1
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    kind = name.split(".")[-2]
+    if family.startswith(("llama", "mixtral")) and kind in heads:
+        count = heads[kind]
+        paired = values.reshape(count, 2, values.shape[0] // count // 2, *values.shape[1:])
+        return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(values.shape))
+    return values
+
+
+def _rope_factors(model: Any) -> np.ndarray:
+    """Plain frequencies over scaled ones."""
+    scaled = model.model.rotary_emb.inv_freq.double().numpy()
+    theta = model.config.rope_parameters["rope_theta"]
+    plain = theta ** (-np.arange(len(scaled)) / len(scaled))
+    return (plain / scaled).astype(np.float32)

@@ -1,0 +1,139 @@
+"""Logical tensors of every family against transformers' parameters, from both formats."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flashrt.storage.sources import Checkpoint, open_checkpoint
+from tests.families import FAMILIES, GGUF_FAMILIES, tiny_checkpoint, tiny_gguf
+
+_ATTENTION = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.{out}"}
+_NORMS = {"norm.attention": "input_layernorm", "norm.ffn": "post_attention_layernorm"}
+_GEMMA_NORMS = {
+    "norm.attention": "input_layernorm",
+    "norm.attention_post": "post_attention_layernorm",
+    "norm.ffn": "pre_feedforward_layernorm",
+    "norm.ffn_post": "post_feedforward_layernorm",
+}
+_OPT_NORMS = {"norm.attention": "self_attn_layer_norm", "norm.ffn": "final_layer_norm"}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().numpy()
+
+
+def expected_tensors(family: str, model: Any) -> dict[str, np.ndarray]:
+    """Logical vectors and matrices as the model itself holds them."""
+    decoder = model.model.decoder if family == "opt" else model.model
+    final = decoder.final_layer_norm if family == "opt" else decoder.norm
+    add = 1.0 if family == "gemma3" else 0.0
+    norms = _OPT_NORMS if family == "opt" else _GEMMA_NORMS if family == "gemma3" else _NORMS
+    result = {"embed": decoder.embed_tokens.weight, "norm.final": final.weight + add, "head": model.lm_head.weight}
+    if family == "opt":
+        result |= {"positions": decoder.embed_positions.weight, "norm.final.bias": final.bias}
+    for i, layer in enumerate(decoder.layers):
+        attention = layer.self_attn
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        out = attention.out_proj if family == "opt" else attention.o_proj
+        result |= {f"{i}.qkv": torch.cat([p.weight for p in projections]), f"{i}.out": out.weight}
+        if projections[0].bias is not None:
+            result[f"{i}.qkv.bias"] = torch.cat([p.bias for p in projections])
+        if out.bias is not None:
+            result[f"{i}.out.bias"] = out.bias
+        for ours, theirs in norms.items():
+            result[f"{i}.{ours}"] = getattr(layer, theirs).weight + add
+            if family == "opt":
+                result[f"{i}.{ours}.bias"] = getattr(layer, theirs).bias
+        for name in ("q_norm", "k_norm"):
+            if hasattr(attention, name):
+                result[f"{i}.{name}"] = getattr(attention, name).weight + add
+        if family == "opt":
+            result |= {f"{i}.up.bias": layer.fc1.bias, f"{i}.down.bias": layer.fc2.bias}
+        elif hasattr(layer.mlp, "experts"):
+            result[f"{i}.router"] = layer.mlp.gate.weight
+    return {key: _array(value) for key, value in result.items()}
+
+
+def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    if family == "opt":
+        layer = model.model.decoder.layers[i]
+        return None, _array(layer.fc1.weight), _array(layer.fc2.weight).T
+    mlp = model.model.layers[i].mlp
+    if hasattr(mlp, "experts"):
+        gate, up = _array(mlp.experts.gate_up_proj[expert]).reshape(2, -1, model.config.hidden_size)
+        return gate, up, _array(mlp.experts.down_proj[expert]).T
+    return _array(mlp.gate_proj.weight), _array(mlp.up_proj.weight), _array(mlp.down_proj.weight).T
+
+
+def check_equal(checkpoint: Checkpoint, family: str, model: Any) -> None:
+    """Every logical tensor, read in uneven pieces, is exactly the model's."""
+    spec, expected = checkpoint.spec, expected_tensors(family, model)
+    for key, length in spec.vectors().items():
+        found = checkpoint.vector(key)
+        assert found.dtype == np.float32
+        assert found.shape == (length,)
+        np.testing.assert_array_equal(found, expected.pop(key), err_msg=key)
+    matrices = spec.shared_matrices()
+    for i in range(len(spec.layers)):
+        matrices |= spec.layer_matrices(i)
+    for key, (rows, columns) in matrices.items():
+        cuts = [0, 1, rows // 3 + 1, rows - 1, rows]
+        pieces = [checkpoint.matrix_rows(key, a, b) for a, b in itertools.pairwise(cuts) if a < b]
+        assert all(piece.shape[1] == columns and piece.dtype == np.float32 for piece in pieces)
+        np.testing.assert_array_equal(np.concatenate(pieces), expected.pop(key), err_msg=key)
+    assert set(expected) <= {"head"}
+    for i, layer in enumerate(spec.layers):
+        for expert in range(layer.ffn.runs):
+            check_neurons(checkpoint, expected_neurons(family, model, i, expert), i, expert)
+
+
+def check_neurons(checkpoint: Checkpoint, expected: tuple[np.ndarray | None, ...], i: int, expert: int) -> None:
+    neurons = checkpoint.spec.layers[i].ffn.neurons
+    for start, stop in ((0, 1), (1, neurons - 3), (neurons - 3, neurons)):
+        found = checkpoint.neuron_rows(i, expert, start, stop)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                np.testing.assert_array_equal(a, b[start:stop], err_msg=f"layer {i} expert {expert}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_directory_holds_the_models_tensors(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, directory = tiny_checkpoint(family, tmp_path, seed=3, dtype=dtype)
+    with open_checkpoint(directory) as checkpoint:
+        checkpoint.validate()
+        check_equal(checkpoint, family, model)
+        assert checkpoint.weight_bytes_source == sum(
+            p.numel() * dtype.itemsize for p in {id(p): p for p in model.parameters()}.values()
+        )
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_gguf_holds_the_models_tensors(family: str, tmp_path: Path) -> None:
+    fields = {"gemma3": {"query_pre_attn_scalar": 20}, "qwen3_moe": {"mlp_only_layers": []}}.get(family, {})
+    model, path = tiny_gguf(family, tmp_path / "tiny.gguf", seed=4, **fields)
+    _, directory = tiny_checkpoint(family, tmp_path / "hf", seed=4, **fields)
+    with open_checkpoint(path) as checkpoint, open_checkpoint(directory) as other:
+        checkpoint.validate()
+        check_equal(checkpoint, family, model)
+        assert comparable(checkpoint.spec) == comparable(other.spec)
+
+
+def comparable(spec: Any) -> Any:
+    """Numbers rounded to what a float32 in metadata keeps; end tokens left out (GGUF names more)."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    return rounded({key: value for key, value in spec.to_json().items() if key != "eos"})

@@ -1,0 +1,151 @@
+"""The tokenizer: files there and back, BOS, incremental decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.text.bpe import byte_alphabet, byte_level, gpt2_files, sentencepiece
+from flashrt.text.files import TextFiles
+from flashrt.text.tokenizer import Tokenizer
+from tests.families import BOS, EOS, SPECIAL, USER, VOCAB, tokenizer_json
+
+TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ttabs\n\n\nand lines  ",
+    "naïve café – “quotes” … 你好，世界 🙂👩‍👩‍👧 e\u0301",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "1234567 3.14159 0xDEADBEEF",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    return Tokenizer(TextFiles(tokenizer_json(), None, {"bos_token": SPECIAL[BOS]}))
+
+
+@pytest.fixture(scope="module")
+def bytes_only() -> Tokenizer:
+    """256 byte tokens and one special token: every text is covered, every character may be split."""
+    tokens = [*byte_alphabet(), "<s>"]
+    return Tokenizer(TextFiles(byte_level(tokens, [], [1] * 256 + [3], "gpt-2")))
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Tokenizer:
+    """A SentencePiece-like vocabulary with byte fallback and a prefix space."""
+    words = ["▁", "a", "b", "▁a", "ab", "▁ab", "▁b", "é"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(words))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * len(words)
+    return Tokenizer(TextFiles(sentencepiece(tokens, scores, kinds, bos=1)))
+
+
+def test_bos_is_added_once_and_only_when_wanted(tiny: Tokenizer) -> None:
+    assert tiny.encode("the")[0] == BOS
+    assert BOS not in tiny.encode("the", special=False)
+    assert tiny.encode("<|user|>x</s>", special=False)[0] == USER
+    assert tiny.encode("<|user|>x</s>", special=False)[-1] == EOS
+    assert tiny.vocab == VOCAB
+
+
+def test_configured_bos_overrides_the_post_processor() -> None:
+    plain, special = byte_level([*byte_alphabet(), "<s>"], [], [1] * 256 + [3], "gpt-2"), {"bos_token": "<s>"}
+    assert Tokenizer(TextFiles(plain, None, special, add_bos=True)).encode("a") == [256, 97]
+    assert Tokenizer(TextFiles(plain, None, special)).encode("a") == [97]
+    adds = TextFiles(tokenizer_json(), None, {"bos_token": "<s>"}, add_bos=True)
+    assert Tokenizer(adds).encode("a").count(BOS) == 1
+    refuses = TextFiles(tokenizer_json(), None, {"bos_token": "<s>"}, add_bos=False)
+    assert BOS not in Tokenizer(refuses).encode("a")
+
+
+def test_files_there_and_back(tmp_path: Path) -> None:
+    text = TextFiles(tokenizer_json(), "{{ x }}", {"eos_token": "</s>"}, {"temperature": 0.5}, True)
+    for name, data in text.to_files().items():
+        (tmp_path / name).write_bytes(data)
+    assert TextFiles.from_files(tmp_path) == text
+    assert Tokenizer.from_files(tmp_path).encode("the") == Tokenizer(text).encode("the")
+    (tmp_path / "text.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="damaged"):
+        TextFiles.from_files(tmp_path)
+    (tmp_path / "text.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        TextFiles.from_files(tmp_path)
+
+
+def test_damaged_tokenizer_is_refused() -> None:
+    for data in (b"{}", b"\xff", b"[1", tokenizer_json()[:-40]):
+        with pytest.raises(CheckpointError):
+            Tokenizer(TextFiles(data))
+
+
+def stream_text(tokenizer: Tokenizer, ids: list[int], context: tuple[int, ...] = ()) -> str:
+    stream = tokenizer.stream(context)
+    pieces = [stream.push(i) for i in ids]
+    return "".join(pieces) + stream.flush()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_gives_the_text(text: str, bytes_only: Tokenizer, pieces: Tokenizer) -> None:
+    for tokenizer in (bytes_only, pieces):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.stream()
+        given_out = ""
+        for i in ids:
+            piece = stream.push(i)
+            assert "\ufffd" not in piece
+            given_out += piece
+            assert text.startswith(given_out)
+        assert given_out + stream.flush() == text
+
+
+@given(st.text())
+@settings(max_examples=60, deadline=None)
+def test_stream_of_any_text(text: str) -> None:
+    tokenizer = Tokenizer(TextFiles(byte_level([*byte_alphabet()], [], [1] * 256, "gpt-2")))
+    assert stream_text(tokenizer, tokenizer.encode(text)) == text
+
+
+@given(st.lists(st.integers(0, 255), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_stream_of_any_bytes_never_stalls(ids: list[int]) -> None:
+    tokenizer = Tokenizer(TextFiles(byte_level([*byte_alphabet()], [], [1] * 256, "gpt-2")))
+    found = stream_text(tokenizer, ids)
+    kept = [c for c in bytes(ids).decode("utf-8", errors="ignore") if c != "\ufffd"]
+    assert len(found) >= len(kept) // 2  # invalid bytes may hide neighbours, not everything
+
+
+def test_stream_keeps_the_space_after_a_context(pieces: Tokenizer) -> None:
+    prompt, more = pieces.encode("ab"), pieces.encode("ab ab", special=False)[1:]
+    assert stream_text(pieces, more, tuple(prompt)) == " ab"
+    assert stream_text(pieces, more) == "ab"
+
+
+def test_stream_window_stays_small(bytes_only: Tokenizer) -> None:
+    stream = bytes_only.stream()
+    for _ in range(100):
+        stream.push(256)
+        stream.push(ord("a"))
+        stream.push(0xFF - 0x100 + 256)
+    assert len(stream._known) + len(stream._pending) < 40
+
+
+def test_unknown_pre_tokenizer_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="viking"):
+        byte_level([*byte_alphabet()], [], [1] * 256, "viking")
+
+
+def test_gpt2_files() -> None:
+    vocab = {token: i for i, token in enumerate([*byte_alphabet(), "th", "the", "</s>"])}
+    text = TextFiles(
+        gpt2_files(vocab, "#version: 0.2\nt h\nth e\n", {"</s>": 258}), None, {"bos_token": "</s>"}, {}, True
+    )
+    assert Tokenizer(text).encode("the") == [258, 257]
+    with pytest.raises(CheckpointError, match="merges"):
+        gpt2_files(vocab, "th\n", {})
