@@ -10,7 +10,7 @@ import numpy as np
 
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import Plan, Workload, plan, resident_budget, smallest_budget
-from flashrt.budget.profile import DiskProfile, load_disk_profile, save_disk_profile, sequential_rate
+from flashrt.budget.profile import load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
@@ -73,7 +73,7 @@ class Prepared:
         known = load_disk_profile(self.cache, device)
         if known is None:
             files = self.pack.layout.file_bytes
-            known = DiskProfile(sequential_rate(self.pack.path / max(files, key=lambda name: files[name])))
+            known = measure_disk(self.pack.path / max(files, key=lambda name: files[name]))
             save_disk_profile(self.cache, device, known)
         return known.sequential
 
