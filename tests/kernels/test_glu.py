@@ -61,7 +61,7 @@ def test_chosen_tokens_with_weights(isa, call, codec):
     weights = np.array([0.5, -2.0, 0.125], np.float32)
     expected = expect(x, w, codec, "silu", True, y, tokens=chosen, weights=weights)
     call(x, w, codec, "silu", True, y, tokens=chosen, weights=weights)
-    assert rms_ratio(y, expected) < 3e-3
+    assert rms_ratio(y, expected) < 1e-2
     others = [i for i in range(tokens) if i not in chosen]
     assert same(y[others], before[others])
 

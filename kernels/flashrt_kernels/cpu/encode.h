@@ -29,12 +29,15 @@ FLASHRT_INLINE Fit refit(const Group& g, float inverse, float offset) {
     }
     const float sq = sum(q_sum), sqq = sum(qq_sum), swq = sum(wq_sum);
     const float determinant = g.count * sqq - sq * sq;
+    const bool solvable = determinant > 1e-6f * g.count * sqq;  // not when all codes are equal
     float scale = 0.0f, low = 0.0f;
-    if (determinant > 1e-6f * g.count * sqq) {
+    if (solvable) {
         scale = (g.count * swq - g.sum_w * sq) / determinant;
         low = (sqq * g.sum_w - sq * swq) / determinant;
+    } else if (g.sum_w < 0.0f) {
+        low = g.sum_w / g.count;
     }
-    if (determinant <= 1e-6f * g.count * sqq || low > 0.0f) {
+    if (low > 0.0f || (!solvable && low == 0.0f)) {
         low = 0.0f;
         scale = sqq > 0.0f ? swq / sqq : 0.0f;
     }
@@ -95,12 +98,13 @@ FLASHRT_INLINE Codes choose(const Group& g, float u, float v, float scale, float
     return best;
 }
 
+// Past the end of the row the first weight repeats, which does not widen the range, and counts nothing.
 FLASHRT_INLINE Group load_group(const float* w, const float* importance, int at, int k) {
     Group g;
     const int n = k - at;
     for (int j = 0; j < 2; ++j) {
         const int left = n - 16 * j;
-        g.w[j] = left >= 16 ? load(w + at + 16 * j) : load_part(w + at + 16 * j, left);
+        g.w[j] = left >= 16 ? load(w + at + 16 * j) : load_part(w + at + 16 * j, left, w[at]);
         if (importance) {
             g.importance[j] = left >= 16 ? load(importance + at + 16 * j) : load_part(importance + at + 16 * j, left);
         } else {
