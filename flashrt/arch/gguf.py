@@ -103,7 +103,10 @@ def _eos(metadata: Mapping[str, Any]) -> list[int]:
 
 def _check_heads(config: dict[str, Any], fields: Mapping[str, Any]) -> None:
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if isinstance(config.get(key), list):
+        value = config.get(key)
+        if isinstance(value, list) and len(set(value)) == 1:
+            config[key] = value[0]
+        elif isinstance(value, list):
             raise UnsupportedModelError(f"GGUF with a different {_FIELDS[key]} per layer is not supported")
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:

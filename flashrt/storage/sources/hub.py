@@ -30,7 +30,12 @@ def open_repository(name: str, cache: Path | None = None) -> Checkpoint:
     return open_directory(_download(name, cache), name=name.split("/")[1], source=f"Hugging Face hub {name}")
 
 
-def _download(name: str, cache: Path | None) -> Path:
+def fetch_repository(name: str, out: Path | None = None) -> Path:
+    """Download what is needed of `org/name` into the directory `out`, or into the hub's cache; return where it is."""
+    return _download(name, None, out)
+
+
+def _download(name: str, cache: Path | None, out: Path | None = None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -40,7 +45,7 @@ def _download(name: str, cache: Path | None) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS), cache_dir=cache))
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS), cache_dir=cache, local_dir=out))
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in (hf auth login)") from error
     except errors.RepositoryNotFoundError as error:

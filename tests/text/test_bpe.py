@@ -1,0 +1,91 @@
+"""tokenizer.json built from vocabularies and merges, against transformers' own conversions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashrt.text.bpe import _SPLITS, byte_alphabet, byte_level, derive_merges, sentencepiece
+from flashrt.text.files import TextFiles
+from flashrt.text.tokenizer import Tokenizer
+from tests.text.test_tokenizer import TEXTS
+
+MERGES = ["Ġ t", "h e", "Ġt he", "l l", "1 2", "12 3", "Ċ Ċ", "' s", "Ġ Ġ", "Ġ w", "o r", "Ġw or"]
+
+
+def vocabulary() -> list[str]:
+    return [*byte_alphabet(), *("".join(merge.split(" ")) for merge in MERGES), "<|end|>", "<think>"]
+
+
+def kinds() -> list[int]:
+    return [1] * (256 + len(MERGES)) + [3, 4]
+
+
+@pytest.mark.parametrize("pre", [name for name in sorted(_SPLITS) if name not in ("gpt2", "llama-v3")])
+def test_byte_level_as_transformers(pre: str) -> None:
+    from transformers.integrations.gguf import convert_gguf_tokenizer
+
+    tokens = vocabulary()
+    fields = {"tokens": tokens, "merges": MERGES, "token_type": kinds()}
+    theirs, _ = convert_gguf_tokenizer("llama", {"tokenizer_type": "gpt2", "pre_tokenizer_type": pre, **fields})
+    ours = Tokenizer(TextFiles(byte_level(tokens, MERGES, kinds(), pre)))
+    for text in (*TEXTS, "the 12345 worlds' IT'S  \n\n\t x<|end|>y<think>z</think>", "été 12 ½ Ⅷ", "a\r\nb\r\n\r\n c"):
+        if "e\u0301" in text:
+            continue  # Qwen's own tokenizer composes characters, the conversion does not
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+
+
+def test_bos_comes_from_the_post_processor() -> None:
+    tokens = vocabulary()
+    end = tokens.index("<|end|>")
+    ours = Tokenizer(TextFiles(byte_level(tokens, MERGES, kinds(), "llama-bpe", bos=end)))
+    assert ours.encode("the")[0] == end
+    assert ours.encode("the", special=False)[0] != end
+
+
+def random_vocabulary(seed: int) -> tuple[list[str], list[float]]:
+    generator = np.random.default_rng(seed)
+    words = {"".join(generator.choice(list("abc▁"), generator.integers(1, 6))) for _ in range(120)}
+    tokens = ["<unk>", *"abc▁", *sorted(words - set("abc▁"))]
+    scores = generator.permutation(len(tokens)).astype(float) // 2  # with ties
+    return tokens, (-scores).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_derived_merges_as_transformers(seed: int) -> None:
+    from transformers.tokenization_utils_base import generate_merges
+
+    tokens, scores = random_vocabulary(seed)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    assert derive_merges(vocab, scores, tokens) == generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sentencepiece_as_transformers(seed: int) -> None:
+    from transformers.integrations.gguf import convert_gguf_tokenizer
+
+    words, scores = random_vocabulary(seed)
+    tokens = [*words, *(f"<0x{b:02X}>" for b in range(256))]
+    fields: dict[str, Any] = {
+        "tokens": tokens,
+        "scores": scores + [-1e4] * 256,
+        "token_type": [2] + [1] * (len(tokens) - 1),
+    }
+    theirs, _ = convert_gguf_tokenizer("llama", {"tokenizer_type": "llama", **fields})
+    ours = Tokenizer(TextFiles(sentencepiece(tokens, fields["scores"], fields["token_type"])))
+    generator = np.random.default_rng(seed)
+    for _ in range(30):
+        text = "".join(generator.choice(list("aaabbbccc  \né"), 20)).lstrip()
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == text
+
+
+def test_no_prefix_space() -> None:
+    words, scores = random_vocabulary(0)
+    data = sentencepiece(words, scores, [2] + [1] * (len(words) - 1), prefix_space=False)
+    assert Tokenizer(TextFiles(data)).decode(Tokenizer(TextFiles(data)).encode("a b")) == "a b"
+    assert "Prepend" not in json.dumps(json.loads(data))
