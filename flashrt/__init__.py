@@ -1,0 +1,56 @@
+"""flashrt runs language models that do not fit in memory, under a hard memory budget.
+
+with flashrt.load("demo", budget_gb=1) as engine:
+    generation = engine.generate("def fibonacci(n):", max_new_tokens=64)
+    for token in generation:
+        print(token.text, end="", flush=True)
+    print(generation.report.decode_tok_per_s)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flashrt.engine.engine import Engine
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(
+    path: str | Path,
+    budget_gb: float | None = None,
+    *,
+    context: int | None = None,
+    dtype: str = "int8",
+    cache_dir: str | Path | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    host_budget_gb: float | None = None,
+) -> Engine:
+    """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
+
+    path: a pack, or a checkpoint (Hugging Face directory, GGUF file, hub repository, 'demo', 'demo-small'), which is
+        packed with `dtype` (f32, bf16, int8, int4) into `cache_dir` on first use
+    budget_gb: GiB that the process (with device='cuda': the GPU memory of the process) may hold; None takes what the
+        model needs, or what the machine has
+    context: tokens of prompt and answer together; None takes 4096, or less if the model ends earlier
+    threads: compute threads; None takes one per core
+    host_budget_gb: with device='cuda', GiB of host memory
+
+    Raises a FlashrtError that says what to do: BudgetError before anything is loaded when the budget is too small.
+    """
+    from flashrt.engine.open import load as open_engine
+
+    return open_engine(
+        path,
+        budget_gb,
+        context=context,
+        dtype=dtype,
+        cache_dir=cache_dir,
+        threads=threads,
+        device=device,
+        host_budget_gb=host_budget_gb,
+    )

@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]  # what is going on, bytes done, byte
 
 DTYPES = ("f32", "bf16", "int8", "int4")
 DEMOS = ("demo", "demo-small")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IDENTITY_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
@@ -106,7 +106,9 @@ def resolve(where: str | Path, cache: Path, dtype: str = "int8", progress: Progr
 
 def is_remote(name: str) -> bool:
     """Whether `name` can only be something to fetch: a demo model, or a hub repository."""
-    return name in DEMOS or (_HUB_ID.fullmatch(name) is not None and not Path(name).exists())
+    if name in DEMOS:
+        return True
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def _holds_pack(path: Path) -> bool:
@@ -149,7 +151,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
     """Hold a lock file of the cache directory; wait while another process holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a")
+        handle = path.open("a")
     except OSError as error:
         raise DiskError(
             f"the cache directory {path.parent} cannot be written ({error.strerror}): "

@@ -13,30 +13,35 @@ import sys
 import time
 from pathlib import Path
 
-from flashrt.engine.open import Progress, is_remote
+from flashrt.engine.open import Progress
 from flashrt.errors import FlashrtError
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.packer import pack
 from flashrt.storage.sources import open_checkpoint
+from flashrt.storage.sources.demo import DEMOS, fetch_demo
+from flashrt.storage.sources.hub import fetch_repository
 from flashrt_kernels.rows import Codec
 
 INTERVAL_S = 0.1
+CHECKPOINTS = "checkpoints"  # below the cache directory
 
 
 def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progress) -> Path:
-    """Bring a demo model or a hub repository to this machine, into `out` or the cache; return where it is."""
-    from flashrt.storage.sources.fetch import fetch
-
-    return fetch(name, out or cache / "checkpoints", lambda done, total: progress("fetching", done, total))
+    """Bring a demo model or a hub repository to this machine, into `out` or a cache; return where it is."""
+    if name in DEMOS:
+        return fetch_demo(name, out or cache / CHECKPOINTS, _fetching(progress))
+    return fetch_repository(name, out)
 
 
 def pack_checkpoint(checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress) -> Manifest:
     """Pack a checkpoint, fetched first if it has to be, into the directory `out`."""
-    name = str(checkpoint)
-    path = fetch_checkpoint(name, cache, None, progress) if is_remote(name) else Path(name)
-    with open_checkpoint(path) as source:
+    with open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress)) as source:
         source.validate()
         return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
+
+
+def _fetching(progress: Progress) -> Progress:
+    return lambda title, done, total: progress("fetching", done, total)
 
 
 def main() -> int:

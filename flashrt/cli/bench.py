@@ -1,0 +1,181 @@
+"""flashrt bench: how fast a pack runs under a budget, against what the disk allows."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import emit, rate, say, show, size, table
+from flashrt.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flashrt.engine.engine import Engine
+    from flashrt.spec import ModelSpec
+
+PREFILL = (128, 512)
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    app.command(name)(guarded(bench))
+
+
+def bench(
+    pack: options.Model,
+    budget_gb: options.BudgetGb = None,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--prompt-tokens",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Length of a prompt to time; may be repeated. Omitted: 128 and 512, or what the context holds.",
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, metavar="N", help="Tokens to decode.")] = 32,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, help="Times that all is done; medians count.")] = 3,
+    dtype: options.Dtype_ = options.Dtype.INT8,
+    threads: options.Threads = None,
+    device: options.Device = options.DeviceName.CPU,
+    host_budget_gb: options.HostBudgetGb = None,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> None:
+    """Measure prefill and decode speed, bytes read per token, and the share of the disk's rate that is reached.
+
+    The disk's rate is that of a plain sequential O_DIRECT read of the pack, taken between the other measurements.
+
+    Example: flashrt bench demo --budget-gb 1 --repeat 3 --json
+    """
+    from flashrt.budget.planner import Workload
+    from flashrt.budget.process import peak_resident_bytes
+    from flashrt.cli.session import Session, Settings
+
+    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    lengths = _lengths(session.spec, prompt_tokens, new_tokens)
+    workload = Workload(max(lengths) + new_tokens, prompt=max(lengths))
+    with session.engine(workload) as engine:
+        largest = _largest_file(engine)
+        prefill: dict[int, list[float]] = {length: [] for length in lengths}
+        decodes, disk = [], []
+        for i in range(repeat):
+            say(f"repetition {i + 1} of {repeat}")
+            for length in lengths:
+                prefill[length].append(_prefill(engine, length))
+            decodes.append(_decode(engine, lengths[0], new_tokens))
+            disk.append(_disk_rate(largest))
+        result = {
+            "pack": str(engine.reader.pack.path),
+            "name": engine.reader.pack.manifest.name,
+            "dtype": engine.reader.pack.manifest.dtype.value,
+            "threads": threads,
+            "repeat": repeat,
+            "prefill_tok_per_s": {str(n): n / statistics.median(times) for n, times in prefill.items()},
+            "prefill_s": {str(n): statistics.median(times) for n, times in prefill.items()},
+            **_decode_figures(decodes, new_tokens, [r for r in disk if r]),
+            "load_s": engine.load_s,
+            "budget_bytes": engine.plan.budget_bytes,
+            "peak_rss_bytes": peak_resident_bytes(),
+            "device_peak_bytes": engine.runtime.peak_bytes(),
+            "plan": engine.plan.to_json(),
+        }
+    if json:
+        emit(result)
+    else:
+        _print(result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    seconds: float
+    bytes_read: int
+    wait_s: float
+
+
+def _lengths(spec: ModelSpec, asked: list[int] | None, new_tokens: int) -> list[int]:
+    room = spec.context - new_tokens
+    lengths = sorted(set(asked)) if asked else [n for n in PREFILL if n <= room] or [max(room, 0)]
+    if lengths[-1] > room or lengths[0] < 1:
+        raise UsageError(
+            f"{lengths[-1]} prompt tokens and {new_tokens} new ones do not fit in the model's context of {spec.context}"
+        )
+    return lengths
+
+
+def _ids(engine: Engine, length: int) -> list[int]:
+    """The same arbitrary tokens every time."""
+    choice = random.Random(length)
+    return [choice.randrange(engine.spec.vocab) for _ in range(length)]
+
+
+def _prefill(engine: Engine, length: int) -> float:
+    ids = _ids(engine, length)
+    engine.rewind(0)
+    began = time.perf_counter()
+    engine.prefill(ids)
+    return time.perf_counter() - began
+
+
+def _decode(engine: Engine, prompt: int, new_tokens: int) -> _Decode:
+    engine.rewind(0)
+    logits = engine.prefill(_ids(engine, prompt))
+    read, wait = engine.reader.bytes_read, engine.weights.wait_s
+    began = time.perf_counter()
+    for _ in range(new_tokens):
+        logits = engine.step(int(logits.argmax()))
+    seconds = time.perf_counter() - began
+    return _Decode(seconds, engine.reader.bytes_read - read, engine.weights.wait_s - wait)
+
+
+def _largest_file(engine: Engine) -> Path:
+    files = engine.reader.pack.layout.file_bytes
+    return engine.reader.pack.path / max(files, key=lambda name: files[name])
+
+
+def _disk_rate(path: Path) -> float | None:
+    """Bytes per second; None for a pack too small to tell."""
+    from flashrt.budget.profile import sequential_rate
+
+    return sequential_rate(path) or None
+
+
+def _decode_figures(decodes: list[_Decode], tokens: int, disk: list[float]) -> dict[str, Any]:
+    """Medians over the repetitions. A pass that reads nothing has no share of the disk's rate."""
+    median = statistics.median
+    disk_rate = median(disk) if disk else None
+    read_rate = median(d.bytes_read / d.seconds for d in decodes)
+    streams = read_rate > 0 and median(d.bytes_read for d in decodes) > tokens << 20
+    return {
+        "decode_tok_per_s": median(tokens / d.seconds for d in decodes),
+        "decode_tok_per_s_all": [tokens / d.seconds for d in decodes],
+        "bytes_read_per_token": median(d.bytes_read / tokens for d in decodes),
+        "read_bytes_per_s": read_rate,
+        "disk_bytes_per_s": disk_rate,
+        "disk_roofline_share": read_rate / disk_rate if disk_rate and streams else None,
+        "io_wait_share": median(d.wait_s / d.seconds for d in decodes),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    figures = table("", "figure")
+    for length, speed in result["prefill_tok_per_s"].items():
+        figures.add_row(f"prefill of {length} tokens", f"{speed:.1f} tokens/s")
+    figures.add_row("decode", f"{result['decode_tok_per_s']:.2f} tokens/s")
+    figures.add_row("read per token", size(result["bytes_read_per_token"]))
+    if result["disk_bytes_per_s"]:
+        figures.add_row("disk, plain sequential read", rate(result["disk_bytes_per_s"]))
+    if result["disk_roofline_share"] is not None:
+        figures.add_row("share of the disk's rate", f"{result['disk_roofline_share']:.0%}")
+    figures.add_row("time waiting for reads", f"{result['io_wait_share']:.0%}")
+    peak = result["device_peak_bytes"] or result["peak_rss_bytes"]
+    figures.add_row("peak memory", f"{size(peak)} of {size(result['budget_bytes'])}")
+    show(figures)

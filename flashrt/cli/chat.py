@@ -1,0 +1,204 @@
+"""flashrt chat: a conversation in the model's own chat template."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import say, write
+from flashrt.cli.run import figures
+from flashrt.config import Sampling
+from flashrt.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashrt.engine.engine import Engine
+    from flashrt.text.template import ChatTemplate
+    from flashrt.text.tokenizer import Tokenizer
+
+HELP = "/reset starts over, /exit (or end of input) ends the chat, Ctrl-C stops an answer"
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    app.command(name)(guarded(chat))
+
+
+def chat(
+    pack: options.Model,
+    budget_gb: options.BudgetGb = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", show_default=False, help="A system message.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Tokens of the whole conversation, up to what the model supports. Omitted: 4096, or the model's.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Longest answer. Omitted: to the end of the context.",
+        ),
+    ] = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print a line of figures after every answer.")] = False,
+    dtype: options.Dtype_ = options.Dtype.INT8,
+    threads: options.Threads = None,
+    device: options.Device = options.DeviceName.CPU,
+    host_budget_gb: options.HostBudgetGb = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Talk to a model: one line is one message; without a terminal, the lines of stdin are.
+
+    Sampling that is not given is what the model's authors recommend. /reset starts over, /exit ends the chat,
+    Ctrl-C stops an answer. What earlier messages computed is kept, so that only new text is read.
+
+    Example: flashrt chat demo --budget-gb 1 --system "Answer in one sentence."
+    """
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    options.sampling(**given)  # refuses bad values before anything is loaded
+
+    import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
+
+    from flashrt.cli.session import Session, Settings
+    from flashrt.engine.open import checked_context
+
+    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    template = session.tokenizer.chat_template
+
+    from flashrt.budget.planner import Workload
+    from flashrt.engine.build import DEFAULT_CONTEXT
+
+    length = checked_context(session.spec, context, DEFAULT_CONTEXT)
+    choice = _sampling(given, session.tokenizer.text.generation)
+    with session.engine(Workload(length)) as engine:
+        if sys.stdin.isatty():
+            say(f"{session.prepared.pack.manifest.name}, context {length} tokens. {HELP}")
+        _converse(Conversation(engine, template, choice, system, max_new_tokens), stats)
+
+
+@dataclass
+class Conversation:
+    """Messages so far, and the engine that answers them."""
+
+    engine: Engine
+    template: ChatTemplate
+    sampling: Sampling
+    system: str | None
+    max_new_tokens: int | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def answer(self, text: str) -> str:
+        """Answer one message, printing the answer as it comes; return its line of figures.
+
+        Raises UsageError, and forgets the message, when it does not fit in what is left of the context.
+        """
+        tokenizer: Tokenizer = self.engine.tokenizer
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = tokenizer.encode(self.template.render(messages), special=False)
+        room = self.engine.plan.context - len(ids)
+        if room < 1:
+            raise UsageError(
+                f"the conversation has {len(ids)} tokens, the context is {self.engine.plan.context}: "
+                "start over with /reset, or use a larger --context"
+            )
+        limit = min(self.max_new_tokens or room, room)
+        generation = self.engine.generate(ids, limit, self.sampling, reuse=True)
+        try:
+            for token in generation:
+                write(token.text)
+        except KeyboardInterrupt:
+            generation.close()
+        write("\n")
+        report = generation.report
+        self.messages = [*messages, {"role": "assistant", "content": report.text}]
+        if report.finish_reason == "length" and limit == room:
+            say("[the context is full: start over with /reset, or use a larger --context]")
+        return figures(report)
+
+
+def _converse(conversation: Conversation, stats: bool) -> None:
+    for line in _lines():
+        text = line.strip()
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/reset":
+            conversation.reset()
+            say("[started over]")
+        elif text.startswith("/help"):
+            say(HELP)
+        elif text:
+            try:
+                line_of_figures = conversation.answer(text)
+            except UsageError as error:
+                if not sys.stdin.isatty():
+                    raise
+                say(f"error: {error}")
+                continue
+            if stats:
+                say(line_of_figures)
+
+
+def _lines() -> Iterator[str]:
+    """Lines typed at a prompt, or those of a stream. Raises UsageError when a stream is not UTF-8."""
+    if not sys.stdin.isatty():
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise UsageError(f"line {number} of stdin is not UTF-8 text") from None
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            say("")
+            return
+        except KeyboardInterrupt:
+            say(f"\n[{HELP}]")
+
+
+def _sampling(given: dict[str, Any], recommended: Any) -> Sampling:
+    """The user's choice over the authors' recommendation; theirs counts only if it says to sample."""
+    defaults = {}
+    if recommended.get("do_sample", True):
+        known = {name: recommended.get(name) for name in RECOMMENDED}
+        defaults = {name: value for name, value in known.items() if value is not None}
+        defaults.setdefault("temperature", 1.0 if recommended.get("do_sample") else 0.0)
+    return options.sampling(**(defaults | {name: value for name, value in given.items() if value is not None}))

@@ -1,0 +1,96 @@
+"""flashrt eval: how well a pack models text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import Progress, duration, emit, size
+from flashrt.cli.run import read_text
+from flashrt.errors import UsageError
+
+DEFAULT_CTX = 1024
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    group = typer.Typer(no_args_is_help=True)
+    group.callback()(_eval)
+    group.command("ppl")(guarded(ppl))
+    app.add_typer(group, name=name)
+
+
+def _eval() -> None:
+    """Measure quality: `flashrt eval ppl` gives the perplexity of a text."""
+
+
+def ppl(
+    pack: options.Model,
+    text_file: Annotated[
+        Path, typer.Option("--text-file", metavar="FILE", show_default=False, help="UTF-8 text to score.")
+    ],
+    budget_gb: options.BudgetGb = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx",
+            min=2,
+            metavar="N",
+            show_default=False,
+            help="Tokens of a window, up to what the model supports; every window starts afresh. "
+            "Omitted: 1024, or the model's.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=2, metavar="N", show_default=False, help="Score the first N tokens only."),
+    ] = None,
+    dtype: options.Dtype_ = options.Dtype.INT8,
+    threads: options.Threads = None,
+    device: options.Device = options.DeviceName.CPU,
+    host_budget_gb: options.HostBudgetGb = None,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> None:
+    """Perplexity of a text, in consecutive windows.
+
+    Example: flashrt eval ppl demo --text-file book.txt --ctx 1024 --max-tokens 20000 --budget-gb 1 --json
+    """
+    text = read_text(text_file)
+    if not text:
+        raise UsageError(f"{text_file} is empty: there is nothing to score")
+
+    from flashrt.budget.planner import Workload
+    from flashrt.budget.process import peak_resident_bytes
+    from flashrt.cli.session import Session, Settings
+    from flashrt.engine.open import checked_context
+
+    windows = Progress("windows")
+    session = Session(Settings(str(pack), budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    window = checked_context(session.spec, ctx, DEFAULT_CTX)
+    ids = session.tokenizer.encode(text, special=False)[:max_tokens]
+    with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, windows:
+        began = time.perf_counter()
+        perplexity, scored = engine.score(ids, window, windows.of("scoring"))
+        seconds = time.perf_counter() - began
+        result: dict[str, Any] = {
+            "ppl": perplexity,
+            "tokens": scored,
+            "ctx": window,
+            "seconds": seconds,
+            "tok_per_s": scored / seconds,
+            "bytes_read": engine.reader.bytes_read,
+            "budget_bytes": engine.plan.budget_bytes,
+            "peak_rss_bytes": peak_resident_bytes(),
+            "device_peak_bytes": engine.runtime.peak_bytes(),
+            "plan": engine.plan.to_json(),
+        }
+    if json:
+        emit(result)
+    else:
+        peak = f"peak memory {size(result['peak_rss_bytes'])} of {size(result['budget_bytes'])}"
+        print(f"perplexity {perplexity:.4f} over {scored} tokens in windows of {window} ({duration(seconds)}, {peak})")

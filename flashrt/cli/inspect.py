@@ -1,0 +1,99 @@
+"""flashrt inspect: what a pack holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import Progress, emit, show, size, table
+
+if TYPE_CHECKING:
+    from flashrt.storage.pack import Pack
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    app.command(name)(guarded(inspect))
+
+
+def inspect(
+    pack: options.Model,
+    dtype: options.Dtype_ = options.Dtype.INT8,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> None:
+    """Say what a pack holds: model, shapes, size, files. Weights are not read; see `flashrt verify`.
+
+    Example: flashrt inspect ./qwen-int4
+    """
+    from flashrt.engine.open import default_cache, resolve
+    from flashrt.storage.pack import Pack
+
+    with Progress() as progress:
+        path = resolve(pack, cache_dir or default_cache(), dtype.value, progress)
+    facts = _facts(Pack(path))
+    if json:
+        emit(facts)
+    else:
+        _print(facts)
+
+
+def _facts(pack: Pack) -> dict[str, Any]:
+    from flashrt.budget.planner import owner_of
+
+    spec, layout, manifest = pack.spec, pack.layout, pack.manifest
+    owners: dict[str, int] = {}
+    for tensor in layout.tensors.values():
+        owner = owner_of(spec, tensor)
+        owners[owner] = owners.get(owner, 0) + tensor.nbytes
+    layer = spec.layers[0]
+    kv_item = 4 if manifest.dtype.value == "f32" else 2
+    return {
+        "path": str(pack.path),
+        "name": manifest.name,
+        "source": manifest.source,
+        "family": spec.family,
+        "dtype": manifest.dtype.value,
+        "parameters": spec.parameters,
+        "bits_per_weight": 8 * sum(owners.values()) / spec.parameters,
+        "bytes": layout.nbytes,
+        "context": spec.context,
+        "vocab": spec.vocab,
+        "hidden": spec.hidden,
+        "layers": len(spec.layers),
+        "heads": layer.attention.heads,
+        "kv_heads": layer.attention.kv_heads,
+        "head_dim": layer.attention.head_dim,
+        "neurons": layer.ffn.neurons,
+        "experts": layer.ffn.experts,
+        "experts_per_token": layer.ffn.experts_per_token,
+        "kv_bytes_per_token": spec.kv_bytes_per_token(kv_item),
+        "weight_bytes": owners,
+        "files": dict(layout.file_bytes),
+        "hash": manifest.hash,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    experts = f", {facts['experts']} experts ({facts['experts_per_token']} per token)" if facts["experts"] else ""
+    bits = f"{facts['bits_per_weight']:.2f} bits each"
+    rows = {
+        "model": f"{facts['name']} ({facts['family']})",
+        "source": facts["source"],
+        "weights": f"{facts['parameters'] / 1e9:.3f} billion as {facts['dtype']}, {bits}",
+        "layers": f"{facts['layers']} of {facts['neurons']} neurons{experts}, hidden size {facts['hidden']}",
+        "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}",
+        "KV": f"{size(facts['kv_bytes_per_token'])} per token",
+        "vocabulary": str(facts["vocab"]),
+        "context": f"{facts['context']} tokens",
+        "size": f"{size(facts['bytes'])} in {len(facts['files'])} files",
+    }
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+    parts = table("weights of", "size", "share")
+    total = sum(facts["weight_bytes"].values())
+    for owner, nbytes in sorted(facts["weight_bytes"].items(), key=lambda item: -item[1]):
+        parts.add_row(owner, size(nbytes), f"{nbytes / total:.1%}")
+    show(parts)

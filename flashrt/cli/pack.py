@@ -1,0 +1,60 @@
+"""flashrt pack: convert a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import Progress, duration, emit, size
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    app.command(name)(guarded(pack))
+
+
+def pack(
+    checkpoint: options.Checkpoint,
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", show_default=False, help="Directory of the pack: new, or unfinished."),
+    ],
+    dtype: options.PackDtype = options.Dtype.INT8,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> None:
+    """Convert a checkpoint into a pack, which every other command runs from.
+
+    Works tensor by tensor in bounded memory. Interrupted or killed, it goes on where it was when it is run again.
+
+    Example: flashrt pack ./Qwen2.5-7B-Instruct ./qwen-int4 --dtype int4
+    """
+    from flashrt.engine.open import default_cache
+    from flashrt.engine.packing import pack_checkpoint
+
+    began = time.perf_counter()
+    with Progress() as progress:
+        manifest = pack_checkpoint(checkpoint, out, dtype.value, cache_dir or default_cache(), progress)
+    seconds = time.perf_counter() - began
+    layout = manifest.layout()
+    bits = 8 * sum(t.nbytes for t in layout.tensors.values()) / manifest.spec.parameters
+    result = {
+        "path": str(out),
+        "name": manifest.name,
+        "dtype": manifest.dtype.value,
+        "bytes": layout.nbytes,
+        "parameters": manifest.spec.parameters,
+        "bits_per_weight": bits,
+        "seconds": seconds,
+    }
+    if json:
+        emit(result)
+    else:
+        print(
+            f"{out}: {manifest.name} as {manifest.dtype.value}, {size(layout.nbytes)}, "
+            f"{bits:.2f} bits per weight, {duration(seconds)}"
+        )

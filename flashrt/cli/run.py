@@ -1,0 +1,207 @@
+"""flashrt run: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import duration, emit, rate, say, size, write
+from flashrt.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashrt.engine.report import Report
+    from flashrt.text.tokenizer import Tokenizer
+
+INTERRUPTED = 130
+DEFAULT_NEW_TOKENS = 256
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    app.command(name)(guarded(run))
+
+
+def run(
+    pack: options.Model,
+    budget_gb: options.BudgetGb = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The text to continue.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-file", metavar="FILE", show_default=False, help="Read the prompt from a UTF-8 file; - is stdin."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Stop after N tokens. Omitted: 256, or where the context ends.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Tokens of prompt and answer that memory is planned for, up to what the model supports. "
+            "Omitted: as many as the prompt and --max-new-tokens take.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask the prompt as one message, in the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", show_default=False, help="With --chat: a system message.")
+    ] = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", show_default=False, help="Stop before this text; may be repeated."),
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    dtype: options.Dtype_ = options.Dtype.INT8,
+    threads: options.Threads = None,
+    device: options.Device = options.DeviceName.CPU,
+    host_budget_gb: options.HostBudgetGb = None,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> None:
+    """Continue a prompt: the text on stdout as it comes, a closing line of figures on stderr.
+
+    Greedy unless --temperature is given. With neither --prompt nor --prompt-file the prompt is read from stdin.
+
+    Example: flashrt run demo --budget-gb 1 --prompt "def fibonacci(n):" --max-new-tokens 64
+    """
+    choice = options.sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if system is not None and not chat:
+        raise UsageError("--system needs --chat: without a chat template there is no system message")
+    text = read_prompt(prompt, prompt_file)
+
+    from flashrt.cli.session import Session, Settings
+
+    if chat:
+        import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
+    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    ids = _prompt_ids(session.tokenizer, text, chat, system)
+    length, new = _lengths(session.spec.context, context, len(ids), max_new_tokens)
+
+    from flashrt.budget.planner import Workload
+
+    with session.engine(Workload(length, prompt=len(ids))) as engine:
+        generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos)
+        interrupted = False
+        try:
+            for token in generation:
+                if not json:
+                    write(token.text)
+        except KeyboardInterrupt:
+            interrupted = True
+            generation.close()
+        if json:
+            emit(generation.report.to_json())
+        else:
+            write("\n")
+            say(figures(generation.report))
+    if interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def figures(report: Report) -> str:
+    """The closing line."""
+    parts = [f"{report.new_tokens} tokens"]
+    if report.decode_tok_per_s:
+        parts[0] += f", {report.decode_tok_per_s:.2f} tokens/s"
+    parts.append(f"first after {duration(report.ttft_s)}")
+    if report.bytes_read_per_token:
+        read = f"{size(report.bytes_read_per_token)} read per token"
+        if report.disk_bytes_per_s:
+            read += f" at {rate(report.disk_bytes_per_s)}"
+        if report.disk_roofline_share:
+            read += f", {report.disk_roofline_share:.0%} of the disk's rate"
+        parts.append(read)
+    peak = report.device_peak_bytes or report.peak_rss_bytes
+    parts.append(f"peak memory {size(peak)} of {size(report.budget_bytes)}")
+    if report.finish_reason == "interrupted":
+        parts.append("interrupted")
+    return "[" + " · ".join(parts) + "]"
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt, wherever it is. Raises UsageError when it is empty, unreadable or not UTF-8."""
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("--prompt and --prompt-file contradict each other: give one of them")
+    if prompt is not None:
+        text = _utf8(prompt.encode("utf-8", "surrogateescape"), "the prompt")
+    elif prompt_file is not None and prompt_file != "-":
+        text = read_text(Path(prompt_file))
+    elif prompt_file is None and sys.stdin.isatty():
+        raise UsageError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
+    else:
+        text = _utf8(sys.stdin.buffer.read(), "the prompt on stdin")
+    if not text:
+        raise UsageError("the prompt is empty: give at least one character")
+    return text
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises UsageError when it cannot be read or is not UTF-8."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    return _utf8(data, str(path))
+
+
+def _utf8(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
+
+
+def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
+    if not chat:
+        return tokenizer.encode(text)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    return tokenizer.encode(tokenizer.chat_template.render(messages), special=False)
+
+
+def _lengths(limit: int, asked: int | None, prompt: int, new: int | None) -> tuple[int, int]:
+    """Positions to plan for, and how many tokens to generate. Raises UsageError when they do not fit."""
+    if asked is not None and asked > limit:
+        raise UsageError(f"a context of {asked} tokens was asked for, the model supports at most {limit}")
+    room = (asked or limit) - prompt
+    within = f"--context {asked}" if asked else f"the model's context of {limit} tokens"
+    if room < 1:
+        raise UsageError(f"the prompt has {prompt} tokens, which leaves no room for an answer in {within}: shorten it")
+    if new is not None and new > room:
+        raise UsageError(
+            f"{prompt} prompt tokens and {new} new ones do not fit in {within}: lower --max-new-tokens to {room}"
+        )
+    new = new or min(DEFAULT_NEW_TOKENS, room)
+    return asked or prompt + new, new

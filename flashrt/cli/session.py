@@ -1,0 +1,74 @@
+"""What the commands that run a model share: from options to an opened pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashrt.cli.console import Progress
+from flashrt.cli.options import DeviceName, Dtype
+from flashrt.config import budget_bytes
+from flashrt.engine.open import default_cache, resolve
+
+if TYPE_CHECKING:
+    from flashrt.budget.planner import Workload
+    from flashrt.engine.build import Prepared
+    from flashrt.engine.engine import Engine
+    from flashrt.spec import ModelSpec
+    from flashrt.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options that say which model runs where."""
+
+    where: str
+    budget_gb: float | None
+    dtype: Dtype
+    threads: int | None
+    device: DeviceName
+    host_budget_gb: float | None
+    cache_dir: Path | None
+
+    @property
+    def cache(self) -> Path:
+        return self.cache_dir or default_cache()
+
+    def check(self) -> None:
+        """Refuse a budget that is no budget, before anything is opened. Raises UsageError."""
+        for budget in (self.budget_gb, self.host_budget_gb):
+            if budget is not None:
+                budget_bytes(budget)
+
+
+class Session:
+    """An opened pack, and from it a plan and an engine. Use it as a context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check()
+        self.settings = settings
+        with Progress() as progress:
+            path = resolve(settings.where, settings.cache, settings.dtype.value, progress)
+        # A bar that is drawn while loading must be there when the process is measured.
+        self._loading = Progress()
+
+        from flashrt.engine.build import Prepared
+        from flashrt.engine.runtime import runtime_for
+
+        runtime = runtime_for(settings.device.value, settings.threads, settings.host_budget_gb)
+        self.prepared: Prepared = Prepared(path, settings.cache, runtime)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.prepared.spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prepared.tokenizer
+
+    def engine(self, workload: Workload) -> Engine:
+        """Plan for `workload`, then load. Raises BudgetError before anything is loaded."""
+        the_plan = self.prepared.plan(self.settings.budget_gb, workload)
+        with self._loading as progress:
+            return self.prepared.engine(the_plan, progress.of("loading"))
