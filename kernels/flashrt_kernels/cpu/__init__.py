@@ -113,7 +113,7 @@ def _scratch(scratch: Any, need: int) -> Bytes:
     _writable("scratch", scratch)
     if scratch.size < need:
         raise ValueError(f"scratch: {need} bytes are needed, found {scratch.size}")
-    return scratch  # type: ignore[no-any-return]
+    return scratch
 
 
 def set_threads(n: int) -> None:

@@ -5,25 +5,21 @@
 
 namespace flashrt::FLASHRT_ISA {
 
-constexpr int NEURONS = 8;  // decoded between one load and one store of y
+constexpr int NEURONS = 16;  // decoded between one load and one store of y
 
 // Scales and offsets of NEURONS int4 rows as floats, for chunks [first, first + ROOM / 2).
 struct Int4Scales {
     static constexpr int ROOM = 64;
     float scale[NEURONS][ROOM];
-    float offset[NEURONS][ROOM];
+    float minus_offset[NEURONS][ROOM];
 
     FLASHRT_INLINE void fill(const uint8_t* rows, size_t stride, int count, int kp, int from, int to) {
         for (int i = 0; i < count; ++i) {
             const Int4Row r(rows + i * stride, kp);
-            const F u = splat(r.u), v = splat(r.v);
+            const F u = splat(r.u), v = splat(-r.v);
             for (int g = from; g < to; g += 16) {
-                uint8_t a[16] = {}, b[16] = {};
-                const int n = to - g < 16 ? to - g : 16;
-                std::memcpy(a, r.a + g, n);
-                std::memcpy(b, r.b + g, n);
-                store(scale[i] + g - from, mul(load_u8(a), u));
-                store(offset[i] + g - from, mul(load_u8(b), v));
+                store(scale[i] + g - from, mul(load_codes(r.a + g, to - g), u));
+                store(minus_offset[i] + g - from, mul(load_codes(r.b + g, to - g), v));
             }
         }
     }
@@ -32,8 +28,8 @@ struct Int4Scales {
 template <Codec codec>
 FLASHRT_INLINE void decode_scaled(const uint8_t* row, int kp, int chunk, const Int4Scales& s, int i, int g, F w[4]) {
     if constexpr (codec == Codec::INT4) {
-        const Table low = table(s.scale[i][g], s.offset[i][g]);
-        const Table high = table(s.scale[i][g + 1], s.offset[i][g + 1]);
+        const Table low = table(s.scale[i][g], s.minus_offset[i][g]);
+        const Table high = table(s.scale[i][g + 1], s.minus_offset[i][g + 1]);
         for (int j = 0; j < 2; ++j) look_up(row + 32 * chunk + 16 * j, low, high, w[j], w[j + 2]);
     } else {
         decode<codec>(row, kp, chunk, w);
@@ -84,6 +80,8 @@ void axpy_neurons(const uint8_t* rows, size_t stride, int count, int k, int firs
             const int g = 2 * (c - c0);
             int t = 0;
 #if defined(__AVX512F__)
+            for (; t + 6 <= tokens && t + 8 != tokens; t += 6)
+                axpy_chunk<codec, 6>(rows, stride, count, kp, c, lanes, s, g, h + t * h_step, h_step, y + t);
             for (; t + 4 <= tokens; t += 4)
                 axpy_chunk<codec, 4>(rows, stride, count, kp, c, lanes, s, g, h + t * h_step, h_step, y + t);
 #endif

@@ -40,18 +40,25 @@ inline void prepare(Codec codec, const float* x, int token, Tokens& t) {
     }
 }
 
-FLASHRT_INLINE F load_codes(const uint8_t* codes, int n) {  // up to 16 bytes, zeros after
-    if (n >= 16) return load_u8(codes);
-    uint8_t tail[16] = {};
-    for (int i = 0; i < n; ++i) tail[i] = codes[i];
-    return load_u8(tail);
-}
-
 FLASHRT_INLINE void load_pairs(int32_t* pairs, const uint8_t* codes, int n) {
     if (n >= 16) return store_duplicated_u8(pairs, codes);
     uint8_t tail[16] = {};
     for (int i = 0; i < n; ++i) tail[i] = codes[i];
     store_duplicated_u8(pairs, tail);
+}
+
+// v * b summed over the groups of a row, times the sums of x over them: what the offsets take away.
+template <int T>
+FLASHRT_INLINE void dot_offsets(const Int4Row& row, const Tokens& t, int token, float* out) {
+    const int groups = t.kp / INT4_GROUP;
+    const float* sums = t.sums + token * t.groups;
+    F acc[T];
+    for (int i = 0; i < T; ++i) acc[i] = zero();
+    for (int g = 0; g < groups; g += 16) {
+        const F b = load_codes(row.b + g, groups - g);
+        for (int i = 0; i < T; ++i) acc[i] = fma(b, load(sums + i * t.groups + g), acc[i]);
+    }
+    for (int i = 0; i < T; ++i) out[i] = row.v * sum(acc[i]);
 }
 
 template <int R, int T>
@@ -60,10 +67,9 @@ FLASHRT_INLINE void dot_int4(const uint8_t* rows, size_t stride, const Tokens& t
     const int kp = t.kp, groups = kp / INT4_GROUP;
     const int16_t* q = t.q + static_cast<size_t>(token) * kp;
     const float* scale = t.scale + token * t.groups;
-    const float* sums = t.sums + token * t.groups;
-    F acc[R][T], offsets[R][T];
+    F acc[R][T];
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < T; ++i) acc[r][i] = offsets[r][i] = zero();
+        for (int i = 0; i < T; ++i) acc[r][i] = zero();
 
     for (int g = 0; g < groups; g += 16) {  // eight chunks
         const int left = groups - g;
@@ -72,8 +78,6 @@ FLASHRT_INLINE void dot_int4(const uint8_t* rows, size_t stride, const Tokens& t
             const uint8_t* row = rows + r * stride;
             for (int line = 0; line < 256; line += 64) prefetch(row + ahead + 16 * g + line);
             load_pairs(pairs[r], row + kp / 2 + g, left);
-            const F b = load_codes(row + kp / 2 + groups + g, left);
-            for (int i = 0; i < T; ++i) offsets[r][i] = fma(b, load(sums + i * t.groups + g), offsets[r][i]);
         }
         const int chunks = left < 16 ? left / 2 : 8;
         for (int c = 0; c < chunks; ++c) {
@@ -96,8 +100,9 @@ FLASHRT_INLINE void dot_int4(const uint8_t* rows, size_t stride, const Tokens& t
     for (int r = 0; r < R; ++r) {
         const Int4Row row(rows + r * stride, kp);
         for (int line = 0; line < 2 * groups + 8; line += 64) prefetch(row.a + ahead + line);
-        for (int i = 0; i < T; ++i)
-            out[r * row_step + i * token_step] = row.u * sum(acc[r][i]) - row.v * sum(offsets[r][i]);
+        float offsets[T];
+        dot_offsets<T>(row, t, token, offsets);
+        for (int i = 0; i < T; ++i) out[r * row_step + i * token_step] = row.u * sum(acc[r][i]) - offsets[i];
     }
 }
 
@@ -181,6 +186,9 @@ void dot_tokens(const uint8_t* rows, size_t stride, const Tokens& t, float* out,
                 size_t ahead) {
     int i = 0;
 #if defined(__AVX512F__)
+    if constexpr (codec == Codec::INT4 || codec == Codec::INT8)  // one sum per token and row: there is room for eight
+        for (; i + 8 <= t.count; i += 8)
+            dot<codec, R, 8>(rows, stride, t, i, out + i * token_step, row_step, token_step, ahead);
     for (; i + 4 <= t.count; i += 4)
         dot<codec, R, 4>(rows, stride, t, i, out + i * token_step, row_step, token_step, ahead);
 #endif

@@ -28,6 +28,13 @@ FLASHRT_INLINE float bf16(const uint8_t* p) {
     return value;
 }
 
+FLASHRT_INLINE F load_codes(const uint8_t* codes, int n) {  // up to 16 bytes, zeros after
+    if (n >= 16) return load_u8(codes);
+    uint8_t tail[16] = {};
+    for (int i = 0; i < n; ++i) tail[i] = codes[i];
+    return load_u8(tail);
+}
+
 template <Codec codec>
 FLASHRT_INLINE void decode(const uint8_t* row, int kp, int chunk, F w[4]) {
     if constexpr (codec == Codec::F32) {
@@ -40,8 +47,8 @@ FLASHRT_INLINE void decode(const uint8_t* row, int kp, int chunk, F w[4]) {
             w[j] = mul(load_i8(reinterpret_cast<const int8_t*>(row) + CHUNK * chunk + 16 * j), scale);
     } else {
         const Int4Row r(row, kp);
-        const Table low = table(r.u * r.a[2 * chunk], r.v * r.b[2 * chunk]);
-        const Table high = table(r.u * r.a[2 * chunk + 1], r.v * r.b[2 * chunk + 1]);
+        const Table low = table(r.u * r.a[2 * chunk], -(r.v * r.b[2 * chunk]));
+        const Table high = table(r.u * r.a[2 * chunk + 1], -(r.v * r.b[2 * chunk + 1]));
         for (int j = 0; j < 2; ++j) look_up(r.codes + 32 * chunk + 16 * j, low, high, w[j], w[j + 2]);
     }
 }

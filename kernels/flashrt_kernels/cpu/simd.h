@@ -53,11 +53,11 @@ FLASHRT_INLINE float sum(F a) {
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 FLASHRT_INLINE float highest(F a) { return _mm512_reduce_max_ps(a.v); }
-// The 16 values of a 4-bit code under one scale and offset.
+// The 16 values of a 4-bit code: scale * code - offset.
 struct Table { __m512 v; };
-FLASHRT_INLINE Table table(float scale, float offset) {
+FLASHRT_INLINE Table table(float scale, float minus_offset) {
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_fmadd_ps(_mm512_set1_ps(scale), codes, _mm512_set1_ps(-offset))};
+    return {_mm512_fmadd_ps(_mm512_set1_ps(scale), codes, _mm512_set1_ps(minus_offset))};
 }
 // 16 bytes: low nibbles through one table, high nibbles through the other.
 FLASHRT_INLINE void look_up(const uint8_t* p, Table low, Table high, F& first, F& second) {
@@ -147,16 +147,16 @@ FLASHRT_INLINE float highest(F x) {
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
-struct Table { float scale, offset; };
-FLASHRT_INLINE Table table(float scale, float offset) { return {scale, offset}; }
+struct Table { float scale, minus_offset; };
+FLASHRT_INLINE Table table(float scale, float minus_offset) { return {scale, minus_offset}; }
 FLASHRT_INLINE void look_up(const uint8_t* p, Table low, Table high, F& first, F& second) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m256i a = _mm256_cvtepu8_epi32(bytes), b = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes));
     const __m256i mask = _mm256_set1_epi32(15);
     const F lows = {_mm256_cvtepi32_ps(_mm256_and_si256(a, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(b, mask))};
     const F highs = {_mm256_cvtepi32_ps(_mm256_srli_epi32(a, 4)), _mm256_cvtepi32_ps(_mm256_srli_epi32(b, 4))};
-    first = fma(splat(low.scale), lows, splat(-low.offset));
-    second = fma(splat(high.scale), highs, splat(-high.offset));
+    first = fma(splat(low.scale), lows, splat(low.minus_offset));
+    second = fma(splat(high.scale), highs, splat(high.minus_offset));
 }
 
 FLASHRT_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -248,16 +248,16 @@ FLASHRT_INLINE float highest(F a) {
     return a.v[0];
 }
 
-struct Table { float scale, offset; };
-FLASHRT_INLINE Table table(float scale, float offset) { return {scale, offset}; }
+struct Table { float scale, minus_offset; };
+FLASHRT_INLINE Table table(float scale, float minus_offset) { return {scale, minus_offset}; }
 FLASHRT_INLINE void look_up(const uint8_t* p, Table low, Table high, F& first, F& second) {
     F lows, highs;
     for (int i = 0; i < 16; ++i) {
         lows.v[i] = static_cast<float>(p[i] & 15);
         highs.v[i] = static_cast<float>(p[i] >> 4);
     }
-    first = fma(splat(low.scale), lows, splat(-low.offset));
-    second = fma(splat(high.scale), highs, splat(-high.offset));
+    first = fma(splat(low.scale), lows, splat(low.minus_offset));
+    second = fma(splat(high.scale), highs, splat(high.minus_offset));
 }
 
 FLASHRT_INLINE I zero_i() { return I{}; }
