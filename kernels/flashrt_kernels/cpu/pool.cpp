@@ -51,11 +51,12 @@ class Pool {
         context_ = context;
         items_ = items;
         next_.store(0, std::memory_order_relaxed);
-        busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        inside_.store(0, std::memory_order_release);
         publish();
         take(0);
-        // Workers that are past their last item end within microseconds, unless the system runs something else there.
-        for (int spin = 0; busy_.load(std::memory_order_acquire) != 0; ++spin) {
+        // A worker that has not come yet, because it sleeps or the system runs something else there, is not waited for.
+        inside_.fetch_or(CLOSED, std::memory_order_acq_rel);
+        for (int spin = 0; inside_.load(std::memory_order_acquire) != CLOSED; ++spin) {
             if (spin < SPINS) relax();
             else std::this_thread::yield();
         }
@@ -88,15 +89,25 @@ class Pool {
         sleepers_.fetch_sub(1, std::memory_order_seq_cst);
     }
 
+    bool enter() {
+        int now = inside_.load(std::memory_order_relaxed);
+        while (!(now & CLOSED))
+            if (inside_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return true;
+        return false;
+    }
+
     void work(int thread, uint64_t seen) {
         for (;;) {
             await(seen);
-            ++seen;  // a new job is published only after every worker has finished the last
+            seen = generation_.load(std::memory_order_acquire);
             if (stop_.load()) return;
+            if (!enter()) continue;
             take(thread);
-            busy_.fetch_sub(1, std::memory_order_release);
+            inside_.fetch_sub(1, std::memory_order_release);
         }
     }
+
+    static constexpr int CLOSED = 1 << 30;
 
     std::mutex job_;
     std::mutex sleep_;
@@ -106,7 +117,7 @@ class Pool {
     std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};
     alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<int> inside_{CLOSED};  // workers inside the job, and whether it takes no more
     Body body_ = nullptr;
     void* context_ = nullptr;
     int64_t items_ = 0;
