@@ -81,7 +81,8 @@ class FakeSource:
         ffn = self.spec.layers[layer].ffn
         assert 0 <= start < stop <= ffn.neurons
         gate, up, down = (
-            pattern(f"{layer}.{expert}.{part}", stop - start, self.spec.hidden, start) for part in ("gate", "up", "down")
+            pattern(f"{layer}.{expert}.{part}", stop - start, self.spec.hidden, start)
+            for part in ("gate", "up", "down")
         )
         return (gate if ffn.gated else None), up, down
 

@@ -76,10 +76,10 @@ def test_whole_files(make_pack: MakePack, name: str, codec: str) -> None:
 def test_header_by_hand() -> None:
     header = build_header({"a": ("U8", (2, 64)), "b": ("F32", (3,))})
     text = (
-        '{"__metadata__":{"format":"flashrt"},'
-        '"a":{"dtype":"U8","shape":[2,64],"data_offsets":[0,128]},'
-        '"b":{"dtype":"F32","shape":[3],"data_offsets":[128,140]}}'
-    ).encode()
+        b'{"__metadata__":{"format":"flashrt"},'
+        b'"a":{"dtype":"U8","shape":[2,64],"data_offsets":[0,128]},'
+        b'"b":{"dtype":"F32","shape":[3],"data_offsets":[128,140]}}'
+    )
     assert header == struct.pack("<Q", 4088) + text + b" " * (4088 - len(text))
 
 

@@ -29,7 +29,11 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         attention = Attention(kv_heads * draw(st.integers(1, 4)), kv_heads, draw(st.integers(1, 70)), 1.0)
         experts = draw(st.sampled_from([0, 0, 1, 4]))
         ffn = Ffn(
-            draw(st.integers(1, 700)), "silu", gated=draw(st.booleans()), experts=experts, experts_per_token=min(experts, 1)
+            draw(st.integers(1, 700)),
+            "silu",
+            gated=draw(st.booleans()),
+            experts=experts,
+            experts_per_token=min(experts, 1),
         )
         layers.append(Layer(attention, ffn))
     return ModelSpec(
