@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flashrt.errors import PackError
-from flashrt.spec import ACTIVATIONS, ModelSpec
+from flashrt.spec import ACTIVATIONS, ROPE_KINDS, ModelSpec, Rope
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
 from flashrt_kernels.rows import Codec
 
@@ -160,15 +161,21 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise PackError(f"{where}: {name} is {value!r}, expected a whole number from {low} to {high}")
 
+    _check_fields(spec, where)
     bounded("vocab", spec.vocab, 1, 1 << 24)
     bounded("hidden", spec.hidden, 1, 1 << 20)
     bounded("context", spec.context, 1, 1 << 31)
     bounded("positions", spec.positions, 0, 1 << 31)
+    bounded("position_offset", spec.position_offset, 0, spec.positions)
     bounded("layers", len(spec.layers), 1, 4096)
+    for token in (*spec.eos, *([] if spec.bos is None else [spec.bos])):
+        bounded("a BOS or EOS token", token, 0, 1 << 24)
     if spec.norm not in ("rms", "layer"):
         raise PackError(f"{where}: unknown norm {spec.norm!r}")
     for layer in set(spec.layers):
         attention, ffn = layer.attention, layer.ffn
+        _check_fields(attention, where)
+        _check_fields(ffn, where)
         bounded("heads", attention.heads, 1, 1 << 14)
         bounded("kv_heads", attention.kv_heads, 1, attention.heads)
         bounded("head_dim", attention.head_dim, 1, 1 << 14)
@@ -181,3 +188,27 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
             bounded("window", attention.window, 1, 1 << 31)
         if ffn.activation not in ACTIVATIONS:
             raise PackError(f"{where}: unknown activation {ffn.activation!r}")
+    for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
+        if rope is not None:
+            _check_rope(rope, head_dim, where)
+
+
+def _check_fields(part: Any, where: str) -> None:
+    """Every number of a part of a spec is finite, every switch is true or false."""
+    for item in fields(part):
+        value = getattr(part, item.name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if (item.type == "float" and not number) or (item.type == "bool" and not isinstance(value, bool)):
+            raise PackError(f"{where}: {item.name} is {value!r}, expected a {item.type}")
+
+
+def _check_rope(rope: Rope, head_dim: int, where: str) -> None:
+    _check_fields(rope, where)
+    if rope.kind not in ROPE_KINDS or head_dim % 2:
+        raise PackError(f"{where}: cannot rotate heads of {head_dim} numbers by rope {rope.kind!r}")
+    try:
+        possible = all(math.isfinite(f) for f in rope.inverse_frequencies(head_dim))
+    except (ArithmeticError, ValueError, TypeError):
+        possible = False
+    if not possible:
+        raise PackError(f"{where}: {rope} gives no frequencies")

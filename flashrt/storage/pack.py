@@ -58,11 +58,14 @@ class Pack:
         done, total = 0, self.layout.nbytes
         for name, entry in self.manifest.files.items():
             digest = hashlib.sha256()
-            with open(self.path / name, "rb") as handle:
-                while chunk := handle.read(HASH_BYTES):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    progress(done, total)
+            try:
+                with open(self.path / name, "rb") as handle:
+                    while chunk := handle.read(HASH_BYTES):
+                        digest.update(chunk)
+                        done += len(chunk)
+                        progress(done, total)
+            except OSError as error:
+                raise PackError(f"{self.path / name} cannot be read: {error.strerror}") from None
             if digest.hexdigest() != entry.sha256:
                 raise PackError(f"{self.path / name} is damaged: its SHA-256 does not match. Pack the checkpoint again")
         for name in self.manifest.text_files:

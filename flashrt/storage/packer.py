@@ -66,23 +66,34 @@ def pack(
     """
     layout = pack_layout(source.spec, dtype, block_bytes)
     with _job(out, source, dtype, block_bytes):
-        _check_room(out, layout)
-        done = 0
-        files: dict[str, FileEntry] = {}
-        for file in layout.file_bytes:
-            entry = _finished(out, file, layout)
-            if entry is None:
-                entry = _FileWriter(source, out, file, layout, progress, done).write()
-            files[file] = entry
-            done += entry.nbytes
-            progress(file, done, layout.nbytes)
-        text_files = {name: _write_text(out, name, data) for name, data in source.text_files().items()}
-        manifest = Manifest(
-            source.name, source.source, source.fingerprint, dtype, source.spec, files, text_files, block_bytes
-        )
-        _write_atomically(out / MANIFEST_FILE, manifest.to_bytes())
+        manifest_path = out / MANIFEST_FILE
+        if manifest_path.exists():  # killed while tidying up
+            manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
+        else:
+            manifest = _write_all(source, out, dtype, layout, block_bytes, progress)
         for file in layout.file_bytes:
             _entry_path(out, file).unlink(missing_ok=True)
+    return manifest
+
+
+def _write_all(
+    source: WeightSource, out: Path, dtype: Codec, layout: PackLayout, block_bytes: int, progress: Progress
+) -> Manifest:
+    """Write every file that an earlier run has not completed, the manifest last."""
+    files = {file: entry for file in layout.file_bytes if (entry := _finished(out, file, layout))}
+    _check_room(out, layout, sum(entry.nbytes for entry in files.values()))
+    done = 0
+    for file in layout.file_bytes:
+        if file not in files:
+            files[file] = _FileWriter(source, out, file, layout, progress, done).write()
+        done += files[file].nbytes
+        progress(file, done, layout.nbytes)
+    files = {file: files[file] for file in layout.file_bytes}
+    text_files = {name: _write_text(out, name, data) for name, data in source.text_files().items()}
+    manifest = Manifest(
+        source.name, source.source, source.fingerprint, dtype, source.spec, files, text_files, block_bytes
+    )
+    _write_atomically(out / MANIFEST_FILE, manifest.to_bytes())
     return manifest
 
 
@@ -98,11 +109,11 @@ def _job(out: Path, source: WeightSource, dtype: Codec, block_bytes: int) -> Ite
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in out.iterdir()}
-        if MANIFEST_FILE in names:
+        if MANIFEST_FILE in names and JOB_FILE not in names:
             raise UsageError(f"{out} already holds a finished pack: remove it first, or choose another directory")
         if names and JOB_FILE not in names:
             raise UsageError(f"{out} is not empty and holds no unfinished pack: choose another directory")
-        handle = open(out / JOB_FILE, "a+")
+        handle = open(out / JOB_FILE, "a+")  # noqa: SIM115 - entered below, outside this try
     except OSError as error:
         raise DiskError(f"cannot write to {out}: {error.strerror}") from None
     with handle:
@@ -132,8 +143,7 @@ def _parsed(text: str) -> object:
         return None
 
 
-def _check_room(out: Path, layout: PackLayout) -> None:
-    present = sum((out / file).stat().st_size for file in layout.file_bytes if _entry_path(out, file).exists())
+def _check_room(out: Path, layout: PackLayout, present: int) -> None:
     needed = layout.nbytes - present + (64 << 20)  # tokenizer, manifest, and the file system's own
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -152,7 +162,7 @@ def _finished(out: Path, file: str, layout: PackLayout) -> FileEntry | None:
     try:
         entry = FileEntry.from_json(json.loads(_entry_path(out, file).read_bytes()))
         size = (out / file).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     return entry if size == entry.nbytes == layout.file_bytes[file] else None
 

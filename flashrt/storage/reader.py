@@ -68,8 +68,13 @@ class Reader:
         self._active = 0
         self._since = 0.0
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        for name in pack.layout.file_bytes:
-            self._files[name] = self._open(pack.path / name)
+        self._threads: list[threading.Thread] = []
+        try:
+            for name in pack.layout.file_bytes:
+                self._files[name] = self._open(pack.path / name)
+        except DiskError:
+            self.close()
+            raise
         self._threads = [threading.Thread(target=self._work, name=f"read-{i}", daemon=True) for i in range(depth)]
         for thread in self._threads:
             thread.start()
@@ -128,14 +133,14 @@ class Reader:
         self._begin()
         try:
             while done < needed:
-                count = os.preadv(handle, [view[done:]], offset + done)
-                if count == 0:
+                reached = done + os.preadv(handle, [view[done:]], offset + done)
+                if reached < needed:
+                    reached -= reached % PAGE  # O_DIRECT goes on from a page boundary only
+                if reached == done:
                     raise PackError(
-                        f"{self.pack.path / file} ends at byte {offset + done}: it was cut short while in use"
+                        f"{self.pack.path / file} ends before byte {offset + needed}: it was cut short while in use"
                     )
-                done += count
-                if done < needed and done % PAGE:
-                    done -= done % PAGE  # O_DIRECT goes on from a page boundary only
+                done = reached
         except OSError as error:
             raise DiskError(
                 f"reading {self.pack.path / file} at byte {offset + done} failed: {error.strerror}"
