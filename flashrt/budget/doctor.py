@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flashrt.budget.profile import DiskProfile, sequential_rate
+from flashrt.budget.profile import PROBE_DEPTH, DiskProfile, sequential_rate
 from flashrt.errors import DiskError
 
 KIB = 1 << 10
@@ -41,6 +41,7 @@ class DiskFigures:
     device: int
     direct: bool
     profile: DiskProfile
+    plain: float  # bytes per second of one reader that reads in order
 
 
 def measure_disk(directory: Path, progress: Progress = lambda done, total: None) -> DiskFigures:
@@ -50,7 +51,8 @@ def measure_disk(directory: Path, progress: Progress = lambda done, total: None)
     """
     points = list(itertools.product(BLOCKS, DEPTHS))
     with _file(directory, len(points) + 1, progress) as (path, nbytes):
-        sequential = max(sequential_rate(path) for _ in range(2))
+        plain = max(sequential_rate(path) for _ in range(2))
+        best = max(plain, *(sequential_rate(path, depth=PROBE_DEPTH) for _ in range(2)))
         handle, direct = _open(path)
         try:
             rates = {}
@@ -59,7 +61,7 @@ def measure_disk(directory: Path, progress: Progress = lambda done, total: None)
                 progress(done + 1, len(points) + 1)
         finally:
             os.close(handle)
-    return DiskFigures(directory, directory.stat().st_dev, direct, DiskProfile(sequential, rates))
+    return DiskFigures(directory, directory.stat().st_dev, direct, DiskProfile(best, rates), plain)
 
 
 def memory_bandwidth(kernels: Any, seconds: float = 0.5) -> float | None:

@@ -1,0 +1,5 @@
+"""`python -m flashrt`, the same as the console script."""
+
+from flashrt.cli import main
+
+main()

@@ -1,0 +1,178 @@
+"""Every kind of bad input ends in one message and a status, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrt.storage.manifest import _checksum
+from tests.cli.conftest import Cli, check_failure
+
+
+@pytest.fixture
+def copy(pack: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pack, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf"])
+def test_a_budget_that_is_none(cli: Cli, pack: Path, budget: str) -> None:
+    check_failure(cli("run", pack, "--prompt", "a", f"--budget-gb={budget}"), 2, "budget", "above 0")
+
+
+@pytest.mark.parametrize("command", [("run", "--prompt", "a"), ("plan",), ("bench",), ("chat",)])
+def test_a_budget_of_a_few_megabytes(cli: Cli, pack: Path, command: tuple[str, ...]) -> None:
+    name, *rest = command
+    check_failure(cli(name, pack, *rest, "--budget-gb", "0.005"), 1, "too small", "the smallest that would do")
+
+
+def test_contexts_and_prompts_that_do_not_fit(cli: Cli, pack: Path) -> None:
+    run = ("run", pack, "--prompt")
+    check_failure(cli(*run, "a", "--context", 257), 2, "at most 256")
+    check_failure(cli("plan", pack, "--context", 257), 2, "at most 256")
+    check_failure(cli("chat", pack, "--context", 257), 2, "at most 256")
+    check_failure(cli("bench", pack, "--prompt-tokens", 300), 2, "context of 256")
+    check_failure(cli(*run, "words and " * 60), 2, "prompt", "256")
+    check_failure(cli(*run, "words and words", "--context", 3), 2, "--context 3")
+    check_failure(cli(*run, "words", "--max-new-tokens", 256), 2, "lower --max-new-tokens to")
+
+
+def test_prompts_that_are_none(cli: Cli, pack: Path, tmp_path: Path) -> None:
+    check_failure(cli("run", pack, "--prompt", ""), 2, "the prompt is empty")
+    check_failure(cli("run", pack), 2, "the prompt is empty")
+    check_failure(cli("run", pack, stdin=b"caf\xe9"), 2, "UTF-8", "byte 3")
+    check_failure(cli("run", pack, "--prompt-file", tmp_path / "none"), 2, "No such file")
+    check_failure(cli("run", pack, "--prompt", "a", "--prompt-file", "-"), 2, "contradict")
+    check_failure(cli("run", pack, "--prompt", "a", "--system", "b"), 2, "--chat")
+    check_failure(cli("chat", pack, stdin=b"caf\xe9\n"), 2, "UTF-8")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--temperature=-1", "--temperature=nan", "--top-p=0", "--top-p=1.5", "--min-p=2", "--top-k=-1", "--seed=-1"],
+)
+def test_sampling_out_of_range(cli: Cli, pack: Path, option: str) -> None:
+    check_failure(cli("run", pack, "--prompt", "a", option), 2, "expected")
+
+
+def test_text_files(cli: Cli, pack: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"good \xff bad")
+    check_failure(cli("eval", "ppl", pack, "--text-file", text), 2, "not UTF-8", "byte 5 is 0xff")
+    text.write_bytes(b"")
+    check_failure(cli("eval", "ppl", pack, "--text-file", text), 2, "empty")
+    check_failure(cli("eval", "ppl", pack, "--text-file", tmp_path / "none"), 2, "No such file")
+    check_failure(cli("eval", "ppl", pack, "--text-file", tmp_path), 2, "directory")
+    text.write_bytes(b"words " * 50)
+    check_failure(cli("eval", "ppl", pack, "--text-file", text, "--ctx", 512), 2, "at most 256")
+
+
+def test_names_that_are_nothing(cli: Cli, tmp_path: Path) -> None:
+    check_failure(cli("run", tmp_path / "none", "--prompt", "a"), 2, "does not exist", "org/name")
+    check_failure(cli("pull", "nonsense"), 2, "org/name")
+    check_failure(cli("inspect", tmp_path), 1, "config.json")
+    (tmp_path / "file.gguf").write_bytes(b"GGUF\x03\x00")
+    check_failure(
+        cli("run", tmp_path / "file.gguf", "--prompt", "a", "--cache-dir", tmp_path / "cache"), 1, "file.gguf"
+    )
+
+
+def test_usage_errors_of_the_command_line(cli: Cli, pack: Path) -> None:
+    for arguments in (["rnu"], ["run"], ["run", pack, "--budget-gb", "much"], ["run", pack, "--dtype", "int3"]):
+        result = cli(*arguments)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
+    ("layer-001.safetensors", Path.unlink),
+    ("layer-001.safetensors", truncate),
+    ("layer-001.safetensors", flip),
+    ("resident.safetensors", flip),
+    ("resident.safetensors", lambda path: flip(path, 0.0)),
+    ("tokenizer.json", Path.unlink),
+    ("tokenizer.json", flip),
+    ("manifest.json", Path.unlink),
+    ("manifest.json", truncate),
+    ("manifest.json", flip),
+    ("manifest.json", lambda path: os.truncate(path, 0)),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGE)
+def test_damaged_packs(cli: Cli, copy: Path, file: str, damage: Callable[[Path], None]) -> None:
+    damage(copy / file)
+    check_failure(cli("run", copy, "--prompt", "hello", "--json"), 1, file)
+    check_failure(cli("verify", copy), 1, file)
+
+
+def absurd(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(body: dict[str, Any]) -> None:
+        body[field] = value
+
+    return change
+
+
+def outside(body: dict[str, Any]) -> None:
+    body["files"]["../../etc/passwd"] = body["files"].pop("resident.safetensors")
+
+
+def huge(body: dict[str, Any]) -> None:
+    body["files"]["resident.safetensors"]["bytes"] = 1 << 60
+
+
+def endless(body: dict[str, Any]) -> None:
+    body["spec"]["layers"][0]["count"] = 1 << 40
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        absurd("version", 99),
+        absurd("block_bytes", 1 << 40),
+        absurd("block_bytes", 0),
+        absurd("dtype", "int3"),
+        absurd("spec", {}),
+        outside,
+        huge,
+        endless,
+    ],
+)
+def test_absurd_manifests(cli: Cli, copy: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Manifests whose checksum is right: made to mislead, rather than damaged."""
+    path = copy / "manifest.json"
+    body = json.loads(path.read_bytes())
+    body.pop("checksum")
+    change(body)
+    path.write_text(json.dumps(body | {"checksum": _checksum(body)}))
+    check_failure(cli("run", copy, "--prompt", "hello"), 1, "manifest.json")
+
+
+def test_checkpoints_that_cannot_be_packed(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(checkpoint, tmp_path / "bad"))
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    check_failure(cli("pack", bad, tmp_path / "out"), 1, "mamba", "llama")
+    (bad / "config.json").write_text(json.dumps(config | {"hidden_size": 80}))
+    check_failure(cli("pack", bad, tmp_path / "out"), 1, "shape")
+    (bad / "config.json").write_text(json.dumps(config))
+    truncate(bad / "model.safetensors")
+    check_failure(cli("pack", bad, tmp_path / "out"), 1, "truncated")
+    check_failure(cli("run", bad, "--prompt", "a", "--cache-dir", tmp_path / "cache"), 1, "truncated")
+    assert not (tmp_path / "out" / "manifest.json").exists()

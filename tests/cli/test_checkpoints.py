@@ -1,0 +1,125 @@
+"""Packing: on request, on first use, interrupted, side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import COMMAND, Cli, check_failure, environment
+
+
+def checksums(pack: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(pack.iterdir())}
+
+
+def test_pack_prints_what_it_made(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    result = cli("pack", checkpoint, tmp_path / "out", "--dtype", "int4", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["dtype"] == "int4"
+    assert 4 < facts["bits_per_weight"] < 16  # tiny rows are mostly padding
+    assert result.returncode == 0
+    check_failure(cli("pack", checkpoint, tmp_path / "out", "--dtype", "int4"), 2, "already holds a finished pack")
+
+
+def test_a_checkpoint_is_packed_once(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("run", checkpoint, "--prompt", "hello", "-n", 4, "--cache-dir", tmp_path, "--dtype", "bf16")
+    first = cli(*arguments)
+    assert first.returncode == 0, first.stderr
+    (packed,) = (path for path in (tmp_path / "packs").iterdir() if path.is_dir())
+    assert packed.name.startswith("tiny-llama-bf16-")
+    written = (packed / "manifest.json").stat().st_mtime_ns
+    assert cli(*arguments).stdout == first.stdout
+    assert (packed / "manifest.json").stat().st_mtime_ns == written
+    facts = json.loads(cli("inspect", checkpoint, "--cache-dir", tmp_path, "--dtype", "bf16", "--json").stdout)
+    assert facts["path"] == str(packed)
+
+
+def test_two_runs_pack_a_checkpoint_once(long_checkpoint: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "run", str(long_checkpoint), "-p", "a", "-n", "2", "--cache-dir", str(tmp_path), "--json"]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path))
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    first, second = (json.loads(out) for out, _ in outputs)
+    assert first["token_ids"] == second["token_ids"]
+    assert len([path for path in (tmp_path / "packs").iterdir() if path.is_dir()]) == 1
+
+
+def test_packing_does_not_count_against_the_run(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """The run that packs first is measured like the run that finds the pack."""
+    arguments = ("plan", checkpoint, "--cache-dir", tmp_path, "--json")
+    first, second = (json.loads(cli(*arguments).stdout) for _ in range(2))
+    assert abs(first["smallest_budget_bytes"] - second["smallest_budget_bytes"]) < 8 << 20
+
+
+def test_a_killed_pack_is_finished_with_the_same_bytes(cli: Cli, long_checkpoint: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli("pack", long_checkpoint, whole).returncode == 0
+    for wanted in (1, 7, 20, 35):
+        process = subprocess.Popen([*COMMAND, "pack", str(long_checkpoint), str(broken)], env=environment(tmp_path))
+        deadline = time.monotonic() + 60
+        while len(list(broken.glob("*.entry.json"))) < wanted and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (broken / "manifest.json").exists()
+        check_failure(cli("run", broken, "--prompt", "a"), 1, "not a finished pack")
+    assert cli("pack", long_checkpoint, broken).returncode == 0
+    assert checksums(broken) == checksums(whole)
+
+
+def test_ctrl_c_while_packing_leaves_no_half_written_file(cli: Cli, long_checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    command = [*COMMAND, "run", str(long_checkpoint), "-p", "a", "--cache-dir", str(cache)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(tmp_path)
+    )
+    while not list(cache.glob("packs/*/*.entry.json")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr == "error: interrupted\n"
+    assert not list(cache.glob("packs/*/*.tmp"))
+    assert cli("run", long_checkpoint, "-p", "a", "-n", 2, "--cache-dir", cache).returncode == 0
+
+
+def test_a_full_disk_is_one_message_and_packing_goes_on(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    def limit() -> None:  # what a full disk does to a write, without filling one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    out = tmp_path / "out"
+    check_failure(cli("pack", checkpoint, out, preexec_fn=limit), 1, "writing to", str(out))
+    assert not list(out.glob("*.tmp"))
+    check_failure(cli("verify", out), 1, "not a finished pack")
+    assert cli("pack", checkpoint, out).returncode == 0
+    assert cli("verify", out).returncode == 0
+
+
+def test_a_small_disk_is_refused_up_front(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        check_failure(cli("pack", checkpoint, disk / "out"), 1, "free some space")
+        check_failure(cli("doctor", "--dir", disk), 1, "free")
+        check_failure(cli("run", checkpoint, "-p", "a", "--cache-dir", disk), 1, "free some space")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_cache_that_cannot_be_written_is_named(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_failure(cli("run", checkpoint, "-p", "a", "--cache-dir", tmp_path / "file" / "cache"), 1, "--cache-dir")
