@@ -34,9 +34,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(cache_home: Path) -> Cli:
     """Run the console script; stdin is empty unless `stdin` is given."""
 
-    def run(
-        *arguments: object, stdin: str | bytes = "", env: Mapping[str, str] | None = None, **options: Any
-    ) -> Result:
+    def run(*arguments: object, stdin: str | bytes = "", **options: Any) -> Result:
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
         result = subprocess.run(
             [*COMMAND, *map(str, arguments)],
