@@ -1,0 +1,215 @@
+"""The planner is pure, so its promises are properties: over shapes, budgets and workloads."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from flashrt.budget.planner import (
+    CHUNKS,
+    GIB,
+    MIB,
+    Machine,
+    Workload,
+    ceil_gib,
+    owner_of,
+    plan,
+    prefix_bytes,
+    resident_budget,
+    slack_bytes,
+    smallest_budget,
+)
+from flashrt.errors import BudgetError
+from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
+from flashrt.storage.layout import PAGE, pack_layout
+from flashrt_kernels.rows import Codec
+
+LLAMA_70B = ModelSpec(
+    family="llama",
+    vocab=32000,
+    hidden=8192,
+    layers=(Layer(Attention(64, 8, 128, 128**-0.5, Rope(1e4)), Ffn(28672, "silu")),) * 80,
+    context=4096,
+)
+MIXTRAL = ModelSpec(
+    family="mixtral",
+    vocab=32000,
+    hidden=4096,
+    layers=(Layer(Attention(32, 8, 128, 128**-0.5, Rope(1e6)), Ffn(14336, "silu", experts=8, experts_per_token=2)),)
+    * 32,
+    context=32768,
+)
+
+
+def machine(runtime: int = 60 * MIB, peak: int = 70 * MIB) -> Machine:
+    return Machine(runtime, peak, 2, lambda tokens: 4096 * tokens)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    kv_heads = draw(st.integers(1, 4))
+    attention = Attention(kv_heads * draw(st.integers(1, 4)), kv_heads, draw(st.sampled_from([16, 64, 100])), 1.0)
+    experts = draw(st.sampled_from([0, 0, 8]))
+    ffn = Ffn(
+        draw(st.integers(1, 3000)),
+        "silu",
+        gated=draw(st.booleans()),
+        experts=experts,
+        experts_per_token=min(experts, 2),
+    )
+    return ModelSpec(
+        family="any",
+        vocab=draw(st.integers(1, 50_000)),
+        hidden=draw(st.integers(1, 1500)),
+        layers=(Layer(attention, ffn),) * draw(st.integers(1, 6)),
+        context=4096,
+        tied=draw(st.booleans()),
+    )
+
+
+workloads = st.builds(
+    Workload,
+    context=st.integers(1, 4096),
+    prompt=st.none() | st.integers(1, 4096),
+    logit_rows=st.sampled_from([1, 16]),
+    scoring=st.booleans(),
+)
+codecs = st.sampled_from(Codec)
+extras = st.integers(0, 400 * MIB)  # bytes above the smallest budget
+
+
+@given(specs(), codecs, workloads, extras)
+@settings(max_examples=200, deadline=None)
+def test_every_byte_has_one_owner(spec: ModelSpec, codec: Codec, workload: Workload, extra: int) -> None:
+    layout = pack_layout(spec, codec)
+    budget = smallest_budget(spec, layout, workload, machine()) + extra
+    the_plan = plan(spec, layout, budget, workload, machine())
+    assert sum(the_plan.owners.values()) == budget == the_plan.budget_bytes
+    assert min(the_plan.owners.values()) >= 0
+    assert the_plan.owners["slack"] >= slack_bytes(budget)
+    assert the_plan.owners["KV"] == workload.context * spec.kv_bytes_per_token(2)
+    assert the_plan.chunk in CHUNKS
+
+
+@given(specs(), codecs, workloads, extras)
+@settings(max_examples=200, deadline=None)
+def test_pinned_blocks_are_those_that_are_paid_for(
+    spec: ModelSpec, codec: Codec, workload: Workload, extra: int
+) -> None:
+    layout = pack_layout(spec, codec)
+    budget = smallest_budget(spec, layout, workload, machine()) + extra
+    the_plan = plan(spec, layout, budget, workload, machine())
+    assert set(the_plan.pinned) == set(layout.tensors)
+    by_owner: dict[str, int] = {}
+    for name, tensor in layout.tensors.items():
+        assert 0 <= the_plan.pinned[name] <= tensor.blocks
+        owner = owner_of(spec, tensor)
+        by_owner[owner] = by_owner.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[name])
+    for owner, nbytes in by_owner.items():
+        assert the_plan.owners.get(owner, 0) == nbytes
+    assert the_plan.pinned_bytes == sum(by_owner.values()) <= the_plan.weight_bytes
+    everything = the_plan.pinned_bytes == the_plan.weight_bytes
+    assert the_plan.resident == everything
+    if not everything:
+        assert the_plan.slots >= 2
+        rings = 2 if spec.layers[0].ffn.experts else 1
+        assert the_plan.owners["stream buffers"] == rings * the_plan.slots * the_plan.slot_bytes
+        assert the_plan.slot_bytes >= max(t.max_block_bytes for t in layout.tensors.values())
+
+
+@given(specs(), codecs, workloads, extras, st.integers(0, 200 * MIB))
+@settings(max_examples=200, deadline=None)
+def test_more_budget_never_streams_more(
+    spec: ModelSpec, codec: Codec, workload: Workload, extra: int, more: int
+) -> None:
+    """At the same prefill chunk and ring: both are stepped up at times, and then take from the weights."""
+    layout = pack_layout(spec, codec)
+    budget = smallest_budget(spec, layout, workload, machine()) + extra
+    less, greater = (plan(spec, layout, b, workload, machine()) for b in (budget, budget + more))
+    assert greater.chunk >= less.chunk
+    assume((less.chunk, less.slots) == (greater.chunk, greater.slots))
+    assert greater.pinned_bytes >= less.pinned_bytes
+    assert greater.streamed_bytes_per_token <= less.streamed_bytes_per_token
+
+
+@given(specs(), codecs, workloads, st.integers(1, 1 << 30))
+@settings(max_examples=200, deadline=None)
+def test_smallest_budget_is_admitted_and_a_page_less_is_refused(
+    spec: ModelSpec, codec: Codec, workload: Workload, peak: int
+) -> None:
+    layout, costs = pack_layout(spec, codec), machine(peak=peak)
+    smallest = smallest_budget(spec, layout, workload, costs)
+    assert smallest >= peak
+    plan(spec, layout, smallest, workload, costs)
+    with pytest.raises(BudgetError) as refusal:
+        plan(spec, layout, smallest - PAGE, workload, costs)
+    named = re.search(r"the smallest that would do is ([\d.]+) GiB", str(refusal.value))
+    assert named
+    assert float(named[1]) == ceil_gib(smallest)
+    plan(spec, layout, int(float(named[1]) * GIB), workload, costs)  # the figure printed is one that suffices
+
+
+@given(specs(), codecs, workloads, st.integers(0, 100 * MIB))
+@settings(max_examples=200, deadline=None)
+def test_resident_budget_reads_nothing_while_decoding(
+    spec: ModelSpec, codec: Codec, workload: Workload, more: int
+) -> None:
+    layout = pack_layout(spec, codec)
+    enough = resident_budget(spec, layout, workload, machine())
+    for budget in (enough, enough + more):
+        the_plan = plan(spec, layout, budget, workload, machine())
+        assert the_plan.resident
+        assert the_plan.pinned_bytes == the_plan.weight_bytes
+        assert the_plan.slots == 0
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("spec", [LLAMA_70B, MIXTRAL], ids=["llama-2-70b", "mixtral"])
+def test_an_idle_budget_is_a_defect(spec: ModelSpec, codec: Codec) -> None:
+    """When the model is larger than the budget, next to nothing is left unowned."""
+    layout = pack_layout(spec, codec)
+    for gib in (1, 2, 3, 8, 16):
+        the_plan = plan(spec, layout, gib * GIB, Workload(1024), machine())
+        assert not the_plan.resident
+        assert the_plan.owners["slack"] - slack_bytes(gib * GIB) < 4 * the_plan.slot_bytes
+
+
+def test_layers_stream_the_same_share() -> None:
+    layout = pack_layout(LLAMA_70B, Codec.INT4)
+    the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(1024), machine())
+    shares = {the_plan.pinned[f"{i}.ffn"] for i in range(80)}
+    assert max(shares) - min(shares) <= 1
+    assert all(the_plan.pinned[f"{i}.qkv"] == layout.tensors[f"{i}.qkv"].blocks for i in range(80))
+
+
+def test_a_70b_is_planned_in_a_blink() -> None:
+    began = time.perf_counter()
+    layout = pack_layout(LLAMA_70B, Codec.INT4)
+    the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(4096), machine())
+    assert time.perf_counter() - began < 1
+    assert 0.1 < the_plan.pinned_bytes / the_plan.weight_bytes < 0.25
+
+
+def test_planning_is_pure() -> None:
+    layout = pack_layout(MIXTRAL, Codec.INT4)
+    assert plan(MIXTRAL, layout, 4 * GIB, Workload(512), machine()) == plan(
+        MIXTRAL, layout, 4 * GIB, Workload(512), machine()
+    )
+
+
+def test_one_expert_in_four_is_read_for_a_token() -> None:
+    layout = pack_layout(MIXTRAL, Codec.INT4)
+    the_plan = plan(MIXTRAL, layout, 4 * GIB, Workload(512), machine())
+    experts = [t for t in layout.tensors.values() if t.runs == 8]
+    rest = sum(t.nbytes - prefix_bytes(t, the_plan.pinned[t.name]) for t in experts)
+    assert the_plan.streamed_bytes_per_token == pytest.approx(rest / 4, rel=0.01)
+
+
+def test_a_long_context_is_named_as_the_reason() -> None:
+    layout = pack_layout(LLAMA_70B, Codec.INT4)
+    with pytest.raises(BudgetError, match=r"context of 32768 tokens.*KV 10240 MiB.*shorter --context"):
+        plan(LLAMA_70B, layout, GIB, Workload(32768), machine())
