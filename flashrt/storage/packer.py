@@ -51,6 +51,13 @@ class WeightSource(Protocol):
     def text_files(self) -> dict[str, bytes]: ...
 
 
+class Encoder(Protocol):
+    """Where the bytes of a pack come from."""
+
+    def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
+        """Write bundles [first, first + len(bundles)) of one run of a tensor into `bundles` (zeros, [n, stride])."""
+
+
 def pack(
     source: WeightSource,
     out: Path,
@@ -58,8 +65,11 @@ def pack(
     *,
     progress: Progress = lambda file, done, total: None,
     block_bytes: int = BLOCK_BYTES,
+    encoder: Encoder | None = None,
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
+
+    `encoder` is where encoded bundles come from, when not from the weights of `source`.
 
     Raises UsageError when `out` holds something else, DiskError when the disk is too small or fails, CheckpointError
     when the source holds values that are not finite.
@@ -70,14 +80,20 @@ def pack(
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
-            manifest = _write_all(source, out, dtype, layout, block_bytes, progress)
+            manifest = _write_all(source, encoder or RowEncoder(source), out, dtype, layout, block_bytes, progress)
         for file in layout.file_bytes:
             _entry_path(out, file).unlink(missing_ok=True)
     return manifest
 
 
 def _write_all(
-    source: WeightSource, out: Path, dtype: Codec, layout: PackLayout, block_bytes: int, progress: Progress
+    source: WeightSource,
+    encoder: Encoder,
+    out: Path,
+    dtype: Codec,
+    layout: PackLayout,
+    block_bytes: int,
+    progress: Progress,
 ) -> Manifest:
     """Write every file that an earlier run has not completed, the manifest last."""
     files = {file: entry for file in layout.file_bytes if (entry := _finished(out, file, layout))}
@@ -85,7 +101,7 @@ def _write_all(
     done = 0
     for file in layout.file_bytes:
         if file not in files:
-            files[file] = _FileWriter(source, out, file, layout, progress, done).write()
+            files[file] = _FileWriter(source, encoder, out, file, layout, progress, done).write()
         done += files[file].nbytes
         progress(file, done, layout.nbytes)
     files = {file: files[file] for file in layout.file_bytes}
@@ -171,11 +187,17 @@ class _FileWriter:
     """Writes one data file and gathers its checksums on the way."""
 
     def __init__(
-        self, source: WeightSource, out: Path, file: str, layout: PackLayout, progress: Progress, done: int
+        self,
+        source: WeightSource,
+        encoder: Encoder,
+        out: Path,
+        file: str,
+        layout: PackLayout,
+        progress: Progress,
+        done: int,
     ) -> None:
-        self.source, self.out, self.file, self.layout = source, out, file, layout
+        self.source, self.encoder, self.out, self.file, self.layout = source, encoder, out, file, layout
         self.progress, self.done = progress, done
-        self.kernels = ops.load("cpu")
         self.sha = hashlib.sha256()
         self.written = 0
         self.flushed = 0
@@ -242,12 +264,20 @@ class _FileWriter:
             run, first = divmod(block.first, tensor.run_stride)
             filled = min(block.bundles, tensor.run_bundles - first)
             if filled > 0:
-                self._fill(tensor, run, first, bundles[:filled])
+                self.encoder.fill(tensor, run, first, bundles[:filled])
             view = data.data
             yield zlib.crc32(view)
             self._put(handle, view)
 
-    def _fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
+
+class RowEncoder:
+    """Encodes the weights of a source."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source = source
+        self.kernels = ops.load("cpu")
+
+    def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
         step = max(CHUNK_WEIGHTS // (tensor.columns * tensor.bundle_rows), 1)
         for start in range(0, len(bundles), step):
             part = bundles[start : start + step]
