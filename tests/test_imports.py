@@ -19,7 +19,8 @@ PACKAGES = {
 
 # Higher layers may import lower ones and their own; `flashrt` is the package's own front.
 LAYERS = (
-    ("tools", "flashrt.cli", "flashrt.__main__"),
+    ("tools", "flashrt.__main__"),
+    ("flashrt.cli",),
     ("flashrt",),
     ("flashrt.engine",),
     ("flashrt.model",),

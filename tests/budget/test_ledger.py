@@ -1,4 +1,4 @@
-"""The ledger: nobody gets more than the plan says, and what it hands out is zeroed, page-aligned and not yet resident."""
+"""The ledger: nobody gets more than the plan says; what it hands out is zeroed, page-aligned and not yet resident."""
 
 from __future__ import annotations
 
