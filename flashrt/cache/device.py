@@ -32,6 +32,7 @@ class Device(Protocol):
     """A place that computes."""
 
     ops: Any
+    merges: bool  # whether its kernels give the same bits for adjacent blocks at once as for one after the other
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Tensor:
         """Zeroed memory of the device, charged to `owner`; uint16 stands for bfloat16."""
@@ -60,6 +61,8 @@ class Device(Protocol):
 
 class CpuDevice:
     """The budgeted memory of a machine without a GPU: reads go straight to where the kernels compute."""
+
+    merges = True
 
     def __init__(self, ops: Any, ledger: Ledger, reader: Reader) -> None:
         self.ops, self._ledger, self._reader = ops, ledger, reader

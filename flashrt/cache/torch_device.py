@@ -33,6 +33,8 @@ class TorchDevice:
     `host_blocks` maps tensor → how many of its leading blocks host memory may hold (those on the device included).
     """
 
+    merges = False  # a matrix product sums in an order that depends on its shape
+
     def __init__(
         self, ops: Any, name: str, ledger: Ledger, reader: Reader, host_blocks: Mapping[str, int] | None = None
     ) -> None:

@@ -99,8 +99,9 @@ class Weights:
         tensor = self.layout.tensors[name]
         start, pinned = run * tensor.run_stride, self._pinned[name]
         resident = min(max(len(pinned) - start, 0), tensor.run_bundles)
-        if resident:
-            yield 0, pinned[start : start + resident]
+        step = max(resident, 1) if self.device.merges else tensor.block_bundles
+        for first in range(0, resident, step):
+            yield first, pinned[start + first : start + min(first + step, resident)]
         streamer = self._experts if tensor.runs > 1 else self._static
         indices = tensor.run_block_range(run)
         for index in range(max(indices.start, self.plan.pinned[name]), indices.stop):

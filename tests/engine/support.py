@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from flashrt.budget.planner import Machine, Plan, Workload, plan, resident_budget, smallest_budget
+from flashrt.budget.ledger import Ledger
+from flashrt.budget.planner import Machine, Plan, Workload, host_tier, plan, resident_budget, smallest_budget
+from flashrt.cache.torch_device import TorchDevice
 from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.engine import Engine
-from flashrt.engine.runtime import Runtime, runtime_for
+from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for
+from flashrt.model.decoder import scratch_bytes
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
+from flashrt.storage.reader import Reader
 from flashrt.storage.sources import open_checkpoint
+from flashrt_kernels import ops
 from flashrt_kernels.rows import Codec
 
 BLOCK_BYTES = 16 << 10  # so that even tiny tensors have several blocks
@@ -58,4 +64,25 @@ def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(error / np.sqrt(np.mean(np.asarray(expected, np.float64) ** 2)))
 
 
-__all__ = ["Machine", "logits_of", "make_pack", "relative_rms", "tiny_engine", "tiny_plan"]
+class TorchRuntime:
+    """The GPU's engine on a torch device of choice; on the CPU it runs without streams, as a reference.
+
+    `host_share` is the share of the weights that the host tier holds.
+    """
+
+    def __init__(self, name: str = "cpu", host_share: float = 0.0) -> None:
+        self.ops, self.name, self.host_share = ops.load("torch"), name, host_share
+
+    def machine(self, packed: Pack) -> Machine:
+        return Machine(0, 0, kv_item_bytes(packed), partial(scratch_bytes, packed.spec, self.ops))
+
+    def available(self) -> int:
+        return 1 << 40
+
+    def device(self, packed: Pack, the_plan: Plan, ledger: Ledger, reader: Reader) -> TorchDevice:
+        host = int(self.host_share * the_plan.weight_bytes)
+        blocks = host_tier(packed.spec, packed.layout, the_plan, host)
+        return TorchDevice(self.ops, self.name, ledger, reader, blocks)
+
+    def peak_bytes(self) -> int | None:
+        return None
