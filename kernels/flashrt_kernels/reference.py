@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from flashrt_kernels.rows import INT4_GROUP, INT8_GROUP, MATRIX_ROWS, Codec, align, row_bytes
 
+QUERIES = 64  # tokens whose attention scores exist at once
 WIDE = 16  # more tokens than this may be multiplied in bfloat16 on a device that is fast at it
 
 
@@ -188,24 +189,23 @@ def attention(
 ) -> None:
     """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D] into out [B, H * D]."""
     tokens, heads, dim = q.shape
-    end = start + tokens
-    low = 0 if window is None else max(0, start - window + 1)
-    keys, values = kv[:, low:end].to(torch.float32).unbind(2)  # [KVH, positions, D]
-    grouped = (
-        q.view(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)
-        if q.is_contiguous()
-        else q.reshape(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)
-    )
-    scores = grouped @ keys[:, None].transpose(2, 3) * scale  # [KVH, group, B, positions]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    token = torch.arange(start, end, device=q.device)[:, None]
-    position = torch.arange(low, end, device=q.device)[None]
-    hidden = position > token
-    if window is not None:
-        hidden = hidden | (position <= token - window)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(3)
-    out.copy_((weights @ values[:, None]).permute(2, 0, 1, 3).reshape(tokens, heads * dim))
+    grouped = q.reshape(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)  # [KVH, group, B, D]
+    for first in range(0, tokens, QUERIES):  # scores of a whole prefill chunk would take gigabytes
+        part = grouped[:, :, first : first + QUERIES]
+        begin, end = start + first, start + first + part.shape[2]
+        low = 0 if window is None else max(0, begin - window + 1)
+        keys, values = kv[:, None, low:end].to(torch.float32).unbind(3)  # [KVH, 1, positions, D]
+        scores = part @ keys.transpose(2, 3) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        token = torch.arange(begin, end, device=q.device)[:, None]
+        position = torch.arange(low, end, device=q.device)[None]
+        hidden = position > token
+        if window is not None:
+            hidden = hidden | (position <= token - window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(3)
+        result = (weights @ values).permute(2, 0, 1, 3)
+        out[first : first + QUERIES] = result.reshape(-1, heads * dim)
 
 
 def attention_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:

@@ -10,7 +10,6 @@ namespace flashrt::FLASHRT_ISA {
 
 FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float* to) {  // D floats, zeros up to 16
     const size_t at = (2 * static_cast<size_t>(position) + value) * s.dim;
-    const int dim16 = (s.dim + 15) / 16 * 16;
     int d = 0;
     if (s.half) {
         const uint16_t* from = static_cast<const uint16_t*>(s.kv) + at;
@@ -25,16 +24,43 @@ FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float*
         for (; d + 16 <= s.dim; d += 16) store(to + d, load(from + d));
         if (d < s.dim) store(to + d, load_part(from + d, s.dim - d));
     }
-    (void)dim16;
 }
 
-// [n / 16][D][16]: keys, transposed; positions past the end are zero.
-inline void pack_keys(const Segment& s, int n16) {
+// `pack_keys` for bfloat16 and whole pairs of lanes: numbers are transposed two at a time, and widened after.
+inline void pack_half_keys(const Segment& s, int begin, int n16) {
+    static const uint16_t nothing[256] = {};
+    const uint16_t* kv = static_cast<const uint16_t*>(s.kv);
+    alignas(64) uint32_t block[16][16];
+    for (int p = 0; p < n16; p += 16) {
+        const uint16_t* keys[16];
+        for (int i = 0; i < 16; ++i) {
+            const int position = begin + p + i;
+            keys[i] = position < s.end ? kv + 2 * static_cast<size_t>(position) * s.dim : nothing;
+            for (int d = 0; d < s.dim; d += 32) prefetch(keys[i] + 2 * static_cast<size_t>(POSITIONS) * s.dim + d);
+        }
+        float* stripe = s.panel + static_cast<size_t>(p) * s.dim;
+        for (int d = 0; d < s.dim; d += 32) {
+            const void* from[16];
+            for (int i = 0; i < 16; ++i) from[i] = keys[i] + d;
+            transpose(from, block);
+            for (int i = 0; i < 16; ++i) {
+                F even, odd;
+                load_pairs_bf16(block[i], even, odd);
+                store(stripe + 16 * (d + 2 * i), even);
+                store(stripe + 16 * (d + 2 * i + 1), odd);
+            }
+        }
+    }
+}
+
+// [n16 / 16][D16][16]: keys from position `begin`, transposed; positions past the end are zero.
+inline void pack_keys(const Segment& s, int begin, int n16) {
+    if (s.half && s.dim % 32 == 0) return pack_half_keys(s, begin, n16);
     const int dim16 = (s.dim + 15) / 16 * 16;
     alignas(64) float keys[16][256];
     for (int p = 0; p < n16; p += 16) {
         for (int i = 0; i < 16; ++i) {
-            if (s.begin + p + i < s.end) load_head(s, s.begin + p + i, false, keys[i]);
+            if (begin + p + i < s.end) load_head(s, begin + p + i, false, keys[i]);
             else std::memset(keys[i], 0, 4 * static_cast<size_t>(dim16));
         }
         float* stripe = s.panel + static_cast<size_t>(p) * dim16;
@@ -46,37 +72,56 @@ inline void pack_keys(const Segment& s, int n16) {
     }
 }
 
-// [D16 / 16][n][16]: values.
-inline void pack_values(const Segment& s, int n) {
+// [D16 / 16][n][16]: values from position `begin`.
+inline void pack_values(const Segment& s, int begin, int n) {
     const int dim16 = (s.dim + 15) / 16 * 16;
+    if (s.half && s.dim % 16 == 0) {
+        const uint16_t* from = static_cast<const uint16_t*>(s.kv) + (2 * static_cast<size_t>(begin) + 1) * s.dim;
+        for (int p = 0; p < n; ++p, from += 2 * static_cast<size_t>(s.dim))
+            for (int d = 0; d < s.dim; d += 16) {
+                prefetch(from + 2 * static_cast<size_t>(POSITIONS) * s.dim + d);
+                store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load_bf16(from + d));
+            }
+        return;
+    }
     alignas(64) float value[256];
     for (int p = 0; p < n; ++p) {
-        load_head(s, s.begin + p, true, value);
+        load_head(s, begin + p, true, value);
         for (int d = 0; d < dim16; d += 16) store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load(value + d));
     }
 }
 
-// c[queries, 16 * stripes] = a · panel, in register tiles.
+template <int J>
+FLASHRT_INLINE void stripes_of(int rows, const float* a, size_t a_step, const char* panel, size_t stripe, int depth,
+                               float* const* c, bool accumulate) {
+    switch (rows) {
+        case 1: return tile_float<1, J>(a, a_step, panel, stripe, depth, c, 0, accumulate);
+        case 2: return tile_float<2, J>(a, a_step, panel, stripe, depth, c, 0, accumulate);
+        case 3: return tile_float<3, J>(a, a_step, panel, stripe, depth, c, 0, accumulate);
+        case 4: return tile_float<4, J>(a, a_step, panel, stripe, depth, c, 0, accumulate);
+        case 5: return tile_float<5, J>(a, a_step, panel, stripe, depth, c, 0, accumulate);
+        default: return tile_float<6, J>(a, a_step, panel, stripe, depth, c, 0, accumulate);
+    }
+}
+
+// c[queries, 16 * stripes] (+)= a · panel, in register tiles.
 inline void multiply(int queries, const float* a, size_t a_step, const float* panel, size_t stripe_bytes, int stripes,
-                     int depth, float* c, size_t c_step) {
+                     int depth, float* c, size_t c_step, bool accumulate) {
+    constexpr int PAIR = STRIPES > 1 ? 2 : 1;
     for (int q = 0; q < queries; q += TILE) {
         const int rows = queries - q < TILE ? queries - q : TILE;
         const float* from = a + q * a_step;
-        int j = 0;
+        const char* b = reinterpret_cast<const char*>(panel);
         float* to[TILE];
         for (int m = 0; m < rows; ++m) to[m] = c + (q + m) * c_step;
-        for (; j + 4 <= stripes; j += 4) {
-            tile(false, rows, from, a_step, reinterpret_cast<const char*>(panel) + j * stripe_bytes, stripe_bytes,
-                 depth, to, false);
-            for (int m = 0; m < rows; ++m) to[m] += PANEL;
-        }
-        for (; j < stripes; ++j) {
-            const char* p = reinterpret_cast<const char*>(panel) + j * stripe_bytes;
-            for (int m = 0; m < rows; ++m) {
-                float* one[1] = {to[m]};
-                tile_float<1, 1>(from + m * a_step, a_step, p, stripe_bytes, depth, one, 0, false);
-                to[m] += 16;
-            }
+        for (int j = 0, width; j < stripes; j += width) {
+            const int left = stripes - j;
+            width = left >= STRIPES ? STRIPES : left >= PAIR ? PAIR : 1;
+            if (width == STRIPES) stripes_of<STRIPES>(rows, from, a_step, b, stripe_bytes, depth, to, accumulate);
+            else if (width == PAIR) stripes_of<PAIR>(rows, from, a_step, b, stripe_bytes, depth, to, accumulate);
+            else stripes_of<1>(rows, from, a_step, b, stripe_bytes, depth, to, accumulate);
+            b += width * stripe_bytes;
+            for (int m = 0; m < rows; ++m) to[m] += 16 * width;
         }
     }
 }
@@ -120,11 +165,19 @@ FLASHRT_INLINE void soften(const Segment& s, int query, int n16) {
 
 inline void attend(const Segment& s) {
     const int dim16 = (s.dim + 15) / 16 * 16, n = s.end - s.begin, n16 = (n + 15) / 16 * 16;
-    pack_keys(s, n16);
-    multiply(s.queries, s.q, s.dim, s.panel, 64 * static_cast<size_t>(dim16), n16 / 16, s.dim, s.scores, SEGMENT);
+    for (int p = 0; p < n16; p += POSITIONS) {
+        const int count = n16 - p < POSITIONS ? n16 - p : POSITIONS;
+        pack_keys(s, s.begin + p, count);
+        multiply(s.queries, s.q, s.dim, s.panel, 64 * static_cast<size_t>(dim16), count / 16, s.dim, s.scores + p,
+                 SEGMENT, false);
+    }
     for (int q = 0; q < s.queries; ++q) soften(s, q, n16);
-    pack_values(s, n);
-    multiply(s.queries, s.scores, SEGMENT, s.panel, 64 * static_cast<size_t>(n), dim16 / 16, n, s.acc, dim16);
+    for (int p = 0; p < n; p += POSITIONS) {
+        const int count = n - p < POSITIONS ? n - p : POSITIONS;
+        pack_values(s, s.begin + p, count);
+        multiply(s.queries, s.scores + p, SEGMENT, s.panel, 64 * static_cast<size_t>(count), dim16 / 16, count, s.acc,
+                 dim16, p > 0);
+    }
 }
 
 inline void merge(int dim16, float* best, float* total, float* acc, float best2, float total2, const float* acc2) {

@@ -29,7 +29,7 @@ struct Shape {
     }
     size_t partial() const { return static_cast<size_t>(queries) * (dim16 + 2); }
     size_t worker(int dim) const {  // panel, scores, queries, bounds, a partial and the running one
-        return static_cast<size_t>(SEGMENT) * (dim16 + queries) + static_cast<size_t>(queries) * (dim + 2) +
+        return static_cast<size_t>(POSITIONS) * dim16 + static_cast<size_t>(SEGMENT) * queries + static_cast<size_t>(queries) * (dim + 2) +
                2 * partial() + 64;
     }
 };
@@ -42,7 +42,7 @@ struct Worker {
     Partial fresh, running;
     Worker(float* memory, const Shape& shape, int dim) {
         panel = memory;
-        scores = panel + static_cast<size_t>(SEGMENT) * shape.dim16;
+        scores = panel + static_cast<size_t>(POSITIONS) * shape.dim16;
         q = scores + static_cast<size_t>(SEGMENT) * shape.queries;
         first = reinterpret_cast<int*>(q + static_cast<size_t>(shape.queries) * dim);
         last = first + shape.queries;

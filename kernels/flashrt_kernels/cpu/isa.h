@@ -35,13 +35,14 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     const int* first;      // [queries]: first visible position
     const int* last;       // [queries]: last visible position
     float softcap;         // 0: none
-    float* panel;          // scratch: SEGMENT * (D rounded up to 16) floats
+    float* panel;          // scratch: POSITIONS * (D rounded up to 16) floats
     float* scores;         // scratch: [queries, SEGMENT]
     float* best;           // out [queries]: highest score, -inf when nothing is visible
     float* total;          // out [queries]: sum of exp(score - best)
     float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
 };
-constexpr int SEGMENT = 256;  // positions; segments start at multiples of it
+constexpr int SEGMENT = 256;   // positions; segments start at multiples of it
+constexpr int POSITIONS = 32;  // packed at a time: their panel stays in the first-level cache
 
 struct Kernels {
     const char* name;

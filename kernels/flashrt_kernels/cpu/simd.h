@@ -39,6 +39,12 @@ FLASHRT_INLINE F load_bf16(const uint16_t* p) {
     const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))};
 }
+// 16 pairs of bfloat16 → the first of each pair, and the second.
+FLASHRT_INLINE void load_pairs_bf16(const uint32_t* p, F& even, F& odd) {
+    const __m512i w = _mm512_loadu_si512(p);
+    even = {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))};
+    odd = {_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 FLASHRT_INLINE F load_u8(const uint8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -124,6 +130,15 @@ FLASHRT_INLINE __m256 half_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
 }
 FLASHRT_INLINE F load_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+FLASHRT_INLINE void load_pairs_bf16(const uint32_t* p, F& even, F& odd) {
+    uint32_t low[16], high[16];
+    for (int i = 0; i < 16; ++i) {
+        low[i] = p[i] << 16;
+        high[i] = p[i] & 0xffff0000u;
+    }
+    std::memcpy(&even, low, sizeof low);
+    std::memcpy(&odd, high, sizeof high);
+}
 FLASHRT_INLINE F load_u8(const uint8_t* p) {
     const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(w)),
@@ -236,6 +251,15 @@ FLASHRT_INLINE float from_bf16(uint16_t h) {
     return r;
 }
 FLASHRT_INLINE F load_bf16(const uint16_t* p) { LANES(from_bf16(p[i])); }
+FLASHRT_INLINE void load_pairs_bf16(const uint32_t* p, F& even, F& odd) {
+    uint32_t low[16], high[16];
+    for (int i = 0; i < 16; ++i) {
+        low[i] = p[i] << 16;
+        high[i] = p[i] & 0xffff0000u;
+    }
+    std::memcpy(&even, low, sizeof low);
+    std::memcpy(&odd, high, sizeof high);
+}
 FLASHRT_INLINE F load_u8(const uint8_t* p) { LANES(static_cast<float>(p[i])); }
 FLASHRT_INLINE F load_i8(const int8_t* p) { LANES(static_cast<float>(p[i])); }
 FLASHRT_INLINE float sum(F a) {
