@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,7 +74,7 @@ def chat(
     """Talk to a model: one line is one message; without a terminal, the lines of stdin are.
 
     Sampling that is not given is what the model's authors recommend. /reset starts over, /exit ends the chat,
-    Ctrl-C stops an answer. What earlier messages computed is kept, so that only new text is read.
+    Ctrl-C stops an answer, twice it ends the chat. What earlier messages computed is kept: only new text is read.
 
     Example: flashrt chat demo --budget-gb 1 --system "Answer in one sentence."
     """
@@ -138,17 +140,42 @@ class Conversation:
             )
         limit = min(self.max_new_tokens or room, room)
         generation = self.engine.generate(ids, limit, self.sampling, reuse=True)
-        try:
+        with _Interrupt() as interrupt:
             for token in generation:
                 write(token.text)
-        except KeyboardInterrupt:
-            generation.close()
+                if interrupt.asked:
+                    break
+        generation.close()
         write("\n")
         report = generation.report
         self.messages = [*messages, {"role": "assistant", "content": report.text}]
         if report.finish_reason == "length" and limit == room:
             say("[the context is full: start over with /reset, or use a larger --context]")
         return figures(report)
+
+
+class _Interrupt:
+    """Ctrl-C asks for a stop after the token under way, so that the engine is left fit for the next message.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def _converse(conversation: Conversation, stats: bool) -> None:

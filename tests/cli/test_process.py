@@ -36,6 +36,23 @@ def test_ctrl_c_prints_figures(long_pack: Path, tmp_path: Path, options: list[st
     assert b"error" not in err
 
 
+def test_ctrl_c_stops_an_answer_but_not_the_chat(long_pack: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "chat", str(long_pack), "--temperature", "0", "--context", "20000", "--stats"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path)
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"hello\n")
+    process.stdin.flush()
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(b"/reset\n/exit\n", timeout=60)
+    assert process.returncode == 0, err
+    assert b"interrupted]" in err
+    assert b"[started over]" in err
+
+
 def _wait_until_computing(process: subprocess.Popen[bytes]) -> None:
     """Until the process has used some seconds of CPU time: it prints nothing that could be waited for."""
     ticks = os.sysconf("SC_CLK_TCK")
