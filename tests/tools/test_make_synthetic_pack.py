@@ -1,0 +1,69 @@
+"""Synthetic packs are packs: readable, verified, with weights of the size that activations need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashrt.storage.pack import Pack
+from flashrt.text.tokenizer import Tokenizer
+from flashrt_kernels import ops
+from flashrt_kernels.rows import Codec, row_bytes
+from tools.make_synthetic_pack import PRESETS, make
+
+ROOT = Path(__file__).parents[2]
+ODD = replace(PRESETS["tiny"], hidden=100, layers=2, neurons=333, experts=3, experts_per_token=2, vocab=259)
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_a_pack_of_random_weights_is_a_pack(tmp_path: Path, codec: Codec) -> None:
+    make(tmp_path / "p", "odd", ODD, codec)
+    pack = Pack(tmp_path / "p")
+    pack.verify()
+    assert pack.spec == ODD.spec()
+    tensor = pack.layout.tensors["0.ffn"]
+    raw = np.fromfile(pack.path / tensor.file, np.uint8, tensor.run_bundles * tensor.stride, offset=tensor.offset)
+    bundles = raw.reshape(tensor.run_bundles, tensor.stride)
+    size = row_bytes(codec, ODD.hidden)
+    for part, inputs in enumerate((ODD.hidden, ODD.hidden, ODD.neurons)):
+        rows = np.ascontiguousarray(bundles[:, part * size : (part + 1) * size])
+        weights = np.full((len(rows), ODD.hidden), np.nan, np.float32)
+        ops.load("cpu").dequantize(rows, codec, ODD.hidden, weights)
+        assert weights.std() == pytest.approx(inputs**-0.5, rel=0.05)
+        assert len(np.unique(weights, axis=0)) > 100
+
+
+def test_the_same_seed_gives_the_same_pack(tmp_path: Path) -> None:
+    hashes = {make(tmp_path / str(i), "odd", ODD, Codec.INT4, seed).hash for i, seed in enumerate((1, 1, 2))}
+    assert len(hashes) == 2
+
+
+def test_the_tokenizer_takes_any_text(tmp_path: Path) -> None:
+    make(tmp_path / "p", "tiny", PRESETS["tiny"], Codec.INT8)
+    tokenizer = Tokenizer.from_files(tmp_path / "p")
+    text = "naïve façade: 日本語 🙂\n"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_70b_holds_what_a_70b_holds() -> None:
+    spec = PRESETS["llama-2-70b"].spec()
+    assert spec.parameters + sum(spec.vectors().values()) == 68_976_648_192
+
+
+def test_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "make_synthetic_pack.py"), str(tmp_path / "p"), "--layers", "1"]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert json.loads(done.stdout)["bytes"] == Pack(tmp_path / "p").layout.nbytes
+    again = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert again.returncode == 1
+    assert "already holds a finished pack" in again.stderr
+    assert "Traceback" not in again.stderr

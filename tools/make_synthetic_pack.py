@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Write a pack of random weights in the shape of a real model, straight into the pack format.
+
+    python tools/make_synthetic_pack.py OUT --preset llama-2-70b --dtype int4
+    python tools/make_synthetic_pack.py OUT --preset tiny --layers 3 --hidden 96
+
+A block of random bundles is encoded for each kind of tensor and repeated at changing offsets, so the time is that of
+checksums and the disk, whatever the size. Weights have a variance of 1 / inputs: activations keep their size. The
+tokenizer is one token a byte. Speed measured on such a pack is the model's; its text and perplexity are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashrt.errors import FlashrtError
+from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
+from flashrt.storage.layout import TensorLayout
+from flashrt.storage.manifest import Manifest
+from flashrt.storage.packer import pack
+from flashrt.text.files import TextFiles
+from flashrt_kernels import ops
+from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+
+POOL_WEIGHTS = 2 << 20  # random weights encoded for each kind of tensor
+STEP = 97  # bundles by which one block's share of the pool is shifted against the next one's
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The numbers of a Llama-like model; `experts` of them make it a mixture."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    vocab: int
+    context: int
+    experts: int = 0
+    experts_per_token: int = 0
+
+    def spec(self) -> ModelSpec:
+        attention = Attention(self.heads, self.kv_heads, self.head_dim, self.head_dim**-0.5, Rope(1e4))
+        ffn = Ffn(self.neurons, "silu", experts=self.experts, experts_per_token=self.experts_per_token)
+        return ModelSpec(
+            family="mixtral" if self.experts else "llama",
+            vocab=self.vocab,
+            hidden=self.hidden,
+            layers=(Layer(attention, ffn),) * self.layers,
+            context=self.context,
+            norm_eps=1e-5,
+        )
+
+
+PRESETS = {
+    "tiny": Shape(128, 4, 4, 2, 32, 352, 320, 512),
+    "llama-2-7b": Shape(4096, 32, 32, 32, 128, 11008, 32000, 4096),
+    "llama-2-13b": Shape(5120, 40, 40, 40, 128, 13824, 32000, 4096),
+    "llama-2-70b": Shape(8192, 80, 64, 8, 128, 28672, 32000, 4096),
+    "mixtral-8x7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, 32768, 8, 2),
+}
+
+
+class SyntheticSource:
+    """What the packer asks of a checkpoint, for weights that nobody trained."""
+
+    def __init__(self, name: str, spec: ModelSpec, seed: int) -> None:
+        self.spec, self.name, self.source = spec, name, f"random weights, seed {seed}"
+        self.fingerprint = f"synthetic {seed} {json.dumps(spec.to_json(), sort_keys=True)}"
+        self._rng = np.random.default_rng(seed)
+
+    def vector(self, key: str) -> Array:
+        length = self.spec.vectors()[key]
+        return np.zeros(length, np.float32) if key.endswith("bias") else np.ones(length, np.float32)
+
+    def matrix_rows(self, key: str, start: int, stop: int) -> Array:
+        shapes = self.spec.shared_matrices()
+        if key not in shapes:
+            shapes = self.spec.layer_matrices(int(key.partition(".")[0]))
+        columns = shapes[key][1]
+        return self._normal((stop - start, columns), 1.0 if key == "embed" else columns**-0.5)
+
+    def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]:
+        ffn = self.spec.layers[layer].ffn
+        shape = (stop - start, self.spec.hidden)
+        gate = self._normal(shape, self.spec.hidden**-0.5) if ffn.gated else None
+        return gate, self._normal(shape, self.spec.hidden**-0.5), self._normal(shape, ffn.neurons**-0.5)
+
+    def text_files(self) -> dict[str, bytes]:
+        return TextFiles(byte_tokenizer()).to_files()
+
+    def _normal(self, shape: tuple[int, int], scale: float) -> Array:
+        return self._rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+
+
+class TiledEncoder:
+    """Fills tensors with bundles of a pool, encoded once for each kind of tensor."""
+
+    def __init__(self, source: SyntheticSource) -> None:
+        self.source = source
+        self._kernels, self._wrap = _quantizer()
+        self._pools: dict[tuple[str, int, int], Array] = {}
+        self._turn = 0
+
+    def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
+        pool = self._pool(tensor)
+        at = self._turn % len(pool)
+        self._turn += STEP
+        done = 0
+        while done < len(bundles):
+            count = min(len(pool) - at, len(bundles) - done)
+            bundles[done : done + count] = pool[at : at + count]
+            done, at = done + count, 0
+
+    def _pool(self, tensor: TensorLayout) -> Array:
+        key = (tensor.name.rpartition(".")[2], tensor.columns, tensor.bundle_rows)
+        if key not in self._pools:
+            self._pools[key] = self._encode_pool(tensor)
+        return self._pools[key]
+
+    def _encode_pool(self, tensor: TensorLayout) -> Array:
+        """uint8 [bundles, stride]."""
+        bundles = max(POOL_WEIGHTS // (tensor.columns * tensor.bundle_rows), 1)
+        pool = np.zeros((bundles, tensor.stride), np.uint8)
+        if tensor.bundle_rows == MATRIX_ROWS:
+            rows = self.source.matrix_rows(tensor.name, 0, bundles * MATRIX_ROWS)
+            parts = [rows[r::MATRIX_ROWS] for r in range(MATRIX_ROWS)]
+        else:
+            layer = int(tensor.name.partition(".")[0])
+            parts = [p for p in self.source.neuron_rows(layer, 0, 0, bundles) if p is not None]
+        size = row_bytes(tensor.codec, tensor.columns)
+        for r, weights in enumerate(parts):
+            encoded = np.empty((bundles, size), np.uint8)
+            self._kernels.quantize(self._wrap(np.ascontiguousarray(weights)), tensor.codec, self._wrap(encoded))
+            pool[:, r * size : (r + 1) * size] = encoded
+        return pool
+
+
+def _quantizer() -> tuple[Any, Any]:
+    """A backend and what turns a numpy array into its own: the compiled one, or torch where there is none."""
+    try:
+        return ops.load("cpu"), lambda array: array
+    except ops.BackendUnavailable:
+        import torch
+
+        return ops.load("torch"), torch.from_numpy
+
+
+def byte_tokenizer() -> bytes:
+    """tokenizer.json of 256 tokens, one a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return str(tokenizer.to_str()).encode()
+
+
+def make(out: Path, name: str, shape: Shape, dtype: Codec, seed: int = 0, progress: Any = None) -> Manifest:
+    """Write the pack; see the packer for what it raises."""
+    source = SyntheticSource(name, shape.spec(), seed)
+    report = progress or (lambda file, done, total: None)
+    return pack(source, out, dtype, progress=report, encoder=TiledEncoder(source))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--dtype", choices=[c.value for c in Codec], default=Codec.INT4.value)
+    parser.add_argument("--seed", type=int, default=0)
+    numbers = list(Shape.__dataclass_fields__)
+    for field in numbers:
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, metavar="N", help="in place of the preset's")
+    args = parser.parse_args()
+    given = {field: getattr(args, field) for field in numbers if getattr(args, field) is not None}
+    shape = replace(PRESETS[args.preset], **given)
+    if shape.vocab < 256:
+        parser.error(f"a vocabulary of {shape.vocab} is too small for one token a byte")
+
+    shown = -1
+
+    def progress(file: str, done: int, total: int) -> None:
+        nonlocal shown
+        if (percent := math.floor(100 * done / total)) > shown:
+            shown = percent
+            print(f"\r{percent:3d}%  {done / 1e9:.1f} of {total / 1e9:.1f} GB  {file}", end="", file=sys.stderr)
+
+    began = time.perf_counter()
+    try:
+        manifest = make(args.out, args.preset, shape, Codec(args.dtype), args.seed, progress)
+    except FlashrtError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(file=sys.stderr)
+    spec, nbytes = manifest.spec, manifest.layout().nbytes
+    print(
+        json.dumps(
+            {
+                "parameters": spec.parameters,
+                "bytes": nbytes,
+                "bits_per_weight": round(8 * nbytes / spec.parameters, 3),
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
