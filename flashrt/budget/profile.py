@@ -18,13 +18,15 @@ MIB = 1 << 20
 PROBE_BLOCK = 4 * MIB
 PROBE_BYTES = 256 * MIB
 PROBE_DEPTH = 4
+PROBE_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class DiskProfile:
     """Rates of one disk in bytes per second, read with O_DIRECT.
 
-    `sequential` is the best rate of reading in order, the roof under which weights stream. `random` maps 'block/depth' (bytes, reads in flight) to a rate.
+    `sequential` is the best rate of reading in order, the roof under which weights stream. `random` maps
+    'block/depth' (bytes, reads in flight) to a rate.
     """
 
     sequential: float
@@ -86,8 +88,13 @@ def sequential_rate(path: Path, limit: int = PROBE_BYTES, depth: int = 1) -> flo
 
 
 def measure_disk(path: Path) -> DiskProfile:
-    """A quick profile from one large file: the better of one and of several reads in flight."""
-    return DiskProfile(max(sequential_rate(path), sequential_rate(path, depth=PROBE_DEPTH)))
+    """A quick profile from one large file: the best of a few reads in order, with one and with several in flight.
+
+    The best, because it is taken for a roof: other users of a disk only ever make a reading too low.
+    """
+    return DiskProfile(
+        max(sequential_rate(path, depth=depth) for depth in (1, PROBE_DEPTH) for _ in range(PROBE_ROUNDS))
+    )
 
 
 def _open_direct(path: Path) -> int:

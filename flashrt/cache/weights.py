@@ -35,7 +35,8 @@ class Weights:
             owner = owner_of(self.spec, tensor)
             self._pinned[tensor.name] = device.allocate(owner, (bundles, tensor.stride), np.uint8)
         self._vectors = {
-            name: device.allocate("norms and biases", (v.length,), np.float32) for name, v in self.layout.vectors.items()
+            name: device.allocate("norms and biases", (vector.length,), np.float32)
+            for name, vector in self.layout.vectors.items()
         }
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
         self._static = device.stream(plan.slots, plan.slot_bytes)

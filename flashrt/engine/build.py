@@ -21,7 +21,6 @@ from flashrt.model.decoder import Decoder, scratch_bytes
 from flashrt.spec import ModelSpec
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
-from flashrt.text.files import TextFiles
 from flashrt.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -80,7 +79,9 @@ class Prepared:
 
 def load_tokenizer(pack: Pack) -> Tokenizer:
     """The tokenizer that a pack carries, its files checked against the manifest."""
-    return Tokenizer(TextFiles.from_bytes({name: pack.read_text(name) for name in pack.manifest.text_files}))
+    for name in pack.manifest.text_files:
+        pack.check_text(name)
+    return Tokenizer.from_files(pack.path)
 
 
 def build_engine(

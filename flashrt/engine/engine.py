@@ -163,7 +163,8 @@ class Engine:
             raise UsageError(f"the prompt has token ids outside 0 to {self.spec.vocab - 1}")
         if len(ids) >= context:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context is {context}: use a shorter prompt or a larger --context"
+                f"the prompt has {len(ids)} tokens, the context is {context}: "
+                "use a shorter prompt or a larger --context"
             )
         if max_new_tokens is None:
             return context - len(ids)

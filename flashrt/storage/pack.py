@@ -13,6 +13,7 @@ from flashrt.storage.layout import PackLayout
 from flashrt.storage.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
 
 HASH_BYTES = 4 << 20
+TEXT_CHUNK_BYTES = 256 << 10  # small: this happens while the process is being measured
 
 
 class Pack:
@@ -43,15 +44,17 @@ class Pack:
         """CRC-32 that block `index` of `tensor` has on disk."""
         return self.manifest.files[self.layout.tensors[tensor].file].blocks[tensor][index]
 
-    def read_text(self, name: str) -> bytes:
-        """A text file of the pack (tokenizer.json, text.json), checked against the manifest."""
+    def check_text(self, name: str) -> None:
+        """Compare a text file of the pack (tokenizer.json, text.json) with the manifest. Raises PackError."""
+        path, digest = self.path / name, hashlib.sha256()
         try:
-            data = (self.path / name).read_bytes()
+            with open(path, "rb") as handle:
+                while chunk := handle.read(TEXT_CHUNK_BYTES):
+                    digest.update(chunk)
         except OSError as error:
-            raise PackError(f"{self.path / name} cannot be read: {error.strerror}") from None
-        if hashlib.sha256(data).hexdigest() != self.manifest.text_files[name]:
-            raise PackError(f"{self.path / name} is damaged: its checksum does not match. Pack the checkpoint again")
-        return data
+            raise PackError(f"{path} cannot be read: {error.strerror}") from None
+        if digest.hexdigest() != self.manifest.text_files[name]:
+            raise PackError(f"{path} is damaged: its checksum does not match. Pack the checkpoint again")
 
     def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read every byte and compare it with the checksums. Raises PackError naming the first damaged file."""
@@ -69,7 +72,7 @@ class Pack:
             if digest.hexdigest() != entry.sha256:
                 raise PackError(f"{self.path / name} is damaged: its SHA-256 does not match. Pack the checkpoint again")
         for name in self.manifest.text_files:
-            self.read_text(name)
+            self.check_text(name)
 
 
 def is_pack(path: Path) -> bool:

@@ -44,10 +44,7 @@ class TextFiles:
     @classmethod
     def from_files(cls, directory: Path) -> TextFiles:
         """Read what `to_files` wrote. Raises CheckpointError."""
-        try:
-            return cls.from_bytes({name: (directory / name).read_bytes() for name in (TOKENIZER, SETTINGS)})
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return cls.from_bytes({name: read_file(directory / name) for name in (TOKENIZER, SETTINGS)})
 
     @classmethod
     def from_bytes(cls, files: Mapping[str, bytes]) -> TextFiles:
@@ -63,3 +60,11 @@ class TextFiles:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{SETTINGS} is damaged: {error}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises CheckpointError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

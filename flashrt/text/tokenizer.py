@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashrt.errors import CheckpointError
-from flashrt.text.files import TextFiles
+from flashrt.text.files import SETTINGS, TOKENIZER, TextFiles, read_file
 
 if TYPE_CHECKING:
     from flashrt.text.template import ChatTemplate
@@ -21,22 +21,32 @@ _MAX_PENDING = 16  # a character takes at most four bytes: what is still unfinis
 class Tokenizer:
     """Wraps one tokenizer.json."""
 
-    def __init__(self, text: TextFiles):
-        from tokenizers import Tokenizer as Backend
-
-        self.text = replace(text, tokenizer=b"")  # the library keeps its own form, several times as large already
-        try:
-            self._backend: Any = Backend.from_str(text.tokenizer.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"tokenizer.json cannot be used: {error}") from error
+    def __init__(self, backend: Any, text: TextFiles):
+        """`backend` is a tokenizers.Tokenizer; `text` holds the settings around it. See the classmethods."""
+        self._backend, self.text = backend, text
         self._backend.no_truncation()
         self._backend.no_padding()
         self._bos = self._prepended_bos()
 
     @classmethod
+    def from_text(cls, text: TextFiles) -> Tokenizer:
+        """From files in memory. Raises CheckpointError."""
+        from tokenizers import Tokenizer as Backend
+
+        # The library keeps a form of its own, several times as large as the file: do not keep that as well.
+        return cls(_load(lambda: Backend.from_str(text.tokenizer.decode("utf-8"))), replace(text, tokenizer=b""))
+
+    @classmethod
     def from_files(cls, directory: Path | str) -> Tokenizer:
-        """From the files that `TextFiles.to_files` wrote (a pack's directory)."""
-        return cls(TextFiles.from_files(Path(directory)))
+        """From the files that `TextFiles.to_files` wrote (a pack's directory). Raises CheckpointError.
+
+        The library reads the file itself: a large vocabulary in memory twice would set the smallest budget.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        directory = Path(directory)
+        settings = TextFiles.from_bytes({TOKENIZER: b"", SETTINGS: read_file(directory / SETTINGS)})
+        return cls(_load(lambda: Backend.from_file(str(directory / TOKENIZER))), settings)
 
     @property
     def vocab(self) -> int:
@@ -75,6 +85,13 @@ class Tokenizer:
             return None
         bos = self.token_id(self.text.special_tokens["bos_token"])
         return None if bos in self._backend.encode("").ids else bos
+
+
+def _load(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{TOKENIZER} cannot be used: {error}") from error
 
 
 class TextStream:

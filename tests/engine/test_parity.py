@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
-from tests.families import FAMILIES, VOCAB, tiny_checkpoint
 
 from flashrt_kernels.rows import Codec
+from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
+from tests.families import FAMILIES, VOCAB, tiny_checkpoint
 
 STEPS = 32
 

@@ -80,12 +80,12 @@ def test_text_files(copy: Path, file: str) -> None:
     _flip(copy / file, 0)
     opened = Pack(copy)
     with pytest.raises(PackError, match=file):
-        opened.read_text(file)
+        opened.check_text(file)
     with pytest.raises(PackError, match=file):
         opened.verify()
     (copy / file).unlink()
     with pytest.raises(PackError, match=file):
-        opened.read_text(file)
+        opened.check_text(file)
     with pytest.raises(PackError, match=file):
         Pack(copy)
 

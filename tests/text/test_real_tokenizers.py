@@ -45,7 +45,7 @@ def both(name: str) -> tuple[Tokenizer, Any]:
 
     path = model_path(name)
     with open_checkpoint(path) as checkpoint:
-        ours = Tokenizer(checkpoint.text)
+        ours = Tokenizer.from_text(checkpoint.text)
     return ours, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 

@@ -42,13 +42,13 @@ def test_as_transformers(source: str, prompt: bool, directory: Path) -> None:
 
 def test_checkpoint_template(directory: Path) -> None:
     with open_checkpoint(directory) as checkpoint:
-        tokenizer = Tokenizer(checkpoint.text)
+        tokenizer = Tokenizer.from_text(checkpoint.text)
     assert tokenizer.chat_template.render(MESSAGES[:1]) == "<s><|user|>Hi <b>&</b></s>"
 
 
 def test_base_model_has_no_template() -> None:
     with pytest.raises(UsageError, match="base model"):
-        _ = Tokenizer(TextFiles(tokenizer_json())).chat_template
+        _ = Tokenizer.from_text(TextFiles(tokenizer_json())).chat_template
 
 
 def test_errors_and_sandbox() -> None:

@@ -26,14 +26,14 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def tiny() -> Tokenizer:
-    return Tokenizer(TextFiles(tokenizer_json(), None, {"bos_token": SPECIAL[BOS]}))
+    return Tokenizer.from_text(TextFiles(tokenizer_json(), None, {"bos_token": SPECIAL[BOS]}))
 
 
 @pytest.fixture(scope="module")
 def bytes_only() -> Tokenizer:
     """256 byte tokens and one special token: every text is covered, every character may be split."""
     tokens = [*byte_alphabet(), "<s>"]
-    return Tokenizer(TextFiles(byte_level(tokens, [], [1] * 256 + [3], "gpt-2")))
+    return Tokenizer.from_text(TextFiles(byte_level(tokens, [], [1] * 256 + [3], "gpt-2")))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def pieces() -> Tokenizer:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
     scores = [0.0] * 259 + [-float(i) for i in range(len(words))]
     kinds = [2, 3, 3] + [6] * 256 + [1] * len(words)
-    return Tokenizer(TextFiles(sentencepiece(tokens, scores, kinds, bos=1)))
+    return Tokenizer.from_text(TextFiles(sentencepiece(tokens, scores, kinds, bos=1)))
 
 
 def test_bos_is_added_once_and_only_when_wanted(tiny: Tokenizer) -> None:
@@ -56,12 +56,12 @@ def test_bos_is_added_once_and_only_when_wanted(tiny: Tokenizer) -> None:
 
 def test_configured_bos_overrides_the_post_processor() -> None:
     plain, special = byte_level([*byte_alphabet(), "<s>"], [], [1] * 256 + [3], "gpt-2"), {"bos_token": "<s>"}
-    assert Tokenizer(TextFiles(plain, None, special, add_bos=True)).encode("a") == [256, 97]
-    assert Tokenizer(TextFiles(plain, None, special)).encode("a") == [97]
+    assert Tokenizer.from_text(TextFiles(plain, None, special, add_bos=True)).encode("a") == [256, 97]
+    assert Tokenizer.from_text(TextFiles(plain, None, special)).encode("a") == [97]
     adds = TextFiles(tokenizer_json(), None, {"bos_token": "<s>"}, add_bos=True)
-    assert Tokenizer(adds).encode("a").count(BOS) == 1
+    assert Tokenizer.from_text(adds).encode("a").count(BOS) == 1
     refuses = TextFiles(tokenizer_json(), None, {"bos_token": "<s>"}, add_bos=False)
-    assert BOS not in Tokenizer(refuses).encode("a")
+    assert BOS not in Tokenizer.from_text(refuses).encode("a")
 
 
 def test_files_there_and_back(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     for name, data in text.to_files().items():
         (tmp_path / name).write_bytes(data)
     assert TextFiles.from_files(tmp_path) == text
-    assert Tokenizer.from_files(tmp_path).encode("the") == Tokenizer(text).encode("the")
+    assert Tokenizer.from_files(tmp_path).encode("the") == Tokenizer.from_text(text).encode("the")
     (tmp_path / "text.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
         TextFiles.from_files(tmp_path)
@@ -81,7 +81,7 @@ def test_files_there_and_back(tmp_path: Path) -> None:
 def test_damaged_tokenizer_is_refused() -> None:
     for data in (b"{}", b"\xff", b"[1", tokenizer_json()[:-40]):
         with pytest.raises(CheckpointError):
-            Tokenizer(TextFiles(data))
+            Tokenizer.from_text(TextFiles(data))
 
 
 def stream_text(tokenizer: Tokenizer, ids: list[int], context: tuple[int, ...] = ()) -> str:
@@ -108,14 +108,14 @@ def test_stream_gives_the_text(text: str, bytes_only: Tokenizer, pieces: Tokeniz
 @given(st.text())
 @settings(max_examples=60, deadline=None)
 def test_stream_of_any_text(text: str) -> None:
-    tokenizer = Tokenizer(TextFiles(byte_level([*byte_alphabet()], [], [1] * 256, "gpt-2")))
+    tokenizer = Tokenizer.from_text(TextFiles(byte_level([*byte_alphabet()], [], [1] * 256, "gpt-2")))
     assert stream_text(tokenizer, tokenizer.encode(text)) == text
 
 
 @given(st.lists(st.integers(0, 255), max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_stream_of_any_bytes_never_stalls(ids: list[int]) -> None:
-    tokenizer = Tokenizer(TextFiles(byte_level([*byte_alphabet()], [], [1] * 256, "gpt-2")))
+    tokenizer = Tokenizer.from_text(TextFiles(byte_level([*byte_alphabet()], [], [1] * 256, "gpt-2")))
     found = stream_text(tokenizer, ids)
     kept = [c for c in bytes(ids).decode("utf-8", errors="ignore") if c != "\ufffd"]
     assert len(found) >= len(kept) // 2  # invalid bytes may hide neighbours, not everything
@@ -146,6 +146,6 @@ def test_gpt2_files() -> None:
     text = TextFiles(
         gpt2_files(vocab, "#version: 0.2\nt h\nth e\n", {"</s>": 258}), None, {"bos_token": "</s>"}, {}, True
     )
-    assert Tokenizer(text).encode("the") == [258, 257]
+    assert Tokenizer.from_text(text).encode("the") == [258, 257]
     with pytest.raises(CheckpointError, match="merges"):
         gpt2_files(vocab, "th\n", {})
