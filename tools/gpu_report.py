@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""What flashrt does on this machine's GPU: the tests marked `gpu`, copy rates, and speed under budgets, in one JSON.
+
+    make gpu-report          (or: PYTHONPATH=.:kernels python tools/gpu_report.py [--out FILE])
+
+Needs torch, triton, numpy, safetensors, tokenizers, psutil, typer and rich, and pytest for the tests. Nothing is
+downloaded, built or installed. The model is one of random weights, made here and removed afterwards: speeds are real,
+text is not. Without a GPU it says so and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 1 << 30
+TESTS_S = 240.0  # the share of the ten minutes that tests may take
+TOTAL_S = 560.0
+PROMPT_TOKENS = 512
+NEW_TOKENS = 32
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
+
+
+def why_not() -> str | None:
+    """Why there is nothing to do here."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def describe() -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """Run the tests marked `gpu`. Only files that hold some are collected: others may need what is not here."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"error": "pytest is not installed"}
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    if not files:
+        return {"error": "no test is marked gpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        # pyproject's options are strict about plugins that may be missing here.
+        options = ["-m", "gpu", "-ra", "-o", "addopts=--import-mode=importlib", f"--junitxml={report}"]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, env=environment(), timeout=seconds
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"the tests took more than {seconds:.0f} s"}
+        if not report.exists():
+            return {"error": f"pytest ended with status {done.returncode}"}
+        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+        counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        return counts | {"status": done.returncode, "seconds": round(float(suite.get("time", 0)), 1)}
+
+
+def copy_rates(nbytes: int = 256 << 20, repeat: int = 8) -> dict[str, float]:
+    """Bytes per second from host to device and back, in pinned and in pageable memory; the best of `repeat`."""
+    import torch
+
+    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    rates = {}
+    for kind, pinned in (("pinned", True), ("pageable", False)):
+        host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        for direction, target, source in (("h2d", device, host), ("d2h", host, device)):
+            best = 0.0
+            for _ in range(repeat):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                target.copy_(source, non_blocking=pinned)
+                torch.cuda.synchronize()
+                best = max(best, nbytes / (time.perf_counter() - began))
+            rates[f"{direction}_{kind}_bytes_per_s"] = round(best)
+    return rates
+
+
+def benchmark(deadline: float) -> list[dict[str, Any]]:
+    """Speed of a model of random weights: all of it on the GPU, and with half of the weights beyond the budget."""
+    from flashrt_kernels.rows import Codec
+    from tools.make_synthetic_pack import PRESETS, make
+
+    shape = replace(PRESETS["llama-2-7b"], hidden=2048, layers=12, heads=16, kv_heads=4, neurons=5632)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="flashrt-gpu-") as folder:
+        for codec in (Codec.BF16, Codec.INT4):
+            path = Path(folder) / codec.value
+            make(path, "synthetic-0.7b", shape, codec)
+            resident = run_once(path, None, deadline)
+            results.append({"dtype": codec.value, "budget": "resident", **resident})
+            if "plan" in resident:
+                plan = resident["plan"]
+                half = (plan["budget_bytes"] - plan["weight_bytes"] // 2) / GIB
+                results.append({"dtype": codec.value, "budget": "half", **run_once(path, half, deadline)})
+    return results
+
+
+def run_once(pack: Path, budget_gb: float | None, deadline: float) -> dict[str, Any]:
+    """Figures of one `flashrt run`, in a process of its own: its budget counts all that the process holds."""
+    command = [sys.executable, "-m", "flashrt", "run", str(pack), "--device", "cuda", "--json"]
+    command += ["--prompt", "a" * PROMPT_TOKENS, "--max-new-tokens", str(NEW_TOKENS)]
+    if budget_gb is not None:
+        command += ["--budget-gb", f"{budget_gb:.4f}"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=max(deadline - time.monotonic(), 1),
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": "out of time"}
+    if done.returncode:
+        return {"error": done.stderr.strip()[-2000:]}
+    report = json.loads(done.stdout.splitlines()[-1])
+    for key in ("text", "token_ids"):  # noise, from noise
+        report.pop(key, None)
+    return dict(report)
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def failed(report: dict[str, Any]) -> bool:
+    tests = report["tests"]
+    return bool(tests.get("status", 1)) or any("error" in result for result in report["benchmark"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/gpu-NAME.json")
+    args = parser.parse_args()
+    if reason := why_not():
+        print(f"no GPU to report on: {reason}. Nothing was done.")
+        return 0
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    began = time.monotonic()
+    report = describe()
+    report["tests"] = run_tests(TESTS_S)
+    report["copies"] = copy_rates()
+    report["benchmark"] = benchmark(began + TOTAL_S)
+    report["seconds"] = round(time.monotonic() - began, 1)
+    slug = re.sub(r"[^a-z0-9]+", "-", report["gpu"].lower()).strip("-")
+    out = args.out or ROOT / "docs" / "benchmarks" / f"gpu-{slug}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {out}", file=sys.stderr)
+    print(json.dumps(report))
+    return int(failed(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
