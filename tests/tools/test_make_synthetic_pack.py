@@ -67,3 +67,14 @@ def test_command_line(tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "already holds a finished pack" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def test_without_the_compiled_kernels(tmp_path: Path) -> None:
+    """On a machine with a GPU and nothing built, torch encodes."""
+    program = (
+        "import sys; sys.modules['flashrt_kernels.cpu'] = None; from pathlib import Path; "
+        "from tools.make_synthetic_pack import *; make(Path(sys.argv[1]), 'tiny', PRESETS['tiny'], Codec.INT4)"
+    )
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "p")], env=env, check=True)
+    Pack(tmp_path / "p").verify()
