@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flashrt.budget.profile import PROBE_DEPTH, DiskProfile, sequential_rate
+from flashrt.budget.profile import DiskProfile, measure_disk, sequential_rate
 from flashrt.errors import DiskError
 
 KIB = 1 << 10
@@ -44,7 +44,7 @@ class DiskFigures:
     plain: float  # bytes per second of one reader that reads in order
 
 
-def measure_disk(directory: Path, progress: Progress = lambda done, total: None) -> DiskFigures:
+def examine_disk(directory: Path, progress: Progress = lambda done, total: None) -> DiskFigures:
     """Read a temporary file of up to 1 GiB in `directory`, in blocks of several sizes, several at a time.
 
     The file has no name and is gone with the process, whatever happens. Raises DiskError when there is no room for it.
@@ -52,7 +52,7 @@ def measure_disk(directory: Path, progress: Progress = lambda done, total: None)
     points = list(itertools.product(BLOCKS, DEPTHS))
     with _file(directory, len(points) + 1, progress) as (path, nbytes):
         plain = max(sequential_rate(path) for _ in range(2))
-        best = max(plain, *(sequential_rate(path, depth=PROBE_DEPTH) for _ in range(2)))
+        best = max(plain, measure_disk(path).sequential)
         handle, direct = _open(path)
         try:
             rates = {}

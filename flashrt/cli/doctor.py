@@ -40,7 +40,7 @@ def doctor(
 
     Example: flashrt doctor --dir /mnt/nvme/packs
     """
-    from flashrt.budget.doctor import measure_disk, memory_bandwidth
+    from flashrt.budget.doctor import examine_disk, memory_bandwidth
     from flashrt.budget.process import available_bytes, usable_cores
     from flashrt.budget.profile import profile_path, save_disk_profile
     from flashrt.engine.open import default_cache
@@ -50,7 +50,7 @@ def doctor(
     kernels: Any = ops.load("cpu")
     kernels.set_threads(threads or usable_cores())
     with Progress("measurements") as progress:
-        disk = measure_disk(directory or cache, progress.of("measuring the disk"))
+        disk = examine_disk(directory or cache, progress.of("measuring the disk"))
     kept = save_disk_profile(cache, disk.device, disk.profile)
     facts = {
         "flashrt": flashrt.__version__,
