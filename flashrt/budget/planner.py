@@ -44,7 +44,7 @@ class Machine:
     runtime_bytes: int  # resident on the budgeted device once everything but the model is loaded
     peak_bytes: int  # the largest that this has been
     kv_item_bytes: int
-    scratch_bytes: Callable[[int], int]  # kernels' scratch for a pass of so many tokens
+    scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +163,13 @@ class _Planner:
         spec, workload = self.spec, self.workload
         codec = self.layout.tensors["embed"].codec
         buffers = working_set(spec, codec, chunk, workload.logit_rows, workload.scoring)
+        scratch = self.machine.scratch_bytes(chunk, workload.context)
         return {
             "process": self.machine.runtime_bytes,
             "norms and biases": sum(align(4 * v.length, 64) for v in self.layout.vectors.values()),
             "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
-            "activations": sum(b.nbytes for b in buffers.values()) + self.machine.scratch_bytes(chunk),
+            "activations": sum(b.nbytes for b in buffers.values())
+            + self.machine.scratch_bytes(chunk, workload.context),
             "embedding reads": self.slot_bytes + 2 * PAGE,
         }
 

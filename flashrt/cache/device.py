@@ -37,6 +37,9 @@ class Device(Protocol):
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Tensor:
         """Zeroed memory of the device, charged to `owner`; uint16 stands for bfloat16."""
 
+    def scratch(self, nbytes: int) -> Tensor:
+        """Memory for the kernels' intermediate results, uint8 [nbytes]; None where they allocate for themselves."""
+
     def window(self, nbytes: int) -> np.ndarray:
         """Page-aligned host memory, uint8 [nbytes], through which single rows of embeddings are read."""
 
@@ -69,6 +72,9 @@ class CpuDevice:
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
         return self._ledger.allocate(owner, shape, dtype)
+
+    def scratch(self, nbytes: int) -> np.ndarray:
+        return self._ledger.allocate("activations", (nbytes,), np.uint8)
 
     def window(self, nbytes: int) -> np.ndarray:
         return self._ledger.allocate("embedding reads", (nbytes,), np.uint8)

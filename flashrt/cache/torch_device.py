@@ -8,6 +8,7 @@ reference that tests compare with.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +19,16 @@ import numpy as np
 import torch
 
 from flashrt.budget.ledger import Ledger
+from flashrt.budget.planner import Plan
 from flashrt.cache.device import Progress
+from flashrt.errors import BudgetError
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, Reader, Ticket
+from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
 
+ARENA_ALIGNMENT = 512  # bytes; what torch's own allocator gives
 _DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.uint16: torch.bfloat16}
 
 
@@ -36,20 +41,31 @@ class TorchDevice:
     merges = False  # a matrix product sums in an order that depends on its shape
 
     def __init__(
-        self, ops: Any, name: str, ledger: Ledger, reader: Reader, host_blocks: Mapping[str, int] | None = None
+        self, ops: Any, name: str, ledger: Ledger, reader: Reader, arena_bytes: int, host_blocks: Mapping[str, int]
     ) -> None:
+        """All memory is carved from one arena of `arena_bytes`: the allocator's rounding would break a tight budget."""
         self.ops, self._ledger, self._reader = ops, ledger, reader
         self.device = torch.device(name)
         self._cuda = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None
-        self._host_blocks = host_blocks or {}
+        self._arena = torch.zeros(arena_bytes, dtype=torch.uint8, device=self.device)
+        self._used = 0
+        self._host_blocks = host_blocks
         self._host: dict[tuple[str, int], torch.Tensor] = {}
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> torch.Tensor:
         kind = _DTYPES[np.dtype(dtype).type]
-        result = torch.zeros(tuple(shape), dtype=kind, device=self.device)
-        self._ledger.charge(owner, result.numel() * result.element_size())
-        return result
+        nbytes = math.prod(shape) * kind.itemsize
+        self._ledger.charge(owner, nbytes)
+        if self._used + nbytes > len(self._arena):
+            raise BudgetError(f"internal accounting error: {owner} asks for {nbytes} bytes, the arena is full")
+        region = self._arena[self._used : self._used + nbytes]
+        self._used += align(nbytes, ARENA_ALIGNMENT)
+        return region.view(kind).reshape(tuple(shape))
+
+    def scratch(self, nbytes: int) -> None:
+        """Torch takes its own from what the arena leaves; here it is only counted."""
+        self._ledger.charge("activations", nbytes)
 
     def window(self, nbytes: int) -> np.ndarray:
         return self._staging(nbytes).numpy()
@@ -103,6 +119,14 @@ class TorchDevice:
         raw = torch.empty(nbytes + page, dtype=torch.uint8, pin_memory=self._cuda)
         offset = -raw.data_ptr() % page
         return raw[offset : offset + nbytes]
+
+
+def arena_bytes(plan: Plan, scratch: int) -> int:
+    """Device memory that a plan grants to weights and buffers, what torch allocates for itself left out."""
+    elsewhere = ("process", "slack", "embedding reads")
+    grants = sum(nbytes for owner, nbytes in plan.owners.items() if owner not in elsewhere)
+    allocations = 4 * (len(plan.pinned) + 64) + 2 * plan.slots  # a generous count, for their alignment
+    return grants - scratch + allocations * ARENA_ALIGNMENT
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from flashrt.cache.weights import Weights
 from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
-from flashrt.model.decoder import Decoder, scratch_bytes
+from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
@@ -105,7 +105,7 @@ def build_engine(
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()
         }
-        scratch = device.allocate("activations", (scratch_bytes(spec, device.ops, the_plan.chunk),), np.uint8)
+        scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.chunk, the_plan.context))
         weights.load(progress)
         return Engine(Decoder(weights, kv, buffers, scratch), reader, the_plan, tokenizer, runtime)
     except BaseException:

@@ -28,6 +28,7 @@ from flashrt_kernels.rows import Codec
 
 RUNTIME_GROWTH = 4 << 20  # what the interpreter still takes after it was measured: reports, text, block lists
 HOST_SHARE = 0.5  # of the memory available that pinned host memory takes when no host budget is given
+TORCH_QUERIES = 64  # queries whose attention scores torch's operations hold at a time
 ITEM_BYTES = {Codec.F32: 4}  # of keys and values: float32 packs keep float32, all others bfloat16
 
 
@@ -38,6 +39,9 @@ class Runtime(Protocol):
 
     def machine(self, pack: Pack) -> Machine:
         """What the process costs on the budgeted device."""
+
+    def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
+        """Bytes that kernels need for intermediate results in a pass of `tokens` tokens at the end of `context`."""
 
     def available(self) -> int:
         """Bytes that a budget may cover when the user gives none."""
@@ -63,8 +67,11 @@ class CpuRuntime:
             resident_bytes() + RUNTIME_GROWTH,
             peak_resident_bytes(),
             kv_item_bytes(pack),
-            functools.partial(scratch_bytes, pack.spec, self.ops),
+            functools.partial(self.scratch_bytes, pack),
         )
+
+    def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
+        return scratch_bytes(pack.spec, self.ops, tokens)
 
     def available(self) -> int:
         return resident_bytes() + available_bytes()
@@ -96,19 +103,23 @@ class CudaRuntime:
 
     def machine(self, pack: Pack) -> Machine:
         runtime = self._context + RUNTIME_GROWTH
-        return Machine(runtime, runtime, kv_item_bytes(pack), functools.partial(scratch_bytes, pack.spec, self.ops))
+        return Machine(runtime, runtime, kv_item_bytes(pack), functools.partial(self.scratch_bytes, pack))
+
+    def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
+        return torch_scratch_bytes(pack, tokens, context)
 
     def available(self) -> int:
         return int(self._torch.cuda.mem_get_info()[0]) + self._context
 
     def device(self, pack: Pack, plan: Plan, ledger: Ledger, reader: Reader) -> Device:
-        from flashrt.cache.torch_device import TorchDevice
+        from flashrt.cache.torch_device import TorchDevice, arena_bytes
 
         torch = self._torch
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min((plan.budget_bytes - self._context) / total, 1.0))
         blocks = host_tier(pack.spec, pack.layout, plan, self._host_tier_bytes(pack.spec, pack.layout, plan))
-        return TorchDevice(self.ops, "cuda", ledger, reader, blocks)
+        arena = arena_bytes(plan, self.scratch_bytes(pack, plan.chunk, plan.context))
+        return TorchDevice(self.ops, "cuda", ledger, reader, arena, blocks)
 
     def peak_bytes(self) -> int | None:
         return self._context + int(self._torch.cuda.max_memory_reserved())
@@ -149,6 +160,22 @@ def runtime_for(device: str, threads: int | None = None, host_budget_gb: float |
 def kv_item_bytes(pack: Pack) -> int:
     """Bytes of one number in the KV cache."""
     return ITEM_BYTES.get(pack.manifest.dtype, 2)
+
+
+def torch_scratch_bytes(pack: Pack, tokens: int, context: int) -> int:
+    """A bound on what torch's operations hold at once beside their results.
+
+    The largest of: a block decoded to float32 with its intermediate forms, next to its product; and attention over the
+    whole context, with keys and values in float32 and the scores of a slice of queries.
+    """
+    decoded = max(t.max_block_bytes // t.stride * t.bundle_rows * t.columns for t in pack.layout.tensors.values())
+    widest = max(t.max_block_bytes // t.stride * t.bundle_rows for t in pack.layout.tensors.values())
+    attention = 0
+    for layer in set(pack.spec.layers):
+        a = layer.attention
+        scores = min(tokens, TORCH_QUERIES) * a.heads
+        attention = max(attention, context * (4 * a.kv_heads * a.head_dim + 3 * scores) * 4)
+    return max((6 * decoded + 3 * tokens * widest) * 4, attention)
 
 
 def _gpu_used_bytes() -> int:

@@ -46,7 +46,7 @@ MIXTRAL = ModelSpec(
 
 
 def machine(runtime: int = 60 * MIB, peak: int = 70 * MIB) -> Machine:
-    return Machine(runtime, peak, 2, lambda tokens: 4096 * tokens)
+    return Machine(runtime, peak, 2, lambda tokens, context: 4096 * tokens)
 
 
 @st.composite

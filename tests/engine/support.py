@@ -10,11 +10,10 @@ import numpy as np
 
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import Machine, Plan, Workload, host_tier, plan, resident_budget, smallest_budget
-from flashrt.cache.torch_device import TorchDevice
+from flashrt.cache.torch_device import TorchDevice, arena_bytes
 from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.engine import Engine
-from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for
-from flashrt.model.decoder import scratch_bytes
+from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt.storage.reader import Reader
@@ -74,7 +73,10 @@ class TorchRuntime:
         self.ops, self.name, self.host_share = ops.load("torch"), name, host_share
 
     def machine(self, packed: Pack) -> Machine:
-        return Machine(0, 0, kv_item_bytes(packed), partial(scratch_bytes, packed.spec, self.ops))
+        return Machine(0, 0, kv_item_bytes(packed), partial(self.scratch_bytes, packed))
+
+    def scratch_bytes(self, packed: Pack, tokens: int, context: int) -> int:
+        return torch_scratch_bytes(packed, tokens, context)
 
     def available(self) -> int:
         return 1 << 40
@@ -82,7 +84,8 @@ class TorchRuntime:
     def device(self, packed: Pack, the_plan: Plan, ledger: Ledger, reader: Reader) -> TorchDevice:
         host = int(self.host_share * the_plan.weight_bytes)
         blocks = host_tier(packed.spec, packed.layout, the_plan, host)
-        return TorchDevice(self.ops, self.name, ledger, reader, blocks)
+        arena = arena_bytes(the_plan, self.scratch_bytes(packed, the_plan.chunk, the_plan.context))
+        return TorchDevice(self.ops, self.name, ledger, reader, arena, blocks)
 
     def peak_bytes(self) -> int | None:
         return None
