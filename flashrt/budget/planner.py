@@ -168,8 +168,7 @@ class _Planner:
             "process": self.machine.runtime_bytes,
             "norms and biases": sum(align(4 * v.length, 64) for v in self.layout.vectors.values()),
             "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
-            "activations": sum(b.nbytes for b in buffers.values())
-            + self.machine.scratch_bytes(chunk, workload.context),
+            "activations": sum(b.nbytes for b in buffers.values()) + scratch,
             "embedding reads": self.slot_bytes + 2 * PAGE,
         }
 
