@@ -238,7 +238,11 @@ def scratch_bytes(spec: ModelSpec, ops: Any, tokens: int) -> int:
         sizes += [
             ops.gemm_scratch_bytes(tokens, width),
             ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),
-            ops.attention_scratch_bytes(tokens, attention.heads, attention.kv_heads, attention.head_dim),
+            # A few tokens may take more than many, which are cut into tiles.
+            *(
+                ops.attention_scratch_bytes(count, attention.heads, attention.kv_heads, attention.head_dim)
+                for count in range(1, tokens + 1)
+            ),
         ]
     return int(max(sizes))
 
