@@ -31,7 +31,7 @@ LAYERS = (
     ("flashrt_kernels",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LATE = {"torch", "transformers", "triton"}  # costly: imported where they are used, and by few
+LATE = {"gguf", "huggingface_hub", "torch", "transformers", "triton"}  # costly: imported where used
 TORCH_MODULES = {"flashrt_kernels.reference", "flashrt.cache.torch_device"}  # imported only once torch is asked for
 
 

@@ -1,0 +1,118 @@
+"""The first promise, measured: a run stays within its budget, and uses it.
+
+Each run is a process of its own inside a memory cgroup limited to exactly the budget, without swap. Where no cgroup can
+be made, the kernel's high-water mark of the process is compared alone, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrt.storage.pack import Pack
+from flashrt_kernels.rows import Codec
+from tools.make_synthetic_pack import PRESETS, make
+from tools.run_in_cgroup import Result, run_limited
+
+pytestmark = pytest.mark.budget
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
+SHAPE = replace(PRESETS["llama-2-7b"], hidden=2048, layers=8, heads=16, kv_heads=4, neurons=5632)
+PROMPT = "The budget holds."
+USED = 0.85  # of the budget, at least, when the model is larger
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About half a GiB of random weights."""
+    path = tmp_path_factory.mktemp("memory") / "int8.pack"
+    make(path, "half a GiB", SHAPE, Codec.INT8)
+    assert Pack(path).layout.nbytes > 0.4 * GIB
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = replace(SHAPE, layers=4, neurons=1100, experts=8, experts_per_token=2)
+    path = tmp_path_factory.mktemp("memory") / "mixture.pack"
+    make(path, "a mixture", shape, Codec.INT4)
+    return path
+
+
+def run(
+    pack: Path,
+    budget_gb: float,
+    cache: Path,
+    context: int = 256,
+    prompt: str = PROMPT,
+    limit_gb: float | None = None,
+) -> tuple[Result, Any]:
+    """Run within a cgroup of `limit_gb` GiB, by default of exactly the budget."""
+    command = [sys.executable, "-m", "flashrt", "run", str(pack), "--json", "--cache-dir", str(cache)]
+    command += ["--budget-gb", str(budget_gb), "--context", str(context), "--prompt", prompt, "-n", "6"]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    result = run_limited(command, int((limit_gb or budget_gb) * GIB), env=env, timeout=120)
+    if not result.limited:
+        warnings.warn(f"peak memory was sampled, not limited: {result.why_not}", stacklevel=2)
+    return result, json.loads(result.stdout.splitlines()[-1]) if result.stdout.strip() else None
+
+
+def check(result: Result, report: Any, budget_gb: float) -> None:
+    assert not result.oom_killed, result.stderr
+    assert result.returncode == 0, result.stderr
+    budget = int(budget_gb * GIB)
+    assert report["budget_bytes"] == budget
+    assert result.peak_rss_bytes <= budget
+    assert report["peak_rss_bytes"] <= budget
+    assert report["peak_rss_bytes"] >= USED * budget, "an idle budget is a defect too"
+    assert report["bytes_read_per_token"] > 0
+
+
+@pytest.mark.parametrize("context", [64, 4096])
+@pytest.mark.parametrize("budget_gb", [0.25, 0.4])
+def test_a_model_larger_than_its_budget(model: Path, tmp_path: Path, budget_gb: float, context: int) -> None:
+    result, report = run(model, budget_gb, tmp_path, context)
+    check(result, report, budget_gb)
+
+
+@pytest.mark.parametrize("budget_gb", [0.2, 0.25])
+def test_a_mixture_larger_than_its_budget(mixture: Path, tmp_path: Path, budget_gb: float) -> None:
+    result, report = run(mixture, budget_gb, tmp_path)
+    check(result, report, budget_gb)
+
+
+def test_a_long_prompt(model: Path, tmp_path: Path) -> None:
+    result, report = run(model, 0.3, tmp_path, 700, PROMPT * 30)
+    check(result, report, 0.3)
+
+
+def test_the_tokens_do_not_depend_on_the_budget(model: Path, tmp_path: Path) -> None:
+    tokens = {}
+    for budget_gb in (0.2, 0.35, 2.0):
+        result, report = run(model, budget_gb, tmp_path)
+        assert result.returncode == 0, result.stderr
+        tokens[budget_gb] = report["token_ids"]
+        if budget_gb == 2.0:
+            assert report["bytes_read_per_token"] == 0
+    assert tokens[0.2] == tokens[0.35] == tokens[2.0]
+
+
+def test_the_smallest_budget_that_is_named_suffices(model: Path, tmp_path: Path) -> None:
+    refused, _ = run(model, 0.01, tmp_path, 1024, limit_gb=1)
+    assert refused.returncode != 0
+    assert "Traceback" not in refused.stderr
+    named = float(refused.stderr.partition("the smallest that would do is ")[2].split()[0])
+    result, report = run(model, named, tmp_path, 1024)
+    assert result.returncode == 0, result.stderr
+    assert not result.oom_killed
+    assert report["peak_rss_bytes"] <= int(named * GIB)
+    again, _ = run(model, round(0.95 * named, 3), tmp_path, 1024, limit_gb=1)
+    assert again.returncode != 0
+    assert "the smallest that would do is" in again.stderr
