@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flashrt.budget.ledger import Ledger
+from flashrt.budget.ledger import Ledger, populate
 from flashrt.cache.streamer import Streamer
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, Reader
@@ -71,7 +71,10 @@ class CpuDevice:
         self.ops, self._ledger, self._reader = ops, ledger, reader
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
-        return self._ledger.allocate(owner, shape, dtype)
+        array = self._ledger.allocate(owner, shape, dtype)
+        if owner == "KV":  # written token by token: without this the process would grow while decoding
+            populate(array)
+        return array
 
     def scratch(self, nbytes: int) -> np.ndarray:
         return self._ledger.allocate("activations", (nbytes,), np.uint8)
