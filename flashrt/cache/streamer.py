@@ -23,7 +23,8 @@ class Streamer:
 
     def __init__(self, reader: Reader, slots: Iterable[Array]) -> None:
         self._reader = reader
-        self._free = deque(slots)
+        self._slots = tuple(slots)
+        self._free = deque(self._slots)
         self._wanted: deque[Block] = deque()
         self._flying: deque[tuple[Ticket, Array]] = deque()
         self._held: Array | None = None
@@ -61,15 +62,15 @@ class Streamer:
         self._pump()
 
     def flush(self) -> None:
-        """Forget everything expected. Reads under way are waited for."""
+        """Forget everything expected. Reads under way are waited for.
+
+        Starts afresh from the slots themselves: an interrupt may have struck between any two steps.
+        """
         self._wanted.clear()
-        if self._held is not None:
-            self._free.append(self._held)
-            self._held = None
-        while self._flying:
-            ticket, slot = self._flying.popleft()
-            ticket.settle()
-            self._free.append(slot)
+        self._reader.settle()
+        self._flying.clear()
+        self._held = None
+        self._free = deque(self._slots)
 
     def _pump(self) -> None:
         while self._wanted and self._free:

@@ -153,13 +153,18 @@ class TorchStream:
         copies: Any,
     ) -> None:
         self._reader, self._host, self._copies = reader, host, copies
+        self._all = tuple(slots), tuple(staging)
+        self.wait_s = 0.0
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        slots, staging = self._all
         self._free: deque[tuple[Slot, Any]] = deque((slot, None) for slot in slots)  # slot, event of its last use
         self._staging = deque(staging)
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()  # staging buffers being copied from, with the event
         self._wanted: deque[Block] = deque()
         self._flying: deque[_Flight] = deque()
         self._held: Slot | None = None
-        self.wait_s = 0.0
 
     def expect(self, blocks: Iterable[Block]) -> None:
         self._wanted.extend(blocks)
@@ -187,20 +192,10 @@ class TorchStream:
         self._pump()
 
     def flush(self) -> None:
-        self._wanted.clear()
-        if self._held is not None:
-            self._free.append((self._held, self._used()))
-            self._held = None
-        while self._flying:
-            flight = self._flying.popleft()
-            if flight.ticket is not None:
-                flight.ticket.settle()
-            if flight.copied is not None and self._copies is not None:
-                flight.copied.synchronize()
-            if flight.slot is not None:
-                self._free.append((flight.slot, None))
-            if flight.staging is not None and flight.copied is None:
-                self._staging.append(flight.staging)
+        self._reader.settle()
+        if self._copies is not None:
+            torch.cuda.synchronize()
+        self._start_afresh()
 
     def _pump(self) -> None:
         """Start reads while there are staging buffers, and copies of what has arrived while there are slots."""

@@ -57,7 +57,7 @@ class CpuRuntime:
     """The budget bounds the whole process."""
 
     def __init__(self, threads: int | None) -> None:
-        self.ops = ops.load("cpu")
+        self.ops = load_kernels("cpu")
         self.ops.set_threads(threads or usable_cores())
 
     def machine(self, pack: Pack) -> Machine:
@@ -94,7 +94,7 @@ class CudaRuntime:
             raise DeviceError("--device cuda needs torch: install flashrt[gpu]") from None
         if not torch.cuda.is_available():
             raise DeviceError("--device cuda: torch sees no CUDA device. Use --device cpu")
-        self.ops = ops.load("torch")
+        self.ops = load_kernels("torch")
         self._torch = torch
         self._host_bytes = None if host_budget_gb is None else budget_bytes(host_budget_gb)
         self._warm_up()
@@ -155,6 +155,14 @@ def runtime_for(device: str, threads: int | None = None, host_budget_gb: float |
     if device == "cuda":
         return CudaRuntime(host_budget_gb)
     raise UsageError(f"unknown device {device!r}: expected cpu or cuda")
+
+
+def load_kernels(backend: str) -> ops.Ops:
+    """A backend of the kernels. Raises DeviceError with the reason when there is none."""
+    try:
+        return ops.load(backend)
+    except ops.BackendUnavailable as error:
+        raise DeviceError(str(error)) from None
 
 
 def kv_item_bytes(pack: Pack) -> int:

@@ -43,10 +43,6 @@ class Ticket:
         self.error = error
         self._done.set()
 
-    def settle(self) -> None:
-        """Return when the read is over, whatever became of it."""
-        self._done.wait()
-
     def wait(self) -> None:
         """Return when the data is there. Raises what the read raised."""
         self._done.wait()
@@ -67,7 +63,7 @@ class Reader:
         self._lock = threading.Lock()
         self._active = 0
         self._since = 0.0
-        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Ticket | threading.Barrier | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         try:
             for name in pack.layout.file_bytes:
@@ -97,6 +93,13 @@ class Reader:
         self._queue.put(ticket)
         return ticket
 
+    def settle(self) -> None:
+        """Return when every read submitted so far is over."""
+        barrier = threading.Barrier(len(self._threads) + 1)
+        for _ in self._threads:  # the queue is in order: each worker meets the others only after all reads before
+            self._queue.put(barrier)
+        barrier.wait()
+
     def read_rows(self, file: str, offset: int, nbytes: int, window: Array) -> Array:
         """Read bytes [offset, offset + nbytes) through `window` (uint8, page-aligned, two pages longer than nbytes)."""
         start = offset // PAGE * PAGE
@@ -116,15 +119,17 @@ class Reader:
         self._files = {}
 
     def _work(self) -> None:
-        while (ticket := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Barrier):
+                item.wait()
+                continue
             try:
-                block = ticket.block
-                self._read(block.file, block.offset, ticket.buffer, block.nbytes)
-                self._verify(block, ticket.buffer)
+                self._read(item.block.file, item.block.offset, item.buffer, item.block.nbytes)
+                self._verify(item.block, item.buffer)
             except Exception as error:  # handed to whoever waits for the block
-                ticket.finish(error)
+                item.finish(error)
             else:
-                ticket.finish()
+                item.finish()
 
     def _read(self, file: str, offset: int, buffer: Array, needed: int) -> None:
         """Fill `buffer` from `offset`, at least the first `needed` bytes: the end of the file may cut the rest."""

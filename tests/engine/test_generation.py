@@ -1,0 +1,170 @@
+"""What a request does: limits, stops, sampling, reports; and what an interrupt leaves behind."""
+
+from __future__ import annotations
+
+import random
+import signal
+
+import numpy as np
+import pytest
+
+from flashrt.config import Sampling
+from flashrt.engine.engine import Engine
+from flashrt.engine.sampling import distribution
+from flashrt.errors import UsageError
+from flashrt_kernels.rows import Codec
+from tests.engine.support import make_pack, relative_rms, tiny_engine
+from tests.families import VOCAB, tiny_checkpoint
+
+PROMPT = list(range(5, 25))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generation")
+    _, checkpoint = tiny_checkpoint("mixtral", root / "checkpoint", num_hidden_layers=6)
+    return make_pack(checkpoint, root / "pack", Codec.INT8)
+
+
+@pytest.fixture
+def engine(packed):
+    with tiny_engine(packed, 0.3, context=120) as engine:
+        yield engine
+
+
+def ids(engine: Engine, **options) -> list[int]:
+    return [token.id for token in engine.generate(PROMPT, 24, ignore_eos=True, **options)]
+
+
+def test_an_interrupt_at_any_moment_leaves_the_engine_usable(engine):
+    expected = ids(engine)
+    moments = random.Random(0)
+
+    def strike(*_):
+        raise KeyboardInterrupt
+
+    struck = 0
+    previous = signal.signal(signal.SIGALRM, strike)
+    try:
+        for attempt in range(60):
+            generation = engine.generate(PROMPT + expected[: attempt % 9], 24, ignore_eos=True, reuse=True)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + 0.04 * moments.random())
+                for _ in generation:
+                    pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                struck += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            generation.close()
+            assert generation.report.finish_reason in ("interrupted", "length")
+            assert ids(engine) == expected
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert struck > 5
+
+
+def test_a_second_request_reads_pinned_weights_no_more(engine):
+    ids(engine)
+    before = engine.reader.bytes_read
+    generation = engine.generate(PROMPT, 4, ignore_eos=True)
+    assert len(list(generation)) == 4
+    assert engine.reader.bytes_read - before < 5 * engine.plan.weight_bytes
+    assert generation.report.bytes_read_total > 0
+
+
+def test_reuse_keeps_what_two_prompts_share(tmp_path):
+    """In float32, where few and many tokens are computed alike, a conversation continues as if read afresh."""
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint")
+    with tiny_engine(make_pack(checkpoint, tmp_path / "pack", Codec.F32), 0.3, context=120) as engine:
+        longer = PROMPT + ids(engine) + [7, 8, 9]
+        fresh = engine.prefill(longer[:-1] + [11]).copy()
+        engine.rewind(0)
+        ids(engine)
+        kept = engine.length
+        assert kept > len(PROMPT)
+        before = engine.reader.bytes_read
+        continued = engine.prefill(longer[:-1] + [11])
+        assert relative_rms(continued, fresh) < 1e-5
+        assert engine.reader.bytes_read - before < 2 * engine.plan.weight_bytes  # one short pass, not the prompt again
+
+
+def test_report_adds_up(engine):
+    generation = engine.generate(PROMPT, 10, ignore_eos=True)
+    with pytest.raises(RuntimeError, match="not over"):
+        _ = generation.report
+    tokens = list(generation)
+    report = generation.report
+    assert report.token_ids == [t.id for t in tokens]
+    assert report.text == "".join(t.text for t in tokens)
+    assert (report.prompt_tokens, report.new_tokens, report.finish_reason) == (20, 10, "length")
+    assert report.decode_tok_per_s == pytest.approx(9 / report.decode_s)
+    assert 0 < report.io_wait_s + report.compute_s <= report.ttft_s + report.decode_s + 1e-3
+    assert report.plan["budget_bytes"] == report.budget_bytes
+
+
+def test_same_seed_same_tokens(engine):
+    sampling = Sampling(temperature=1.5, top_k=40, seed=11)
+    assert ids(engine, sampling=sampling) == ids(engine, sampling=sampling)
+    assert ids(engine, sampling=sampling) != ids(engine, sampling=Sampling(temperature=1.5, top_k=40, seed=12))
+
+
+def test_repetition_penalty_forbids_repeats(engine):
+    tokens = ids(engine, sampling=Sampling(repetition_penalty=100.0))
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_stop_strings_end_the_text_before_them(engine):
+    whole = engine.generate(PROMPT, 24, ignore_eos=True)
+    list(whole)
+    text = whole.report.text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    generation = engine.generate(PROMPT, 24, ignore_eos=True, stop=[stop, "never"])
+    streamed = "".join(t.text for t in generation)
+    assert streamed == generation.report.text == text[: text.index(stop)]
+    assert generation.report.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "limit", "message"),
+    [
+        ([], 4, "prompt is empty"),
+        ([VOCAB], 4, "token ids outside"),
+        ([-1], 4, "token ids outside"),
+        ([5] * 120, 4, "the context is 120"),
+        ([5] * 100, 40, "do not fit in the context"),
+        ([5], 0, "max_new_tokens is 0"),
+    ],
+)
+def test_requests_that_cannot_be_served(engine, prompt, limit, message):
+    with pytest.raises(UsageError, match=message):
+        engine.generate(prompt, limit)
+
+
+def test_batches_are_bounded(engine):
+    engine.prefill(PROMPT)
+    with pytest.raises(UsageError, match="expected 1 to 1"):
+        engine.step_batch([5, 6])
+
+
+def test_distribution_against_a_plain_computation():
+    logits = np.random.default_rng(3).normal(size=50).astype(np.float32) * 3
+    tokens, probabilities = distribution(logits, Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02))
+    order = sorted(range(50), key=lambda i: -logits[i])[:20]
+    weights = np.exp(logits[order].astype(float) / 0.7)
+    weights /= weights.sum()
+    kept, total = [], 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if kept and (total >= 0.9 or weight < 0.02 * weights[0]):
+            break
+        kept.append(token)
+        total += weight
+    assert tokens.tolist() == kept
+    assert np.allclose(probabilities, weights[: len(kept)] / weights[: len(kept)].sum())
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_sampling_refuses_nonsense(field):
+    for value in (float("nan"), -1.0, 1e9):
+        with pytest.raises(UsageError, match=field):
+            Sampling(**{field: value})
