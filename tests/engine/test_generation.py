@@ -78,13 +78,13 @@ def test_reuse_keeps_what_two_prompts_share(tmp_path):
     _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint")
     with tiny_engine(make_pack(checkpoint, tmp_path / "pack", Codec.F32), 0.3, context=120) as engine:
         longer = PROMPT + ids(engine) + [7, 8, 9]
-        fresh = engine.prefill(longer[:-1] + [11]).copy()
+        fresh = engine.prefill([*longer[:-1], 11]).copy()
         engine.rewind(0)
         ids(engine)
         kept = engine.length
         assert kept > len(PROMPT)
         before = engine.reader.bytes_read
-        continued = engine.prefill(longer[:-1] + [11])
+        continued = engine.prefill([*longer[:-1], 11])
         assert relative_rms(continued, fresh) < 1e-5
         assert engine.reader.bytes_read - before < 2 * engine.plan.weight_bytes  # one short pass, not the prompt again
 
