@@ -73,7 +73,7 @@ def test_without_the_compiled_kernels(tmp_path: Path) -> None:
     """On a machine with a GPU and nothing built, torch encodes."""
     program = (
         "import sys; sys.modules['flashrt_kernels.cpu'] = None; from pathlib import Path; "
-        "from tools.make_synthetic_pack import *; make(Path(sys.argv[1]), 'tiny', PRESETS['tiny'], Codec.INT4)"
+        "from tools.make_synthetic_pack import *; make(Path(sys.argv[1]), 'tiny', PRESETS['tiny'], Codec.INT8)"
     )
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "p")], env=env, check=True)
