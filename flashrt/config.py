@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from flashrt.errors import UsageError
+
+GIB = 1 << 30
+LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,10 @@ class Sampling:
 
 
 def budget_bytes(budget_gb: float) -> int:
-    """A budget in GiB as bytes. Raises UsageError unless it is a positive, finite number."""
-    if not math.isfinite(budget_gb) or budget_gb <= 0:
-        raise UsageError(f"the budget is {budget_gb} GiB, expected a number above 0")
-    return int(budget_gb * (1 << 30))
+    """A budget in GiB as bytes. Raises UsageError unless it is above 0 and no larger than any machine."""
+    if not 0 < budget_gb <= LARGEST_BUDGET_GB:
+        raise UsageError(f"the budget is {budget_gb} GiB, expected a number above 0, at most {LARGEST_BUDGET_GB:.0f}")
+    return int(budget_gb * GIB)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from flashrt.config import GIB
 from flashrt.errors import BudgetError
 
 Array = np.ndarray
-POPULATE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 
 
 class Ledger:
@@ -21,13 +21,19 @@ class Ledger:
         self._left = dict(grants)
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Array:
-        """An array of zeros charged to `owner`. Raises BudgetError when the owner's grant is used up."""
+        """An array of zeros charged to `owner`. Raises BudgetError when the grant is used up or the system refuses."""
         count = math.prod(shape)
         nbytes = count * np.dtype(dtype).itemsize
         self.charge(owner, nbytes)
         if nbytes == 0:
             return np.zeros(shape, dtype)
-        region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise BudgetError(
+                f"the system refuses {nbytes / GIB:.3f} GiB of memory for {owner} ({error.strerror}): "
+                "use a smaller --budget-gb or --context, or raise the limit on the process's memory"
+            ) from None
         return np.frombuffer(region, dtype, count).reshape(shape)
 
     def charge(self, owner: str, nbytes: int) -> None:

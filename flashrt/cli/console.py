@@ -8,7 +8,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-GIB = 1 << 30
+from flashrt.config import GIB
+
 QUIET_S = 2.0  # without a terminal, work that is over before this prints nothing
 INTERVAL_S = 5.0
 

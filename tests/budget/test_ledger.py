@@ -43,6 +43,12 @@ def test_an_owner_that_is_not_planned_gets_nothing() -> None:
         ledger.allocate("cache", (2,), np.float32)
 
 
+def test_memory_that_the_system_refuses_is_a_budget_error() -> None:
+    ledger = Ledger({"KV": 1 << 48})  # more than a process can address
+    with pytest.raises(BudgetError, match=r"refuses 262144\.000 GiB of memory for KV \(Cannot allocate memory\)"):
+        ledger.allocate("KV", (1 << 48,), np.uint8)
+
+
 @given(
     st.dictionaries(st.sampled_from("abc"), st.integers(0, 100)),
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60))),

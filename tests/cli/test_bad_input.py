@@ -20,7 +20,7 @@ def copy(pack: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pack, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "1e300"])
 def test_a_budget_that_is_none(cli: Cli, pack: Path, budget: str) -> None:
     check_failure(cli("run", pack, "--prompt", "a", f"--budget-gb={budget}"), 2, "budget", "above 0")
 
