@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flashrt.spec import ModelSpec
-from flashrt.storage.safetensors_file import header_bytes
+from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride
 
-PAGE = 4096
 BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, small enough to keep the ring small
 NEURON_STEP = 64  # neurons: wide kernels give the same bits however a run is cut at multiples of this
 MATRIX_STEP = 8  # bundles of eight rows, likewise
