@@ -33,6 +33,7 @@ except ImportError:  # run as a script: this folder is on the path instead
 GIB = 1 << 30
 PROMPT = "def quicksort(items):"
 NO_LIMIT = 1 << 50
+PLAIN_BLOCK = 4 << 20  # bytes of one read of the plain sequential read
 
 
 def main() -> None:
@@ -61,7 +62,8 @@ def measure(args: argparse.Namespace, budget: str) -> dict[str, Any]:
     """One run: flashrt's own report, and what was seen from outside."""
     files = Pack(args.pack).layout.file_bytes
     largest = args.pack / max(files, key=lambda name: files[name])
-    plain, several = sequential_rate(largest), sequential_rate(largest, depth=PROBE_DEPTH)
+    plain = sequential_rate(largest, block=PLAIN_BLOCK)
+    several = sequential_rate(largest, block=PLAIN_BLOCK, depth=PROBE_DEPTH)
     if args.cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3\n")

@@ -52,7 +52,8 @@ def examine_disk(directory: Path, progress: Progress = lambda done, total: None)
     points = list(itertools.product(BLOCKS, DEPTHS))
     with _file(directory, len(points) + 1, progress) as (path, nbytes):
         plain = max(sequential_rate(path) for _ in range(2))
-        best = max(plain, measure_disk(path).sequential)
+        quick = measure_disk(path)
+        best = plain if quick is None else max(plain, quick.sequential)
         handle, direct = _open(path)
         try:
             rates = {}

@@ -21,8 +21,11 @@ from flashrt_kernels.rows import align
 GIB = 1 << 30
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
+RESIDENT_CHUNK = 64  # a shorter pass computes too slowly to be worth holding all weights for
 CHUNK_SHARE = 0.08  # of what the process leaves free: a larger chunk may not take more than this from the weights
 RING_SLOTS = (12, 8, 4, 2)  # blocks in flight or in use, the best first
+VECTOR_STEP = 16  # float32 numbers in a cache line
+PEAK_JITTER = 3 * MIB  # by which the process differs from run to run: the budget that is named must suffice
 SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
 SLACK_SHARE = 0.012  # and what grows with the budget
 
@@ -115,7 +118,7 @@ class _Planner:
         self.slot_bytes = align(max(t.max_block_bytes for t in self.tensors), PAGE)
 
     def plan(self, budget: int) -> Plan:
-        if budget < self.smallest():
+        if budget < self.smallest() - PEAK_JITTER:
             raise BudgetError(self._refusal(budget))
         chunk = self._chunk(budget)
         fixed = self._fixed(chunk) | {"slack": slack_bytes(budget)}
@@ -150,10 +153,10 @@ class _Planner:
         """Everything streamed through the smallest ring, in the smallest chunk."""
         fixed = sum(self._fixed(self._smallest_chunk()).values()) + self._ring_bytes(RING_SLOTS[-1])
         budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.machine.peak_bytes + SLACK_BASE)
-        return align(budget, PAGE)
+        return align(budget + PEAK_JITTER, PAGE)
 
     def enough(self) -> int:
-        """Everything resident, in the longest pass that is of use."""
+        """Everything resident, in the longest pass that is of use: speed, not the last MiB, is what is asked for."""
         chunk = next(c for c in CHUNKS if not self._too_long(c))
         fixed = sum(self._fixed(chunk).values()) + self.weight_bytes
         return max(align(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, PAGE), self.smallest())
@@ -166,7 +169,7 @@ class _Planner:
         scratch = self.machine.scratch_bytes(chunk, workload.context)
         return {
             "process": self.machine.runtime_bytes,
-            "norms and biases": sum(align(4 * v.length, 64) for v in self.layout.vectors.values()),
+            "norms and biases": vector_bytes(self.layout),
             "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
             "embedding reads": self.slot_bytes + 2 * PAGE,
@@ -176,15 +179,18 @@ class _Planner:
         return CHUNKS[-1]
 
     def _chunk(self, budget: int) -> int:
-        """The longest pass that is of use and takes no more than its share, or nothing from the weights."""
+        """The longest pass that is of use and leaves all weights resident, or else takes no more than its share."""
         limit = CHUNK_SHARE * (budget - self.machine.runtime_bytes)
-        for chunk in CHUNKS:
-            fixed = self._fixed(chunk)
-            free = budget - slack_bytes(budget) - sum(fixed.values())
-            within = self._ring_bytes(RING_SLOTS[-1]) <= free and fixed["activations"] <= limit
-            if not self._too_long(chunk) and (within or self.weight_bytes <= free):
-                return chunk
-        return self._smallest_chunk()
+        fixed = {chunk: self._fixed(chunk) for chunk in CHUNKS if not self._too_long(chunk)}
+        free = {chunk: budget - slack_bytes(budget) - sum(parts.values()) for chunk, parts in fixed.items()}
+        enough = min(RESIDENT_CHUNK, max(fixed))
+        resident = [chunk for chunk in free if self.weight_bytes <= free[chunk] and chunk >= enough]
+        within = [
+            chunk
+            for chunk, parts in fixed.items()
+            if self._ring_bytes(RING_SLOTS[-1]) <= free[chunk] and parts["activations"] <= limit
+        ]
+        return max(resident or within, default=CHUNKS[-1])
 
     def _too_long(self, chunk: int) -> bool:
         """Whether a pass half as long would do as well."""
@@ -192,7 +198,7 @@ class _Planner:
         return chunk > CHUNKS[-1] and chunk // 2 >= useful
 
     def _ring_bytes(self, slots: int) -> int:
-        rings = 2 if any(layer.ffn.experts for layer in self.spec.layers) else 1
+        rings = 2 if any(t.runs > 1 for t in self.tensors) else 1
         return rings * slots * self.slot_bytes
 
     def _pin(self, free: int) -> dict[str, int]:
@@ -234,7 +240,7 @@ class _Planner:
         fixed = self._fixed(self._smallest_chunk()) | {"stream buffers": self._ring_bytes(RING_SLOTS[-1])}
         parts = ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in sorted(fixed.items(), key=_by_size))
         hint = "a shorter --context needs less" if fixed["KV"] > smallest // 10 else "use a larger --budget-gb"
-        if self.machine.peak_bytes + SLACK_BASE >= smallest:
+        if self.machine.peak_bytes + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:
             parts = f"loading the program and the tokenizer alone took {self.machine.peak_bytes / MIB:.0f} MiB; {parts}"
         return (
             f"a budget of {budget / GIB:.3f} GiB is too small for a context of {self.workload.context} tokens: "
@@ -250,6 +256,11 @@ def owner_of(spec: ModelSpec, tensor: TensorLayout) -> str:
     if kind == "ffn":
         return "experts" if tensor.runs > 1 else "FFN"
     return {"qkv": "attention", "out": "attention", "router": "router"}.get(kind, "embeddings")
+
+
+def vector_bytes(layout: PackLayout) -> int:
+    """Bytes of all vectors, each starting on a cache line."""
+    return sum(4 * align(vector.length, VECTOR_STEP) for vector in layout.vectors.values())
 
 
 def ceil_gib(nbytes: int) -> float:

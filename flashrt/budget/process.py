@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -22,6 +23,12 @@ def available_bytes() -> int:
     with open("/proc/meminfo") as meminfo:
         fields = dict(line.split(":") for line in meminfo)
     return min([int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_left()])
+
+
+def reset_peak() -> None:
+    """Make `peak_resident_bytes` start again from what is resident now, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def release_free_memory() -> None:

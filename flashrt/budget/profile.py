@@ -15,7 +15,8 @@ from pathlib import Path
 from flashrt.errors import DiskError
 
 MIB = 1 << 20
-PROBE_BLOCK = 4 * MIB
+PROBE_BLOCK = MIB  # with a few in flight as fast as larger ones, and small enough to measure beside a loaded model
+PROBE_LEAST = 16 * MIB
 PROBE_BYTES = 256 * MIB
 PROBE_DEPTH = 4
 PROBE_ROUNDS = 4
@@ -66,19 +67,19 @@ def save_disk_profile(cache: Path, device: int, disk: DiskProfile) -> bool:
     return True
 
 
-def sequential_rate(path: Path, limit: int = PROBE_BYTES, depth: int = 1) -> float:
-    """Bytes per second of reading a file in order with O_DIRECT, 4 MiB at a time, `depth` reads in flight.
+def sequential_rate(path: Path, limit: int = PROBE_BYTES, depth: int = 1, block: int = PROBE_BLOCK) -> float:
+    """Bytes per second of reading a file in order with O_DIRECT, `block` bytes at a time, `depth` reads in flight.
 
     At most `limit` bytes are read. depth 1 is the plain sequential read that users know from `dd`.
     """
     try:
         handle = _open_direct(path)
         try:
-            size = min(os.fstat(handle).st_size, limit) // PROBE_BLOCK * PROBE_BLOCK
-            offsets = iter(range(0, size, PROBE_BLOCK))
+            size = min(os.fstat(handle).st_size, limit) // block * block
+            offsets = iter(range(0, size, block))
             began = time.perf_counter()
             with ThreadPoolExecutor(depth) as pool:
-                for future in [pool.submit(_read_all, handle, offsets) for _ in range(depth)]:
+                for future in [pool.submit(_read_all, handle, offsets, block) for _ in range(depth)]:
                     future.result()
             return size / (time.perf_counter() - began) if size else 0.0
         finally:
@@ -87,11 +88,15 @@ def sequential_rate(path: Path, limit: int = PROBE_BYTES, depth: int = 1) -> flo
         raise DiskError(f"reading {path} failed: {error.strerror}") from None
 
 
-def measure_disk(path: Path) -> DiskProfile:
+def measure_disk(path: Path) -> DiskProfile | None:
     """A quick profile from one large file: the best of a few reads in order, with one and with several in flight.
+
+    None when the file is too small to tell.
 
     The best, because it is taken for a roof: other users of a disk only ever make a reading too low.
     """
+    if path.stat().st_size < PROBE_LEAST:
+        return None
     return DiskProfile(
         max(sequential_rate(path, depth=depth) for depth in (1, PROBE_DEPTH) for _ in range(PROBE_ROUNDS))
     )
@@ -108,8 +113,8 @@ def _open_direct(path: Path) -> int:
         return handle
 
 
-def _read_all(handle: int, offsets: Iterator[int]) -> None:
+def _read_all(handle: int, offsets: Iterator[int], block: int) -> None:
     """Read the blocks that no other thread has taken. A range's iterator hands each offset out once."""
-    with mmap.mmap(-1, PROBE_BLOCK) as buffer, memoryview(buffer) as view:
+    with mmap.mmap(-1, block) as buffer, memoryview(buffer) as view:
         for offset in offsets:
             os.preadv(handle, [view], offset)

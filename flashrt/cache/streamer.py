@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -25,25 +25,24 @@ class Streamer:
         self._reader = reader
         self._slots = tuple(slots)
         self._free = deque(self._slots)
-        self._wanted: deque[Block] = deque()
+        self._wanted: deque[Iterator[Block]] = deque()
         self._flying: deque[tuple[Ticket, Array]] = deque()
         self._held: Array | None = None
         self.wait_s = 0.0
 
-    @property
-    def pending(self) -> int:
-        """Blocks expected and not yet taken."""
-        return len(self._wanted) + len(self._flying)
-
     def expect(self, blocks: Iterable[Block]) -> None:
-        """Announce what will be taken next, after all that is already expected."""
-        self._wanted.extend(blocks)
+        """Announce what will be taken next, after all that is already expected.
+
+        `blocks` is gone through as their turn comes.
+        """
+        if self._slots:  # without any, everything is resident and there is nothing to expect
+            self._wanted.append(iter(blocks))
         self._pump()
 
     def take(self, block: Block) -> Array:
         """The bytes of `block` (uint8 [nbytes]), which must be the next one expected."""
         self.release()
-        if not self._flying or self._flying[0][0].block is not block:
+        if not self._flying or self._flying[0][0].block != block:
             raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
         ticket, slot = self._flying.popleft()
         self._held = slot
@@ -73,7 +72,16 @@ class Streamer:
         self._free = deque(self._slots)
 
     def _pump(self) -> None:
-        while self._wanted and self._free:
-            block = self._wanted.popleft()
+        while self._free and (block := next_block(self._wanted)) is not None:
             slot = self._free.popleft()
             self._flying.append((self._reader.submit(block, slot[: block.nbytes]), slot))
+
+
+def next_block(wanted: deque[Iterator[Block]]) -> Block | None:
+    """The next of a queue of sequences of blocks; None when all are exhausted."""
+    while wanted:
+        block = next(wanted[0], None)
+        if block is not None:
+            return block
+        wanted.popleft()
+    return None

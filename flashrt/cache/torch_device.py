@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import Plan
 from flashrt.cache.device import Progress
+from flashrt.cache.streamer import next_block
 from flashrt.errors import BudgetError
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, Reader, Ticket
@@ -28,6 +29,7 @@ from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
 
+FILL_DEPTH = 2 * DEPTH  # staging buffers while the model is loaded
 ARENA_ALIGNMENT = 512  # bytes; what torch's own allocator gives
 _DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.uint16: torch.bfloat16}
 
@@ -77,7 +79,8 @@ class TorchDevice:
 
     def fill(self, items: Iterable[tuple[Block, torch.Tensor]], arrived: Progress) -> None:
         flying: deque[tuple[Ticket, torch.Tensor, torch.Tensor]] = deque()
-        free: deque[torch.Tensor] = deque()
+        largest = max(t.max_block_bytes for t in self._reader.pack.layout.tensors.values())
+        free = deque(self._staging(largest) for _ in range(FILL_DEPTH))
 
         def finish() -> None:
             ticket, staged, memory = flying.popleft()
@@ -87,9 +90,9 @@ class TorchDevice:
             arrived(ticket.block.nbytes)
 
         for block, memory in items:
-            if len(flying) > 2 * DEPTH:
+            if not free:
                 finish()
-            staged = free.popleft() if free and free[0].numel() >= block.nbytes else self._staging(block.nbytes)
+            staged = free.popleft()
             flying.append((self._reader.submit(block, staged[: block.nbytes].numpy()), staged, memory))
         while flying:
             finish()
@@ -162,17 +165,19 @@ class TorchStream:
         self._free: deque[tuple[Slot, Any]] = deque((slot, None) for slot in slots)  # slot, event of its last use
         self._staging = deque(staging)
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()  # staging buffers being copied from, with the event
-        self._wanted: deque[Block] = deque()
+        self._wanted: deque[Iterator[Block]] = deque()
+        self._ahead: Block | None = None  # the next block, which found no staging buffer yet
         self._flying: deque[_Flight] = deque()
         self._held: Slot | None = None
 
     def expect(self, blocks: Iterable[Block]) -> None:
-        self._wanted.extend(blocks)
+        if self._all[0]:
+            self._wanted.append(iter(blocks))
         self._pump()
 
     def take(self, block: Block) -> torch.Tensor:
         self.release()
-        if not self._flying or self._flying[0].block is not block:
+        if not self._flying or self._flying[0].block != block:
             raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
         flight = self._flying[0]
         if flight.copied is None:
@@ -201,11 +206,12 @@ class TorchStream:
         """Start reads while there are staging buffers, and copies of what has arrived while there are slots."""
         while self._leaving and (self._leaving[0][1] is None or self._leaving[0][1].query()):
             self._staging.append(self._leaving.popleft()[0])
-        while self._wanted and len(self._flying) < len(self._free) + len(self._staging) + 1:
-            flight = self._depart(self._wanted[0])
+        while len(self._flying) < len(self._free) + len(self._staging) + 1:
+            self._ahead = self._ahead or next_block(self._wanted)
+            flight = None if self._ahead is None else self._depart(self._ahead)
             if flight is None:
                 break
-            self._wanted.popleft()
+            self._ahead = None
             self._flying.append(flight)
         for flight in self._flying:
             if flight.copied is None:

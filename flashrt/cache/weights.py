@@ -7,18 +7,20 @@ arithmetic, which is why a result does not depend on the budget.
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from flashrt.budget.planner import Plan, owner_of, prefix_bytes
+from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
 from flashrt.cache.device import Device, Tensor
-from flashrt.errors import PackError
+from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import PAGE, Block, PackLayout, TensorLayout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
-from flashrt_kernels.rows import row_bytes
+from flashrt_kernels.rows import align, row_bytes
 
 Array = np.ndarray
 
@@ -34,24 +36,18 @@ class Weights:
             bundles = prefix_bytes(tensor, plan.pinned[tensor.name]) // tensor.stride
             owner = owner_of(self.spec, tensor)
             self._pinned[tensor.name] = device.allocate(owner, (bundles, tensor.stride), np.uint8)
-        self._vectors = {
-            name: device.allocate("norms and biases", (vector.length,), np.float32)
-            for name, vector in self.layout.vectors.items()
-        }
+        self._vectors = _slices(device, self.layout)
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
         self._static = device.stream(plan.slots, plan.slot_bytes)
         self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
-        self._blocks = {t.name: [t.block(i) for i in range(t.blocks)] for t in self.layout.tensors.values()}
-        self._body = self._streamed(_body_tensors(self.layout.tensors.values()))
-        self._head = self._streamed([self.layout.tensors[self.spec.head]])
         self._ahead: bool | None = None  # whether a pass is already expected, and if so, with the head or without
         self._window = device.window(window_bytes(self.layout))
-        self._checked: set[tuple[str, int]] = set()
+        self._row_wait_s = 0.0
 
     @property
     def wait_s(self) -> float:
         """Seconds that compute has waited for reads."""
-        return self._static.wait_s + self._experts.wait_s
+        return self._static.wait_s + self._experts.wait_s + self._row_wait_s
 
     def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read vectors and pinned blocks."""
@@ -72,10 +68,7 @@ class Weights:
 
     def begin_pass(self, head: bool, next_head: bool) -> None:
         """Start a pass over all layers, with the head or without; `next_head` guesses the pass after it."""
-        if self._ahead is not None and self._ahead != head:
-            self._static.flush()
-            self._ahead = None
-        if self._ahead is None:
+        if self._ahead != head:
             self._static.flush()
             self._expect_pass(head)
         self._expect_pass(next_head)
@@ -90,10 +83,8 @@ class Weights:
     def expect_experts(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading the experts that the router of `layer` chose, in ascending order."""
         tensor = self.layout.tensors[f"{layer}.ffn"]
-        pinned = self.plan.pinned[tensor.name]
-        for expert in experts:
-            indices = tensor.run_block_range(expert)
-            self._experts.expect(self._blocks[tensor.name][max(indices.start, pinned) : max(indices.stop, pinned)])
+        if tensor.runs > 1:  # a mixture of one expert streams like a dense block
+            self._experts.expect(block for expert in experts for block in self._unpinned(tensor, expert))
 
     def runs(self, name: str, run: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first bundle within the run, uint8 [bundles, stride]) that together cover one run of a tensor."""
@@ -104,9 +95,7 @@ class Weights:
         for first in range(0, resident, step):
             yield first, pinned[start + first : start + min(first + step, resident)]
         streamer = self._experts if tensor.runs > 1 else self._static
-        indices = tensor.run_block_range(run)
-        for index in range(max(indices.start, self.plan.pinned[name]), indices.stop):
-            block = self._blocks[name][index]
+        for block in self._unpinned(tensor, run):
             first = block.first - start
             bundles = streamer.take(block).reshape(block.bundles, tensor.stride)
             yield first, bundles[: tensor.run_bundles - first]
@@ -125,45 +114,61 @@ class Weights:
                 self.device.put(self._read_row(tensor, bundle, position * size, size), out[i])
 
     def _read_row(self, tensor: TensorLayout, bundle: int, offset: int, size: int) -> Array:
-        self._check_block(self._blocks[tensor.name][bundle // tensor.block_bundles])
-        return self.reader.read_rows(tensor.file, tensor.offset + bundle * tensor.stride + offset, size, self._window)
-
-    def _check_block(self, block: Block) -> None:
-        """Read a block whole the first time that one of its rows is wanted, so that its checksum is compared."""
-        key = (block.tensor, block.index)
-        if key not in self._checked:
+        began = time.perf_counter()
+        block = tensor.block(bundle // tensor.block_bundles)
+        if not self.reader.verified(block):  # read whole the first time, so that its checksum is compared
             self.reader.submit(block, self._window[: block.nbytes]).wait()
-            self._checked.add(key)
+        at = tensor.offset + bundle * tensor.stride + offset
+        row = self.reader.read_rows(tensor.file, at, size, self._window)
+        self._row_wait_s += time.perf_counter() - began
+        return row
 
     def _pinned_blocks(self) -> Iterator[tuple[Block, Tensor]]:
         for name, memory in self._pinned.items():
             stride = self.layout.tensors[name].stride
             flat = memory.reshape(-1)
-            for block in self._blocks[name][: self.plan.pinned[name]]:
+            for block in map(self.layout.tensors[name].block, range(self.plan.pinned[name])):
                 start = block.first * stride
                 yield block, flat[start : start + block.nbytes]
 
     def _load_vectors(self) -> None:
         for file in self.layout.file_bytes:
-            crc = 0
-            with open(self.pack.path / file, "rb") as handle:
-                for layout in self.layout.vectors_of(file):
-                    handle.seek(layout.offset)
-                    data = handle.read(4 * layout.length)
-                    crc = zlib.crc32(data, crc)
-                    if len(data) == 4 * layout.length:
-                        self.device.put(np.frombuffer(data, "<f4"), self._vectors[layout.name])
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            path = self.pack.path / file
+            try:
+                crc = self._load_vectors_of(path)
+            except OSError as error:
+                raise DiskError(f"reading {path} failed: {error.strerror}") from None
             if crc != self.pack.manifest.files[file].vectors_crc32:
-                raise PackError(f"{self.pack.path / file} is damaged: its vectors do not match their checksum")
+                raise PackError(
+                    f"{path} is damaged: its vectors do not match their checksum. Pack the checkpoint again"
+                )
+
+    def _load_vectors_of(self, path: Path) -> int:
+        """Read a file's vectors; the CRC-32 of them all."""
+        crc = 0
+        with open(path, "rb") as handle:
+            for layout in self.layout.vectors_of(path.name):
+                handle.seek(layout.offset)
+                data = handle.read(4 * layout.length)
+                crc = zlib.crc32(data, crc)
+                if len(data) == 4 * layout.length:
+                    self.device.put(np.frombuffer(data, "<f4"), self._vectors[layout.name])
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return crc
 
     def _expect_pass(self, head: bool) -> None:
-        self._static.expect(self._body)
+        self._static.expect(self._streamed(_body_tensors(self.layout.tensors.values())))
         if head:
-            self._static.expect(self._head)
+            self._static.expect(self._streamed([self.layout.tensors[self.spec.head]]))
 
-    def _streamed(self, tensors: Iterable[TensorLayout]) -> list[Block]:
-        return [block for t in tensors for block in self._blocks[t.name][self.plan.pinned[t.name] :]]
+    def _streamed(self, tensors: Iterable[TensorLayout]) -> Iterator[Block]:
+        for tensor in tensors:
+            yield from map(tensor.block, range(self.plan.pinned[tensor.name], tensor.blocks))
+
+    def _unpinned(self, tensor: TensorLayout, run: int) -> Iterator[Block]:
+        """The blocks of one run that the plan does not pin."""
+        indices = tensor.run_block_range(run)
+        yield from map(tensor.block, range(max(indices.start, self.plan.pinned[tensor.name]), indices.stop))
 
 
 def _body_tensors(tensors: Iterable[TensorLayout]) -> Iterator[TensorLayout]:
@@ -171,6 +176,16 @@ def _body_tensors(tensors: Iterable[TensorLayout]) -> Iterator[TensorLayout]:
     for tensor in tensors:
         if tensor.name[0].isdigit() and tensor.runs == 1:
             yield tensor
+
+
+def _slices(device: Device, layout: PackLayout) -> dict[str, Tensor]:
+    """Memory for every vector, cut from one allocation."""
+    memory = device.allocate("norms and biases", (vector_bytes(layout) // 4,), np.float32)
+    vectors, start = {}, 0
+    for name, vector in layout.vectors.items():
+        vectors[name] = memory[start : start + vector.length]
+        start += align(vector.length, VECTOR_STEP)
+    return vectors
 
 
 def window_bytes(layout: PackLayout) -> int:

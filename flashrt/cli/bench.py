@@ -129,12 +129,12 @@ def _prefill(engine: Engine, length: int) -> float:
 def _decode(engine: Engine, prompt: int, new_tokens: int) -> _Decode:
     engine.rewind(0)
     logits = engine.prefill(_ids(engine, prompt))
-    read, wait = engine.reader.bytes_read, engine.weights.wait_s
+    read, wait = engine.reader.bytes_read, engine.wait_s
     began = time.perf_counter()
     for _ in range(new_tokens):
         logits = engine.step(int(logits.argmax()))
     seconds = time.perf_counter() - began
-    return _Decode(seconds, engine.reader.bytes_read - read, engine.weights.wait_s - wait)
+    return _Decode(seconds, engine.reader.bytes_read - read, engine.wait_s - wait)
 
 
 def _largest_file(engine: Engine) -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import Plan, Workload, plan, resident_budget, smallest_budget
+from flashrt.budget.planner import Machine, Plan, Workload, plan, resident_budget, smallest_budget
+from flashrt.budget.process import reset_peak
 from flashrt.budget.profile import load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
 from flashrt.cache.kv import KVCache
@@ -32,13 +33,13 @@ AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is gi
 class Prepared:
     """An opened pack and all that a plan depends on: what `flashrt plan` and `flashrt run` have in common.
 
-    The process is measured here, once everything but the model is loaded, so that both see the same figure.
+    The process is measured when a plan is made: by then everything but the model is loaded, prompts included.
     """
 
     def __init__(self, path: Path | str, cache: Path, runtime: Runtime) -> None:
         self.pack, self.cache, self.runtime = Pack(path), cache, runtime
+        reset_peak()  # what the process was before is no concern of this budget
         self.tokenizer = load_tokenizer(self.pack)
-        self.machine = runtime.machine(self.pack)
 
     @property
     def spec(self) -> ModelSpec:
@@ -48,14 +49,18 @@ class Prepared:
         """Plan the budget; without one, all that the model needs or that the machine has."""
         arguments = (self.spec, self.pack.layout)
         if budget_gb is not None:
-            return plan(*arguments, budget_bytes(budget_gb), workload, self.machine)
-        enough = resident_budget(*arguments, workload, self.machine)
+            return plan(*arguments, budget_bytes(budget_gb), workload, self._machine())
+        machine = self._machine()
+        enough = resident_budget(*arguments, workload, machine)
         available = int(AVAILABLE_SHARE * self.runtime.available())
-        return plan(*arguments, min(enough, available), workload, self.machine)
+        return plan(*arguments, min(enough, available), workload, machine)
+
+    def _machine(self) -> Machine:
+        return self.runtime.machine(self.pack)
 
     def smallest_budget(self, workload: Workload) -> int:
         """Bytes of the smallest budget that `plan` accepts."""
-        return smallest_budget(self.spec, self.pack.layout, workload, self.machine)
+        return smallest_budget(self.spec, self.pack.layout, workload, self._machine())
 
     def engine(self, the_plan: Plan, progress: Progress = lambda done, total: None) -> Engine:
         """Allocate what the plan says, load what it pins, and return an engine."""
@@ -66,15 +71,19 @@ class Prepared:
         engine.disk_rate = disk_rate
         return engine
 
-    def disk_rate(self) -> float:
-        """The sequential rate of the disk that holds the pack: measured once, then taken from the profile."""
+    def disk_rate(self) -> float | None:
+        """The sequential rate of the disk that holds the pack: measured once, then taken from the profile.
+
+        None when nothing is known and the pack is too small to measure with.
+        """
         device = self.pack.path.stat().st_dev
         known = load_disk_profile(self.cache, device)
         if known is None:
             files = self.pack.layout.file_bytes
             known = measure_disk(self.pack.path / max(files, key=lambda name: files[name]))
-            save_disk_profile(self.cache, device, known)
-        return known.sequential
+            if known is not None:
+                save_disk_profile(self.cache, device, known)
+        return None if known is None else known.sequential
 
 
 def load_tokenizer(pack: Pack) -> Tokenizer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -36,11 +37,15 @@ class Engine:
         tokenizer: Tokenizer,
         runtime: Runtime,
     ) -> None:
-        self.decoder, self.reader, self.plan, self.tokenizer = decoder, reader, plan, tokenizer
-        self.runtime, self.weights = runtime, decoder.weights
+        self.plan, self.tokenizer, self.runtime = plan, tokenizer, runtime
+        self.reader = reader
         self.disk_rate: float | None = None  # bytes per second that the disk gives; for reports
         self.load_s = 0.0
+        self._decoder: Decoder | None = decoder
+        self._spec = decoder.spec
+        self._wait_s = 0.0
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
+        self._current: Generation | None = None
 
     def __enter__(self) -> Engine:
         return self
@@ -52,12 +57,35 @@ class Engine:
 
     @property
     def spec(self) -> ModelSpec:
-        return self.decoder.spec
+        return self._spec
+
+    @property
+    def decoder(self) -> Decoder:
+        """Raises UsageError once the engine is closed."""
+        if self._decoder is None:
+            raise UsageError("the engine is closed: load the model again")
+        return self._decoder
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk so far, loading included."""
+        return self.reader.bytes_read
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that compute has waited for reads so far."""
+        return self._wait_s if self._decoder is None else self._decoder.weights.wait_s
 
     def close(self) -> None:
-        """Stop reading and free the memory."""
-        self.weights.abandon_pass()
+        """Stop reading and free the memory. A generation that is going on ends here."""
+        if self._decoder is None:
+            return
+        if self._current is not None:
+            self._current.close()
+        self._decoder.weights.abandon_pass()
         self.reader.close()
+        self._wait_s = self._decoder.weights.wait_s
+        self._decoder = None
 
     def generate(
         self,
@@ -65,7 +93,7 @@ class Engine:
         max_new_tokens: int | None = 128,
         sampling: Sampling | None = None,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         reuse: bool = False,
     ) -> Generation:
@@ -77,10 +105,20 @@ class Engine:
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         limit = self._limit(ids, max_new_tokens)
-        if not reuse:
-            self._forget(0)
         stop_ids = set() if ignore_eos else set(self.spec.eos)
-        return Generation(self, ids, limit, sampling or Sampling(), stop, stop_ids)
+        stops = [stop] if isinstance(stop, str) else stop
+        return Generation(self, ids, limit, sampling or Sampling(), stops, stop_ids, reuse)
+
+    def begin(self, generation: Generation, reuse: bool) -> None:
+        """Make `generation` the one that runs; without `reuse` it starts from an empty cache."""
+        if not reuse:
+            self.rewind(0)
+        self._current = generation
+
+    def check_current(self, generation: Generation) -> None:
+        """Raises UsageError when another generation has begun since: the cache is no longer this one's."""
+        if self._current is not generation:
+            raise UsageError("another generation has begun on this engine: finish one before starting the next")
 
     def score(
         self, ids: Sequence[int], window: int, progress: Callable[[int, int], None] = lambda done, total: None
@@ -92,15 +130,21 @@ class Engine:
         """
         if window < 2 or window > self.plan.context:
             raise UsageError(f"the window is {window} tokens, expected 2 to the context of {self.plan.context}")
+        if not self.plan.scoring:
+            raise UsageError("this engine was planned for generating: make a plan with Workload(scoring=True)")
+        self._check_ids(ids)
         prefix = self.tokenizer.encode("")
         step = window - len(prefix)
-        windows = [prefix + list(ids[i : i + step]) for i in range(0, len(ids), step)]
+        if step < 1:
+            raise UsageError(f"a window of {window} tokens has no room beside the {len(prefix)} that begin a text")
+        self._current = None
         total, count = 0.0, 0
-        for done, part in enumerate(windows):
+        for begin in range(0, len(ids), step):
+            part = [*prefix, *ids[begin : begin + step]]
             if len(part) > 1:
                 total += self._score_window(part)
                 count += len(part) - 1
-            progress(done + 1, len(windows))
+            progress(min(begin + step, len(ids)), len(ids))
         if count == 0:
             raise UsageError("the text has fewer than two tokens: there is nothing to predict")
         return math.exp(-total / count), count
@@ -110,14 +154,15 @@ class Engine:
 
         Whether the kernels for few or for many tokens run depends on how many tokens are new, never on the budget.
         """
-        self._forget(min(_shared_length(self._cached, ids), len(ids) - 1))
+        self.rewind(min(_shared_length(self._cached, ids), len(ids) - 1))
         new = ids[self.decoder.kv.length :]
         wide, chunk = len(new) > NARROW, self.plan.chunk
-        for begin in range(0, len(new), chunk):
-            last = begin + chunk >= len(new)
-            self.weights.begin_pass(head=last, next_head=last or begin + 2 * chunk >= len(new))
-            states = self._pass(new[begin : begin + chunk], wide)
-        return self._logits(states)[0]
+        with self._pass_or_nothing() as decoder:
+            for begin in range(0, len(new), chunk):
+                last = begin + chunk >= len(new)
+                decoder.weights.begin_pass(head=last, next_head=last or begin + 2 * chunk >= len(new))
+                states = self._hidden(decoder, new[begin : begin + chunk], wide)
+            return decoder.device.get(decoder.logits(states[-1:]))[0]
 
     def step(self, token: int) -> Array:
         """Append one token; logits after it, float32 [vocab] on the host."""
@@ -130,37 +175,46 @@ class Engine:
         """
         if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
             raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
-        self.weights.begin_pass(head=True, next_head=True)
-        return self._logits(self._pass(tokens, wide=False))
+        with self._pass_or_nothing() as decoder:
+            decoder.weights.begin_pass(head=True, next_head=True)
+            return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False)))
 
     def rewind(self, length: int) -> None:
         """Cut the sequence back to its first `length` tokens."""
-        self._forget(length)
+        del self._cached[length:]
+        self.decoder.kv.truncate(length)
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
         return self.decoder.kv.length
 
-    def _pass(self, tokens: Sequence[int], wide: bool) -> Any:
-        states = self.decoder.hidden(tokens, wide)
+    @contextlib.contextmanager
+    def _pass_or_nothing(self) -> Iterator[Decoder]:
+        """The decoder, for passes after whose failure or interruption nothing read ahead is kept."""
+        decoder = self.decoder
+        try:
+            yield decoder
+        except BaseException:
+            decoder.weights.abandon_pass()
+            raise
+
+    def _hidden(self, decoder: Decoder, tokens: Sequence[int], wide: bool) -> Any:
+        states = decoder.hidden(tokens, wide)
         self._cached.extend(tokens)
         return states
 
-    def _logits(self, states: Any) -> Array:
-        rows = states[-self.plan.logit_rows :]
-        return self.decoder.device.get(self.decoder.logits(rows[-1:] if len(states) > NARROW else rows))
-
-    def _forget(self, length: int) -> None:
-        self.decoder.kv.truncate(length)
-        del self._cached[length:]
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if len(ids) and not (min(ids) >= 0 and max(ids) < self.spec.vocab):
+            raise UsageError(
+                f"the text has token ids outside 0 to {self.spec.vocab - 1}, which the model does not know"
+            )
 
     def _limit(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
         context = self.plan.context
         if not ids:
             raise UsageError("the prompt is empty: give at least one token")
-        if min(ids) < 0 or max(ids) >= self.spec.vocab:
-            raise UsageError(f"the prompt has token ids outside 0 to {self.spec.vocab - 1}")
+        self._check_ids(ids)
         if len(ids) >= context:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the context is {context}: "
@@ -179,14 +233,15 @@ class Engine:
 
     def _score_window(self, ids: Sequence[int]) -> float:
         """Sum of the log-probabilities of all tokens of a window but the first."""
-        self._forget(0)
+        self.rewind(0)
         wide, chunk, total = len(ids) > NARROW, self.plan.chunk, 0.0
-        for begin in range(0, len(ids) - 1, chunk):
-            tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
-            self.weights.begin_pass(head=True, next_head=True)
-            states = self._pass(tokens, wide)
-            targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
-            total += float(self.decoder.scores(states, targets, wide).sum())
+        with self._pass_or_nothing() as decoder:
+            for begin in range(0, len(ids) - 1, chunk):
+                tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
+                decoder.weights.begin_pass(head=True, next_head=True)
+                states = self._hidden(decoder, tokens, wide)
+                targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
+                total += float(decoder.scores(states, targets, wide).sum())
         return total
 
 

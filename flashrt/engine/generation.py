@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,28 +26,38 @@ class Token:
 
 
 @dataclass(slots=True)
-class _Counters:
-    """The engine's running totals at one moment."""
+class _Phase:
+    """What a part of a generation took: time inside flashrt (not the caller's), bytes read, time waiting for reads."""
 
-    at: float
-    bytes_read: int
-    wait_s: float
+    seconds: float = 0.0
+    bytes_read: int = 0
+    wait_s: float = 0.0
 
 
 class Generation:
-    """Yields tokens as they come. After the last one, or after `close`, `report` holds the figures."""
+    """Yields tokens as they come. After the last one, or after `close`, `report` holds the figures.
+
+    Nothing runs before the first token is asked for. An engine serves one generation at a time: going on with one after
+    another has begun raises UsageError.
+    """
 
     def __init__(
-        self, engine: Engine, prompt: list[int], limit: int, sampling: Sampling, stop: Sequence[str], stop_ids: set[int]
+        self,
+        engine: Engine,
+        prompt: list[int],
+        limit: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+        stop_ids: set[int],
+        reuse: bool,
     ) -> None:
-        self._engine, self._prompt, self._limit = engine, prompt, limit
+        self._engine, self._prompt, self._limit, self._reuse = engine, prompt, limit, reuse
         self._sampler = Sampler(sampling, prompt)
         self._stops = _StopStrings(stop)
         self._stop_ids = stop_ids
         self._ids: list[int] = []
         self._text: list[str] = []
-        self._began = self._counters()
-        self._first: _Counters | None = None
+        self._prefill, self._decode = _Phase(), _Phase()
         self._finish = "interrupted"
         self._report: Report | None = None
         self._tokens = self._run()
@@ -70,13 +81,12 @@ class Generation:
         return self._report
 
     def _run(self) -> Generator[Token, None, None]:
-        engine = self._engine
-        stream = engine.tokenizer.stream()
+        stream = self._engine.tokenizer.stream()
         try:
-            logits = engine.prefill(self._prompt)
-            for _ in range(self._limit):
-                token = self._sampler.choose(logits)
-                self._first = self._first or self._counters()
+            with self._measured(self._prefill):
+                self._engine.begin(self, self._reuse)
+                token = self._sampler.choose(self._engine.prefill(self._prompt))
+            while True:
                 self._ids.append(token)
                 if token in self._stop_ids:
                     self._finish = "eos"
@@ -90,7 +100,9 @@ class Generation:
                 if len(self._ids) == self._limit:
                     self._finish = "length"
                     break
-                logits = engine.step(token)
+                with self._measured(self._decode):
+                    self._engine.check_current(self)
+                    token = self._sampler.choose(self._engine.step(token))
             rest = self._stops.flush(stream.flush())
             if rest:
                 self._text.append(rest)
@@ -98,25 +110,27 @@ class Generation:
         finally:
             self._end()
 
+    @contextlib.contextmanager
+    def _measured(self, phase: _Phase) -> Iterator[None]:
+        engine = self._engine
+        began, read, wait_s = time.perf_counter(), engine.bytes_read, engine.wait_s
+        try:
+            yield
+        finally:
+            phase.seconds += time.perf_counter() - began
+            phase.bytes_read += engine.bytes_read - read
+            phase.wait_s += engine.wait_s - wait_s
+
     def _end(self) -> None:
         if self._report is None:
-            if self._finish == "interrupted":
-                self._engine.weights.abandon_pass()
             self._report = self._make_report()
 
-    def _counters(self) -> _Counters:
-        engine = self._engine
-        return _Counters(time.perf_counter(), engine.reader.bytes_read, engine.weights.wait_s)
-
     def _make_report(self) -> Report:
-        engine, began, end = self._engine, self._began, self._counters()
-        first = self._first or end
+        engine, prefill, decode = self._engine, self._prefill, self._decode
         decoded = max(len(self._ids) - 1, 0)
-        decode_s = end.at - first.at
-        read = end.bytes_read - first.bytes_read
-        wait_s = end.wait_s - began.wait_s
-        streaming = not engine.plan.resident and decoded > 0 and decode_s > 0
-        rate = read / decode_s if streaming else None
+        wait_s = prefill.wait_s + decode.wait_s
+        streams = decoded > 0 and decode.bytes_read >= decoded * max(engine.plan.slot_bytes, 1)
+        rate = decode.bytes_read / decode.seconds if streams else None
         return Report(
             text="".join(self._text),
             token_ids=self._ids,
@@ -124,16 +138,16 @@ class Generation:
             prompt_tokens=len(self._prompt),
             new_tokens=len(self._ids),
             load_s=engine.load_s,
-            ttft_s=first.at - began.at,
-            decode_s=decode_s,
-            decode_tok_per_s=decoded / decode_s if decoded and decode_s > 0 else None,
+            ttft_s=prefill.seconds,
+            decode_s=decode.seconds,
+            decode_tok_per_s=decoded / decode.seconds if decoded else None,
             peak_rss_bytes=peak_resident_bytes(),
             device_peak_bytes=engine.runtime.peak_bytes(),
             budget_bytes=engine.plan.budget_bytes,
-            bytes_read_total=end.bytes_read - began.bytes_read,
-            bytes_read_per_token=read / decoded if decoded else 0.0,
+            bytes_read_total=prefill.bytes_read + decode.bytes_read,
+            bytes_read_per_token=decode.bytes_read / decoded if decoded else 0.0,
             io_wait_s=wait_s,
-            compute_s=end.at - began.at - wait_s,
+            compute_s=prefill.seconds + decode.seconds - wait_s,
             disk_bytes_per_s=rate,
             disk_roofline_share=rate / engine.disk_rate if rate and engine.disk_rate else None,
             plan=engine.plan.to_json(),

@@ -8,10 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Figures of one generation. Times in seconds, sizes in bytes.
+    """Figures of one generation. Times in seconds, sizes in bytes; the caller's own time is not counted.
 
-    `decode_*` and `disk_roofline_share` cover the passes after the first token; `disk_roofline_share` is the rate at
-    which they read, as a share of the disk's measured sequential rate, None when they read nothing.
+    load_s                allocating and reading what is pinned, once for all requests
+    ttft_s                from the request to the first token, loading left out
+    decode_*              the passes after the first token
+    bytes_read_total      read from disk by this generation, loading left out
+    bytes_read_per_token  by one pass after the first token
+    io_wait_s             compute waiting for reads, in prefill and decode; compute_s is the rest of their time
+    disk_roofline_share   rate at which decode passes read, as a share of the disk's measured sequential rate; None when
+                          they read nothing but rows of embeddings
+    peak_rss_bytes        the largest resident set of the process, as the kernel counted it
     """
 
     text: str

@@ -80,11 +80,13 @@ class Decoder:
                 strip = self._view("strip", count, rows)
                 self._multiply(states, part, codec, strip, 0, rows, None, wide)
                 values = self.device.get(strip)
-                peak = np.maximum(top, values.max(axis=1))
-                total = total * np.exp(top - peak) + np.exp(values - peak[:, None]).sum(axis=1)
-                top = peak
                 inside = np.flatnonzero((targets >= row0) & (targets < row0 + rows))
                 chosen[inside] = values[inside, targets[inside] - row0]
+                peak = np.maximum(top, values.max(axis=1))
+                values -= peak[:, None].astype(np.float32)  # in place: the strip is planned, a copy is not
+                np.exp(values, out=values)
+                total = total * np.exp(top - peak) + values.sum(axis=1, dtype=np.float64)
+                top = peak
         return chosen - top - np.log(total)
 
     def _view(self, name: str, rows: int, width: int) -> Tensor:

@@ -6,17 +6,17 @@ kernel copies. Every block is checked against its CRC-32 the first time that it 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
 import threading
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from flashrt.errors import DiskError, PackError
+from flashrt.errors import DiskError, PackError, UsageError
 from flashrt.storage.layout import PAGE, Block
 from flashrt.storage.pack import Pack
 
@@ -56,13 +56,10 @@ class Reader:
     def __init__(self, pack: Pack, depth: int = DEPTH) -> None:
         self.pack = pack
         self.bytes_read = 0
-        self.busy_s = 0.0  # time during which at least one read was under way
         self.direct = True
         self._files: dict[str, int] = {}
-        self._verified: set[tuple[str, int]] = set()
+        self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
         self._lock = threading.Lock()
-        self._active = 0
-        self._since = 0.0
         self._queue: queue.SimpleQueue[Ticket | threading.Barrier | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         try:
@@ -88,7 +85,8 @@ class Reader:
             raise DiskError(f"{path} cannot be opened: {error.strerror}") from None
 
     def submit(self, block: Block, buffer: Array) -> Ticket:
-        """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned)."""
+        """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed."""
+        self._check_open()
         ticket = Ticket(block, buffer)
         self._queue.put(ticket)
         return ticket
@@ -96,12 +94,17 @@ class Reader:
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
         barrier = threading.Barrier(len(self._threads) + 1)
-        for _ in self._threads:  # the queue is in order: each worker meets the others only after all reads before
-            self._queue.put(barrier)
-        barrier.wait()
+        try:
+            for _ in self._threads:  # the queue is in order: each worker meets the others only after all reads before
+                self._queue.put(barrier)
+            barrier.wait()
+        except BaseException:  # an interrupt: let the workers that wait go on
+            barrier.abort()
+            raise
 
     def read_rows(self, file: str, offset: int, nbytes: int, window: Array) -> Array:
         """Read bytes [offset, offset + nbytes) through `window` (uint8, page-aligned, two pages longer than nbytes)."""
+        self._check_open()
         start = offset // PAGE * PAGE
         size = -(-(offset + nbytes - start) // PAGE) * PAGE
         self._read(file, start, window[:size], nbytes + offset - start)
@@ -121,7 +124,8 @@ class Reader:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Barrier):
-                item.wait()
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    item.wait()
                 continue
             try:
                 self._read(item.block.file, item.block.offset, item.buffer, item.block.nbytes)
@@ -135,7 +139,6 @@ class Reader:
         """Fill `buffer` from `offset`, at least the first `needed` bytes: the end of the file may cut the rest."""
         handle, view = self._files[file], buffer.data
         done = 0
-        self._begin()
         try:
             while done < needed:
                 reached = done + os.preadv(handle, [view[done:]], offset + done)
@@ -151,30 +154,25 @@ class Reader:
                 f"reading {self.pack.path / file} at byte {offset + done} failed: {error.strerror}"
             ) from None
         finally:
-            self._end(done)
+            with self._lock:
+                self.bytes_read += done
         if not self.direct:
             os.posix_fadvise(handle, offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
-    def _begin(self) -> None:
-        with self._lock:
-            if self._active == 0:
-                self._since = time.perf_counter()
-            self._active += 1
-
-    def _end(self, done: int) -> None:
-        with self._lock:
-            self.bytes_read += done
-            self._active -= 1
-            if self._active == 0:
-                self.busy_s += time.perf_counter() - self._since
+    def verified(self, block: Block) -> bool:
+        """Whether `block` has been read whole, and compared with its checksum, in this process."""
+        return bool(self._verified[block.tensor][block.index])
 
     def _verify(self, block: Block, buffer: Array) -> None:
-        key = (block.tensor, block.index)
-        if key in self._verified:
+        if self.verified(block):
             return
-        if zlib.crc32(buffer.data) != self.pack.block_crc(*key):
+        if zlib.crc32(buffer.data) != self.pack.block_crc(block.tensor, block.index):
             raise PackError(
                 f"{self.pack.path / block.file} is damaged: block {block.index} of {block.tensor} does not match its "
                 "checksum. Pack the checkpoint again"
             )
-        self._verified.add(key)
+        self._verified[block.tensor][block.index] = 1
+
+    def _check_open(self) -> None:
+        if not self._threads:
+            raise UsageError("the engine is closed: load the model again")

@@ -103,7 +103,6 @@ def test_against_a_queue(slots: int, trace: list[tuple[str, int]]) -> None:
             held = None
         if held is not None:  # a block stays as it is until the next take, however many reads run ahead
             assert (held[0] == held[1] % 251).all()
-        assert ring.pending == len(queue)
         ahead = min(len(queue), slots - (held is not None))
         assert sum(not t.ready for t in reader.flying) <= slots
         assert reader.submitted[len(reader.submitted) - ahead :] == [b.index for b in queue][:ahead]
@@ -163,6 +162,5 @@ def test_a_whole_pack_through_two_slots(make_pack: MakePack) -> None:
         for expected in wanted:
             raw = (pack.path / expected.file).read_bytes()
             assert ring.take(expected).tobytes() == raw[expected.offset : expected.offset + expected.nbytes]
-        assert ring.pending == 0
     finally:
         reader.close()

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import Machine, Plan, Workload, host_tier, plan, resident_budget, smallest_budget
+from flashrt.budget.planner import (
+    PEAK_JITTER,
+    Machine,
+    Plan,
+    Workload,
+    host_tier,
+    plan,
+    resident_budget,
+    smallest_budget,
+)
 from flashrt.cache.torch_device import TorchDevice, arena_bytes
 from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.engine import Engine
@@ -41,7 +50,8 @@ def tiny_plan(
     if share >= 1:
         return plan(*arguments, resident_budget(*arguments, wanted, machine), wanted, machine)
     weights = sum(t.nbytes for t in packed.layout.tensors.values())
-    return plan(*arguments, smallest_budget(*arguments, wanted, machine) + int(share * weights), wanted, machine)
+    least = smallest_budget(*arguments, wanted, machine) - PEAK_JITTER
+    return plan(*arguments, least + int(share * weights), wanted, machine)
 
 
 def tiny_engine(packed: Pack, share: float, runtime: Runtime | None = None, **plan_options: object) -> Engine:

@@ -11,7 +11,7 @@ import pytest
 from flashrt.config import Sampling
 from flashrt.engine.engine import Engine
 from flashrt.engine.sampling import distribution
-from flashrt.errors import UsageError
+from flashrt.errors import PackError, UsageError
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, relative_rms, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
@@ -129,8 +129,8 @@ def test_stop_strings_end_the_text_before_them(engine):
     ("prompt", "limit", "message"),
     [
         ([], 4, "prompt is empty"),
-        ([VOCAB], 4, "token ids outside"),
-        ([-1], 4, "token ids outside"),
+        ([VOCAB], 4, "token ids outside 0 to 130"),
+        ([-1], 4, "token ids outside 0 to 130"),
         ([5] * 120, 4, "the context is 120"),
         ([5] * 100, 40, "do not fit in the context"),
         ([5], 0, "max_new_tokens is 0"),
@@ -168,3 +168,58 @@ def test_sampling_refuses_nonsense(field):
     for value in (float("nan"), -1.0, 1e9):
         with pytest.raises(UsageError, match=field):
             Sampling(**{field: value})
+
+
+def test_prefill_gives_the_last_token_s_logits_whatever_a_pass_may_hold(packed):
+    with tiny_engine(packed, 1.0, logit_rows=16) as wide, tiny_engine(packed, 1.0) as narrow:
+        for prompt in (PROMPT[:5], PROMPT):
+            assert np.array_equal(wide.prefill(prompt), narrow.prefill(prompt))
+            wide.rewind(0)
+            narrow.rewind(0)
+
+
+def test_one_generation_at_a_time(engine):
+    expected = ids(engine)
+    first = engine.generate(PROMPT, 24, ignore_eos=True)
+    second = engine.generate(PROMPT, 24, ignore_eos=True)
+    next(first)
+    assert [t.id for t in second] == expected
+    with pytest.raises(UsageError, match="another generation has begun"):
+        next(first)
+
+
+def test_a_closed_engine_says_so(packed):
+    with tiny_engine(packed, 0.3) as engine:
+        generation = engine.generate(PROMPT, 24, ignore_eos=True)
+        next(generation)
+        unused = engine.generate(PROMPT, 4)
+    assert generation.report.new_tokens >= 1
+    assert generation.report.finish_reason == "interrupted"
+    for call in (lambda: next(unused), lambda: engine.step(5), lambda: engine.prefill([5])):
+        with pytest.raises(UsageError, match="closed"):
+            call()
+
+
+def test_a_failed_read_leaves_the_engine_usable(engine, monkeypatch):
+    expected = ids(engine)
+    engine.prefill(PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.reader.pack, "block_crc", lambda *_: 0)
+        for flags in engine.reader._verified.values():
+            flags[:] = bytes(len(flags))
+        with pytest.raises(PackError, match="does not match its checksum"):
+            ids(engine)
+    assert ids(engine) == expected
+
+
+def test_scoring_needs_a_plan_for_it_and_known_tokens(packed, engine):
+    with pytest.raises(UsageError, match="planned for generating"):
+        engine.score(PROMPT, 16)
+    with tiny_engine(packed, 1.0, scoring=True) as scorer, pytest.raises(UsageError, match="token ids outside"):
+        scorer.score([5, VOCAB, 7], 16)
+
+
+def test_expectations_do_not_pile_up_when_everything_is_resident(packed):
+    with tiny_engine(packed, 1.0) as engine:
+        ids(engine)
+        assert not engine.decoder.weights._static._wanted

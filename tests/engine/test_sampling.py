@@ -1,0 +1,88 @@
+"""Drawing tokens: against a plain computation, at extremes, and in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashrt.config import Sampling
+from flashrt.engine.sampling import Sampler, distribution
+
+
+def plain(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:
+    """Token → probability, as the documentation of `Sampling` says, one step after the other."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: sampling.top_k or None]
+    weights = [math.exp((float(logits[i]) - float(logits[order[0]])) / sampling.temperature) for i in order]
+    whole, kept, total = sum(weights), {}, 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if kept and (total >= sampling.top_p * whole or weight < sampling.min_p):
+            break
+        kept[token] = weight
+        total += weight
+    return {token: weight / total for token, weight in kept.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from([1, 2, 7, 300, 20_000]),
+    st.sampled_from([0.1, 0.7, 1.0, 50.0]),
+    st.sampled_from([0, 1, 5, 40]),
+    st.sampled_from([1.0, 0.9, 0.5, 0.01]),
+    st.sampled_from([0.0, 0.03, 1.0]),
+)
+def test_against_a_plain_computation(
+    seed: int, vocab: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = np.random.default_rng(seed).normal(size=vocab).astype(np.float32) * 4
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    expected = plain(logits, sampling)
+    tokens, probabilities = distribution(logits, sampling)
+    found = dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
+    # A token on the edge may fall to either side, and what is too unlikely for float32 may be missing.
+    for token in found.keys() ^ expected.keys():
+        edge = min(expected.values())
+        assert found.get(token, expected.get(token)) <= 1.001 * edge or expected.get(token, 1) < 1e-30
+    assert len(found.keys() ^ expected.keys()) <= 1 or min(expected.values()) < 1e-30
+    for token in found.keys() & expected.keys():
+        assert found[token] == pytest.approx(expected[token], rel=1e-3)
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    logits = np.log(np.array([5, 1, 3, 1], np.float32))
+    sampler = Sampler(Sampling(temperature=1.0, seed=3), [])
+    counts = np.bincount([sampler.choose(logits.copy()) for _ in range(8000)], minlength=4)
+    assert counts / 8000 == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.02)
+
+
+def test_ties_stay_in_the_order_of_the_vocabulary() -> None:
+    logits = np.zeros(10, np.float32)
+    assert distribution(logits, Sampling(temperature=1.0, top_k=3))[0].tolist() == [0, 1, 2]
+    assert distribution(logits, Sampling(temperature=1.0, top_p=0.35))[0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e-40, 1e-3])
+def test_temperatures_next_to_zero_are_greedy(temperature: float) -> None:
+    logits = np.array([1.0, 80.0, 79.9, -3e38], np.float32)
+    sampler = Sampler(Sampling(temperature=temperature, top_p=0.9, seed=1), [])
+    assert [sampler.choose(logits.copy()) for _ in range(20)] == [1] * 20
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.99}, {"top_p": 0.9999, "top_k": 200_000}])
+@pytest.mark.parametrize("temperature", [0.7, 100.0])
+def test_a_large_vocabulary_takes_little_memory(options: dict[str, float], temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(size=262_144).astype(np.float32) * 3
+    sampler = Sampler(Sampling(temperature=temperature, seed=0, min_p=0.0, **options), [1, 2, 3])  # type: ignore[arg-type]
+    sampler.choose(logits.copy())
+    tracemalloc.start()
+    try:
+        sampler.choose(logits)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.4 * logits.nbytes
