@@ -1,4 +1,9 @@
-"""Chooses the next token from its logits."""
+"""Chooses the next token from its logits.
+
+Works in at most one temporary of the size of the logits, whatever is asked: a vocabulary of 262,144 tokens takes 1 MiB
+beside what it is given, and a quarter of that for a moment while tokens are ruled out. Nothing that is as long as the
+vocabulary is indexed or held in float64; sums are float64, taken piece by piece.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ import numpy as np
 from flashrt.config import Sampling
 
 Array = np.ndarray
+
+PIECE = 1 << 13  # weights whose running sum is held at a time
+COLDEST = 1e-30  # lower temperatures, whose inverse float32 cannot hold, choose among equal logits only, as this does
 
 
 class Sampler:
@@ -34,29 +42,68 @@ class Sampler:
 
     def _draw(self, logits: Array) -> int:
         assert self._random is not None
-        tokens, probabilities = distribution(logits, self.sampling)
-        return int(self._random.choice(tokens, p=probabilities))
+        weights = draw_weights(logits, self.sampling)
+        return _reach(weights, self._random.random() * float(weights.sum(dtype=np.float64)), beyond=True)
+
+
+def draw_weights(logits: Array, sampling: Sampling) -> Array:
+    """How likely each token is to be drawn, relative to the most likely one; 0 for those ruled out. float32 [vocab]."""
+    least, surplus = _cutoff(logits, sampling)
+    weights = _relative(logits, sampling.temperature)
+    if surplus:  # of tokens that are equally likely the first ones stay
+        weights[np.flatnonzero(weights == least)[-surplus:]] = 0.0
+    weights[weights < max(least, sampling.min_p)] = 0.0
+    return weights
 
 
 def distribution(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
     """The tokens that may be drawn, most likely first, and their probabilities (float64, sum 1)."""
-    tokens = _candidates(logits, sampling.top_k)
-    scaled = logits[tokens].astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled[0])
-    probabilities /= probabilities.sum()
-    keep = len(tokens)
+    weights = draw_weights(logits, sampling)
+    tokens = np.flatnonzero(weights)
+    tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
+    probabilities = weights[tokens].astype(np.float64)
+    return tokens, probabilities / probabilities.sum()
+
+
+def _relative(logits: Array, temperature: float) -> Array:
+    """exp((logits - the largest) / temperature), float32."""
+    weights = np.subtract(logits, logits.max(), dtype=np.float32)
+    with np.errstate(over="ignore", under="ignore"):  # what is too unlikely for float32 gets 0
+        np.divide(weights, np.float32(max(temperature, COLDEST)), out=weights)
+        return np.exp(weights, out=weights)
+
+
+def _cutoff(logits: Array, sampling: Sampling) -> tuple[float, int]:
+    """What top_k and top_p leave: the smallest weight that stays, and how many tokens of just that weight do not."""
+    limited = 0 < sampling.top_k < len(logits)
+    if not limited and sampling.top_p == 1.0:
+        return 0.0, 0
+    weights = _relative(logits, sampling.temperature)
+    largest = weights
+    if limited:
+        weights.partition(len(weights) - sampling.top_k)
+        largest = weights[-sampling.top_k :]
+    count = len(largest)
     if sampling.top_p < 1.0:
-        keep = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
-    if sampling.min_p > 0.0:
-        keep = min(keep, int((probabilities >= sampling.min_p * probabilities[0]).sum()))
-    keep = max(keep, 1)
-    return tokens[:keep], probabilities[:keep] / probabilities[:keep].sum()
+        largest.sort()
+        count = _reach(largest[::-1], sampling.top_p * float(largest.sum(dtype=np.float64))) + 1
+        least = float(largest[-count])
+    else:
+        least = float(largest.min())
+    return least, int(np.count_nonzero(weights >= least)) - count
 
 
-def _candidates(logits: Array, top_k: int) -> Array:
-    """Indices of the `top_k` largest logits (0: of all), in descending order, ties by index."""
-    if 0 < top_k < len(logits):
-        threshold = np.partition(logits, -top_k)[-top_k]
-        indices = np.flatnonzero(logits >= threshold)
-        return indices[np.argsort(-logits[indices], kind="stable")][:top_k]
-    return np.argsort(-logits, kind="stable")
+def _reach(values: Array, goal: float, beyond: bool = False) -> int:
+    """The first index at which the running sum of `values` reaches `goal`, or with `beyond` exceeds it.
+
+    Where rounding keeps the sum from getting there, the index of the largest value.
+    """
+    side, total = ("right" if beyond else "left"), 0.0
+    for begin in range(0, len(values), PIECE):
+        running = np.cumsum(values[begin : begin + PIECE], dtype=np.float64)
+        running += total
+        index = int(np.searchsorted(running, goal, side=side))
+        if index < len(running):
+            return begin + index
+        total = float(running[-1])
+    return int(values.argmax())

@@ -27,7 +27,7 @@ def plain(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:
     return {token: weight / total for token, weight in kept.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 1 << 30),
     st.sampled_from([1, 2, 7, 300, 20_000]),
