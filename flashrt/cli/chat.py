@@ -14,9 +14,9 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import say, write
-from flashrt.cli.run import figures
+from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
-from flashrt.errors import UsageError
+from flashrt.errors import PackError, UsageError
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -87,6 +87,7 @@ def chat(
         "seed": seed,
     }
     options.sampling(**given)  # refuses bad values before anything is loaded
+    check_argument(system, "--system")
 
     import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
 
@@ -222,10 +223,28 @@ def _lines() -> Iterator[str]:
 
 
 def _sampling(given: dict[str, Any], recommended: Any) -> Sampling:
-    """The user's choice over the authors' recommendation; theirs counts only if it says to sample."""
+    """The user's choice over the authors' recommendation; theirs counts only if it says to sample.
+
+    Raises PackError when a recommendation that would count makes no sense.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
     defaults = {}
     if recommended.get("do_sample", True):
-        known = {name: recommended.get(name) for name in RECOMMENDED}
-        defaults = {name: value for name, value in known.items() if value is not None}
-        defaults.setdefault("temperature", 1.0 if recommended.get("do_sample") else 0.0)
-    return options.sampling(**(defaults | {name: value for name, value in given.items() if value is not None}))
+        defaults = {name: _recommended(recommended, name) for name in RECOMMENDED if name not in chosen}
+        if defaults.get("temperature", 0) is None:
+            defaults["temperature"] = 1.0 if recommended.get("do_sample") else 0.0
+    return options.sampling(**(defaults | chosen))
+
+
+def _recommended(recommended: Any, name: str) -> Any:
+    """One value of the pack's text.json, checked; None when it is absent."""
+    value = recommended.get(name)
+    kind = int if name == "top_k" else (int, float)
+    try:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise UsageError(f"{name} is {value!r}, expected a number")
+        options.sampling(**{name: value})
+    except UsageError as error:
+        option = name.replace("_", "-")
+        raise PackError(f"what the pack's text.json recommends cannot be used: {error}. Give --{option}") from None
+    return value

@@ -99,6 +99,7 @@ def run(
     )
     if system is not None and not chat:
         raise UsageError("--system needs --chat: without a chat template there is no system message")
+    check_argument(system, "--system")
     text = read_prompt(prompt, prompt_file)
 
     from flashrt.cli.session import Session, Settings
@@ -155,7 +156,8 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file contradict each other: give one of them")
     if prompt is not None:
-        text = _utf8(prompt.encode("utf-8", "surrogateescape"), "the prompt")
+        check_argument(prompt, "the prompt")
+        text = prompt
     elif prompt_file is not None and prompt_file != "-":
         text = read_text(Path(prompt_file))
     elif prompt_file is None and sys.stdin.isatty():
@@ -174,6 +176,12 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     return _utf8(data, str(path))
+
+
+def check_argument(text: str | None, what: str) -> None:
+    """Raises UsageError for a text of the command line that is not UTF-8."""
+    if text is not None:
+        _utf8(text.encode("utf-8", "surrogateescape"), what)
 
 
 def _utf8(data: bytes, what: str) -> str:

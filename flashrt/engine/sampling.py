@@ -98,11 +98,11 @@ def _reach(values: Array, goal: float, beyond: bool = False) -> int:
 
     Where rounding keeps the sum from getting there, the index of the largest value.
     """
-    side, total = ("right" if beyond else "left"), 0.0
+    total = 0.0
     for begin in range(0, len(values), PIECE):
         running = np.cumsum(values[begin : begin + PIECE], dtype=np.float64)
         running += total
-        index = int(np.searchsorted(running, goal, side=side))
+        index = int(np.searchsorted(running, goal, side="right" if beyond else "left"))
         if index < len(running):
             return begin + index
         total = float(running[-1])

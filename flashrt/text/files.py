@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from flashrt.errors import CheckpointError
@@ -14,6 +15,13 @@ TOKENIZER = "tokenizer.json"
 SETTINGS = "text.json"
 
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "eos_token_id")
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "chat_template": ((str, NoneType), "a text or null"),
+    "special_tokens": ((dict,), "an object"),
+    "generation": ((dict,), "an object"),
+    "add_bos": ((bool, NoneType), "true, false or null"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class TextFiles:
             "generation": dict(self.generation),
             "add_bos": self.add_bos,
         }
-        return {TOKENIZER: self.tokenizer, SETTINGS: json.dumps(settings, indent=1).encode()}
+        return {TOKENIZER: _compact(self.tokenizer), SETTINGS: json.dumps(settings, indent=1).encode()}
 
     @classmethod
     def from_files(cls, directory: Path) -> TextFiles:
@@ -51,15 +59,26 @@ class TextFiles:
         """The inverse of `to_files`. Raises CheckpointError."""
         try:
             settings = json.loads(files[SETTINGS])
+            for key, (kinds, expected) in _KINDS.items():
+                if not isinstance(settings[key], kinds):
+                    raise TypeError(f"{key} is {settings[key]!r}, expected {expected}")
             return cls(
                 files[TOKENIZER],
                 settings["chat_template"],
-                settings["special_tokens"],
+                {str(name): str(token) for name, token in settings["special_tokens"].items()},
                 settings["generation"],
                 settings["add_bos"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{SETTINGS} is damaged: {error}") from error
+
+
+def _compact(tokenizer: bytes) -> bytes:
+    """The same JSON without indentation. Its size then tells what loading it will take (see `engine.build`)."""
+    try:
+        return json.dumps(json.loads(tokenizer), ensure_ascii=False, separators=(",", ":")).encode()
+    except ValueError:
+        return tokenizer  # damaged: left as it is for the library to name what is wrong
 
 
 def read_file(path: Path) -> bytes:

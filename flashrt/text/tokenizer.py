@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashrt.errors import CheckpointError
+from flashrt.errors import CheckpointError, UsageError
 from flashrt.text.files import SETTINGS, TOKENIZER, TextFiles, read_file
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 _CONTEXT = 8  # tokens before a stream that decide how its first token is spelled (a leading space or none)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: what stands for bytes that are not UTF-8
 _MAX_PENDING = 16  # a character takes at most four bytes: what is still unfinished after so many tokens is not UTF-8
 
 
@@ -67,7 +69,11 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids. `special` adds what the model wants around a text (BOS); pass False for a rendered template,
         which names its own. Special tokens written out in the text are recognised either way.
+
+        Raises UsageError for text that is not Unicode.
         """
+        if found := _SURROGATE.search(text):
+            raise UsageError(f"the text is not valid Unicode: character {found.start()} is U+{ord(found[0]):04X}")
         backend_adds = special and self.text.add_bos is not False
         ids: list[int] = self._backend.encode(text, add_special_tokens=backend_adds).ids
         return [self._bos, *ids] if special and self._bos is not None else ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -50,6 +51,8 @@ def test_prompts_that_are_none(cli: Cli, pack: Path, tmp_path: Path) -> None:
     check_failure(cli("run", pack, "--prompt", "a", "--prompt-file", "-"), 2, "contradict")
     check_failure(cli("run", pack, "--prompt", "a", "--system", "b"), 2, "--chat")
     check_failure(cli("chat", pack, stdin=b"caf\xe9\n"), 2, "UTF-8")
+    check_failure(cli("run", pack, "--chat", "--system", "\udcff", "-p", "a"), 2, "--system is not UTF-8", "0xff")
+    check_failure(cli("chat", pack, "--system", "\udcff"), 2, "--system is not UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,19 @@ def test_prompts_that_are_none(cli: Cli, pack: Path, tmp_path: Path) -> None:
 )
 def test_sampling_out_of_range(cli: Cli, pack: Path, option: str) -> None:
     check_failure(cli("run", pack, "--prompt", "a", option), 2, "expected")
+
+
+@pytest.mark.parametrize("value", ["0.7", True, 1e9, [0.7]])
+def test_recommended_sampling_that_makes_no_sense(cli: Cli, copy: Path, value: Any) -> None:
+    text = json.loads((copy / "text.json").read_text())
+    text["generation"] = {"temperature": value, "do_sample": True}
+    (copy / "text.json").write_text(json.dumps(text))
+    body = json.loads((copy / "manifest.json").read_bytes())
+    body.pop("checksum")
+    body["text_files"]["text.json"] = hashlib.sha256((copy / "text.json").read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(body | {"checksum": _checksum(body)}))
+    check_failure(cli("chat", copy, stdin="a\n"), 1, "text.json", "temperature is", "--temperature")
+    assert cli("chat", copy, "--temperature", 0, "-n", 2, stdin="a\n").returncode == 0
 
 
 def test_text_files(cli: Cli, pack: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.errors import CheckpointError, UnsupportedModelError, UsageError
 from flashrt.text.bpe import byte_alphabet, byte_level, gpt2_files, sentencepiece
 from flashrt.text.files import TextFiles
 from flashrt.text.tokenizer import Tokenizer
@@ -73,9 +74,19 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
         TextFiles.from_files(tmp_path)
+    for changed in ({"generation": []}, {"special_tokens": None}, {"chat_template": 1}, {"add_bos": "yes"}):
+        (tmp_path / "text.json").write_text(json.dumps(json.loads(text.to_files()["text.json"]) | changed))
+        with pytest.raises(CheckpointError, match=f"damaged: {next(iter(changed))} is"):
+            TextFiles.from_files(tmp_path)
     (tmp_path / "text.json").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         TextFiles.from_files(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "fine until \udcff", "\udfff\ud800"])
+def test_text_that_is_not_unicode_is_refused(tiny: Tokenizer, text: str) -> None:
+    with pytest.raises(UsageError, match=r"not valid Unicode: character \d+ is U\+D"):
+        tiny.encode(text)
 
 
 def test_damaged_tokenizer_is_refused() -> None:
