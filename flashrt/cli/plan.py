@@ -60,7 +60,7 @@ def plan(
 
     session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
     workload = Workload(checked_context(session.spec, context, DEFAULT_CONTEXT))
-    the_plan = session.prepared.plan(budget_gb, workload)
+    the_plan = session.prepared.plan(workload)
     disk = load_disk_profile(session.settings.cache, session.prepared.pack.path.stat().st_dev)
     speed = disk.sequential if disk is not None else None
     streamed = the_plan.streamed_bytes_per_token

@@ -57,7 +57,7 @@ class Session:
         from flashrt.engine.runtime import runtime_for
 
         runtime = runtime_for(settings.device.value, settings.threads, settings.host_budget_gb)
-        self.prepared: Prepared = Prepared(path, settings.cache, runtime)
+        self.prepared: Prepared = Prepared(path, settings.cache, runtime, settings.budget_gb)
 
     @property
     def spec(self) -> ModelSpec:
@@ -69,6 +69,6 @@ class Session:
 
     def engine(self, workload: Workload) -> Engine:
         """Plan for `workload`, then load. Raises BudgetError before anything is loaded."""
-        the_plan = self.prepared.plan(self.settings.budget_gb, workload)
+        the_plan = self.prepared.plan(workload)
         with self._loading as progress:
             return self.prepared.engine(the_plan, progress.of("loading"))

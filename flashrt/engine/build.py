@@ -9,8 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import Machine, Plan, Workload, plan, resident_budget, smallest_budget
-from flashrt.budget.process import reset_peak
+from flashrt.budget.planner import (
+    GIB,
+    Machine,
+    Plan,
+    Workload,
+    ceil_gib,
+    plan,
+    resident_budget,
+    slack_bytes,
+    smallest_budget,
+)
+from flashrt.budget.process import reset_peak, resident_bytes
 from flashrt.budget.profile import load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
 from flashrt.cache.kv import KVCache
@@ -18,15 +28,20 @@ from flashrt.cache.weights import Weights
 from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
+from flashrt.errors import BudgetError
 from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
+from flashrt.text.files import TOKENIZER
 from flashrt.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
 DEFAULT_CONTEXT = 4096
+TOKENIZER_GROWTH = (
+    20  # bytes that loading takes at its peak for each byte of a compact tokenizer.json (measured: 20-21)
+)
 AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
 
 
@@ -36,8 +51,12 @@ class Prepared:
     The process is measured when a plan is made: by then everything but the model is loaded, prompts included.
     """
 
-    def __init__(self, path: Path | str, cache: Path, runtime: Runtime) -> None:
+    def __init__(self, path: Path | str, cache: Path, runtime: Runtime, budget_gb: float | None = None) -> None:
+        """Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded."""
         self.pack, self.cache, self.runtime = Pack(path), cache, runtime
+        self.budget = None if budget_gb is None else budget_bytes(budget_gb)
+        if self.budget is not None and runtime.bounds_process:
+            check_start(self.pack, self.budget)
         reset_peak()  # what the process was before is no concern of this budget
         self.tokenizer = load_tokenizer(self.pack)
 
@@ -45,12 +64,12 @@ class Prepared:
     def spec(self) -> ModelSpec:
         return self.pack.spec
 
-    def plan(self, budget_gb: float | None, workload: Workload) -> Plan:
+    def plan(self, workload: Workload) -> Plan:
         """Plan the budget; without one, all that the model needs or that the machine has."""
         arguments = (self.spec, self.pack.layout)
-        if budget_gb is not None:
-            return plan(*arguments, budget_bytes(budget_gb), workload, self._machine())
         machine = self._machine()
+        if self.budget is not None:
+            return plan(*arguments, self.budget, workload, machine)
         enough = resident_budget(*arguments, workload, machine)
         available = int(AVAILABLE_SHARE * self.runtime.available())
         return plan(*arguments, min(enough, available), workload, machine)
@@ -84,6 +103,20 @@ class Prepared:
             if known is not None:
                 save_disk_profile(self.cache, device, known)
         return None if known is None else known.sequential
+
+
+def check_start(pack: Pack, budget: int) -> None:
+    """Refuse a budget that loading the tokenizer would exceed, before the kernel does. Raises BudgetError.
+
+    The estimate is a little below what is measured afterwards, when a plan is made.
+    """
+    needed = resident_bytes() + TOKENIZER_GROWTH * (pack.path / TOKENIZER).stat().st_size + slack_bytes(budget)
+    if budget < needed:
+        raise BudgetError(
+            f"a budget of {budget / GIB:.3f} GiB is too small to load the program and the tokenizer: "
+            f"the smallest that would do is {ceil_gib(int(1.05 * needed)):.3f} GiB, and more for a long context. "
+            "Use a larger --budget-gb"
+        )
 
 
 def load_tokenizer(pack: Pack) -> Tokenizer:

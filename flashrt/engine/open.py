@@ -64,9 +64,9 @@ def load(
     from flashrt.engine.build import DEFAULT_CONTEXT, Prepared
     from flashrt.engine.runtime import runtime_for
 
-    prepared = Prepared(pack, cache, runtime_for(device, threads, host_budget_gb))
+    prepared = Prepared(pack, cache, runtime_for(device, threads, host_budget_gb), budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
-    return prepared.engine(prepared.plan(budget_gb, Workload(length)))
+    return prepared.engine(prepared.plan(Workload(length)))
 
 
 def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:

@@ -36,6 +36,7 @@ class Runtime(Protocol):
     """A device before any model is on it. Measure it when everything but the model is loaded."""
 
     ops: Any
+    bounds_process: bool  # whether the budget is for the process itself
 
     def machine(self, pack: Pack) -> Machine:
         """What the process costs on the budgeted device."""
@@ -55,6 +56,8 @@ class Runtime(Protocol):
 
 class CpuRuntime:
     """The budget bounds the whole process."""
+
+    bounds_process = True
 
     def __init__(self, threads: int | None) -> None:
         self.ops = load_kernels("cpu")
@@ -85,6 +88,8 @@ class CpuRuntime:
 
 class CudaRuntime:
     """The budget bounds all GPU memory of the process, its context included; `host_budget_gb` bounds host memory."""
+
+    bounds_process = False
 
     def __init__(self, host_budget_gb: float | None) -> None:
         before = _gpu_used_bytes()

@@ -79,6 +79,8 @@ class TorchRuntime:
     `host_share` is the share of the weights that the host tier holds.
     """
 
+    bounds_process = False
+
     def __init__(self, name: str = "cpu", host_share: float = 0.0) -> None:
         self.ops, self.name, self.host_share = ops.load("torch"), name, host_share
 
