@@ -11,13 +11,13 @@ import numpy as np
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import (
     GIB,
+    SLACK_BASE,
     Machine,
     Plan,
     Workload,
     ceil_gib,
     plan,
     resident_budget,
-    slack_bytes,
     smallest_budget,
 )
 from flashrt.budget.process import reset_peak, resident_bytes
@@ -110,11 +110,11 @@ def check_start(pack: Pack, budget: int) -> None:
 
     The estimate is a little below what is measured afterwards, when a plan is made.
     """
-    needed = resident_bytes() + TOKENIZER_GROWTH * (pack.path / TOKENIZER).stat().st_size + slack_bytes(budget)
+    needed = resident_bytes() + TOKENIZER_GROWTH * (pack.path / TOKENIZER).stat().st_size + SLACK_BASE
     if budget < needed:
         raise BudgetError(
             f"a budget of {budget / GIB:.3f} GiB is too small to load the program and the tokenizer: "
-            f"the smallest that would do is {ceil_gib(int(1.05 * needed)):.3f} GiB, and more for a long context. "
+            f"the smallest that would do is {ceil_gib(int(1.2 * needed)):.3f} GiB, and more for a long context. "
             "Use a larger --budget-gb"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,10 @@ def test_configured_bos_overrides_the_post_processor() -> None:
 
 
 def test_files_there_and_back(tmp_path: Path) -> None:
-    text = TextFiles(tokenizer_json(), "{{ x }}", {"eos_token": "</s>"}, {"temperature": 0.5}, True)
+    compact = json.dumps(json.loads(tokenizer_json()), separators=(",", ":"), ensure_ascii=False).encode()
+    text = TextFiles(compact, "{{ x }}", {"eos_token": "</s>"}, {"temperature": 0.5}, True)
+    indented = replace(text, tokenizer=json.dumps(json.loads(compact), indent=4).encode())
+    assert indented.to_files() == text.to_files()  # the size of the file stands for what loading it takes
     for name, data in text.to_files().items():
         (tmp_path / name).write_bytes(data)
     assert TextFiles.from_files(tmp_path) == text
