@@ -69,9 +69,16 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             _fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
-            # Nobody reads any more; the interpreter must not complain about it when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _close_stdout()
             sys.exit(BROKEN_PIPE)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            try:
+                sys.stdout.flush()
+            except OSError:
+                where = "stdout: "
+                _close_stdout()
+            _fail(f"{where}{error.strerror or error}", FAILED)
         except MemoryError:
             _fail("out of memory: use a smaller --budget-gb or --context", FAILED)
         except RuntimeError as error:
@@ -80,6 +87,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             _fail(str(error), FAILED)
 
     return wrapper
+
+
+def _close_stdout() -> None:
+    """Nothing can be written any more: the interpreter must not complain about it when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, status: int) -> None:

@@ -94,7 +94,7 @@ def chat(
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
 
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context))
     template = session.tokenizer.chat_template
 
     from flashrt.budget.planner import Workload

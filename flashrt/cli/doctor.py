@@ -43,7 +43,7 @@ def doctor(
     from flashrt.budget.doctor import examine_disk, memory_bandwidth
     from flashrt.budget.process import available_bytes, usable_cores
     from flashrt.budget.profile import profile_path, save_disk_profile
-    from flashrt.engine.open import default_cache
+    from flashrt.storage.names import default_cache
     from flashrt_kernels import ops
 
     cache = cache_dir or default_cache()

@@ -70,7 +70,7 @@ def ppl(
     from flashrt.engine.open import checked_context
 
     windows = Progress("windows")
-    session = Session(Settings(str(pack), budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    session = Session(Settings(str(pack), budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx))
     window = checked_context(session.spec, ctx, DEFAULT_CTX)
     ids = session.tokenizer.encode(text, special=False)[:max_tokens]
     with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, windows:

@@ -28,7 +28,8 @@ def inspect(
 
     Example: flashrt inspect ./qwen-int4
     """
-    from flashrt.engine.open import default_cache, resolve
+    from flashrt.engine.open import resolve
+    from flashrt.storage.names import default_cache
     from flashrt.storage.pack import Pack
 
     with Progress() as progress:

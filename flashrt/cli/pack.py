@@ -33,8 +33,8 @@ def pack(
 
     Example: flashrt pack ./Qwen2.5-7B-Instruct ./qwen-int4 --dtype int4
     """
-    from flashrt.engine.open import default_cache
     from flashrt.engine.packing import pack_checkpoint
+    from flashrt.storage.names import default_cache
 
     began = time.perf_counter()
     with Progress() as progress:

@@ -58,7 +58,7 @@ def plan(
     from flashrt.engine.build import DEFAULT_CONTEXT
     from flashrt.engine.open import checked_context
 
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context))
     workload = Workload(checked_context(session.spec, context, DEFAULT_CONTEXT))
     the_plan = session.prepared.plan(workload)
     disk = load_disk_profile(session.settings.cache, session.prepared.pack.path.stat().st_dev)

@@ -38,11 +38,11 @@ def pull(
 
     Example: flashrt pull demo
     """
-    from flashrt.engine.open import DEMOS, default_cache, is_remote
     from flashrt.engine.packing import fetch_checkpoint
+    from flashrt.storage.names import DEMO_NAMES, default_cache, is_remote
 
     if not is_remote(name):
-        raise UsageError(f"{name!r} cannot be fetched: expected {', '.join(DEMOS)} or a hub repository (org/name)")
+        raise UsageError(f"{name!r} cannot be fetched: expected {', '.join(DEMO_NAMES)} or a hub repository (org/name)")
     with Progress() as progress:
         path = fetch_checkpoint(name, cache_dir or default_cache(), out, progress)
     if json:

@@ -106,7 +106,7 @@ def run(
 
     if chat:
         import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context))
     ids = _prompt_ids(session.tokenizer, text, chat, system)
     length, new = _lengths(session.spec.context, context, len(ids), max_new_tokens)
 

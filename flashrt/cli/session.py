@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from flashrt.cli.console import Progress
 from flashrt.cli.options import DeviceName, Dtype
 from flashrt.config import budget_bytes
-from flashrt.engine.open import default_cache, resolve
+from flashrt.engine.open import resolve
+from flashrt.storage.names import default_cache
 
 if TYPE_CHECKING:
     from flashrt.budget.planner import Workload
@@ -30,6 +31,7 @@ class Settings:
     device: DeviceName
     host_budget_gb: float | None
     cache_dir: Path | None
+    context: int | None = None  # tokens that the model must support
 
     @property
     def cache(self) -> Path:
@@ -46,17 +48,17 @@ class Session:
     """An opened pack, and from it a plan and an engine. Use it as a context manager."""
 
     def __init__(self, settings: Settings) -> None:
-        settings.check()
-        self.settings = settings
-        with Progress() as progress:
-            path = resolve(settings.where, settings.cache, settings.dtype.value, progress)
-        # A bar that is drawn while loading must be there when the process is measured.
-        self._loading = Progress()
-
         from flashrt.engine.build import Prepared
         from flashrt.engine.runtime import runtime_for
 
+        # What is asked is checked before a checkpoint is packed, which may take an hour.
+        settings.check()
+        self.settings = settings
         runtime = runtime_for(settings.device.value, settings.threads, settings.host_budget_gb)
+        with Progress() as progress:
+            path = resolve(settings.where, settings.cache, settings.dtype.value, progress, settings.context)
+        # A bar that is drawn while loading must be there when the process is measured.
+        self._loading = Progress()
         self.prepared: Prepared = Prepared(path, settings.cache, runtime, settings.budget_gb)
 
     @property

@@ -42,6 +42,7 @@ DEFAULT_CONTEXT = 4096
 TOKENIZER_GROWTH = (
     20  # bytes that loading takes at its peak for each byte of a compact tokenizer.json (measured: 20-21)
 )
+LARGE_TOKENIZER = 32 << 20  # bytes of growth that are worth an estimate
 AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
 
 
@@ -106,12 +107,13 @@ class Prepared:
 
 
 def check_start(pack: Pack, budget: int) -> None:
-    """Refuse a budget that loading the tokenizer would exceed, before the kernel does. Raises BudgetError.
+    """Refuse a budget that loading a large tokenizer would exceed, before the kernel does. Raises BudgetError.
 
-    The estimate is a little below what is measured afterwards, when a plan is made.
+    An estimate, a little below what is measured afterwards; where the tokenizer is small, the plan says it better.
     """
-    needed = resident_bytes() + TOKENIZER_GROWTH * (pack.path / TOKENIZER).stat().st_size + SLACK_BASE
-    if budget < needed:
+    growth = TOKENIZER_GROWTH * (pack.path / TOKENIZER).stat().st_size
+    needed = resident_bytes() + growth + SLACK_BASE
+    if budget < needed and growth > LARGE_TOKENIZER:
         raise BudgetError(
             f"a budget of {budget / GIB:.3f} GiB is too small to load the program and the tokenizer: "
             f"the smallest that would do is {ceil_gib(int(1.2 * needed)):.3f} GiB, and more for a long context. "

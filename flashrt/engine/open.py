@@ -17,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from flashrt import errors
 from flashrt.errors import CheckpointError, DiskError, FlashrtError, UsageError
+from flashrt.storage.names import DEMO_NAMES, default_cache, exists, is_remote
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -29,16 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
 
-DTYPES = ("f32", "bf16", "int8", "int4")
-DEMOS = ("demo", "demo-small")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IDENTITY_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/flashrt, or ~/.cache/flashrt."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashrt"
 
 
 def load(
@@ -53,18 +47,17 @@ def load(
     host_budget_gb: float | None = None,
 ) -> Engine:
     """See `flashrt.load`."""
-    from flashrt.config import budget_bytes
-
-    if budget_gb is not None:
-        budget_bytes(budget_gb)
-    cache = Path(cache_dir) if cache_dir else default_cache()
-    pack = resolve(path, cache, dtype)
-
     from flashrt.budget.planner import Workload
+    from flashrt.config import budget_bytes
     from flashrt.engine.build import DEFAULT_CONTEXT, Prepared
     from flashrt.engine.runtime import runtime_for
 
-    prepared = Prepared(pack, cache, runtime_for(device, threads, host_budget_gb), budget_gb)
+    # What is asked is checked before a checkpoint is packed, which may take an hour.
+    if budget_gb is not None:
+        budget_bytes(budget_gb)
+    runtime = runtime_for(device, threads, host_budget_gb)
+    cache = Path(cache_dir) if cache_dir else default_cache()
+    prepared = Prepared(resolve(path, cache, dtype, context=context), cache, runtime, budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
     return prepared.engine(prepared.plan(Workload(length)))
 
@@ -80,35 +73,48 @@ def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:
     return asked
 
 
-def resolve(where: str | Path, cache: Path, dtype: str = "int8", progress: Progress = lambda *_: None) -> Path:
+def resolve(
+    where: str | Path,
+    cache: Path,
+    dtype: str = "int8",
+    progress: Progress = lambda *_: None,
+    context: int | None = None,
+) -> Path:
     """The pack that `where` names; a checkpoint is packed into `cache` on first use.
 
-    Raises UsageError for a name that is nothing, CheckpointError or DiskError when packing fails.
+    Raises UsageError for a name that is nothing and, before packing, for a `context` that the model does not support;
+    CheckpointError or DiskError when packing fails.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    dtypes = [codec.value for codec in Codec]
+    if dtype not in dtypes:
+        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(dtypes)}")
     path = Path(where)
-    if str(where) not in DEMOS and path.exists():
+    job = _Job(cache, dtype, progress, context)
+    if str(where) not in DEMO_NAMES and exists(path):
         if path.is_dir() and _holds_pack(path):
             return path
         slug, identity = path.resolve().name, _identity(path)
         target = cache / "packs" / f"{_slug(slug.removesuffix('.gguf'))}-{dtype}-{identity[:12]}"
-        return _packed(path, target, cache, dtype, progress)
+        return _packed(path, target, job)
     name = str(where)
     if not is_remote(name):
         raise UsageError(
             f"{where} does not exist: expected a pack, a checkpoint (directory or .gguf file), "
-            f"a hub repository (org/name) or one of {', '.join(DEMOS)}"
+            f"a hub repository (org/name) or one of {', '.join(DEMO_NAMES)}"
         )
-    # Remote names are looked up once: what was packed under a name is used until `flashrt pull` fetches it again.
-    return _packed(name, cache / "packs" / f"{_slug(name.replace('/', '--'))}-{dtype}", cache, dtype, progress)
+    # Remote names are looked up once: what was packed under a name is used, whatever is published there later, until
+    # its pack is removed. A run needs no network, and never starts to fetch and pack because a repository changed.
+    return _packed(name, cache / "packs" / f"{_slug(name.replace('/', '--'))}-{dtype}", job)
 
 
-def is_remote(name: str) -> bool:
-    """Whether `name` can only be something to fetch: a demo model, or a hub repository."""
-    if name in DEMOS:
-        return True
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """How to pack what is not packed yet."""
+
+    cache: Path
+    dtype: str
+    progress: Progress
+    context: int | None
 
 
 def _holds_pack(path: Path) -> bool:
@@ -117,17 +123,17 @@ def _holds_pack(path: Path) -> bool:
     from flashrt.storage.packer import JOB_FILE
 
     names = {MANIFEST_FILE, JOB_FILE, "resident.safetensors"}
-    return any((path / name).exists() for name in names) and not (path / "config.json").exists()
+    return any(exists(path / name) for name in names) and not exists(path / "config.json")
 
 
 def _identity(path: Path) -> str:
     """What tells one checkpoint from another without reading it: place, names, sizes, times."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _IDENTITY_FILES)
-    digest = hashlib.sha256(str(path.resolve()).encode())
+    digest = hashlib.sha256(os.fsencode(path.resolve()))
     for file in files:
         with contextlib.suppress(OSError):
             status = file.stat()
-            digest.update(f"\n{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(os.fsencode(f"\n{file.name} {status.st_size} {status.st_mtime_ns}"))
     return digest.hexdigest()
 
 
@@ -135,14 +141,14 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def _packed(checkpoint: str | Path, target: Path, cache: Path, dtype: str, progress: Progress) -> Path:
+def _packed(checkpoint: str | Path, target: Path, job: _Job) -> Path:
     from flashrt.storage.pack import is_pack
 
     if is_pack(target):
         return target
     with _locked(target.with_name(target.name + ".lock")) as lock:
         if not is_pack(target):  # another process may have packed it while this one waited
-            _pack_in_child(checkpoint, target, cache, dtype, progress, lock)
+            _pack_in_child(checkpoint, target, job, lock)
     return target
 
 
@@ -162,14 +168,15 @@ def _locked(path: Path) -> Iterator[IO[str]]:
         yield handle
 
 
-def _pack_in_child(
-    checkpoint: str | Path, target: Path, cache: Path, dtype: str, progress: Progress, lock: IO[str]
-) -> None:
-    command = [sys.executable, "-m", "flashrt.engine.packing", str(checkpoint), str(target), dtype, str(cache)]
+def _pack_in_child(checkpoint: str | Path, target: Path, job: _Job, lock: IO[str]) -> None:
+    arguments = [str(checkpoint), str(target), job.dtype, str(job.cache)]
+    arguments += [] if job.context is None else [str(job.context)]
+    command = [sys.executable, "-m", "flashrt.engine.packing", *arguments]
     roots = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
     failure: FlashrtError | None = None
-    with tempfile.TemporaryFile("w+") as complaints:
+    stray = ""  # what a library printed among the messages
+    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         # The child inherits the lock: should this process be killed, nobody else starts until the child has gone too.
         child = subprocess.Popen(
             command,
@@ -179,28 +186,42 @@ def _pack_in_child(
             env=environment,
             pass_fds=[lock.fileno()],
             text=True,
+            errors="replace",
         )
         assert child.stdout is not None
         try:
             for line in child.stdout:
-                message = json.loads(line)
-                if "error" in message:
+                message = _message(line)
+                if message is None:
+                    stray = line.strip() or stray
+                elif "error" in message:
                     failure = _error(message["error"], message["message"])
                 else:
-                    progress(message["stage"], message["done"], message["total"])
+                    job.progress(message["stage"], message["done"], message["total"])
             code = child.wait()
         except BaseException:
             child.terminate()
             child.wait()
             raise
         complaints.seek(0)
-        complaint = complaints.read().strip()
+        complaint = complaints.read().strip() or stray
     if failure is not None:
         raise failure
     if code:
         reason = complaint.splitlines()[-1] if complaint else f"it ended with status {code}"
         hint = "; it may have run out of memory" if code == -signal.SIGKILL else ""
         raise CheckpointError(f"packing {checkpoint} failed: {reason}{hint}")
+
+
+def _message(line: str) -> dict[str, Any] | None:
+    """What the child says in a line of its output; None when the line is none of its messages."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict):
+        return None
+    return message if {"error", "message"} <= set(message) or {"stage", "done", "total"} <= set(message) else None
 
 
 def _error(kind: str, message: str) -> FlashrtError:

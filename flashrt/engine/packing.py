@@ -1,6 +1,6 @@
 """Fetching and packing a checkpoint; as a program, for `flashrt.engine.open`, which runs it in a child process.
 
-    python -m flashrt.engine.packing CHECKPOINT OUT DTYPE CACHE
+    python -m flashrt.engine.packing CHECKPOINT OUT DTYPE CACHE [CONTEXT]
 
 Prints one JSON object a line: {"stage", "done", "total"} while it works, {"error", "message"} when it fails.
 """
@@ -13,30 +13,36 @@ import sys
 import time
 from pathlib import Path
 
-from flashrt.engine.open import Progress
+from flashrt.engine.open import Progress, checked_context
 from flashrt.errors import FlashrtError
 from flashrt.storage.manifest import Manifest
+from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES
 from flashrt.storage.packer import pack
 from flashrt.storage.sources import open_checkpoint
-from flashrt.storage.sources.demo import DEMOS, fetch_demo
+from flashrt.storage.sources.demo import fetch_demo
 from flashrt.storage.sources.hub import fetch_repository
 from flashrt_kernels.rows import Codec
 
 INTERVAL_S = 0.1
-CHECKPOINTS = "checkpoints"  # below the cache directory
 
 
 def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progress) -> Path:
     """Bring a demo model or a hub repository to this machine, into `out` or a cache; return where it is."""
-    if name in DEMOS:
+    if name in DEMO_NAMES:
         return fetch_demo(name, out or cache / CHECKPOINTS, _fetching(progress))
     return fetch_repository(name, out)
 
 
-def pack_checkpoint(checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress) -> Manifest:
-    """Pack a checkpoint, fetched first if it has to be, into the directory `out`."""
+def pack_checkpoint(
+    checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress, context: int | None = None
+) -> Manifest:
+    """Pack a checkpoint, fetched first if it has to be, into the directory `out`.
+
+    Raises UsageError, before anything is packed, when the model does not support `context`.
+    """
     with open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress)) as source:
         source.validate()
+        checked_context(source.spec, context, 1)
         return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
 
 
@@ -47,7 +53,7 @@ def _fetching(progress: Progress) -> Progress:
 def main() -> int:
     # Ctrl-C and a terminated parent end the packer the same way: it removes the file that it was writing.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    checkpoint, out, dtype, cache = sys.argv[1:]
+    checkpoint, out, dtype, cache, *asked = sys.argv[1:]
     reported = 0.0
 
     def report(stage: str, done: int, total: int) -> None:
@@ -58,7 +64,7 @@ def main() -> int:
             print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
 
     try:
-        pack_checkpoint(checkpoint, Path(out), dtype, Path(cache), report)
+        pack_checkpoint(checkpoint, Path(out), dtype, Path(cache), report, int(asked[0]) if asked else None)
     except FlashrtError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
         return 1

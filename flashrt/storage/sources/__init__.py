@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flashrt.errors import CheckpointError
+from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES, default_cache, exists, is_repository
 from flashrt.storage.sources.checkpoint import Checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]
-
-DEFAULT_CACHE = Path("~/.cache/flashrt")
 
 
 def open_checkpoint(
@@ -18,29 +17,28 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a directory, a GGUF file, a hub repository ('org/name') or a demo model ('demo', 'demo-small').
 
-    cache: where demo models are kept (default ~/.cache/flashrt); hub repositories go to the hub's own cache
+    cache: where demo models are kept (by default below flashrt's own); hub repositories go to the hub's own cache
     progress: called with (what, parts done, parts in all) while a demo model is fetched
-    Headers are read, weights are not; call `validate()` before converting. Raises CheckpointError.
+    Headers are read, weights are not; call `validate()` before converting. Raises CheckpointError or UsageError.
     """
     from flashrt.storage.sources.demo import DEMOS, fetch_demo
     from flashrt.storage.sources.gguf import open_gguf
-    from flashrt.storage.sources.hub import REPOSITORY, open_repository
+    from flashrt.storage.sources.hub import open_repository
     from flashrt.storage.sources.huggingface import open_directory
 
-    path = Path(where)
-    if path.is_dir():
-        return open_directory(path)
-    if path.is_file():
+    name, path = str(where), Path(where)
+    if name in DEMO_NAMES:
+        demo = fetch_demo(name, cache or default_cache() / CHECKPOINTS, progress)
+        return open_gguf(demo, source=f"{name}: {DEMOS[name].title}")
+    if exists(path):
+        if path.is_dir():
+            return open_directory(path)
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is one file of a checkpoint: give the directory it lies in")
         return open_gguf(path)
-    name = str(where)
-    if name in DEMOS:
-        demo = fetch_demo(name, cache or DEFAULT_CACHE.expanduser(), progress)
-        return open_gguf(demo, source=f"{name}: {DEMOS[name].title}")
-    if REPOSITORY.fullmatch(name) and not path.parent.is_dir():
+    if is_repository(name):
         return open_repository(name)
     raise CheckpointError(
         f"{name} does not exist: expected a directory, a GGUF file, a hub repository (org/name) or one of "
-        + ", ".join(DEMOS)
+        + ", ".join(DEMO_NAMES)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
         spec=spec,
         name=name or path.stem,
         source=source or f"GGUF file {path}",
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        fingerprint=hashlib.sha256(os.fsencode(identity)).hexdigest(),
         reader=reader,
         tensor_map=family.gguf_tensors(spec, header.tensors.__contains__),
         text=lambda: text_from_gguf(header.metadata),

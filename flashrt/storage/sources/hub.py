@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.huggingface import open_directory
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights in other formats, and consolidated copies of the same weights, are left where they are.
 PATTERNS = (
     "config.json",

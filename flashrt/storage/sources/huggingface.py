@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
     for path in _weight_files(directory):
         found, header = read_header(path)
         status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {header}\n".encode())
+        digest.update(os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns} {header}\n"))
         tensors |= found
     return tensors, digest.hexdigest()
 
@@ -113,6 +114,15 @@ def _fingerprint(config: Mapping[str, Any], generation: Mapping[str, Any], files
 
 
 def _text(directory: Path, generation: Mapping[str, Any]) -> TextFiles:
+    try:
+        return _text_files(directory, generation)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or directory}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{directory} holds a template or merges that are not UTF-8 text: {error}") from error
+
+
+def _text_files(directory: Path, generation: Mapping[str, Any]) -> TextFiles:
     config = _json(directory / "tokenizer_config.json", required=False)
     special = _special_tokens({**_json(directory / "special_tokens_map.json", required=False), **config})
     add_bos = config.get("add_bos_token")
