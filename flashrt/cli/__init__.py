@@ -76,7 +76,6 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 sys.stdout.flush()
             except OSError:
-                where = "stdout: "
                 _close_stdout()
             _fail(f"{where}{error.strerror or error}", FAILED)
         except MemoryError:

@@ -6,14 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import flashrt
+from flashrt.cli import guarded
+from flashrt.engine.open import resolve
+from flashrt.errors import CheckpointError, UsageError
 from flashrt.storage.manifest import _checksum
-from tests.cli.conftest import Cli, check_failure
+from tests.cli.conftest import COMMAND, Cli, check_failure
 
 
 @pytest.fixture
@@ -91,11 +97,69 @@ def test_text_files(cli: Cli, pack: Path, tmp_path: Path) -> None:
 def test_names_that_are_nothing(cli: Cli, tmp_path: Path) -> None:
     check_failure(cli("run", tmp_path / "none", "--prompt", "a"), 2, "does not exist", "org/name")
     check_failure(cli("pull", "nonsense"), 2, "org/name")
+    for command in (("run", "-p", "a"), ("pack", tmp_path / "out"), ("inspect",), ("pull",)):
+        name, *rest = command
+        check_failure(cli(name, "n" * 300, *rest), 2, *(["File name too long"] if name != "pull" else []))
+        check_failure(cli(name, "n" * 300 + "/name", *rest), 2, "File name too long")
+    check_failure(cli("verify", "n" * 300), 1, "File name too long")
     check_failure(cli("inspect", tmp_path), 1, "config.json")
     (tmp_path / "file.gguf").write_bytes(b"GGUF\x03\x00")
     check_failure(
         cli("run", tmp_path / "file.gguf", "--prompt", "a", "--cache-dir", tmp_path / "cache"), 1, "file.gguf"
     )
+
+
+def test_a_name_that_is_not_utf_8(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    os.symlink(checkpoint, name)
+    assert cli("run", name, "-p", "a", "-n", 1, "--cache-dir", tmp_path / "cache").returncode == 0
+    shutil.copytree(checkpoint, name + "2")
+    assert cli("run", name + "2", "-p", "a", "-n", 1, "--cache-dir", tmp_path / "cache").returncode == 0
+
+
+def test_what_is_asked_is_checked_before_packing(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    cache = ("--cache-dir", tmp_path / "cache")
+    run = ("run", checkpoint, "-p", "a", *cache)
+    check_failure(cli(*run, "--host-budget-gb", 1), 2, "--device cuda")
+    check_failure(cli(*run, "--budget-gb", 0), 2, "above 0")
+    check_failure(cli(*run, "--context", 257), 2, "at most 256")
+    check_failure(cli("eval", "ppl", checkpoint, "--text-file", __file__, "--ctx", 257, *cache), 2, "at most 256")
+    for options in ({"context": 257}, {"host_budget_gb": 1.0}, {"device": "tpu"}, {"context": 0}):
+        with pytest.raises(UsageError):
+            flashrt.load(checkpoint, cache_dir=tmp_path / "cache", **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("cache/packs/*/*"))
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/a/b"), OSError("odd")])
+def test_any_other_failure_of_the_system_is_one_line(capsys: pytest.CaptureFixture[str], error: OSError) -> None:
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        guarded(fails)()
+    assert end.value.code == 1
+    assert capsys.readouterr().err in ("error: /a/b: Permission denied\n", "error: odd\n")
+
+
+def test_an_output_that_is_full(pack: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "inspect", str(pack)], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr.decode()) == (1, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "reason"),
+    [("cuckoo", "", "cuckoo"), ("[1]\\n{}\\nnull", "", "null"), ("cuckoo", "Boom: here", "Boom: here")],
+)
+def test_a_packer_whose_libraries_print(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: str, stderr: str, reason: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '{stdout}\\n\\377\\n' | head -n -1\nprintf '{stderr}' >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(CheckpointError, match=f"packing .* failed: {reason}$"):
+        resolve(checkpoint, tmp_path / "cache")
 
 
 def test_usage_errors_of_the_command_line(cli: Cli, pack: Path) -> None:

@@ -33,6 +33,8 @@ def open_checkpoint(
     if exists(path):
         if path.is_dir():
             return open_directory(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is neither a directory nor a file")
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is one file of a checkpoint: give the directory it lies in")
         return open_gguf(path)
