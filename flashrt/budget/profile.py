@@ -18,7 +18,7 @@ MIB = 1 << 20
 PROBE_BLOCK = MIB  # with a few in flight as fast as larger ones, and small enough to measure beside a loaded model
 PROBE_LEAST = 16 * MIB
 PROBE_BYTES = 256 * MIB
-PROBE_DEPTH = 4
+PROBE_DEPTH = 8
 PROBE_ROUNDS = 4
 
 

@@ -97,7 +97,7 @@ class CpuDevice:
 
         for block, memory in items:
             flying.append(self._reader.submit(block, memory))
-            if len(flying) > 2 * DEPTH:
+            if len(flying) > DEPTH:
                 finish()
         while flying:
             finish()

@@ -29,7 +29,7 @@ from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
 
-FILL_DEPTH = 2 * DEPTH  # staging buffers while the model is loaded
+FILL_DEPTH = DEPTH + 2  # staging buffers while the model is loaded
 ARENA_ALIGNMENT = 512  # bytes; what torch's own allocator gives
 _DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.uint16: torch.bfloat16}
 
