@@ -26,6 +26,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashrt_kernels.rows import LONGEST_ROW, WIDEST_HEAD
+
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -150,6 +152,25 @@ class ModelSpec:
     position_offset: int = 0  # row of the table that position 0 uses
     bos: int | None = None
     eos: tuple[int, ...] = ()
+
+    def unsupported(self) -> str | None:
+        """Why these shapes cannot be computed, as one clause; None when they can."""
+        if self.hidden > LONGEST_ROW:
+            return f"a hidden size of {self.hidden} is more than the {LONGEST_ROW} that kernels take"
+        for attention in {layer.attention for layer in self.layers}:
+            width = attention.heads * attention.head_dim
+            if attention.head_dim > WIDEST_HEAD:
+                return f"heads of {attention.head_dim} numbers are wider than the {WIDEST_HEAD} that kernels take"
+            if width > LONGEST_ROW:
+                return (
+                    f"{attention.heads} heads of {attention.head_dim} are more than the {LONGEST_ROW} that kernels take"
+                )
+        if self.positions and self.positions < self.context + self.position_offset:
+            return (
+                f"a table of {self.positions} positions, the first {self.position_offset} of them unused, "
+                f"does not reach the end of a context of {self.context}"
+            )
+        return None
 
     def vectors(self) -> dict[str, int]:
         """Logical name → length of every vector, in the order in which they are stored."""

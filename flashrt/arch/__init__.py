@@ -25,8 +25,14 @@ class Family:
     gguf_permuted: bool = False  # llama.cpp's converter permutes query and key rows of this family
 
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
-        """The spec that a Hugging Face config (or one made from GGUF metadata) describes."""
-        return self.spec_of(Config(config, self.name))
+        """The spec that a Hugging Face config (or one made from GGUF metadata) describes.
+
+        Raises CheckpointError, and UnsupportedModelError for what the kernels cannot compute.
+        """
+        spec = self.spec_of(Config(config, self.name))
+        if problem := spec.unsupported():
+            raise UnsupportedModelError(f"this {self.name} model is not supported: {problem}")
+        return spec
 
     def tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
         """Tensor names of a Hugging Face checkpoint."""

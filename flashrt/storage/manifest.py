@@ -188,6 +188,8 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
             bounded("window", attention.window, 1, 1 << 31)
         if ffn.activation not in ACTIVATIONS:
             raise PackError(f"{where}: unknown activation {ffn.activation!r}")
+    if problem := spec.unsupported():
+        raise PackError(f"{where}: {problem}")
     for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
         if rope is not None:
             _check_rope(rope, head_dim, where)

@@ -22,6 +22,8 @@ ALIGNMENT = 64  # bytes: a cache line, and the width of an AVX-512 load
 MATRIX_ROWS = 8  # rows of a matrix in one bundle: 8 rows of int4 waste less than 1% to padding
 INT8_GROUP = 64
 INT4_GROUP = 32
+LONGEST_ROW = 65536  # weights: longer rows no kernel takes
+WIDEST_HEAD = 256  # numbers of one attention head, likewise
 
 
 class Codec(enum.Enum):

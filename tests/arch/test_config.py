@@ -43,6 +43,19 @@ def rope_of(**fields: Any) -> Rope:
 
 
 @pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"head_dim": 512}, "heads of 512 numbers are wider than the 256"),
+        ({"hidden_size": 1 << 17, "head_dim": 128}, "a hidden size of 131072"),
+        ({"num_attention_heads": 1024, "head_dim": 128}, "1024 heads of 128"),
+    ],
+)
+def test_what_kernels_cannot_compute_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"this llama model is not supported: {reason}"):
+        family_of("llama").spec({**LLAMA, **fields})
+
+
+@pytest.mark.parametrize(
     "scaling",
     [
         {"rope_type": "llama3", **LLAMA3},

@@ -157,6 +157,15 @@ LIES: dict[str, Callable[[Body], None]] = {
     "no layers": _set("spec/layers", []),
     "layers 0 times": _set("spec/layers/0/count", 0),
     "heads": _set(f"{LAYER}/attention/heads", 3),
+    "rows that no kernel takes": _set("spec/hidden", 65537),
+    "heads that no kernel takes": _set(f"{LAYER}/attention/head_dim", 258),
+    "more heads than kernels take": lambda body: body["spec"]["layers"][1]["layer"]["attention"].update(
+        heads=258, kv_heads=2, head_dim=256
+    ),
+    "positions that end before the context": _set("spec/positions", 31),
+    "positions that end before the context with their offset": lambda body: body["spec"].update(
+        positions=33, position_offset=2
+    ),
     "kv heads 0": _set(f"{LAYER}/attention/kv_heads", 0),
     "experts": _set(f"{LAYER}/ffn/experts", 1 << 40),
     "more experts a token than there are": _set(f"{LAYER}/ffn/experts_per_token", 4),
@@ -193,6 +202,23 @@ def test_a_lie_is_one_pack_error(opened_with: Callable[[bytes], Pack], body: Bod
     lie(changed)
     with pytest.raises(PackError, match=MANIFEST_FILE):
         opened_with(sealed(changed))
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ("rows that no kernel takes", "a hidden size of 65537"),
+        ("heads that no kernel takes", "heads of 258 numbers"),
+        ("more heads than kernels take", "258 heads of 256"),
+        ("positions that end before the context", "a table of 31 positions"),
+        ("positions that end before the context with their offset", "a table of 33 positions"),
+    ],
+)
+def test_what_kernels_cannot_compute_is_refused_for_that(body: Body, lie: str, reason: str) -> None:
+    changed = copy.deepcopy(body)
+    LIES[lie](changed)
+    with pytest.raises(PackError, match=f"here: {reason}"):
+        Manifest.from_bytes(sealed(changed), "here")
 
 
 def test_opening_with_the_seal_renewed_works(opened_with: Callable[[bytes], Pack], body: Body) -> None:

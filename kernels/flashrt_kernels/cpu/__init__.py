@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt_kernels.cpu import _cpu
-from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+from flashrt_kernels.rows import LONGEST_ROW, MATRIX_ROWS, WIDEST_HEAD, Codec, row_bytes
 
 __all__ = [
     "attention",
@@ -43,9 +43,6 @@ __all__ = [
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
-
-LONGEST_ROW = 65536
-WIDEST_HEAD = 256
 
 _CODECS = {Codec.F32: 0, Codec.BF16: 1, Codec.INT8: 2, Codec.INT4: 3}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
