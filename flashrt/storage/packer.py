@@ -21,7 +21,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from flashrt.errors import CheckpointError, DiskError, UsageError
+from flashrt.errors import CheckpointError, DiskError, UnsupportedModelError, UsageError
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
@@ -32,6 +32,7 @@ from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 CHUNK_WEIGHTS = 4 << 20  # float32 weights converted at a time and per row of a bundle: 16 MiB
 FLUSH_BYTES = 64 << 20  # written pages are pushed to disk in steps of this, so that they never pile up in memory
 JOB_FILE = "packing.json"
+ENTRY_SUFFIX = ".entry.json"
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
@@ -71,11 +72,14 @@ def pack(
 
     `encoder` is where encoded bundles come from, when not from the weights of `source`.
 
-    Raises UsageError when `out` holds something else, DiskError when the disk is too small or fails, CheckpointError
-    when the source holds values that are not finite.
+    Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
+    DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
+    are not finite.
     """
+    if problem := source.spec.unsupported():
+        raise UnsupportedModelError(f"{source.source} is not supported: {problem}")
     layout = pack_layout(source.spec, dtype, block_bytes)
-    with _job(out, source, dtype, block_bytes):
+    with _job(out, source, dtype, block_bytes, layout):
         manifest_path = out / MANIFEST_FILE
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
@@ -95,9 +99,14 @@ def _write_all(
     block_bytes: int,
     progress: Progress,
 ) -> Manifest:
-    """Write every file that an earlier run has not completed, the manifest last."""
-    files = {file: entry for file in layout.file_bytes if (entry := _finished(out, file, layout))}
-    _check_room(out, layout, sum(entry.nbytes for entry in files.values()))
+    """Write every file that an earlier run has not completed, the manifest last.
+
+    The text files come first: they take seconds, and what is wrong with them is better known before an hour of work.
+    """
+    with _source_errors(source):
+        texts = source.text_files()
+    text_files = {name: _write_text(out, name, data) for name, data in texts.items()}
+    files = _finished_files(out, layout)
     done = 0
     for file in layout.file_bytes:
         if file not in files:
@@ -105,7 +114,6 @@ def _write_all(
         done += files[file].nbytes
         progress(file, done, layout.nbytes)
     files = {file: files[file] for file in layout.file_bytes}
-    text_files = {name: _write_text(out, name, data) for name, data in source.text_files().items()}
     manifest = Manifest(
         source.name, source.source, source.fingerprint, dtype, source.spec, files, text_files, block_bytes
     )
@@ -114,8 +122,11 @@ def _write_all(
 
 
 @contextlib.contextmanager
-def _job(out: Path, source: WeightSource, dtype: Codec, block_bytes: int) -> Iterator[None]:
-    """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job."""
+def _job(out: Path, source: WeightSource, dtype: Codec, block_bytes: int, layout: PackLayout) -> Iterator[None]:
+    """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
+
+    A job that has written no weights yet binds nobody: `out` may be packed into with another dtype.
+    """
     job = {
         "source": source.fingerprint,
         "dtype": dtype.value,
@@ -139,12 +150,16 @@ def _job(out: Path, source: WeightSource, dtype: Codec, block_bytes: int) -> Ite
             raise UsageError(f"another process is packing into {out}") from None
         handle.seek(0)
         text = handle.read()
-        if text and _parsed(text) != job:
+        same = _parsed(text) == job
+        if not same and _holds_weights(out):
             raise UsageError(
                 f"{out} holds an unfinished pack of another checkpoint or dtype: remove it, or choose another directory"
             )
-        if not text:
+        if not (out / MANIFEST_FILE).exists():
+            _check_room(out, layout)
+        if not same:
             with _disk_errors(out):
+                handle.truncate(0)
                 handle.write(json.dumps(job))
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -159,7 +174,13 @@ def _parsed(text: str) -> object:
         return None
 
 
-def _check_room(out: Path, layout: PackLayout, present: int) -> None:
+def _holds_weights(out: Path) -> bool:
+    """Whether an earlier run has completed a data file here."""
+    return any(path.suffix == ".safetensors" or path.name.endswith(ENTRY_SUFFIX) for path in out.iterdir())
+
+
+def _check_room(out: Path, layout: PackLayout) -> None:
+    present = sum(entry.nbytes for entry in _finished_files(out, layout).values())
     needed = layout.nbytes - present + (64 << 20)  # tokenizer, manifest, and the file system's own
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -170,7 +191,12 @@ def _check_room(out: Path, layout: PackLayout, present: int) -> None:
 
 
 def _entry_path(out: Path, file: str) -> Path:
-    return out / f"{file}.entry.json"
+    return out / f"{file}{ENTRY_SUFFIX}"
+
+
+def _finished_files(out: Path, layout: PackLayout) -> dict[str, FileEntry]:
+    """The data files that earlier, interrupted runs completed."""
+    return {file: entry for file in layout.file_bytes if (entry := _finished(out, file, layout))}
 
 
 def _finished(out: Path, file: str, layout: PackLayout) -> FileEntry | None:
@@ -207,7 +233,8 @@ class _FileWriter:
         temporary = path.with_name(path.name + ".tmp")
         try:
             with _disk_errors(self.out), open(temporary, "wb") as handle:
-                entry = self._contents(handle)
+                with _source_errors(self.source):
+                    entry = self._contents(handle)
                 handle.flush()
                 os.fsync(handle.fileno())
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -236,14 +263,15 @@ class _FileWriter:
         return FileEntry(self.written, self.sha.hexdigest(), zlib.crc32(header), blocks, vectors_crc)
 
     def _put(self, handle: IO[bytes], data: bytes | memoryview) -> None:
-        handle.write(data)
         self.sha.update(data)
         self.written += len(data)
-        if self.written - self.flushed >= FLUSH_BYTES:
-            handle.flush()
-            os.fdatasync(handle.fileno())
-            os.posix_fadvise(handle.fileno(), 0, self.written, os.POSIX_FADV_DONTNEED)
-            self.flushed = self.written
+        with _disk_errors(self.out):
+            handle.write(data)
+            if self.written - self.flushed >= FLUSH_BYTES:
+                handle.flush()
+                os.fdatasync(handle.fileno())
+                os.posix_fadvise(handle.fileno(), 0, self.written, os.POSIX_FADV_DONTNEED)
+                self.flushed = self.written
         self.progress(self.file, self.done + self.written, self.layout.nbytes)
 
     def _vector(self, name: str, length: int) -> Array:
@@ -357,6 +385,14 @@ def _sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _source_errors(source: WeightSource) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"reading {source.source} failed: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashrt.errors import CheckpointError, DiskError, PackError, UsageError
+from flashrt.errors import CheckpointError, DiskError, PackError, UnsupportedModelError, UsageError
 from flashrt.storage import packer
 from flashrt.storage.manifest import MANIFEST_FILE
 from flashrt.storage.pack import Pack, is_pack
@@ -139,7 +140,7 @@ def test_a_real_kill(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
 
 def test_resuming_with_another_dtype_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        _kill_at(patch, 6)
+        _kill_at(patch, 12)
         with pytest.raises(Killed):
             pack(FakeSource(DENSE), tmp_path / "p", Codec.INT4)
     before = contents(tmp_path / "p")
@@ -213,7 +214,40 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     monkeypatch.setattr(packer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskError, match=r"needs 0\.\d+ GB more .* has 0\.07 GB free"):
         pack(FakeSource(DENSE), tmp_path / "p", Codec.F32)
+    monkeypatch.undo()
+    assert (tmp_path / "p" / packer.JOB_FILE).read_text() == ""
+    pack(FakeSource(DENSE), tmp_path / "p", Codec.INT4)  # a smaller dtype, as the message advises
+    Pack(tmp_path / "p").verify()
+
+
+def test_a_tokenizer_that_is_missing_is_noticed_first(tmp_path: Path) -> None:
+    class Mute(FakeSource):
+        def text_files(self) -> dict[str, bytes]:
+            raise CheckpointError("no tokenizer.json")
+
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        pack(Mute(DENSE), tmp_path / "p", Codec.F32)
     assert [p.name for p in (tmp_path / "p").iterdir()] == [packer.JOB_FILE]
+    pack(FakeSource(DENSE), tmp_path / "p", Codec.INT8)  # without weights the directory is bound to no dtype
+    assert contents(tmp_path / "p") == _whole(tmp_path / "q", Codec.INT8)
+
+
+def _whole(out: Path, codec: Codec) -> dict[str, bytes]:
+    pack(FakeSource(DENSE), out, codec)
+    return contents(out)
+
+
+@pytest.mark.parametrize("method", ["vector", "matrix_rows", "neuron_rows", "text_files"])
+def test_a_source_that_fails_is_not_taken_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(FakeSource, method, fails)
+    with pytest.raises(CheckpointError, match="reading nowhere failed: Input/output error"):
+        pack(FakeSource(DENSE), tmp_path / "p", Codec.F32)
+    assert not list((tmp_path / "p").glob("*.tmp"))
 
 
 def test_a_limit_on_file_size_is_one_error_and_can_be_resumed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -273,6 +307,12 @@ def test_weights_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match=rf"{key.split('.')[0]}\S* holds values that are not finite"):
         pack(FakeSource(DENSE), tmp_path / "p", Codec.INT8)
     assert not is_pack(tmp_path / "p")
+
+
+def test_shapes_that_kernels_do_not_take_are_refused_before_packing(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="nowhere is not supported: a table of 40 positions"):
+        pack(FakeSource(replace(DENSE, positions=40)), tmp_path / "p", Codec.INT8)
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_source_with_wrong_shapes(tmp_path: Path) -> None:
