@@ -41,7 +41,7 @@ def doctor(
     Example: flashrt doctor --dir /mnt/nvme/packs
     """
     from flashrt.budget.doctor import examine_disk, memory_bandwidth
-    from flashrt.budget.process import available_bytes, usable_cores
+    from flashrt.budget.process import available_bytes, memory_limit, usable_cores
     from flashrt.budget.profile import profile_path, save_disk_profile
     from flashrt.storage.names import default_cache
     from flashrt_kernels import ops
@@ -62,7 +62,7 @@ def doctor(
         "isa": kernels.isa(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "memory_available_bytes": available_bytes(),
-        "cgroup_limit_bytes": _cgroup_limit(),
+        "cgroup_limit_bytes": memory_limit(),
         "memory_bytes_per_s": memory_bandwidth(kernels),
         "disk": {
             "directory": str(disk.directory),
@@ -87,17 +87,6 @@ def _cpu_name() -> str:
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _cgroup_limit() -> int | None:
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limit = int((Path("/sys/fs/cgroup") / name).read_text())
-        except (OSError, ValueError):  # absent, or 'max'
-            continue
-        if limit < 1 << 60:
-            return limit
-    return None
 
 
 def _gpu() -> dict[str, Any] | None:
