@@ -27,7 +27,7 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/
 .PHONY: demo test test-slow lint format bench gpu-report clean
 
 demo: $(DEMO_PACK)/manifest.json
-	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --prompt "$(DEMO_PROMPT)"
+	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import emit, rate, say, show, size, table
 from flashrt.errors import UsageError
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, metavar="N", help="Tokens to decode.")] = 32,
     repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, help="Times that all is done; medians count.")] = 3,
-    dtype: options.Dtype_ = options.Dtype.INT8,
+    dtype: options.Dtype = Codec.INT8,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -78,7 +79,7 @@ def bench(
             "pack": str(engine.reader.pack.path),
             "name": engine.reader.pack.manifest.name,
             "dtype": engine.reader.pack.manifest.dtype.value,
-            "threads": threads,
+            "threads": engine.runtime.ops.threads(),
             "repeat": repeat,
             "prefill_tok_per_s": {str(n): n / statistics.median(times) for n, times in prefill.items()},
             "prefill_s": {str(n): statistics.median(times) for n, times in prefill.items()},

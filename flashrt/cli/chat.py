@@ -17,6 +17,7 @@ from flashrt.cli.console import say, write
 from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
 from flashrt.errors import PackError, UsageError
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -65,7 +66,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a line of figures after every answer.")] = False,
-    dtype: options.Dtype_ = options.Dtype.INT8,
+    dtype: options.Dtype = Codec.INT8,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,

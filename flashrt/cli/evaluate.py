@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +13,14 @@ from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
 from flashrt.cli.run import read_text
 from flashrt.errors import UsageError
+from flashrt_kernels.rows import Codec
+
+if TYPE_CHECKING:
+    from flashrt.text.tokenizer import Tokenizer
 
 DEFAULT_CTX = 1024
+TOKEN_CHARACTERS = 8  # more than tokens of ordinary text have on average
+CUT_TOKENS = 64  # the last tokens before a cut may differ from those of the whole text
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -49,7 +55,7 @@ def ppl(
         int | None,
         typer.Option("--max-tokens", min=2, metavar="N", show_default=False, help="Score the first N tokens only."),
     ] = None,
-    dtype: options.Dtype_ = options.Dtype.INT8,
+    dtype: options.Dtype = Codec.INT8,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -72,7 +78,7 @@ def ppl(
     windows = Progress("windows")
     session = Session(Settings(str(pack), budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx))
     window = checked_context(session.spec, ctx, DEFAULT_CTX)
-    ids = session.tokenizer.encode(text, special=False)[:max_tokens]
+    ids = first_ids(session.tokenizer, text, max_tokens)
     with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, windows:
         began = time.perf_counter()
         perplexity, scored = engine.score(ids, window, windows.of("scoring"))
@@ -94,3 +100,19 @@ def ppl(
     else:
         peak = f"peak memory {size(result['peak_rss_bytes'])} of {size(result['budget_bytes'])}"
         print(f"perplexity {perplexity:.4f} over {scored} tokens in windows of {window} ({duration(seconds)}, {peak})")
+
+
+def first_ids(tokenizer: Tokenizer, text: str, count: int | None) -> list[int]:
+    """The ids of the first `count` tokens (None: all). No more of the text is encoded than that takes.
+
+    Encoding holds about a hundred bytes for each character.
+    """
+    if count is None:
+        return tokenizer.encode(text, special=False)
+    end, ids = TOKEN_CHARACTERS * (count + CUT_TOKENS), list[int]()
+    while len(ids) < count + CUT_TOKENS:
+        ids = tokenizer.encode(text[:end], special=False)
+        if end >= len(text):
+            break
+        end *= 2
+    return ids[:count]

@@ -9,6 +9,7 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, show, size, table
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.storage.pack import Pack
@@ -20,7 +21,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
 
 def inspect(
     pack: options.Model,
-    dtype: options.Dtype_ = options.Dtype.INT8,
+    dtype: options.Dtype = Codec.INT8,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
@@ -43,6 +44,7 @@ def inspect(
 
 def _facts(pack: Pack) -> dict[str, Any]:
     from flashrt.budget.planner import owner_of
+    from flashrt.engine.runtime import kv_item_bytes
 
     spec, layout, manifest = pack.spec, pack.layout, pack.manifest
     owners: dict[str, int] = {}
@@ -50,7 +52,6 @@ def _facts(pack: Pack) -> dict[str, Any]:
         owner = owner_of(spec, tensor)
         owners[owner] = owners.get(owner, 0) + tensor.nbytes
     layer = spec.layers[0]
-    kv_item = 4 if manifest.dtype.value == "f32" else 2
     return {
         "path": str(pack.path),
         "name": manifest.name,
@@ -70,7 +71,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "neurons": layer.ffn.neurons,
         "experts": layer.ffn.experts,
         "experts_per_token": layer.ffn.experts_per_token,
-        "kv_bytes_per_token": spec.kv_bytes_per_token(kv_item),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(kv_item_bytes(pack)),
         "weight_bytes": owners,
         "files": dict(layout.file_bytes),
         "hash": manifest.hash,

@@ -9,13 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flashrt.config import Sampling
-
-
-class Dtype(str, enum.Enum):
-    F32 = "f32"
-    BF16 = "bf16"
-    INT8 = "int8"
-    INT4 = "int4"
+from flashrt_kernels.rows import Codec
 
 
 class DeviceName(str, enum.Enum):
@@ -55,11 +49,11 @@ HostBudgetGb = Annotated[
         help="With --device cuda: host memory, in GiB, that the process may hold. Omitted: half of what is free.",
     ),
 ]
-Dtype_ = Annotated[
-    Dtype,
+Dtype = Annotated[
+    Codec,
     typer.Option("--dtype", help="How a checkpoint is packed on first use; a pack has its own."),
 ]
-PackDtype = Annotated[Dtype, typer.Option("--dtype", help="How weights are stored; int8 is close to lossless.")]
+PackDtype = Annotated[Codec, typer.Option("--dtype", help="How weights are stored; int8 is close to lossless.")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, max=1024, show_default=False, help="Compute threads. Omitted: one per core."),

@@ -11,6 +11,7 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
+from flashrt_kernels.rows import Codec
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -23,7 +24,7 @@ def pack(
         Path,
         typer.Argument(metavar="OUT", show_default=False, help="Directory of the pack: new, or unfinished."),
     ],
-    dtype: options.PackDtype = options.Dtype.INT8,
+    dtype: options.PackDtype = Codec.INT8,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import emit, rate, show, size, table
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.budget.planner import Plan
@@ -35,7 +36,7 @@ def plan(
             help="Tokens of prompt and answer together, up to what the model supports. Omitted: 4096, or the model's.",
         ),
     ] = None,
-    dtype: options.Dtype_ = options.Dtype.INT8,
+    dtype: options.Dtype = Codec.INT8,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,

@@ -12,6 +12,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import duration, emit, rate, say, size, write
 from flashrt.errors import UsageError
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.engine.report import Report
@@ -76,7 +77,7 @@ def run(
         typer.Option("--stop", metavar="TEXT", show_default=False, help="Stop before this text; may be repeated."),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
-    dtype: options.Dtype_ = options.Dtype.INT8,
+    dtype: options.Dtype = Codec.INT8,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrt.cli.console import Progress
-from flashrt.cli.options import DeviceName, Dtype
+from flashrt.cli.options import DeviceName
 from flashrt.config import budget_bytes
 from flashrt.engine.open import resolve
 from flashrt.storage.names import default_cache
+from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.budget.planner import Workload
@@ -26,7 +27,7 @@ class Settings:
 
     where: str
     budget_gb: float | None
-    dtype: Dtype
+    dtype: Codec
     threads: int | None
     device: DeviceName
     host_budget_gb: float | None

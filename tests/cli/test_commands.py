@@ -114,12 +114,14 @@ def test_bench(cli: Cli, pack: Path) -> None:
     assert set(result["prefill_tok_per_s"]) == {"8", "32"}
     assert result["decode_tok_per_s"] > 0
     assert result["bytes_read_per_token"] == 0
+    assert result["threads"] >= 1
     assert "decode" in cli(*arguments).stdout
 
 
 def test_inspect_and_verify(cli: Cli, pack: Path) -> None:
     facts = parsed(cli("inspect", pack, "--json"))
     assert (facts["family"], facts["dtype"], facts["layers"], facts["context"]) == ("llama", "int8", 3, 256)
+    assert facts["kv_bytes_per_token"] == 3 * 2 * facts["kv_heads"] * facts["head_dim"] * 2
     assert facts["bytes"] == sum((pack / name).stat().st_size for name in facts["files"])
     assert "tiny-llama (llama)" in cli("inspect", pack).stdout
     assert parsed(cli("verify", pack, "--json"))["intact"]
