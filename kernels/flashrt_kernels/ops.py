@@ -19,9 +19,13 @@ class BackendUnavailable(RuntimeError):
 
 
 class Ops(Protocol):
-    """A backend. Results are written into arrays of the caller's."""
+    """A backend. Results are written into arrays of the caller's.
 
-    def linear(self, x: Any, bundles: Any, codec: Codec, out: Any, row0: int, rows: int, bias: Any = None) -> None: ...
+    B tokens, K numbers a row, D numbers a head, n bundles of `flashrt_kernels.rows`. Floats are float32.
+    """
+
+    def linear(self, x: Any, bundles: Any, codec: Codec, out: Any, row0: int, rows: int, bias: Any = None) -> None:
+        """out[b, row0 + r] = x[b] · W[r] + bias[r], few tokens; x [B, K], bundles [n, bytes], out [B, any]."""
 
     def gemm_linear(
         self,
@@ -33,9 +37,11 @@ class Ops(Protocol):
         rows: int,
         bias: Any = None,
         scratch: Any = None,
-    ) -> None: ...
+    ) -> None:
+        """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)]."""
 
-    def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int: ...
+    def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int:
+        """Scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
 
     def glu(
         self,
@@ -48,7 +54,8 @@ class Ops(Protocol):
         up_bias: Any = None,
         tokens: Any = None,
         weights: Any = None,
-    ) -> None: ...
+    ) -> None:
+        """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K], bundles [n, bytes], tokens, weights [m]."""
 
     def gemm_glu(
         self,
@@ -62,15 +69,20 @@ class Ops(Protocol):
         tokens: Any = None,
         weights: Any = None,
         scratch: Any = None,
-    ) -> None: ...
+    ) -> None:
+        """`glu` for many tokens; scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
 
-    def rms_norm(self, x: Any, weight: Any, eps: float, out: Any) -> None: ...
+    def rms_norm(self, x: Any, weight: Any, eps: float, out: Any) -> None:
+        """out = x / sqrt(mean(x²) + eps) * weight over rows; x, out [B, K], weight [K]."""
 
-    def layer_norm(self, x: Any, weight: Any, bias: Any, eps: float, out: Any) -> None: ...
+    def layer_norm(self, x: Any, weight: Any, bias: Any, eps: float, out: Any) -> None:
+        """out = (x - mean) / sqrt(variance + eps) * weight + bias over rows; x, out [B, K], weight, bias [K]."""
 
-    def rope(self, x: Any, cos: Any, sin: Any) -> None: ...
+    def rope(self, x: Any, cos: Any, sin: Any) -> None:
+        """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 
-    def kv_append(self, k: Any, v: Any, kv: Any, start: int) -> None: ...
+    def kv_append(self, k: Any, v: Any, kv: Any, start: int) -> None:
+        """Writes k, v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D]."""
 
     def attention(
         self,
@@ -82,21 +94,29 @@ class Ops(Protocol):
         softcap: float | None,
         out: Any,
         scratch: Any = None,
-    ) -> None: ...
+    ) -> None:
+        """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D]; out [B, H * D]."""
 
-    def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int: ...
+    def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
+        """Scratch of `attention` for q [tokens, heads, dim], whatever the context."""
 
-    def quantize(self, weights: Any, codec: Codec, out: Any, importance: Any = None) -> None: ...
+    def quantize(self, weights: Any, codec: Codec, out: Any, importance: Any = None) -> None:
+        """Encodes weights [n, k] into out uint8 [n, row_bytes]; importance [k] weighs the columns' errors."""
 
-    def dequantize(self, rows: Any, codec: Codec, k: int, out: Any) -> None: ...
+    def dequantize(self, rows: Any, codec: Codec, k: int, out: Any) -> None:
+        """Decodes rows uint8 [n, ≥ row_bytes] into out [n, k]."""
 
-    def reserve(self, k: int, neurons: int = 0) -> int: ...
+    def reserve(self, k: int, neurons: int = 0) -> int:
+        """Allocates what `linear` and `glu` keep for rows of up to k; the bytes."""
 
-    def set_threads(self, n: int) -> None: ...
+    def set_threads(self, n: int) -> None:
+        """Threads that share each operation from now on, the caller's included."""
 
-    def threads(self) -> int: ...
+    def threads(self) -> int:
+        """Threads that share each operation."""
 
-    def isa(self) -> str: ...
+    def isa(self) -> str:
+        """The instruction set, or the device, in use."""
 
 
 def load(name: str) -> Ops:
