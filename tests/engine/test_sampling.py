@@ -20,7 +20,7 @@ def plain(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:
     weights = [math.exp((float(logits[i]) - float(logits[order[0]])) / sampling.temperature) for i in order]
     whole, kept, total = sum(weights), {}, 0.0
     for token, weight in zip(order, weights, strict=True):
-        if kept and (total >= sampling.top_p * whole or weight < sampling.min_p):
+        if kept and ((sampling.top_p < 1 and total >= sampling.top_p * whole) or weight < sampling.min_p):
             break
         kept[token] = weight
         total += weight
