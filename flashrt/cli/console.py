@@ -84,7 +84,7 @@ def show(renderable: Any) -> None:
 class Progress:
     """How far long work has come: `progress(what, done, total)`. A bar on a terminal, plain lines otherwise.
 
-    unit: 'bytes', or what is counted ('windows')
+    unit: 'bytes', or what is counted ('tokens')
     """
 
     def __init__(self, unit: str = "bytes") -> None:

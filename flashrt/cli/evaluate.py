@@ -75,13 +75,13 @@ def ppl(
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
 
-    windows = Progress("windows")
+    scored_so_far = Progress("tokens")
     session = Session(Settings(str(pack), budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx))
     window = checked_context(session.spec, ctx, DEFAULT_CTX)
     ids = first_ids(session.tokenizer, text, max_tokens)
-    with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, windows:
+    with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, scored_so_far:
         began = time.perf_counter()
-        perplexity, scored = engine.score(ids, window, windows.of("scoring"))
+        perplexity, scored = engine.score(ids, window, scored_so_far.of("scoring"))
         seconds = time.perf_counter() - began
         result: dict[str, Any] = {
             "ppl": perplexity,
