@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashrt.budget.working_set import working_set
+from flashrt.config import GIB
 from flashrt.errors import BudgetError
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PAGE, PackLayout, TensorLayout
 from flashrt_kernels.rows import align
 
-GIB = 1 << 30
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
 RESIDENT_CHUNK = 64  # a shorter pass computes too slowly to be worth holding all weights for
