@@ -23,7 +23,8 @@ MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
 RESIDENT_CHUNK = 64  # a shorter pass computes too slowly to be worth holding all weights for
 CHUNK_SHARE = 0.08  # of what the process leaves free: a larger chunk may not take more than this from the weights
-RING_SLOTS = (12, 8, 4, 2)  # blocks in flight or in use, the best first
+RING_SLOTS = (24, 16, 12, 8, 4, 2)  # blocks in flight or in use, the best first; 24 read 11-25% faster than 12 here
+RING_SHARE = 1 / 16  # of what weights may take that the ring may have at most
 VECTOR_STEP = 16  # float32 numbers in a cache line
 PEAK_JITTER = 3 * MIB  # by which the process differs from run to run: the budget that is named must suffice
 SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
@@ -126,7 +127,7 @@ class _Planner:
         slots = 0
         if free < self.weight_bytes:
             slots = next(
-                n for n in RING_SLOTS if self._ring_bytes(n) <= max(free // 8, self._ring_bytes(RING_SLOTS[-1]))
+                n for n in RING_SLOTS if self._ring_bytes(n) <= max(free * RING_SHARE, self._ring_bytes(RING_SLOTS[-1]))
             )
             fixed["stream buffers"] = self._ring_bytes(slots)
             free -= fixed["stream buffers"]
