@@ -135,7 +135,8 @@ def _medians(budget: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     for name in FIGURES:
         values = [run[name] for run in good if run[name] is not None]
         figures[name] = statistics.median(values) if values else None
-    figures["decode_tok_per_s_all"] = [run["decode_tok_per_s"] for run in good]
+    for name in ("decode_tok_per_s", "wall_s"):
+        figures[f"{name}_all"] = [run[name] for run in good]
     if budget != "none":
         figures["budget_used"] = max(run["peak_rss_bytes"] for run in good) / (float(budget) * GIB)
     return figures
@@ -145,8 +146,9 @@ def _line(budget: str, run: dict[str, Any]) -> str:
     if "failed" in run:
         return f"{budget:>5} GiB  failed: {run['failed']}"
     share = f"{run['share_of_plain']:.0%} of a plain read" if run["share_of_plain"] else "nothing streamed"
+    speed = f"{run['decode_tok_per_s']:6.2f} tok/s" if run["decode_tok_per_s"] else f"{run['wall_s']:.2f} s in all"
     return (
-        f"{budget:>5} GiB  {run['decode_tok_per_s']:6.2f} tok/s  {run['bytes_read_per_token'] / 1e6:7.1f} MB/token  "
+        f"{budget:>5} GiB  {speed}  {run['bytes_read_per_token'] / 1e6:7.1f} MB/token  "
         f"{share}  peak {run['peak_rss_bytes'] / GIB:.3f} GiB"
     )
 
