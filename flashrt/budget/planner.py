@@ -152,7 +152,7 @@ class _Planner:
 
     def smallest(self) -> int:
         """Everything streamed through the smallest ring, in the smallest chunk."""
-        fixed = sum(self._fixed(self._smallest_chunk()).values()) + self._ring_bytes(RING_SLOTS[-1])
+        fixed = sum(self._fixed(CHUNKS[-1]).values()) + self._ring_bytes(RING_SLOTS[-1])
         budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.machine.peak_bytes + SLACK_BASE)
         return align(budget + PEAK_JITTER, PAGE)
 
@@ -175,9 +175,6 @@ class _Planner:
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
             "embedding reads": self.slot_bytes + 2 * PAGE,
         }
-
-    def _smallest_chunk(self) -> int:
-        return CHUNKS[-1]
 
     def _chunk(self, budget: int) -> int:
         """The longest pass that is of use and leaves all weights resident, or else takes no more than its share."""
@@ -238,7 +235,7 @@ class _Planner:
 
     def _refusal(self, budget: int) -> str:
         smallest = self.smallest()
-        fixed = self._fixed(self._smallest_chunk()) | {"stream buffers": self._ring_bytes(RING_SLOTS[-1])}
+        fixed = self._fixed(CHUNKS[-1]) | {"stream buffers": self._ring_bytes(RING_SLOTS[-1])}
         parts = ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in sorted(fixed.items(), key=_by_size))
         hint = "a shorter --context needs less" if fixed["KV"] > smallest // 10 else "use a larger --budget-gb"
         if self.machine.peak_bytes + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:
