@@ -252,4 +252,4 @@ def scratch_bytes(spec: ModelSpec, ops: Any, tokens: int) -> int:
 def reserve(spec: ModelSpec, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
     widest = max(max(layer.attention.heads * layer.attention.head_dim for layer in spec.layers), spec.hidden)
-    ops.reserve(widest, max(layer.ffn.neurons for layer in spec.layers))
+    ops.reserve(widest)

@@ -19,7 +19,7 @@ from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
 from flashrt_kernels.rows import Codec
 
 FORMAT = "flashrt-pack"
-VERSION = 1
+VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 TEXT_FILES = ("tokenizer.json", "text.json")

@@ -40,7 +40,7 @@ class Ops(Protocol):
     ) -> None:
         """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)]."""
 
-    def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int:
+    def gemm_scratch_bytes(self, tokens: int, k: int) -> int:
         """Scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
 
     def glu(
@@ -106,7 +106,7 @@ class Ops(Protocol):
     def dequantize(self, rows: Any, codec: Codec, k: int, out: Any) -> None:
         """Decodes rows uint8 [n, ≥ row_bytes] into out [n, k]."""
 
-    def reserve(self, k: int, neurons: int = 0) -> int:
+    def reserve(self, k: int) -> int:
         """Allocates what `linear` and `glu` keep for rows of up to k; the bytes."""
 
     def set_threads(self, n: int) -> None:

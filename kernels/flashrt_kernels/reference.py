@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashrt_kernels.rows import INT4_GROUP, INT8_GROUP, MATRIX_ROWS, Codec, align, row_bytes
+from flashrt_kernels.rows import INT4_GROUP, INT4_SPAN, INT8_GROUP, MATRIX_ROWS, Codec, align, row_bytes
 
 QUERIES = 64  # tokens whose attention scores exist at once
 WIDE = 16  # more tokens than this may be multiplied in bfloat16 on a device that is fast at it
@@ -19,6 +19,18 @@ WIDE = 16  # more tokens than this may be multiplied in bfloat16 on a device tha
 def _numbers(rows: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Bytes [begin, end) of every row, as float32 numbers that were stored as `dtype`."""
     return rows[:, begin:end].contiguous().view(dtype).to(torch.float32)
+
+
+def _span_codes(span: Tensor) -> Tensor:
+    """Bytes uint8 [n, 16 * groups] of one span of int4 codes → uint8 [n, groups, 32]."""
+    halves = span.reshape(span.shape[0], 2, -1, 1, 8)
+    return torch.cat((halves & 15, halves >> 4), 3).transpose(1, 2).reshape(span.shape[0], -1, INT4_GROUP)
+
+
+def _span_bytes(codes: Tensor) -> Tensor:
+    """The inverse of `_span_codes`."""
+    parts = codes.view(codes.shape[0], -1, 2, 2, 8).transpose(1, 2)
+    return (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).reshape(codes.shape[0], -1)
 
 
 def decode(rows: Tensor, codec: Codec, k: int) -> Tensor:
@@ -33,8 +45,8 @@ def decode(rows: Tensor, codec: Codec, k: int) -> Tensor:
         scale = _numbers(rows, kp, kp + 2 * (kp // INT8_GROUP), torch.bfloat16)
         return (q * scale[:, :, None]).view(n, kp)[:, :k]
     groups, end = kp // INT4_GROUP, kp // 2
-    chunks = rows[:, :end].reshape(n, -1, 1, 32)
-    q = torch.cat((chunks & 15, chunks >> 4), 2).view(n, groups, INT4_GROUP).to(torch.float32)
+    spans = [rows[:, 16 * g : 16 * min(g + INT4_SPAN, groups)] for g in range(0, groups, INT4_SPAN)]
+    q = torch.cat([_span_codes(span) for span in spans], 1).to(torch.float32)
     a = rows[:, end : end + groups].to(torch.float32)
     b = rows[:, end + groups : end + 2 * groups].to(torch.float32)
     u, v = _numbers(rows, end + 2 * groups, end + 2 * groups + 8, torch.float32).unsqueeze(2).unbind(1)
@@ -83,7 +95,7 @@ def gemm_linear(
     _linear(x, bundles, codec, out, row0, rows, bias, wide=True)
 
 
-def gemm_scratch_bytes(tokens: int, k: int, neurons: int = 0) -> int:
+def gemm_scratch_bytes(tokens: int, k: int) -> int:
     """Torch allocates for itself."""
     return 0
 
@@ -251,9 +263,9 @@ def _encode_int4(w: Tensor, weight: Tensor) -> Tensor:
     u, v = scale.amax(1, keepdim=True) / 255, offset.amax(1, keepdim=True) / 255
     a = torch.where(u > 0, scale / u.clamp(min=1e-38), 0.0).round()
     b = torch.where(v > 0, offset / v.clamp(min=1e-38), 0.0).round()
-    q = _codes(w, u * a, v * b).to(torch.uint8).view(n, -1, 2, 32)
-    packed = (q[:, :, 0] | (q[:, :, 1] << 4)).view(n, kp // 2)
-    return torch.cat((packed, a.to(torch.uint8), b.to(torch.uint8), _bytes(u), _bytes(v)), 1)
+    q = _codes(w, u * a, v * b).to(torch.uint8)
+    packed = [_span_bytes(q[:, g : g + INT4_SPAN]) for g in range(0, kp // INT4_GROUP, INT4_SPAN)]
+    return torch.cat((*packed, a.to(torch.uint8), b.to(torch.uint8), _bytes(u), _bytes(v)), 1)
 
 
 def _encode_int8(w: Tensor) -> Tensor:
@@ -288,7 +300,7 @@ def dequantize(rows: Tensor, codec: Codec, k: int, out: Tensor) -> None:
     out.copy_(decode(rows, codec, k))
 
 
-def reserve(k: int, neurons: int = 0) -> int:
+def reserve(k: int) -> int:
     """Torch allocates for itself."""
     return 0
 

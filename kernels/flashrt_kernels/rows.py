@@ -10,8 +10,9 @@ little-endian; offsets are relative to the start of the row.
     int8   kp int8 codes q, then kp/64 bfloat16 scales s (one per group of 64):    w = s * q,  -127 <= q <= 127
     int4   kp/2 bytes of 4-bit codes q in 0..15, then kp/32 uint8 scale codes a, then kp/32 uint8 offset codes b
            (one of each per group of 32), then float32 u and float32 v:            w = (u * a) * q - (v * b)
-           Codes are stored in chunks of 64 weights, 32 bytes each: byte j of a chunk holds weight j in its low
-           nibble and weight 32 + j in its high nibble.
+           Codes are stored in spans of 8 groups, 128 bytes each; the last span has the n = 2, 4, 6 or 8 groups that are
+           left, in 16 n bytes. Byte 8 j + i of a span holds weight i of its group j in its low nibble and weight 8 + i
+           in its high nibble; byte 8 n + 8 j + i likewise weights 16 + i and 24 + i.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ALIGNMENT = 64  # bytes: a cache line, and the width of an AVX-512 load
 MATRIX_ROWS = 8  # rows of a matrix in one bundle: 8 rows of int4 waste less than 1% to padding
 INT8_GROUP = 64
 INT4_GROUP = 32
+INT4_SPAN = 8  # groups
 LONGEST_ROW = 65536  # weights: longer rows no kernel takes
 WIDEST_HEAD = 256  # numbers of one attention head, likewise
 

@@ -67,12 +67,24 @@ def same(a: Floats, b: Floats) -> bool:
 
 
 def tolerance(codec: Codec) -> float:
-    """RMS ratio allowed to the small-batch kernels: coded rows meet activations of 16 bits per chunk of 64."""
+    """RMS ratio allowed to the small-batch kernels, on activations `as_met`: factors and int8's x have 16 bits."""
     return 3e-6 if codec in (Codec.F32, Codec.BF16) else 3e-4
+
+
+def as_met(x: Floats, codec: Codec) -> Floats:
+    """The activations that rows of `codec` are multiplied by: int4 rows meet 8 bits per group of 32."""
+    if codec is not Codec.INT4:
+        return x
+    k = x.shape[-1]
+    groups = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, 32)
+    top = np.abs(groups).max(2, keepdims=True)
+    codes = np.round(groups * (np.float32(127) / np.maximum(top, 1e-30)))
+    return (codes * (top / np.float32(127))).reshape(len(x), -1)[:, :k].astype(np.float32)
 
 
 __all__ = [
     "CODECS",
+    "as_met",
     "bundles",
     "cpu",
     "empty",

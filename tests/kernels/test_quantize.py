@@ -36,13 +36,15 @@ def test_golden_int8():
 
 
 def test_golden_int4():
-    """A row written by hand: w = (u * a) * q - (v * b), codes interleaved by halves of a chunk."""
+    """A row written by hand: w = (u * a) * q - (v * b), the codes of a span of two groups."""
     codes = bytearray(32)
-    codes[0] = 3 | 15 << 4  # weight 0 is 3, weight 32 is 15
-    codes[31] = 1 | 2 << 4  # weight 31 is 1, weight 63 is 2
+    codes[0] = 3 | 15 << 4  # weights 0 and 8 of group 0
+    codes[15] = 1 | 2 << 4  # weights 7 and 15 of group 1
+    codes[16 + 3] = 9 << 4  # weight 24 + 3 of group 0
     row = bytes(codes) + bytes([2, 4]) + bytes([1, 3]) + struct.pack("<ff", 0.5, 0.25)
     expected = np.concatenate((np.full(32, -0.25), np.full(32, -0.75))).astype(np.float32)
-    expected[[0, 32, 31, 63]] += [0.5 * 2 * 3, 0.5 * 4 * 15, 0.5 * 2 * 1, 0.5 * 4 * 2]
+    expected[[0, 8, 27]] += np.array([3, 15, 9]) * 0.5 * 2
+    expected[[32 + 7, 32 + 15]] += np.array([1, 2]) * 0.5 * 4
     rows = np.frombuffer(row, np.uint8)[None]
     assert rows.shape[1] == row_bytes(Codec.INT4, 64)
     assert np.array_equal(decode(rows, Codec.INT4, 64)[0], expected)
@@ -55,7 +57,7 @@ def test_golden_int4_encoding():
     """Weights that are on a grid come back exactly: 0..15 in steps of u * 255 = 1, no offset."""
     w = np.arange(64, dtype=np.float32)[None] % 16
     row = encode(w, Codec.INT4)[0]
-    assert [int(b) & 15 for b in row[:32]] == [i % 16 for i in range(32)]
+    assert [int(b) for b in row[:32]] == [i % 8 | (i % 8 + 8) << 4 for i in range(32)]
     assert list(row[32:36]) == [255, 255, 0, 0]
     assert struct.unpack("<ff", row[36:].tobytes()) == (pytest.approx(1 / 255), 0.0)
 

@@ -22,35 +22,35 @@ SUMS = {
     "dense f32": {
         "layer-000.safetensors": "213407ed32e3f3e3785694d75fd2edd6dabdcdcaeb752d395c7498e4b8974fd2",
         "layer-001.safetensors": "2b1a0c88abea3249f91541af366bc902a11c3f660f75f5544aed8600191048f0",
-        "manifest.json": "b5b9797863821d2c6cc2c3c240fb35dabfefa29c52de30c630c36d966ef93a28",
+        "manifest.json": "d2a41f24f117a08b2aab8eda7e55826398291bc284d7d4b581350ad5aa8c86d8",
         "resident.safetensors": "d1d0237f686bd545eb7cd65b51f1d7597d05ef7c4a402bec7059a12a91fb0e24",
     },
     "dense bf16": {
         "layer-000.safetensors": "78dcfa8e56dd237ed1d5b42b567b2526e48efa3c53fb672f45e289ef66fc29a5",
         "layer-001.safetensors": "d22177cefbd208261f969df994c3c8495ed39e9122dcd218640995da3da6a075",
-        "manifest.json": "87569c565d65b5317d335805c5ef8ed053b8644fb557e70a6d2bc9918ea344e1",
+        "manifest.json": "8cca76e2edb69bb46917ffeefae4d901161de25371f5e91b02f6077e4540a132",
         "resident.safetensors": "79ec6a3d0185642f30a8eaaa9c822add86abc590e20772ab7d6d70483a582883",
     },
     "ungated f32": {
         "layer-000.safetensors": "f7230375e6417662f9d5bbfeddac2296e74f83bc91e1ad3a215c847ec2ba81e6",
-        "manifest.json": "906859de19fd6837e970acb9cb6ad93b310981ba9e95854e045090153f772cdf",
+        "manifest.json": "1c540b44a2710bb1b2f3f6ceb8b3d3b24f9a880073222a93b3cae3ce7ca47efe",
         "resident.safetensors": "6bc12b1fa2fbc0363c62a54dc5ff05304c623b006e30b1e0665ab708fbb0ff41",
     },
     "ungated bf16": {
         "layer-000.safetensors": "26c1d6be9fbcdf1b12eaf9d77bd2f417881320d175b562171220e9e7a1143933",
-        "manifest.json": "35a286af73a4e6cc2229d2c7d489d66b7e9b6f9e8540dda56036d6fb141d0f2f",
+        "manifest.json": "c9d93252af3789905bb937c8b57c3f226bf5f68fe90b7e33c006a79a980a0ef9",
         "resident.safetensors": "5619991b3b8768f360a7668053cb8debc7dbce7af164185b552db41f3ab0dc81",
     },
     "moe f32": {
         "layer-000.safetensors": "d53d4221efd25c009d9d0c9eddcfb6e3cf05362867bde01a80f5b3e37fe69694",
         "layer-001.safetensors": "415ea2f308b143e39b3cd672b3f52ebd16afc556753911c7f1d7bddaedcb84bb",
-        "manifest.json": "f9166b34cc05e5c56e8d7474303cb33ba8126f269194bf4ab8b05235cbb87ce3",
+        "manifest.json": "7e2c3820054421483f7c9b18ff6919f30e30c8a34cf1cf74e1d3e6f1db8208b9",
         "resident.safetensors": "800e1768cd8fc806e90262b5a1658ba1ed89bd231bb31944ce483caf085b893a",
     },
     "moe bf16": {
         "layer-000.safetensors": "b5ce30faf8282b38e8cb0dc3c004998513a37b18e2ef3f7b681a20ba8551f140",
         "layer-001.safetensors": "83936b783a15032cb9483d2c852802c5e7c537aec04d37ad9288af638a2ecdba",
-        "manifest.json": "64dd7809704f81d52e18472838c9ba8f3a0982746eb84e9a9ba660234e138baa",
+        "manifest.json": "a98fd20d8c7cf7d000101608467c9fc59dc836b5f39ca04a0a4153c33d1eec22",
         "resident.safetensors": "69123e2d8230354687c7c704f0ce5047e0e4d97e729c951f241d15c8618975f3",
     },
 }
@@ -134,8 +134,9 @@ def test_int8_row_by_hand() -> None:
 
 
 def test_int4_row_by_hand() -> None:
-    """64 weights: byte j holds weight j low and weight 32 + j high; scale codes, offset codes, u, v."""
-    codes = bytes(0x10 * (15 - j % 16) + j % 16 for j in range(32))
+    """64 weights, one span of two groups: codes, scale codes, offset codes, u, v."""
+    half = bytes(0x10 * (8 + i) + i for i in range(8)) + bytes(0x10 * (7 - i) + 15 - i for i in range(8))
+    codes = half + half
     row = codes + bytes([4, 8]) + bytes([2, 1]) + struct.pack("<ff", 0.25, 0.5)
     assert len(row) == row_bytes(Codec.INT4, 64) == 44
     out = np.full((1, 64), np.nan, np.float32)

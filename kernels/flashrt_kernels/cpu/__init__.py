@@ -141,12 +141,12 @@ def force_isa(name: str | None) -> None:
         raise ValueError(f"name: expected one of {', '.join(available_isas())}, found {name!r}")
 
 
-def reserve(k: int, neurons: int = 0) -> int:
+def reserve(k: int) -> int:
     """Allocates what `linear` and `glu` keep per calling thread for rows of up to `k`; the bytes.
 
     Without it the first call allocates, and later calls do only when `k` grows.
     """
-    return int(_cpu.reserve(k, neurons))
+    return int(_cpu.reserve(k))
 
 
 def _linear_arguments(

@@ -150,10 +150,11 @@ inline void encode_int4(const float* w, const float* importance, int k, uint8_t*
         const float s = u * static_cast<float>(codes.a), m = v * static_cast<float>(codes.b);
         float q[32];
         for (int j = 0; j < 2; ++j) store(q + 16 * j, quantized(group.w[j], s > 0.0f ? 1.0f / s : 0.0f, m));
-        uint8_t* chunk = row + 32 * (g / 2);
+        const int n = span_groups(groups, g);
+        uint8_t* first = row + 16 * (g / INT4_SPAN * INT4_SPAN) + 8 * (g % INT4_SPAN);
         for (int i = 0; i < 32; ++i) {
-            const int code = static_cast<int>(q[i]);
-            chunk[i] = static_cast<uint8_t>(chunk[i] | (g & 1 ? code << 4 : code));
+            uint8_t& byte = first[8 * n * (i / 16) + i % 8];
+            byte = static_cast<uint8_t>(byte | static_cast<int>(q[i]) << (i / 8 % 2 * 4));
         }
     }
     std::memcpy(b + groups, &u, 4);

@@ -10,15 +10,26 @@ namespace flashrt {
 
 enum class Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
 
-// Up to 16 tokens' activations, padded with zeros to `kp`. Float codecs use `f`, integer codecs the 16-bit codes `q`:
-// x = scale * q, one scale per chunk of 64.
+// Up to 16 tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes `q`:
+// x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).
 struct Tokens {
     int count, k, kp;
     float* f;       // [count, kp]
-    int16_t* q;     // [count, kp]
-    float* scale;   // [count, groups]: one per chunk, padded to 16
-    float* sums;    // [count, groups]: sum of x over each INT4_GROUP, padded to 16
-    size_t groups;  // kp / 32 rounded up to 16
+    int16_t* q;     // [count, q_step]
+    float* scales;  // [count, scale_step]
+    float* sums;    // [count, groups]: sum of x over each INT4_GROUP
+    size_t q_step, scale_step, groups;
+};
+
+struct Bundles {  // the first `rows` rows of `count` bundles
+    const uint8_t* data;
+    size_t stride;  // bytes from one bundle to the next
+    int count, rows;
+};
+
+struct DotOut {  // of bundle b, row r and token t: data[b * bundle_step + r * row_step + t * token_step]
+    float* data;
+    size_t bundle_step, row_step, token_step;
 };
 
 // Weights of a wide multiplication: [columns / 16][depth][16] float, or [columns / 16][depth / 2][16][2] bfloat16.
@@ -49,12 +60,13 @@ struct Kernels {
     bool half_gemm;  // wide multiplications of the coded weights run in bfloat16
 
     void (*prepare)(Codec, const float* x, int token, Tokens&);
-    // out[r * row_step + t * token_step] = row r · token t. `ahead`: bytes from a row to what will be read soon.
-    void (*dots)(Codec, const uint8_t* rows, size_t stride, int count, const Tokens&, float* out, size_t row_step,
-                 size_t token_step, size_t ahead);
-    // y[t][64c...] += h[t * h_step + i] * row i, for i ascending, over chunks [first, last)
-    void (*axpys)(Codec, const uint8_t* rows, size_t stride, int count, int k, int first, int last, const float* h,
-                  size_t h_step, int tokens, float* const* y);
+    // Row r of bundle b · token t. `ahead`: bytes from a row to what will be read soon.
+    void (*dots)(Codec, const Bundles&, const Tokens&, const DotOut&, size_t ahead);
+    // y[t * y_step + ...] += h[t * h_step + i] * row i, for up to 32 rows; y has room for whole spans and an order
+    // of its own, which `collect` knows: out[0..k) += y.
+    void (*axpys)(Codec, const uint8_t* rows, size_t stride, int count, int k, const float* h, size_t h_step,
+                  int tokens, float* y, size_t y_step, size_t ahead);
+    void (*collect)(Codec, const float* y, int k, float* out);
     // gate[i] = act(gate[i]) * up[i]; up may be null
     void (*activate)(Activation, float* gate, const float* up, int n);
 

@@ -75,7 +75,7 @@ void quantize(Codec, const float* w, int64_t n, int k, const float* importance, 
 void dequantize(Codec, const uint8_t* rows, size_t stride, int64_t n, int k, float* out, size_t out_step);
 uint64_t read_all(const void* data, size_t bytes);
 
-// Bytes that the small-batch kernels keep per calling thread, for `k` columns and `neurons` neurons a call.
-size_t reserve(int k, int64_t neurons);
+// Bytes that the small-batch kernels keep per calling thread, for `k` columns.
+size_t reserve(int k);
 
 }  // namespace flashrt

@@ -47,9 +47,13 @@ FLASHRT_INLINE void decode(const uint8_t* row, int kp, int chunk, F w[4]) {
             w[j] = mul(load_i8(reinterpret_cast<const int8_t*>(row) + CHUNK * chunk + 16 * j), scale);
     } else {
         const Int4Row r(row, kp);
-        const Table low = table(r.u * r.a[2 * chunk], -(r.v * r.b[2 * chunk]));
-        const Table high = table(r.u * r.a[2 * chunk + 1], -(r.v * r.b[2 * chunk + 1]));
-        for (int j = 0; j < 2; ++j) look_up(r.codes + 32 * chunk + 16 * j, low, high, w[j], w[j + 2]);
+        for (int j = 0; j < 2; ++j) {
+            const int g = 2 * chunk + j, n = span_groups(kp / INT4_GROUP, g);
+            const uint8_t* first = r.codes + 16 * (g / INT4_SPAN * INT4_SPAN) + 8 * (g % INT4_SPAN);
+            const Table values = table(r.u * r.a[g], -(r.v * r.b[g]));
+            w[2 * j] = look_up(first, values);
+            w[2 * j + 1] = look_up(first + 8 * n, values);
+        }
     }
 }
 

@@ -8,23 +8,25 @@ namespace flashrt {
 
 constexpr int BATCH = 16;  // tokens that share one reading of the weights
 
-inline size_t tokens_bytes(int count, int kp) {
-    const size_t groups = (kp / INT4_GROUP + 15) / 16 * 16;
-    return static_cast<size_t>(count) * (static_cast<size_t>(kp) * 6 + groups * 8) + 256;
-}
-
 inline Tokens tokens_in(void* memory, int count, int k) {
     const int kp = padded(k);
     Tokens t{};
     t.count = count;
     t.k = k;
     t.kp = kp;
+    t.q_step = static_cast<size_t>(spans(k)) * SPAN;
+    t.scale_step = static_cast<size_t>(spans(k)) * 2 * INT4_SPAN;
     t.groups = (kp / INT4_GROUP + 15) / 16 * 16;
     t.f = static_cast<float*>(memory);
     t.q = reinterpret_cast<int16_t*>(t.f + static_cast<size_t>(count) * kp);
-    t.scale = reinterpret_cast<float*>(t.q + static_cast<size_t>(count) * kp);
-    t.sums = t.scale + count * t.groups;
+    t.scales = reinterpret_cast<float*>(t.q + count * t.q_step);
+    t.sums = t.scales + count * t.scale_step;
     return t;
+}
+
+inline size_t tokens_bytes(int count, int k) {
+    const Tokens t = tokens_in(nullptr, count, k);
+    return static_cast<size_t>(count) * (4 * t.kp + 2 * t.q_step + 4 * t.scale_step + 4 * t.groups) + 64;
 }
 
 }  // namespace flashrt
