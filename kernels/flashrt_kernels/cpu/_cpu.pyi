@@ -1,4 +1,4 @@
-# The extension is called by the wrappers of this package only, which check what it is given.
+# The extension is called by the wrappers of this package only.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...

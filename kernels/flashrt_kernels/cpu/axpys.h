@@ -49,7 +49,9 @@ void axpy_neurons(const uint8_t* rows, size_t stride, int count, int k, const fl
 inline void axpys(Codec codec, const uint8_t* rows, size_t stride, int count, int k, const float* h, size_t h_step,
                   int tokens, float* y, size_t y_step, size_t ahead) {
     if (codec == Codec::INT4) return axpys_int4(rows, stride, count, k, h, h_step, tokens, y, y_step, ahead);
-    with_codec(codec, [&](auto c) { axpy_neurons<c.value>(rows, stride, count, k, h, h_step, tokens, y, y_step, ahead); });
+    with_codec(codec, [&](auto c) {
+        axpy_neurons<c.value>(rows, stride, count, k, h, h_step, tokens, y, y_step, ahead);
+    });
 }
 
 inline void collect(Codec codec, const float* sums, int k, float* y) {

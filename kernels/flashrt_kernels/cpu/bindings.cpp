@@ -1,55 +1,203 @@
-// Python entry points. The wrappers in __init__.py check shapes; here arrays become pointers and the GIL is released.
+// Python entry points: arguments are checked and become pointers, and the GIL is released.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <optional>
+#include <vector>
 
+#include "arguments.h"
 #include "ops.h"
 #include "pool.h"
-
-namespace nb = nanobind;
 
 namespace flashrt {
 namespace {
 
-// Arrays arrive as they are: nothing is converted or copied behind the caller's back.
-template <typename T, int D>
-using Array = nb::ndarray<T, nb::ndim<D>, nb::device::cpu>;
-template <typename T>
-using Vector = std::optional<nb::ndarray<const T, nb::ndim<1>, nb::device::cpu>>;
-using Any = nb::ndarray<nb::device::cpu>;
-using Released = nb::call_guard<nb::gil_scoped_release>;
+using nb::handle;
+using Released = nb::gil_scoped_release;
 
-template <typename T>
-const T* pointer(const Vector<T>& v) {
-    return v ? v->data() : nullptr;
+bool overlap(const Array<const float>& a, const Array<float>& b) {
+    if (a.size() == 0 || b.size() == 0) return false;
+    const float* a_end = a.data + a.step[0] * (a.shape[0] - 1) + a.shape[1];
+    const float* b_end = b.data + b.step[0] * (b.shape[0] - 1) + b.shape[1];
+    return a.data < b_end && b.data < a_end;
 }
 
-Rows rows_of(const Array<const uint8_t, 2>& bundles, int codec, int k) {
-    return {static_cast<Codec>(codec), k, bundles.data(), static_cast<size_t>(bundles.stride(0)),
-            static_cast<int64_t>(bundles.shape(0))};
+LinearJob linear_job(handle x_, handle bundles, int codec, handle out_, int64_t row0, int64_t rows, handle bias) {
+    const Array<const float> x("x", x_, 2);
+    const Rows w = bundles_of(bundles, codec, MATRIX_ROWS, x.shape[1]);
+    const Array<float> out("out", out_, 2);
+    out.expect(0, x.shape[0]);
+    if (rows < 0 || rows > MATRIX_ROWS * w.bundles)
+        wrong("rows", std::to_string(w.bundles) + " bundles hold " + std::to_string(MATRIX_ROWS * w.bundles) +
+                          " rows, asked for " + std::to_string(rows));
+    if (row0 < 0 || row0 + rows > out.shape[1])
+        wrong("out", std::to_string(out.shape[1]) + " columns cannot take rows " + std::to_string(row0) + " to " +
+                         std::to_string(row0 + rows));
+    return {x.data, static_cast<size_t>(x.step[0]), static_cast<int>(x.shape[0]), w, out.data,
+            static_cast<size_t>(out.step[0]), row0, rows, vector_or_null<float>("bias", bias, rows)};
 }
 
-LinearJob linear_job(const Array<const float, 2>& x, const Array<const uint8_t, 2>& bundles, int codec,
-                     const Array<float, 2>& out, int64_t row0, int64_t rows, const Vector<float>& bias) {
-    return {x.data(), static_cast<size_t>(x.stride(0)), static_cast<int>(x.shape(0)),
-            rows_of(bundles, codec, static_cast<int>(x.shape(1))), out.data(), static_cast<size_t>(out.stride(0)), row0,
-            rows, pointer(bias)};
+// Each of the chosen tokens once, and none that x has not.
+const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
+    if (object.is_none()) return nullptr;
+    const Array<const int32_t> chosen("tokens", object, 1);
+    count = chosen.shape[0];
+    std::vector<bool> seen(tokens);
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t token = chosen.data[i];
+        if (token < 0 || token >= tokens)
+            wrong("tokens", "expected rows below " + std::to_string(tokens) + ", found " + std::to_string(token));
+        if (seen[token]) wrong("tokens", "token " + std::to_string(token) + " is named twice");
+        seen[token] = true;
+    }
+    return chosen.data;
 }
 
-GluJob glu_job(const Array<const float, 2>& x, const Array<const uint8_t, 2>& bundles, int codec, int activation,
-               bool gated, const Array<float, 2>& y, const Vector<float>& up_bias, const Vector<int32_t>& tokens,
-               const Vector<float>& weights) {
-    return {x.data(), static_cast<size_t>(x.stride(0)), y.data(), static_cast<size_t>(y.stride(0)),
-            static_cast<int>(tokens ? tokens->shape(0) : x.shape(0)), pointer(tokens), pointer(weights),
-            rows_of(bundles, codec, static_cast<int>(x.shape(1))), static_cast<Activation>(activation), gated,
-            pointer(up_bias)};
+GluJob glu_job(handle x_, handle bundles, int codec, int activation, bool gated, handle y_, handle up_bias,
+               handle tokens, handle weights) {
+    const Array<const float> x("x", x_, 2);
+    const Rows w = bundles_of(bundles, codec, gated ? 3 : 2, x.shape[1]);
+    const Array<float> y("y", y_, 2);
+    for (int i = 0; i < 2; ++i) y.expect(i, x.shape[i]);
+    if (overlap(x, y)) wrong("y", "shares memory with x");
+    if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
+    int64_t count = x.shape[0];
+    const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
+    return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
+            chosen, vector_or_null<float>("weights", weights, count), w, static_cast<Activation>(activation), gated,
+            vector_or_null<float>("up_bias", up_bias, w.bundles)};
 }
 
-bool is_half(const Any& kv) { return kv.dtype().bits == 16; }
+struct Cache {  // [kv_heads, context, 2, dim]
+    void* data;
+    bool half;
+    int64_t heads, context, dim;
+
+    explicit Cache(handle object) {
+        nb::ndarray<nb::device::cpu> found;
+        if (!nb::try_cast(object, found, false)) wrong("kv", "expected a writable numpy array");
+        if (found.dtype() == nb::dtype<uint16_t>()) fill(Array<uint16_t>("kv", object, 4), true);
+        else if (found.dtype() == nb::dtype<float>()) fill(Array<float>("kv", object, 4), false);
+        else wrong("kv", "expected uint16 (bfloat16 bits) or float32");
+    }
+
+   private:
+    template <typename T>
+    void fill(const Array<T>& kv, bool is_half) {
+        kv.contiguous(4);
+        kv.expect(2, 2);
+        data = kv.data;
+        half = is_half;
+        heads = kv.shape[0];
+        context = kv.shape[1];
+        dim = kv.shape[3];
+    }
+};
+
+void check_positions(int64_t start, int64_t tokens, int64_t context) {
+    if (start < 0 || start + tokens > context)
+        wrong("start", "positions " + std::to_string(start) + " to " + std::to_string(start + tokens) +
+                           " are outside a context of " + std::to_string(context));
+}
+
+void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
+                  handle scratch) {
+    const Array<const float> q("q", q_, 3);
+    q.contiguous(2);
+    const int tokens = static_cast<int>(q.shape[0]), heads = static_cast<int>(q.shape[1]);
+    const int dim = static_cast<int>(q.shape[2]);
+    if (dim < 1 || dim > WIDEST_HEAD)
+        wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(dim));
+    const Cache kv(kv_);
+    if (kv.dim != dim) wrong("kv", "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.dim));
+    if (kv.heads == 0 || heads % kv.heads)
+        wrong("kv", std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
+    check_positions(start, tokens, kv.context);
+    const Array<float> out("out", out_, 2);
+    out.expect(0, tokens);
+    out.expect(1, heads * dim);
+    if (tokens == 0 || heads == 0) return;
+    const int kv_heads = static_cast<int>(kv.heads);
+    const Scratch memory(scratch, attention_scratch_bytes(tokens, heads, kv_heads, dim));
+    const AttentionJob job = {q.data, static_cast<size_t>(q.step[0]), tokens, heads, kv_heads, dim, kv.data, kv.half,
+                              kv.context, static_cast<int>(start), static_cast<int>(window), scale, softcap, out.data,
+                              static_cast<size_t>(out.step[0]), memory.data()};
+    Released release;
+    attention(job);
+}
+
+void py_kv_append(handle k_, handle v_, handle kv_, int64_t start) {
+    const Array<const float> k("k", k_, 3), v("v", v_, 3);
+    k.contiguous(2);
+    v.contiguous(2);
+    for (int i = 0; i < 3; ++i) v.expect(i, k.shape[i]);
+    const Cache kv(kv_);
+    if (kv.heads != k.shape[1] || kv.dim != k.shape[2])
+        wrong("kv", "expected " + std::to_string(k.shape[1]) + " heads of " + std::to_string(k.shape[2]) + ", found " +
+                        std::to_string(kv.heads) + " of " + std::to_string(kv.dim));
+    check_positions(start, k.shape[0], kv.context);
+    if (k.size() == 0) return;
+    Released release;
+    kv_append(k.data, k.step[0], v.data, v.step[0], static_cast<int>(k.shape[0]), static_cast<int>(k.shape[1]),
+              static_cast<int>(k.shape[2]), kv.data, kv.half, kv.context, start);
+}
+
+void py_norm(bool rms, handle x_, handle weight_, handle bias_, float eps, handle out_) {
+    const Array<const float> x("x", x_, 2);
+    const Array<const float> weight("weight", weight_, 1);
+    weight.expect(0, x.shape[1]);
+    const float* bias = vector_or_null<float>("bias", bias_, x.shape[1]);
+    const Array<float> out("out", out_, 2);
+    for (int i = 0; i < 2; ++i) out.expect(i, x.shape[i]);
+    if (x.size() == 0) return;
+    const int k = static_cast<int>(x.shape[1]);
+    Released release;
+    if (rms) rms_norm(x.data, x.step[0], x.shape[0], k, weight.data, eps, out.data, out.step[0]);
+    else layer_norm(x.data, x.step[0], x.shape[0], k, weight.data, bias, eps, out.data, out.step[0]);
+}
+
+void py_rope(handle x_, handle cos_, handle sin_) {
+    const Array<float> x("x", x_, 3);
+    if (x.shape[2] % 2) wrong("x", "expected an even head dimension, found " + std::to_string(x.shape[2]));
+    const Array<const float> cos("cos", cos_, 2), sin("sin", sin_, 2);
+    for (const auto* a : {&cos, &sin}) {
+        a->expect(0, x.shape[0]);
+        a->expect(1, x.shape[2] / 2);
+        a->contiguous(2);
+    }
+    if (x.size() == 0) return;
+    Released release;
+    rope(x.data, x.step[0], x.step[1], static_cast<int>(x.shape[0]), static_cast<int>(x.shape[1]),
+         static_cast<int>(x.shape[2]), cos.data, sin.data);
+}
+
+void py_quantize(handle w_, int codec_, handle importance_, handle out_) {
+    const Codec codec = static_cast<Codec>(codec_);
+    const Array<const float> w("weights", w_, 2);
+    w.contiguous(2);
+    const Array<uint8_t> out("out", out_, 2);
+    const int64_t k = w.shape[1];
+    if (k < 1 || k > LONGEST_ROW)
+        wrong("weights", "rows of 1 to " + std::to_string(LONGEST_ROW) + " are supported, found " + std::to_string(k));
+    out.expect(0, w.shape[0]);
+    out.expect(1, static_cast<int64_t>(row_bytes(codec, static_cast<int>(k))));
+    const float* importance = vector_or_null<float>("importance", importance_, k);
+    if (w.shape[0] == 0) return;
+    Released release;
+    quantize(codec, w.data, w.shape[0], static_cast<int>(k), importance, out.data, out.step[0]);
+}
+
+void py_dequantize(handle rows_, int codec, int64_t k, handle out_) {
+    const Rows rows = bundles_of(rows_, codec, 1, k);
+    const Array<float> out("out", out_, 2);
+    out.expect(0, rows.bundles);
+    out.expect(1, k);
+    if (rows.bundles == 0) return;
+    Released release;
+    dequantize(rows.codec, rows.data, rows.stride, rows.bundles, rows.k, out.data, out.step[0]);
+}
 
 }  // namespace
 }  // namespace flashrt
@@ -57,7 +205,7 @@ bool is_half(const Any& kv) { return kv.dtype().bits == 16; }
 using namespace flashrt;
 
 NB_MODULE(_cpu, m) {
-    m.def("set_threads", &set_threads, Released());
+    m.def("set_threads", &set_threads, nb::call_guard<nb::gil_scoped_release>());
     m.def("threads", &threads);
     m.def("isa", [] { return std::string(isa()); });
     m.def("force_isa", [](const std::optional<std::string>& name) { return force_isa(name ? name->c_str() : nullptr); },
@@ -71,109 +219,54 @@ NB_MODULE(_cpu, m) {
     });
     m.def("reserve", &reserve);
 
-    m.def("linear",
-          [](Array<const float, 2> x, Array<const uint8_t, 2> bundles, int codec, Array<float, 2> out, int64_t row0,
-             int64_t rows, Vector<float> bias) {
-              const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);
-              nb::gil_scoped_release release;
-              linear(job);
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg(),
-          nb::arg().noconvert().none());
-    m.def("glu",
-          [](Array<const float, 2> x, Array<const uint8_t, 2> bundles, int codec, int activation, bool gated,
-             Array<float, 2> y, Vector<float> up_bias, Vector<int32_t> tokens, Vector<float> weights) {
-              const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
-              nb::gil_scoped_release release;
-              glu(job);
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(),
-          nb::arg().noconvert().none(), nb::arg().noconvert().none(), nb::arg().noconvert().none());
+    m.def("linear", [](handle x, handle bundles, int codec, handle out, int64_t row0, int64_t rows, handle bias) {
+        const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);
+        Released release;
+        if (job.tokens && rows) linear(job);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+    m.def("gemm_linear", [](handle x, handle bundles, int codec, handle out, int64_t row0, int64_t rows, handle bias,
+                            handle scratch) {
+        const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);
+        if (job.tokens == 0 || rows == 0) return;
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.weights.k, 0));
+        Released release;
+        gemm_linear(job, memory.data());
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
+    m.def("glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
+                    handle tokens, handle weights) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
+        Released release;
+        if (job.tokens && job.neurons.bundles) glu(job);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+       nb::arg().none());
+    m.def("gemm_glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
+                         handle tokens, handle weights, handle scratch) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
+        if (job.tokens == 0 || job.neurons.bundles == 0) return;
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles));
+        Released release;
+        gemm_glu(job, memory.data());
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+       nb::arg().none(), nb::arg().none());
     m.def("gemm_scratch_bytes", &gemm_scratch_bytes);
-    m.def("gemm_linear",
-          [](Array<const float, 2> x, Array<const uint8_t, 2> bundles, int codec, Array<float, 2> out, int64_t row0,
-             int64_t rows, Vector<float> bias, Array<uint8_t, 1> scratch) {
-              const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);
-              nb::gil_scoped_release release;
-              gemm_linear(job, scratch.data());
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg(), nb::arg(),
-          nb::arg().noconvert().none(), nb::arg().noconvert());
-    m.def("gemm_glu",
-          [](Array<const float, 2> x, Array<const uint8_t, 2> bundles, int codec, int activation, bool gated,
-             Array<float, 2> y, Vector<float> up_bias, Vector<int32_t> tokens, Vector<float> weights,
-             Array<uint8_t, 1> scratch) {
-              const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
-              nb::gil_scoped_release release;
-              gemm_glu(job, scratch.data());
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(),
-          nb::arg().noconvert().none(), nb::arg().noconvert().none(), nb::arg().noconvert().none(),
-          nb::arg().noconvert());
 
     m.def("attention_scratch_bytes", &attention_scratch_bytes);
-    m.def("attention",
-          [](Array<const float, 3> q, Any kv, int start, int window, float scale, float softcap, Array<float, 2> out,
-             Array<uint8_t, 1> scratch) {
-              const AttentionJob job = {q.data(), static_cast<size_t>(q.stride(0)), static_cast<int>(q.shape(0)),
-                                        static_cast<int>(q.shape(1)), static_cast<int>(kv.shape(0)),
-                                        static_cast<int>(q.shape(2)), kv.data(), is_half(kv),
-                                        static_cast<int64_t>(kv.shape(1)), start, window, scale, softcap, out.data(),
-                                        static_cast<size_t>(out.stride(0)), scratch.data()};
-              nb::gil_scoped_release release;
-              attention(job);
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().noconvert(), nb::arg().noconvert());
-    m.def("kv_append",
-          [](Array<const float, 3> k, Array<const float, 3> v, Any kv, int64_t start) {
-              nb::gil_scoped_release release;
-              kv_append(k.data(), k.stride(0), v.data(), v.stride(0), static_cast<int>(k.shape(0)),
-                        static_cast<int>(k.shape(1)), static_cast<int>(k.shape(2)), kv.data(), is_half(kv),
-                        static_cast<int64_t>(kv.shape(1)), start);
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
+    m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg().none());
+    m.def("kv_append", &py_kv_append);
+    m.def("rms_norm", [](handle x, handle weight, float eps, handle out) {
+        py_norm(true, x, weight, nb::none(), eps, out);
+    });
+    m.def("layer_norm", [](handle x, handle weight, handle bias, float eps, handle out) {
+        py_norm(false, x, weight, bias, eps, out);
+    }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+    m.def("rope", &py_rope);
 
-    m.def("rms_norm",
-          [](Array<const float, 2> x, Array<const float, 1> weight, float eps, Array<float, 2> out) {
-              nb::gil_scoped_release release;
-              rms_norm(x.data(), x.stride(0), static_cast<int64_t>(x.shape(0)), static_cast<int>(x.shape(1)),
-                       weight.data(), eps, out.data(), out.stride(0));
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
-    m.def("layer_norm",
-          [](Array<const float, 2> x, Array<const float, 1> weight, Vector<float> bias, float eps, Array<float, 2> out) {
-              nb::gil_scoped_release release;
-              layer_norm(x.data(), x.stride(0), static_cast<int64_t>(x.shape(0)), static_cast<int>(x.shape(1)),
-                         weight.data(), pointer(bias), eps, out.data(), out.stride(0));
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg(), nb::arg().noconvert());
-    m.def("rope",
-          [](Array<float, 3> x, Array<const float, 2> cos, Array<const float, 2> sin) {
-              nb::gil_scoped_release release;
-              rope(x.data(), x.stride(0), x.stride(1), static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)),
-                   static_cast<int>(x.shape(2)), cos.data(), sin.data());
-          },
-          nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert());
-
-    m.def("quantize",
-          [](Array<const float, 2> w, int codec, Vector<float> importance, Array<uint8_t, 2> out) {
-              nb::gil_scoped_release release;
-              quantize(static_cast<Codec>(codec), w.data(), static_cast<int64_t>(w.shape(0)),
-                       static_cast<int>(w.shape(1)), pointer(importance), out.data(), out.stride(0));
-          },
-          nb::arg().noconvert(), nb::arg(), nb::arg().noconvert().none(), nb::arg().noconvert());
-    m.def("dequantize",
-          [](Array<const uint8_t, 2> rows, int codec, Array<float, 2> out) {
-              nb::gil_scoped_release release;
-              dequantize(static_cast<Codec>(codec), rows.data(), rows.stride(0), static_cast<int64_t>(rows.shape(0)),
-                         static_cast<int>(out.shape(1)), out.data(), out.stride(0));
-          },
-          nb::arg().noconvert(), nb::arg(), nb::arg().noconvert());
-    m.def("read_all",
-          [](Array<const uint8_t, 1> data) {
-              nb::gil_scoped_release release;
-              return read_all(data.data(), data.size());
-          },
-          nb::arg().noconvert());
+    m.def("quantize", &py_quantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+    m.def("dequantize", &py_dequantize);
+    m.def("read_all", [](handle data_) {
+        const Array<const uint8_t> data("data", data_, 1);
+        Released release;
+        return read_all(data.data, data.size());
+    });
 }

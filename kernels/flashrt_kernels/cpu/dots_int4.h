@@ -1,7 +1,7 @@
 // int4 rows times the 8-bit activations of a few tokens, one span (256 weights) at a time.
 //
-// A span's codes are laid out so that lanes 2 j and 2 j + 1 of a sum hold nothing but group j: 128 products are added as
-// integers, exactly, before one conversion and the scales of row and token.
+// A span's codes are laid out so that lanes 2 j and 2 j + 1 of a sum hold nothing but group j: all its products are added
+// as integers, exactly, before one conversion and the scales of row and token.
 #pragma once
 
 #include "activations.h"

@@ -60,7 +60,7 @@ FLASHRT_INLINE float sum(F a) {
     c = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
-// out[i] = sum(a[i]) for N = 1, 2, 4, 8 or 16 vectors, which are folded together: each lane is added in the order of `sum`.
+// out[i] = sum(a[i]) for N = 1, 2, 4, 8 or 16 vectors, folded together: lanes are added in the order of `sum`.
 template <int N>
 FLASHRT_INLINE void sum_each(const F* a, float* out) {
     F v[N];
@@ -519,8 +519,8 @@ FLASHRT_INLINE uint16_t to_bf16(float x) {  // nearest, ties to even; NaN stays 
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-// Into the second-level cache: it has room for far more misses in flight than the first, which decides the rate of reading
-// memory (9 against 22 GB/s on one core of a Zen 4).
+// Into the second-level cache: it has room for far more misses in flight than the first, which decides the rate of
+// reading memory (9 against 22 GB/s on one core of a Zen 4).
 FLASHRT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // e^x to about one unit in the last place, for x clamped to [-87.3, 88]: always normal. NaN stays NaN.

@@ -1,0 +1,139 @@
+// What Python passes, checked: every error is a ValueError that begins with the argument's name.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <string>
+#include <type_traits>
+
+#include "ops.h"
+
+namespace flashrt {
+
+namespace nb = nanobind;
+
+constexpr int LONGEST_ROW = 65536;  // weights, as in rows.py
+constexpr int WIDEST_HEAD = 256;
+
+[[noreturn]] inline void wrong(const char* name, const std::string& what) {
+    throw nb::value_error((std::string(name) + ": " + what).c_str());
+}
+
+inline std::string text(const int64_t* numbers, int n) {
+    std::string result = "(";
+    for (int i = 0; i < n; ++i) result += (i ? ", " : "") + std::to_string(numbers[i]);
+    return result + ")";
+}
+
+// An array of the caller's, which the caller keeps alive. Steps are in elements. A const T may be read-only.
+template <typename T>
+struct Array {
+    static constexpr int MOST = 4;
+    const char* name;
+    T* data = nullptr;
+    int dims = 0;
+    int64_t shape[MOST] = {}, step[MOST] = {};
+
+    Array(const char* name, nb::handle object, int dims) : name(name), dims(dims) {
+        using Found = std::conditional_t<std::is_const_v<T>, nb::ndarray<nb::ro, nb::device::cpu>,
+                                         nb::ndarray<nb::device::cpu>>;
+        Found found;
+        if (!nb::try_cast(object, found, false)) refuse(object);
+        if (found.dtype() != nb::dtype<std::remove_const_t<T>>())
+            wrong(name, std::string("expected ") + type_name() + ", found " + dtype_of(object));
+        const int have = static_cast<int>(found.ndim());
+        if (have != dims)
+            wrong(name, "expected " + std::to_string(dims) + " dimensions, found " + std::to_string(have));
+        bool empty = false;
+        for (int i = 0; i < dims; ++i) {
+            shape[i] = static_cast<int64_t>(found.shape(i));
+            step[i] = found.stride(i);
+            empty = empty || shape[i] == 0;
+            if (step[i] < 0) wrong(name, "strides " + text(step, i + 1) + " are negative");
+        }
+        if (!empty) contiguous(1);
+        data = static_cast<T*>(const_cast<std::conditional_t<std::is_const_v<T>, const void*, void*>>(found.data()));
+    }
+
+    // The last `n` dimensions lie back to back.
+    void contiguous(int n) const {
+        int64_t next = 1;
+        for (int i = dims - 1; i >= dims - n; next *= shape[i--])
+            if (shape[i] > 1 && step[i] != next)
+                wrong(name, "the last " + std::to_string(n) + " dimensions are not contiguous (strides " +
+                                text(step, dims) + " in elements)");
+    }
+
+    void expect(int dimension, int64_t length) const {
+        if (shape[dimension] != length)
+            wrong(name, "expected length " + std::to_string(length) + " in dimension " + std::to_string(dimension) +
+                            ", found shape " + text(shape, dims));
+    }
+
+    int64_t size() const {
+        int64_t n = 1;
+        for (int i = 0; i < dims; ++i) n *= shape[i];
+        return n;
+    }
+
+   private:
+    static const char* type_name() {
+        using Plain = std::remove_const_t<T>;
+        return std::is_same_v<Plain, float> ? "float32" : std::is_same_v<Plain, uint8_t> ? "uint8" : "int32";
+    }
+    static std::string dtype_of(nb::handle object) {
+        const nb::object dtype = object.attr("dtype");
+        return nb::str(nb::handle(dtype)).c_str();
+    }
+    [[noreturn]] void refuse(nb::handle object) const {
+        nb::ndarray<nb::ro, nb::device::cpu> readable;
+        if (!std::is_const_v<T> && nb::try_cast(object, readable, false)) wrong(name, "read-only");
+        const nb::object type = object.type().attr("__name__");
+        wrong(name, std::string("expected a numpy array, found ") + nb::str(nb::handle(type)).c_str());
+    }
+};
+
+// A vector of `length`, or null for None.
+template <typename T>
+const T* vector_or_null(const char* name, nb::handle object, int64_t length) {
+    if (object.is_none()) return nullptr;
+    const Array<const T> v(name, object, 1);
+    v.expect(0, length);
+    return v.data;
+}
+
+// Bundles of at least `rows` packed rows of `k` weights.
+inline Rows bundles_of(nb::handle object, int codec, int rows, int64_t k) {
+    if (k < 1 || k > LONGEST_ROW)
+        wrong("x", "rows of 1 to " + std::to_string(LONGEST_ROW) + " are supported, found " + std::to_string(k));
+    const Array<const uint8_t> b("bundles", object, 2);
+    const int64_t need = rows * static_cast<int64_t>(row_bytes(static_cast<Codec>(codec), static_cast<int>(k)));
+    if (b.shape[1] < need)
+        wrong("bundles", std::to_string(rows) + " rows of " + std::to_string(k) + " weights take " +
+                             std::to_string(need) + " bytes, found " + std::to_string(b.shape[1]));
+    return {static_cast<Codec>(codec), static_cast<int>(k), b.data, static_cast<size_t>(b.step[0]), b.shape[0]};
+}
+
+// The scratch memory: the caller's, or what `allocate` makes when that is None.
+class Scratch {
+   public:
+    Scratch(nb::handle object, size_t need) {
+        if (object.is_none()) {
+            own_.resize(need);
+            data_ = own_.data();
+            return;
+        }
+        const Array<uint8_t> memory("scratch", object, 1);
+        if (memory.shape[0] < static_cast<int64_t>(need))
+            wrong("scratch", std::to_string(need) + " bytes are needed, found " + std::to_string(memory.shape[0]));
+        data_ = memory.data;
+    }
+    void* data() const { return data_; }
+
+   private:
+    std::string own_;
+    void* data_ = nullptr;
+};
+
+}  // namespace flashrt
