@@ -139,7 +139,7 @@ LIES: dict[str, Callable[[Body], None]] = {
     "no checksums": _set("files/layer-001.safetensors/blocks_crc32", {}),
     "checksums of nothing": _set("files/layer-001.safetensors/blocks_crc32", {"1.ffn": ""}),
     "checksums not hexadecimal": _set("files/layer-001.safetensors/blocks_crc32/1.ffn", "zz" * 12),
-    "version": _set("version", 2),
+    "version": _set("version", 1),
     "dtype": _set("dtype", "int2"),
     "block size 0": _set("block_bytes", 0),
     "block size of a lie": _set("block_bytes", 1 << 40),
