@@ -5,6 +5,7 @@
 #   make test-slow   the long tests: real models, memory cgroups
 #   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
 #   make bench       speed of the demo pack         make gpu-report  GPU tests and benchmark, with the Python at hand
+#   make peers       environments of the systems that tools/bench_peers.py compares with
 #   make clean       remove what was built; models stay
 #
 # PYTHON names the interpreter to start from (3.10 or later), VENV the environment, MODELS where packs are kept.
@@ -16,6 +17,7 @@ DEMO_DTYPE ?= int4
 DEMO_BUDGET_GB ?= 0.7
 DEMO_PROMPT ?= Write a Python function that returns the n-th Fibonacci number.
 PYTEST_ARGS ?=
+PEERS ?= .peers
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,7 +26,7 @@ DEV := $(VENV)/.dev
 DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/flashrt_kernels/cpu/*.cpp kernels/flashrt_kernels/cpu/*.h)
 
-.PHONY: demo test test-slow lint format bench gpu-report clean
+.PHONY: demo test test-slow lint format bench gpu-report peers clean
 
 demo: $(DEMO_PACK)/manifest.json
 	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
@@ -51,6 +53,8 @@ bench: $(DEMO_PACK)/manifest.json
 gpu-report:
 	PYTHONPATH=.:kernels $(PYTHON) tools/gpu_report.py
 
+peers: $(PEERS)/llama.cpp/.made $(PEERS)/transformers/.made $(PEERS)/airllm/.made
+
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -66,6 +70,13 @@ $(RUNTIME): $(BUILD_FILES) | $(BIN)/python
 
 $(DEV): $(RUNTIME)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# Each peer has an environment of its own. llama.cpp is compiled for this machine, as a user who wants speed would.
+$(PEERS)/%/.made: tools/peers/%.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)/$*
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/$*/bin/python -m pip --disable-pip-version-check install -q \
+		-c constraints.txt -r $< --no-binary llama-cpp-python
 	touch $@
 
 # Only the manifest of a finished pack counts; an interrupted one is resumed.
