@@ -6,6 +6,7 @@
 #   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
 #   make bench       speed of the demo pack         make gpu-report  GPU tests and benchmark, with the Python at hand
 #   make peers       environments of the systems that tools/bench_peers.py compares with
+#   make benchmarks-page  docs/benchmarks.md and its plots, from the JSON in docs/benchmarks
 #   make clean       remove what was built; models stay
 #
 # PYTHON names the interpreter to start from (3.10 or later), VENV the environment, MODELS where packs are kept.
@@ -26,7 +27,7 @@ DEV := $(VENV)/.dev
 DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/flashrt_kernels/cpu/*.cpp kernels/flashrt_kernels/cpu/*.h)
 
-.PHONY: demo test test-slow lint format bench gpu-report peers clean
+.PHONY: demo test test-slow lint format bench gpu-report peers benchmarks-page clean
 
 demo: $(DEMO_PACK)/manifest.json
 	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
@@ -54,6 +55,9 @@ gpu-report:
 	PYTHONPATH=.:kernels $(PYTHON) tools/gpu_report.py
 
 peers: $(PEERS)/llama.cpp/.made $(PEERS)/transformers/.made $(PEERS)/airllm/.made
+
+benchmarks-page: $(PEERS)/transformers/.made
+	$(PEERS)/transformers/bin/python -m tools.benchmarks_page --plots
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
