@@ -79,7 +79,8 @@ def arguments() -> argparse.Namespace:
         "--slow-caps",
         nargs="*",
         default=["1", "0.8"],
-        help="where those run every time; under other caps they run once",
+        metavar="GIB",
+        help="caps under which those run every time; under others they run once",
     )
     parser.add_argument("--prefill-tokens", type=int, default=512, help="length of the long prompt; 0: no prefill")
     parser.add_argument("--repeat", type=int, default=5)
@@ -119,6 +120,7 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         self._prepare()
+        perplexity = {} if self._args.no_perplexity else self._perplexity()
         for repetition in range(self._args.repeat):
             self._disk.append(machine.disk_rates(self._args.gguf))
             for cap in self._args.caps:
@@ -127,7 +129,7 @@ class Bench:
                         self._measure(self._decode[name][cap], name, self._decode_job(name, cap))
             for name in rotated(list(self._prefill), repetition):
                 self._measure(self._prefill[name]["none"], name, self._prefill_job())
-        return self._summary({} if self._args.no_perplexity else self._perplexity())
+        return self._summary(perplexity)
 
     def _prepare(self) -> None:
         """AirLLM splits the checkpoint by layers when first it runs, which is not what is measured."""
@@ -173,7 +175,9 @@ class Bench:
         result = {}
         for system in [*scored, *packs]:
             outputs = [output(command, self._threads) for command in system.score_commands(score)]
-            result[f"{system.name} {system.weights}"] = system.perplexity(outputs, score)
+            label = f"{system.name} {system.weights}"
+            result[label] = system.perplexity(outputs, score)
+            print(f"{label}  {result[label]}", file=sys.stderr, flush=True)
         counts = {tuple(text["tokens"] for text in texts.values()) for texts in result.values()}
         if len(counts) > 1:
             raise SystemExit(f"the systems cut the texts into different numbers of tokens: {result}")
