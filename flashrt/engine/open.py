@@ -94,8 +94,7 @@ def resolve(
         if path.is_dir() and _holds_pack(path):
             return path
         slug, identity = path.resolve().name, _identity(path)
-        target = cache / "packs" / f"{_slug(slug.removesuffix('.gguf'))}-{dtype}-{identity[:12]}"
-        return _packed(path, target, job)
+        return _packed(path, _target(cache, slug.removesuffix(".gguf"), dtype, identity[:12]), job)
     name = str(where)
     if not is_remote(name):
         raise UsageError(
@@ -104,7 +103,7 @@ def resolve(
         )
     # Remote names are looked up once: what was packed under a name is used, whatever is published there later, until
     # its pack is removed. A run needs no network, and never starts to fetch and pack because a repository changed.
-    return _packed(name, cache / "packs" / f"{_slug(name.replace('/', '--'))}-{dtype}", job)
+    return _packed(name, _target(cache, name.replace("/", "--"), dtype), job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +136,12 @@ def _identity(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+def _target(cache: Path, name: str, *distinctions: str) -> Path:
+    """Where a checkpoint's pack is kept. A pack of another format version is another pack."""
+    from flashrt.storage.manifest import VERSION
+
+    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+    return cache / "packs" / "-".join((slug, *distinctions, f"v{VERSION}"))
 
 
 def _packed(checkpoint: str | Path, target: Path, job: _Job) -> Path:
