@@ -20,7 +20,7 @@ from flashrt.spec import Attention, Ffn, ModelSpec
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 NARROW = 16  # tokens at most in a narrow pass
-WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 64 (see `flashrt_kernels.cpu`)
+WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 

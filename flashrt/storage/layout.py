@@ -16,7 +16,7 @@ from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride
 
 BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, small enough to keep the ring small
-NEURON_STEP = 64  # neurons: wide kernels give the same bits however a run is cut at multiples of this
+NEURON_STEP = 128  # neurons: kernels give the same bits however a run is cut at multiples of this
 MATRIX_STEP = 8  # bundles of eight rows, likewise
 RESIDENT_FILE = "resident.safetensors"
 

@@ -70,7 +70,7 @@ def test_chosen_tokens_with_weights(isa, call, codec):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_glu_is_invariant(isa, codec, gated):
-    """Batch, threads and the split of neurons over calls, at multiples of 64, leave every bit as it is."""
+    """Batch, threads and the split of neurons over calls, at multiples of 128, leave every bit as it is."""
     k, n, tokens = 352, 601, 16
     w, x = neurons(1, n, k, codec, gated), normal(2, tokens, k)
     whole = normal(3, tokens, k)
@@ -85,7 +85,7 @@ def test_glu_is_invariant(isa, codec, gated):
     cpu.glu(x, w, codec, "silu", gated, y, tokens=chosen)
     assert same(y[chosen], whole[chosen])
     y = start.copy()
-    for threads, first, last in ((1, 0, 64), (3, 64, 192), (2, 192, 576), (1, 576, n)):
+    for threads, first, last in ((1, 0, 128), (3, 128, 256), (2, 256, 512), (1, 512, n)):
         cpu.set_threads(threads)
         cpu.glu(x, w[first:last], codec, "silu", gated, y)
     assert same(y, whole)

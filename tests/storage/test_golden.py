@@ -22,13 +22,13 @@ SUMS = {
     "dense f32": {
         "layer-000.safetensors": "213407ed32e3f3e3785694d75fd2edd6dabdcdcaeb752d395c7498e4b8974fd2",
         "layer-001.safetensors": "2b1a0c88abea3249f91541af366bc902a11c3f660f75f5544aed8600191048f0",
-        "manifest.json": "d2a41f24f117a08b2aab8eda7e55826398291bc284d7d4b581350ad5aa8c86d8",
+        "manifest.json": "d3a0ea62fd360491dd2c6fd608af84efc2a11c5695d330d222616e1cc465383e",
         "resident.safetensors": "d1d0237f686bd545eb7cd65b51f1d7597d05ef7c4a402bec7059a12a91fb0e24",
     },
     "dense bf16": {
         "layer-000.safetensors": "78dcfa8e56dd237ed1d5b42b567b2526e48efa3c53fb672f45e289ef66fc29a5",
         "layer-001.safetensors": "d22177cefbd208261f969df994c3c8495ed39e9122dcd218640995da3da6a075",
-        "manifest.json": "8cca76e2edb69bb46917ffeefae4d901161de25371f5e91b02f6077e4540a132",
+        "manifest.json": "b121322be82aa523a7ddcc0498dd279e6e07b51f5e273952d24671e85ee9a1c1",
         "resident.safetensors": "79ec6a3d0185642f30a8eaaa9c822add86abc590e20772ab7d6d70483a582883",
     },
     "ungated f32": {

@@ -5,7 +5,7 @@ in their last dimension; results go into arrays of the caller's. The package imp
 flashrt.
 
 A token's result depends neither on the tokens beside it, nor on the number of threads, nor on how rows or neurons are
-spread over calls (ascending; neurons in multiples of 64).
+spread over calls (ascending; neurons in multiples of 128).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ namespace flashrt {
 namespace {
 
 constexpr int BLOCK = 32;  // neurons whose h is kept between the two halves of the work
-constexpr int UNIT = 64;   // neurons that one thread sums before y takes them: calls cut at multiples of it agree
+constexpr int UNIT = 128;  // neurons that one thread sums before y takes them: calls cut at multiples of it agree
 
 size_t sums_step(int k) { return static_cast<size_t>(spans(k)) * SPAN; }
 
