@@ -25,7 +25,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
-BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/flashrt_kernels/cpu/*.cpp kernels/flashrt_kernels/cpu/*.h)
+NATIVE := kernels/flashrt_kernels/cpu flashrt/storage/native
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(addsuffix /*.cpp,$(NATIVE)) $(addsuffix /*.h,$(NATIVE)))
 
 .PHONY: demo test test-slow lint format bench gpu-report peers benchmarks-page clean
 

@@ -1,0 +1,58 @@
+#include "merge.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace flashrt::io {
+
+double Merger::cost(uint64_t pages) const {
+    if (pages <= costs_.size()) return costs_[pages - 1];
+    return costs_.back() * static_cast<double>(pages) / static_cast<double>(costs_.size());
+}
+
+// Rows that share a page or touch are never better read apart, so they count as one.
+void Merger::find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) const {
+    runs.clear();
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const uint64_t begin = rows[i].offset / PAGE;
+        const uint64_t end = (rows[i].offset + rows[i].bytes + PAGE - 1) / PAGE;
+        if (!runs.empty() && begin <= runs.back().end) {
+            const uint64_t joined = std::max(end, runs.back().end);
+            if (joined - runs.back().begin <= costs_.size()) {
+                runs.back().end = joined;
+                continue;
+            }
+        }
+        runs.push_back({i, begin, end, 0, 0});
+    }
+}
+
+void Merger::cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<Span>& spans) const {
+    spans.clear();
+    if (costs_.empty() || rows.size() < 2) {
+        for (size_t i = 0; i < rows.size(); ++i) spans.push_back({i, i + 1});
+        return;
+    }
+    find_runs(rows, runs);
+    for (size_t j = 0; j < runs.size(); ++j) {
+        runs[j].cost = std::numeric_limits<double>::infinity();
+        for (size_t i = j + 1; i-- > 0;) {  // the last span holds runs i to j
+            const uint64_t pages = runs[j].end - runs[i].begin;
+            if (pages > costs_.size() && i < j) break;
+            const double total = (i > 0 ? runs[i - 1].cost : 0) + cost(pages);
+            if (total < runs[j].cost) {
+                runs[j].cost = total;
+                runs[j].from = i;
+            }
+        }
+    }
+    size_t last = rows.size();
+    for (size_t j = runs.size(); j > 0; j = runs[j - 1].from) {
+        const size_t first = runs[runs[j - 1].from].first;
+        spans.push_back({first, last});
+        last = first;
+    }
+    std::reverse(spans.begin(), spans.end());
+}
+
+}  // namespace flashrt::io

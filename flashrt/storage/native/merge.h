@@ -1,0 +1,47 @@
+// Which neighbouring rows to read together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace flashrt::io {
+
+constexpr uint64_t PAGE = 4096;  // O_DIRECT reads start and end on such a boundary, whatever the disk's sector
+
+struct Row {
+    uint64_t offset;  // in the file
+    uint64_t bytes;
+    uint8_t* to;
+};
+
+// Rows [first, last) that one read brings.
+struct Span {
+    size_t first, last;
+};
+
+// Cuts rows into spans such that reading the spans, each from page boundary to page boundary, costs least.
+class Merger {
+   public:
+    // costs[n - 1] is the time that a read of n pages takes of the disk, in any unit; a span has at most costs.size()
+    // pages, unless it is a single row. Reading two adjacent ranges at once must not cost more than one by one.
+    void set_costs(std::vector<double> costs) { costs_ = std::move(costs); }
+
+    // The cheapest cut of `rows`, ascending by offset, into `spans`. `runs` is memory to work in. Without costs, every
+    // row is a span of its own.
+    struct Run {
+        size_t first;          // row
+        uint64_t begin, end;   // pages
+        double cost;           // of the best cut of all runs up to this one
+        size_t from;           // the run with which the last span of that cut starts
+    };
+    void cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<Span>& spans) const;
+
+   private:
+    double cost(uint64_t pages) const;
+    void find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) const;
+
+    std::vector<double> costs_;
+};
+
+}  // namespace flashrt::io
