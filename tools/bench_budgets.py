@@ -22,7 +22,7 @@ from typing import Any
 
 from flashrt import __version__
 from flashrt.budget.process import usable_cores
-from flashrt.budget.profile import PROBE_DEPTH, sequential_rate
+from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
 from flashrt.storage.pack import Pack
 
 try:
@@ -60,10 +60,9 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, budget: str) -> dict[str, Any]:
     """One run: flashrt's own report, and what was seen from outside."""
-    files = Pack(args.pack).layout.file_bytes
-    largest = args.pack / max(files, key=lambda name: files[name])
+    largest = Pack(args.pack).largest_file
     plain = sequential_rate(largest, block=PLAIN_BLOCK)
-    several = sequential_rate(largest, block=PLAIN_BLOCK, depth=PROBE_DEPTH)
+    several = sequential_rate(largest, block=PLAIN_BLOCK, depth=PLAIN_DEPTH)
     if args.cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3\n")

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
-import random
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashrt.budget.profile import DiskProfile, measure_disk, sequential_rate
+from flashrt.budget.profile import DiskProfile, sequential_rate
 from flashrt.errors import DiskError
+from flashrt.storage.meter import Meter
+from flashrt.storage.reader import CHUNK_BYTES, DEPTH
 
 KIB = 1 << 10
 MIB = 1 << 20
 BLOCKS = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB)
-DEPTHS = (1, 4, 16)
+DEPTHS = (1, 8, DEPTH)
+IN_ORDER_ROUNDS = 4
 FILE_BYTES = 1 << 30
 SMALLEST_FILE = 256 * MIB
 POINT_S = 0.25  # seconds per pair of block size and depth
@@ -40,6 +40,7 @@ class DiskFigures:
     directory: Path
     device: int
     direct: bool
+    backend: str  # of the I/O engine
     profile: DiskProfile
     plain: float  # bytes per second of one reader that reads in order
 
@@ -50,19 +51,15 @@ def examine_disk(directory: Path, progress: Progress = lambda done, total: None)
     The file has no name and is gone with the process, whatever happens. Raises DiskError when there is no room for it.
     """
     points = list(itertools.product(BLOCKS, DEPTHS))
-    with _file(directory, len(points) + 1, progress) as (path, nbytes):
+    with _file(directory, len(points) + 1, progress) as path, Meter(path) as meter:
         plain = max(sequential_rate(path) for _ in range(2))
-        quick = measure_disk(path)
-        best = plain if quick is None else max(plain, quick.sequential)
-        handle, direct = _open(path)
-        try:
-            rates = {}
-            for done, (block, depth) in enumerate(points, 1):
-                rates[f"{block}/{depth}"] = _random_rate(handle, nbytes, block, depth)
-                progress(done + 1, len(points) + 1)
-        finally:
-            os.close(handle)
-    return DiskFigures(directory, directory.stat().st_dev, direct, DiskProfile(best, rates), plain)
+        in_order = max(meter.rate(CHUNK_BYTES, DEPTH, POINT_S, in_order=True) for _ in range(IN_ORDER_ROUNDS))
+        rates = {}
+        for done, (block, depth) in enumerate(points, 1):
+            rates[f"{block}/{depth}"] = meter.rate(block, depth, POINT_S)
+            progress(done + 1, len(points) + 1)
+        profile = DiskProfile(max(plain, in_order), rates)
+        return DiskFigures(directory, directory.stat().st_dev, meter.direct, meter.backend, profile, plain)
 
 
 def memory_bandwidth(kernels: Any, seconds: float = 0.5) -> float | None:
@@ -80,7 +77,7 @@ def memory_bandwidth(kernels: Any, seconds: float = 0.5) -> float | None:
 
 
 @contextmanager
-def _file(directory: Path, steps: int, progress: Progress) -> Iterator[tuple[Path, int]]:
+def _file(directory: Path, steps: int, progress: Progress) -> Iterator[Path]:
     """A nameless file of random bytes, on disk rather than in the page cache."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -100,32 +97,6 @@ def _file(directory: Path, steps: int, progress: Progress) -> Iterator[tuple[Pat
             os.fsync(handle.fileno())
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             progress(1, steps)
-            yield Path(f"/proc/self/fd/{handle.fileno()}"), nbytes
+            yield Path(f"/proc/self/fd/{handle.fileno()}")
     except OSError as error:
         raise DiskError(f"measuring the disk of {directory} failed: {error.strerror}") from None
-
-
-def _open(path: Path) -> tuple[int, bool]:
-    with suppress(OSError):
-        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-    return os.open(path, os.O_RDONLY), False
-
-
-def _random_rate(handle: int, nbytes: int, block: int, depth: int) -> float:
-    """Bytes per second of reads at random places, `depth` threads with one read each."""
-    totals = [0] * depth
-    began = time.perf_counter()
-    until = began + POINT_S
-
-    def work(index: int) -> None:
-        places = random.Random(index)
-        with mmap.mmap(-1, block) as buffer, memoryview(buffer) as view:
-            while time.perf_counter() < until:
-                totals[index] += os.preadv(handle, [view], places.randrange(nbytes // block) * block)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(depth)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(totals) / (time.perf_counter() - began)

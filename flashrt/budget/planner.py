@@ -17,6 +17,7 @@ from flashrt.config import GIB
 from flashrt.errors import BudgetError
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PAGE, PackLayout, TensorLayout
+from flashrt.storage.reader import STAGING_BYTES
 from flashrt_kernels.rows import align
 
 MIB = 1 << 20
@@ -173,7 +174,7 @@ class _Planner:
             "norms and biases": vector_bytes(self.layout),
             "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
-            "embedding reads": self.slot_bytes + 2 * PAGE,
+            "embedding reads": self.slot_bytes + STAGING_BYTES,
         }
 
     def _chunk(self, budget: int) -> int:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 
 from flashrt.errors import DiskError
+from flashrt.storage.cost import CostCurve
+from flashrt.storage.direct import open_direct
+from flashrt.storage.meter import Meter
+from flashrt.storage.reader import CHUNK_BYTES, DEPTH
 
 MIB = 1 << 20
-PROBE_BLOCK = MIB  # with a few in flight as fast as larger ones, and small enough to measure beside a loaded model
+PLAIN_BLOCK = MIB
+PLAIN_BYTES = 256 * MIB
+PLAIN_DEPTH = 8  # threads of the independent measurement: more are no faster
 PROBE_LEAST = 16 * MIB
-PROBE_BYTES = 256 * MIB
-PROBE_DEPTH = 8
+PROBE_S = 0.1  # seconds of one reading in order
 PROBE_ROUNDS = 4
 
 
@@ -32,6 +36,26 @@ class DiskProfile:
 
     sequential: float
     random: dict[str, float] = field(default_factory=dict)
+
+    def curve(self) -> CostCurve | None:
+        """What random reads cost at the depth that the reader keeps. None when it was not measured."""
+        points = (key.split("/") for key in self.random)
+        rates = {int(block): self.random[f"{block}/{depth}"] for block, depth in points if int(depth) == DEPTH}
+        return CostCurve(rates) if rates else None
+
+
+class DiskRoof:
+    """The best rate known of a disk. A run that is faster shows that it was measured too low, and raises it."""
+
+    def __init__(self, cache: Path, device: int, profile: DiskProfile) -> None:
+        self._cache, self._device, self._profile = cache, device, profile
+
+    def share(self, rate: float) -> float:
+        """`rate` (bytes per second) as a share of the roof: at most 1."""
+        if rate > self._profile.sequential:
+            self._profile = replace(self._profile, sequential=rate)
+            save_disk_profile(self._cache, self._device, self._profile)
+        return rate / self._profile.sequential
 
 
 def profile_path(cache: Path) -> Path:
@@ -67,50 +91,39 @@ def save_disk_profile(cache: Path, device: int, disk: DiskProfile) -> bool:
     return True
 
 
-def sequential_rate(path: Path, limit: int = PROBE_BYTES, depth: int = 1, block: int = PROBE_BLOCK) -> float:
-    """Bytes per second of reading a file in order with O_DIRECT, `block` bytes at a time, `depth` reads in flight.
-
-    At most `limit` bytes are read. depth 1 is the plain sequential read that users know from `dd`.
-    """
-    try:
-        handle = _open_direct(path)
-        try:
-            size = min(os.fstat(handle).st_size, limit) // block * block
-            offsets = iter(range(0, size, block))
-            began = time.perf_counter()
-            with ThreadPoolExecutor(depth) as pool:
-                for future in [pool.submit(_read_all, handle, offsets, block) for _ in range(depth)]:
-                    future.result()
-            return size / (time.perf_counter() - began) if size else 0.0
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise DiskError(f"reading {path} failed: {error.strerror}") from None
-
-
 def measure_disk(path: Path) -> DiskProfile | None:
-    """A quick profile from one large file: the best of a few reads in order, with one and with several in flight.
+    """A quick profile from one large file, in well under a second. None when the file is too small to tell.
 
-    None when the file is too small to tell.
-
-    The best, because it is taken for a roof: other users of a disk only ever make a reading too low.
+    The best of a few readings is taken for the roof: other users of a disk only ever make a reading too low.
     """
     if path.stat().st_size < PROBE_LEAST:
         return None
-    return DiskProfile(
-        max(sequential_rate(path, depth=depth) for depth in (1, PROBE_DEPTH) for _ in range(PROBE_ROUNDS))
-    )
+    with Meter(path) as meter:
+        sequential = max(meter.rate(CHUNK_BYTES, DEPTH, PROBE_S, in_order=True) for _ in range(PROBE_ROUNDS))
+        return DiskProfile(sequential, {f"{block}/{DEPTH}": rate for block, rate in meter.curve(DEPTH).items()})
 
 
-def _open_direct(path: Path) -> int:
+def sequential_rate(path: Path, limit: int = PLAIN_BYTES, depth: int = 1, block: int = PLAIN_BLOCK) -> float:
+    """Bytes per second of reading a file in order with O_DIRECT, `block` bytes at a time, `depth` reads in flight.
+
+    At most `limit` bytes are read. depth 1 is the plain sequential read that users know from `dd`. Nothing of the I/O
+    engine is used: this is what its figures are checked against.
+    """
+    handle, direct = open_direct(path)
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+        if not direct:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        size = min(os.fstat(handle).st_size, limit) // block * block
+        offsets = iter(range(0, size, block))
+        began = perf_counter()
+        with ThreadPoolExecutor(depth) as pool:
+            for future in [pool.submit(_read_all, handle, offsets, block) for _ in range(depth)]:
+                future.result()
+        return size / (perf_counter() - began) if size else 0.0
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system without O_DIRECT
-            raise
-        handle = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        return handle
+        raise DiskError(f"reading {path} failed: {error.strerror}") from None
+    finally:
+        os.close(handle)
 
 
 def _read_all(handle: int, offsets: Iterator[int], block: int) -> None:

@@ -61,11 +61,13 @@ class Streamer:
         self._pump()
 
     def flush(self) -> None:
-        """Forget everything expected. Reads under way are waited for.
+        """Forget everything expected. Reads that have begun are waited for.
 
         Starts afresh from the slots themselves: an interrupt may have struck between any two steps.
         """
         self._wanted.clear()
+        for ticket, _ in self._flying:
+            ticket.cancel()
         self._reader.settle()
         self._flying.clear()
         self._held = None

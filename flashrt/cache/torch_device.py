@@ -24,12 +24,12 @@ from flashrt.cache.device import Progress
 from flashrt.cache.streamer import next_block
 from flashrt.errors import BudgetError
 from flashrt.storage.layout import Block
-from flashrt.storage.reader import DEPTH, Reader, Ticket
+from flashrt.storage.reader import Reader, Ticket
 from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
 
-FILL_DEPTH = DEPTH + 2  # staging buffers while the model is loaded
+FILL_DEPTH = 10  # staging buffers, of a block each, while the model is loaded
 ARENA_ALIGNMENT = 512  # bytes; what torch's own allocator gives
 _DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.uint16: torch.bfloat16}
 
@@ -197,6 +197,9 @@ class TorchStream:
         self._pump()
 
     def flush(self) -> None:
+        for flight in self._flying:
+            if flight.ticket is not None:
+                flight.ticket.cancel()
         self._reader.settle()
         if self._copies is not None:
             torch.cuda.synchronize()

@@ -17,7 +17,7 @@ import numpy as np
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
 from flashrt.cache.device import Device, Tensor
 from flashrt.errors import DiskError, PackError
-from flashrt.storage.layout import PAGE, Block, PackLayout, TensorLayout
+from flashrt.storage.layout import Block, PackLayout, TensorLayout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt_kernels.rows import align, row_bytes
@@ -106,22 +106,35 @@ class Weights:
         tensor = self.layout.tensors[name]
         size = row_bytes(tensor.codec, tensor.columns)
         pinned = self._pinned[name]
+        missing = []
         for i, row in enumerate(ids):
             bundle, position = divmod(row, tensor.bundle_rows)
             if bundle < len(pinned):
                 out[i] = pinned[bundle, position * size : (position + 1) * size]
             else:
-                self.device.put(self._read_row(tensor, bundle, position * size, size), out[i])
+                missing.append((i, bundle, position * size))
+        if missing:
+            began = time.perf_counter()
+            self._read_rows(tensor, size, missing, out)
+            self._row_wait_s += time.perf_counter() - began
 
-    def _read_row(self, tensor: TensorLayout, bundle: int, offset: int, size: int) -> Array:
-        began = time.perf_counter()
-        block = tensor.block(bundle // tensor.block_bundles)
-        if not self.reader.verified(block):  # read whole the first time, so that its checksum is compared
-            self.reader.submit(block, self._window[: block.nbytes]).wait()
-        at = tensor.offset + bundle * tensor.stride + offset
-        row = self.reader.read_rows(tensor.file, at, size, self._window)
-        self._row_wait_s += time.perf_counter() - began
-        return row
+    def _read_rows(self, tensor: TensorLayout, size: int, rows: Sequence[tuple[int, int, int]], out: Tensor) -> None:
+        """Read rows (position in `out`, bundle, offset within it) of `size` bytes, a windowful at a time."""
+        self._verify({bundle // tensor.block_bundles for _, bundle, _ in rows}, tensor)
+        step = len(self._window) // size
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            offsets = np.array([tensor.offset + bundle * tensor.stride + offset for _, bundle, offset in part])
+            landed = self._window[: len(part) * size].reshape(len(part), size)
+            self.reader.submit_rows(tensor.file, offsets, landed, np.arange(len(part))).wait()
+            for (i, _, _), row in zip(part, landed, strict=True):
+                self.device.put(row, out[i])
+
+    def _verify(self, indices: Iterable[int], tensor: TensorLayout) -> None:
+        """Read blocks whole whose checksums have not been compared yet: parts of a block cannot be checked."""
+        for block in map(tensor.block, indices):
+            if not self.reader.verified(block):
+                self.reader.submit(block, self._window[: block.nbytes]).wait()
 
     def _pinned_blocks(self) -> Iterator[tuple[Block, Tensor]]:
         for name, memory in self._pinned.items():
@@ -189,5 +202,5 @@ def _slices(device: Device, layout: PackLayout) -> dict[str, Tensor]:
 
 
 def window_bytes(layout: PackLayout) -> int:
-    """Bytes of the window through which single rows are read: any block, at any offset."""
-    return max(t.max_block_bytes for t in layout.tensors.values()) + 2 * PAGE
+    """Bytes of the window into which single rows are read: any block, or many rows."""
+    return max(t.max_block_bytes for t in layout.tensors.values())

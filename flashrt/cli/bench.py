@@ -54,7 +54,7 @@ def bench(
     """Measure prefill and decode speed, bytes read per token, and the share of the disk's rate that is reached.
 
     The disk's rate is that of sequential O_DIRECT reads of the pack, taken between the other measurements: by one
-    reader, and the best of one and of four.
+    reader, and the best of one and of eight.
 
     Example: flashrt bench demo --budget-gb 1 --repeat 3 --json
     """
@@ -66,7 +66,7 @@ def bench(
     lengths = _lengths(session.spec, prompt_tokens, new_tokens)
     workload = Workload(max(lengths) + new_tokens, prompt=max(lengths))
     with session.engine(workload) as engine:
-        largest = _largest_file(engine)
+        largest = engine.reader.pack.largest_file
         prefill: dict[int, list[float]] = {length: [] for length in lengths}
         decodes, disk = [], []
         for i in range(repeat):
@@ -138,16 +138,11 @@ def _decode(engine: Engine, prompt: int, new_tokens: int) -> _Decode:
     return _Decode(seconds, engine.reader.bytes_read - read, engine.wait_s - wait)
 
 
-def _largest_file(engine: Engine) -> Path:
-    files = engine.reader.pack.layout.file_bytes
-    return engine.reader.pack.path / max(files, key=lambda name: files[name])
-
-
 def _disk_rates(path: Path) -> tuple[float, float]:
     """Bytes per second of one reader and of several; 0 for a pack too small to tell."""
-    from flashrt.budget.profile import PROBE_DEPTH, sequential_rate
+    from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
 
-    return sequential_rate(path), sequential_rate(path, depth=PROBE_DEPTH)
+    return sequential_rate(path), sequential_rate(path, depth=PLAIN_DEPTH)
 
 
 def _decode_figures(

@@ -67,6 +67,7 @@ def doctor(
         "disk": {
             "directory": str(disk.directory),
             "direct": disk.direct,
+            "backend": disk.backend,
             "plain_bytes_per_s": disk.plain,
             "best_bytes_per_s": disk.profile.sequential,
             "random_bytes_per_s": disk.profile.random,
@@ -117,8 +118,8 @@ def _print(facts: dict[str, Any], disk: DiskFigures) -> None:
         "processor": f"{facts['cpu']}, {cores}, kernels for {facts['isa']}",
         "memory": f"{memory}{limit}{bandwidth}",
         "GPU": f"{gpu['name']}, {size(gpu['memory_available_bytes'])} free" if gpu else "none that torch could use",
-        "disk": f"{disk.directory}: {rate(disk.plain)} in order by one reader, {rate(disk.profile.sequential)} at best"
-        + ("" if disk.direct else "; no O_DIRECT here, the page cache may flatter these figures"),
+        "disk": f"{disk.directory}: {rate(disk.plain)} in order by one reader, {rate(disk.profile.sequential)} at best "
+        f"by {disk.backend}" + ("" if disk.direct else "; no O_DIRECT here, the page cache may flatter these figures"),
     }
     print("\n".join(f"{name:<9}  {value}" for name, value in rows.items()))
     _show_random(disk)

@@ -21,7 +21,7 @@ from flashrt.budget.planner import (
     smallest_budget,
 )
 from flashrt.budget.process import reset_peak, resident_bytes
-from flashrt.budget.profile import load_disk_profile, measure_disk, save_disk_profile
+from flashrt.budget.profile import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
@@ -31,8 +31,9 @@ from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
 from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
+from flashrt.storage.cost import CostCurve
 from flashrt.storage.pack import Pack
-from flashrt.storage.reader import Reader
+from flashrt.storage.reader import STAGING_BYTES, Reader
 from flashrt.text.files import TOKENIZER
 from flashrt.text.tokenizer import Tokenizer
 
@@ -83,26 +84,33 @@ class Prepared:
 
     def engine(self, the_plan: Plan, progress: Progress = lambda done, total: None) -> Engine:
         """Allocate what the plan says, load what it pins, and return an engine."""
-        disk_rate = None if the_plan.resident else self.disk_rate()
+        disk = None if the_plan.resident else self.disk()
         began = time.perf_counter()
-        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress)
+        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress, self._curve)
         engine.load_s = time.perf_counter() - began
-        engine.disk_rate = disk_rate
+        engine.roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
         return engine
 
-    def disk_rate(self) -> float | None:
-        """The sequential rate of the disk that holds the pack: measured once, then taken from the profile.
+    @property
+    def disk_number(self) -> int:
+        """The device number under which the pack's disk is known."""
+        return self.pack.path.stat().st_dev
+
+    def disk(self) -> DiskProfile | None:
+        """What the disk that holds the pack can do: measured once, then taken from the cache.
 
         None when nothing is known and the pack is too small to measure with.
         """
-        device = self.pack.path.stat().st_dev
-        known = load_disk_profile(self.cache, device)
+        known = load_disk_profile(self.cache, self.disk_number)
         if known is None:
-            files = self.pack.layout.file_bytes
-            known = measure_disk(self.pack.path / max(files, key=lambda name: files[name]))
+            known = measure_disk(self.pack.largest_file)
             if known is not None:
-                save_disk_profile(self.cache, device, known)
-        return None if known is None else known.sequential
+                save_disk_profile(self.cache, self.disk_number, known)
+        return known
+
+    def _curve(self) -> CostCurve | None:
+        disk = self.disk()
+        return None if disk is None else disk.curve()
 
 
 def check_start(pack: Pack, budget: int) -> None:
@@ -133,10 +141,11 @@ def build_engine(
     tokenizer: Tokenizer,
     runtime: Runtime,
     progress: Progress = lambda done, total: None,
+    curve: Callable[[], CostCurve | None] | None = None,
 ) -> Engine:
-    """An engine for exactly this plan, loaded."""
+    """An engine for exactly this plan, loaded. `curve` gives the disk's costs when they are first needed."""
     spec, ledger = pack.spec, Ledger(the_plan.owners)
-    reader = Reader(pack)
+    reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
     try:
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.budget.planner import Plan
+from flashrt.budget.profile import DiskRoof
 from flashrt.config import Sampling
 from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
@@ -39,7 +40,7 @@ class Engine:
     ) -> None:
         self.plan, self.tokenizer, self.runtime = plan, tokenizer, runtime
         self.reader = reader
-        self.disk_rate: float | None = None  # bytes per second that the disk gives; for reports
+        self.roof: DiskRoof | None = None  # what the disk gives; for reports
         self.load_s = 0.0
         self._decoder: Decoder | None = decoder
         self._spec = decoder.spec

@@ -149,7 +149,7 @@ class Generation:
             io_wait_s=wait_s,
             compute_s=prefill.seconds + decode.seconds - wait_s,
             disk_bytes_per_s=rate,
-            disk_roofline_share=rate / engine.disk_rate if rate and engine.disk_rate else None,
+            disk_roofline_share=engine.roof.share(rate) if rate and engine.roof else None,
             plan=engine.plan.to_json(),
         )
 

@@ -16,8 +16,8 @@ class Report:
     bytes_read_total      read from disk by this generation, loading left out
     bytes_read_per_token  by one pass after the first token
     io_wait_s             compute waiting for reads, in prefill and decode; compute_s is the rest of their time
-    disk_roofline_share   rate at which decode passes read, as a share of the disk's measured sequential rate; None when
-                          they read nothing but rows of embeddings
+    disk_roofline_share   rate at which decode passes read, as a share of the best that is known of the disk, this run
+                          included; None when they read nothing but rows of embeddings
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it
     """
 

@@ -36,6 +36,12 @@ class Pack:
     def spec(self) -> ModelSpec:
         return self.manifest.spec
 
+    @property
+    def largest_file(self) -> Path:
+        """The file to measure a disk with."""
+        files = self.layout.file_bytes
+        return self.path / max(files, key=lambda name: files[name])
+
     def _header_bytes(self, file: str) -> int:
         offsets = [t.offset for t in self.layout.tensors_of(file)]
         return min(offsets)

@@ -1,178 +1,162 @@
-"""Reads blocks of a pack into caller-owned buffers, several at a time, around the page cache.
+"""Reads blocks and rows of a pack into caller-owned memory, many at a time, around the page cache.
 
-Worker threads issue `preadv` on O_DIRECT descriptors; Python is off the data path and the GIL is released while the
-kernel copies. Every block is checked against its CRC-32 the first time that it is read in this process.
+The native engine does the reading: a call here starts any number of reads, a ticket says when they are over. Every
+block is checked against its CRC-32 the first time that it is read in this process.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import mmap
 import os
-import queue
-import threading
-import zlib
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
 from flashrt.errors import DiskError, PackError, UsageError
-from flashrt.storage.layout import PAGE, Block
+from flashrt.storage import _io
+from flashrt.storage.cost import CostCurve
+from flashrt.storage.direct import open_direct
+from flashrt.storage.layout import Block
+from flashrt.storage.meter import measure_curve
 from flashrt.storage.pack import Pack
 
-DEPTH = 8  # reads of about 1 MiB in flight: 9% more than 4 here, and no more from 16
+DEPTH = 32  # reads in flight: what small ones need; with large ones, 5% more than 8 here
+CHUNK_BYTES = 256 << 10  # of a block per read: larger ones are no faster, and rows would wait longer behind them
+STAGING_BYTES = 1 << 20
 
 Array = np.ndarray
 
 
 class Ticket:
-    """A read under way."""
+    """A read under way. Dropped, it is cancelled, and its memory is let go of when the system has done with it."""
 
-    __slots__ = ("_done", "block", "buffer", "error")
+    __slots__ = ("_file", "_read", "_reader", "block", "buffer")
 
-    def __init__(self, block: Block, buffer: Array) -> None:
+    def __init__(self, reader: Reader, file: str, read: _io.Read, buffer: Array, block: Block | None = None) -> None:
+        self._reader, self._file, self._read = reader, file, read
         self.block, self.buffer = block, buffer
-        self.error: Exception | None = None
-        self._done = threading.Event()
 
     @property
     def ready(self) -> bool:
-        return self._done.is_set()
-
-    def finish(self, error: Exception | None = None) -> None:
-        self.error = error
-        self._done.set()
+        """Whether `wait` would return, or raise, at once."""
+        return self._read.ready
 
     def wait(self) -> None:
-        """Return when the data is there. Raises what the read raised."""
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
+        """Return when the data is there. Raises DiskError, PackError, or UsageError when it was cancelled."""
+        status = self._read.wait()
+        if status != 0:
+            raise self._reader.failure(self._file, status, self._read.at, self.block)
+        if self.block is not None:
+            self._reader.mark_verified(self.block)
+
+    def cancel(self) -> None:
+        """Drop what the system has not begun to read."""
+        self._read.cancel()
 
 
 class Reader:
-    """Block reads of one pack. `direct` says whether reads go around the page cache."""
+    """Reads of one pack. `direct` says whether they go around the page cache, `backend` what carries them out.
 
-    def __init__(self, pack: Pack, depth: int = DEPTH) -> None:
+    `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, `curve` gives the costs by which
+    they are merged, and is asked when the first rows are. `backend` may be named to force it.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        staging: Array | None = None,
+        curve: Callable[[], CostCurve | None] | None = None,
+        backend: str = "",
+    ) -> None:
         self.pack = pack
-        self.bytes_read = 0
-        self.direct = True
-        self._files: dict[str, int] = {}
+        self._curve = curve or self._measure
+        self._merges = False
+        self._files: dict[str, tuple[int, bool]] = {}
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
-        self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[Ticket | threading.Barrier | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        if staging is None:
+            staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
         try:
             for name in pack.layout.file_bytes:
-                self._files[name] = self._open(pack.path / name)
+                self._files[name] = open_direct(pack.path / name)
+            self._engine = _io.Engine(backend, DEPTH, CHUNK_BYTES, staging)
         except DiskError:
-            self.close()
+            self._close_files()
             raise
-        self._threads = [threading.Thread(target=self._work, name=f"read-{i}", daemon=True) for i in range(depth)]
-        for thread in self._threads:
-            thread.start()
+        except RuntimeError as error:
+            self._close_files()
+            raise DiskError(f"nothing can be read: {error}") from None
+        self.direct = all(direct for _, direct in self._files.values())
 
-    def _open(self, path: Path) -> int:
-        try:
-            try:
-                return os.open(path, os.O_RDONLY | os.O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # what a file system without O_DIRECT answers
-                    raise
-                self.direct = False
-                return os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DiskError(f"{path} cannot be opened: {error.strerror}") from None
+    @property
+    def backend(self) -> str:
+        """'io_uring' or 'pread'."""
+        return self._engine.backend
+
+    @property
+    def bytes_read(self) -> int:
+        return self._engine.bytes_read
 
     def submit(self, block: Block, buffer: Array) -> Ticket:
         """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed."""
-        self._check_open()
-        ticket = Ticket(block, buffer)
-        self._queue.put(ticket)
-        return ticket
+        handle, direct = self._open_file(block.file)
+        crc = None if self.verified(block) else self.pack.block_crc(block.tensor, block.index)
+        read = self._engine.read(handle, direct, block.offset, buffer, crc)
+        return Ticket(self, block.file, read, buffer, block)
+
+    def submit_rows(self, file: str, offsets: Array, out: Array, slots: Array) -> Ticket:
+        """Start reading the rows of `file` at `offsets` (int64 [n], bytes, in any order) into out[slots[i]].
+
+        `out` is uint8 [slots, row bytes], `slots` int64 [n]. Neighbours are read together where the disk's costs say
+        that it pays, gaps included. Rows overtake blocks. Nothing is compared with a checksum. Raises UsageError once
+        closed.
+        """
+        handle, direct = self._open_file(file)
+        if len(offsets) > 1 and not self._merges:
+            self._merges = True
+            if (curve := self._curve()) is not None:
+                self._engine.set_costs(curve.table(self._engine.max_span_pages))
+        return Ticket(self, file, self._engine.read_rows(handle, direct, offsets, out, slots), out)
 
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
-        barrier = threading.Barrier(len(self._threads) + 1)
-        try:
-            for _ in self._threads:  # the queue is in order: each worker meets the others only after all reads before
-                self._queue.put(barrier)
-            barrier.wait()
-        except BaseException:  # an interrupt: let the workers that wait go on
-            barrier.abort()
-            raise
-
-    def read_rows(self, file: str, offset: int, nbytes: int, window: Array) -> Array:
-        """Read bytes [offset, offset + nbytes) through `window` (uint8, page-aligned, two pages longer than nbytes)."""
-        self._check_open()
-        start = offset // PAGE * PAGE
-        size = -(-(offset + nbytes - start) // PAGE) * PAGE
-        self._read(file, start, window[:size], nbytes + offset - start)
-        return window[offset - start : offset - start + nbytes]
+        self._engine.settle()
 
     def close(self) -> None:
-        """Stop the workers and close the files. Reads under way are finished first."""
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        for handle in self._files.values():
-            os.close(handle)
-        self._files = {}
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Barrier):
-                with contextlib.suppress(threading.BrokenBarrierError):
-                    item.wait()
-                continue
-            try:
-                self._read(item.block.file, item.block.offset, item.buffer, item.block.nbytes)
-                self._verify(item.block, item.buffer)
-            except Exception as error:  # handed to whoever waits for the block
-                item.finish(error)
-            else:
-                item.finish()
-
-    def _read(self, file: str, offset: int, buffer: Array, needed: int) -> None:
-        """Fill `buffer` from `offset`, at least the first `needed` bytes: the end of the file may cut the rest."""
-        handle, view = self._files[file], buffer.data
-        done = 0
-        try:
-            while done < needed:
-                reached = done + os.preadv(handle, [view[done:]], offset + done)
-                if reached < needed:
-                    reached -= reached % PAGE  # O_DIRECT goes on from a page boundary only
-                if reached == done:
-                    raise PackError(
-                        f"{self.pack.path / file} ends before byte {offset + needed}: it was cut short while in use"
-                    )
-                done = reached
-        except OSError as error:
-            raise DiskError(
-                f"reading {self.pack.path / file} at byte {offset + done} failed: {error.strerror}"
-            ) from None
-        finally:
-            with self._lock:
-                self.bytes_read += done
-        if not self.direct:
-            os.posix_fadvise(handle, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+        """Finish what the system has begun, cancel the other reads, and close the files."""
+        self._engine.close()
+        self._close_files()
 
     def verified(self, block: Block) -> bool:
         """Whether `block` has been read whole, and compared with its checksum, in this process."""
         return bool(self._verified[block.tensor][block.index])
 
-    def _verify(self, block: Block, buffer: Array) -> None:
-        if self.verified(block):
-            return
-        if zlib.crc32(buffer.data) != self.pack.block_crc(block.tensor, block.index):
-            raise PackError(
-                f"{self.pack.path / block.file} is damaged: block {block.index} of {block.tensor} does not match its "
-                "checksum. Pack the checkpoint again"
-            )
+    def mark_verified(self, block: Block) -> None:
+        """Say that `block` has been compared with its checksum."""
         self._verified[block.tensor][block.index] = 1
 
-    def _check_open(self) -> None:
-        if not self._threads:
+    def failure(self, file: str, status: int, at: int, block: Block | None) -> Exception:
+        """The error that stands for a status of the engine."""
+        path = self.pack.path / file
+        if status == _io.CANCELLED:
+            return UsageError(f"reading {path} was cancelled")
+        if status == _io.ENDED:
+            return PackError(f"{path} ends before byte {at}: it was cut short while in use")
+        if status == _io.DAMAGED and block is not None:
+            return PackError(
+                f"{path} is damaged: block {block.index} of {block.tensor} does not match its checksum. "
+                "Pack the checkpoint again"
+            )
+        return DiskError(f"reading {path} at byte {at} failed: {os.strerror(status)}")
+
+    def _close_files(self) -> None:
+        for handle, _ in self._files.values():
+            os.close(handle)
+        self._files = {}
+
+    def _open_file(self, file: str) -> tuple[int, bool]:
+        if not self._files:
             raise UsageError("the engine is closed: load the model again")
+        return self._files[file]
+
+    def _measure(self) -> CostCurve | None:
+        return measure_curve(self.pack.largest_file, DEPTH)

@@ -13,7 +13,7 @@ from flashrt.cache.streamer import Streamer
 from flashrt.errors import DiskError
 from flashrt.storage.layout import Block
 from flashrt.storage.pack import Pack
-from flashrt.storage.reader import Reader, Ticket
+from flashrt.storage.reader import Reader
 from flashrt_kernels.rows import Codec
 from tests.conftest import MakePack
 from tests.fake_source import DENSE
@@ -32,7 +32,7 @@ class FakeReader:
         self.flying: deque[LateTicket] = deque()
         self.submitted: list[int] = []
 
-    def submit(self, wanted: Block, buffer: np.ndarray) -> Ticket:
+    def submit(self, wanted: Block, buffer: np.ndarray) -> LateTicket:
         assert len(buffer) == wanted.nbytes
         ticket = LateTicket(wanted, buffer)
         self.flying.append(ticket)
@@ -44,17 +44,25 @@ class FakeReader:
             ticket.arrive()
 
 
-class LateTicket(Ticket):
-    __slots__ = ()
+class LateTicket:
+    def __init__(self, block: Block, buffer: np.ndarray) -> None:
+        self.block, self.buffer, self.ready = block, buffer, False
+        self.error: Exception | None = None
+        self.cancelled = False
 
-    def arrive(self) -> None:
-        if not self.ready:
+    def arrive(self, error: Exception | None = None) -> None:
+        if not self.ready and not self.cancelled:
             self.buffer[:] = self.block.index % 251
-            self.finish()
+            self.error = error
+        self.ready = True
 
     def wait(self) -> None:
         self.arrive()
-        super().wait()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 def streamer(slots: int) -> tuple[Streamer, FakeReader]:
@@ -129,10 +137,11 @@ def test_a_failed_read_is_raised_where_the_block_is_taken() -> None:
     ring, reader = streamer(2)
     blocks = [block(0), block(1), block(2)]
     ring.expect(blocks)
-    reader.flying[0].finish(DiskError("broken"))
+    reader.flying[0].arrive(DiskError("broken"))
     with pytest.raises(DiskError, match="broken"):
         ring.take(blocks[0])
     ring.flush()
+    assert reader.flying[1].cancelled
     ring.expect(blocks[2:])
     assert (ring.take(blocks[2]) == 2).all()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashrt.errors import DiskError, PackError
-from flashrt.storage import reader as reader_module
+from flashrt.errors import DiskError, PackError, UsageError
+from flashrt.storage import direct
+from flashrt.storage.cost import CostCurve
 from flashrt.storage.layout import PAGE, Block
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
@@ -27,9 +32,13 @@ def pack(make_pack: MakePack) -> Pack:
     return Pack(make_pack(MOE, Codec.F32, block_bytes=1))
 
 
-@pytest.fixture
-def reader(pack: Pack) -> Iterator[Reader]:
-    opened = Reader(pack)
+@pytest.fixture(params=["io_uring", "pread"])
+def reader(pack: Pack, request: pytest.FixtureRequest) -> Iterator[Reader]:
+    try:
+        opened = Reader(pack, backend=request.param)
+    except DiskError as error:
+        pytest.skip(str(error))
+    assert opened.backend == request.param
     yield opened
     opened.close()
 
@@ -74,19 +83,60 @@ def test_many_threads_at_once(pack: Pack, reader: Reader) -> None:
     assert not failures
 
 
+def rows(reader: Reader, file: str, offsets: list[int], nbytes: int) -> list[bytes]:
+    out = np.zeros((len(offsets), nbytes + 3), np.uint8)[:, :nbytes]  # rows of some other array, and not aligned
+    reader.submit_rows(file, np.array(offsets), out, np.arange(len(offsets))).wait()
+    return [row.tobytes() for row in out]
+
+
 @pytest.mark.parametrize("start", [0, 1, 63, 4095, 4096, 5000])
 @pytest.mark.parametrize("nbytes", [1, 64, 4096, 4097])
-def test_rows_at_any_offset(pack: Pack, reader: Reader, start: int, nbytes: int) -> None:
+def test_a_row_at_any_offset(pack: Pack, reader: Reader, start: int, nbytes: int) -> None:
     raw = (pack.path / "resident.safetensors").read_bytes()
-    window = aligned(-(-nbytes // PAGE) * PAGE + 2 * PAGE)
-    assert reader.read_rows("resident.safetensors", start, nbytes, window).tobytes() == raw[start : start + nbytes]
+    assert rows(reader, "resident.safetensors", [start], nbytes) == [raw[start : start + nbytes]]
 
 
 def test_rows_at_the_end_of_a_file_that_ends_within_a_page(pack: Pack, reader: Reader) -> None:
     raw = (pack.path / "resident.safetensors").read_bytes()
     assert len(raw) % PAGE
-    window = aligned(3 * PAGE)
-    assert reader.read_rows("resident.safetensors", len(raw) - 9, 9, window).tobytes() == raw[-9:]
+    assert rows(reader, "resident.safetensors", [len(raw) - 9, len(raw) - 10], 9) == [raw[-9:], raw[-10:-1]]
+    with pytest.raises(PackError, match=rf"resident\.safetensors ends before byte {len(raw) + 1}"):
+        rows(reader, "resident.safetensors", [0, len(raw) - 8], 9)
+
+
+def test_rows_go_to_their_slots_in_any_order_and_more_than_once(pack: Pack, reader: Reader) -> None:
+    raw = (pack.path / "resident.safetensors").read_bytes()
+    offsets = np.array([9000, 10, 9000, 5000])
+    out = np.zeros((6, 100), np.uint8)
+    ticket = reader.submit_rows("resident.safetensors", offsets, out, np.array([5, 0, 2, 3]))
+    ticket.wait()
+    for offset, slot in zip(offsets, [5, 0, 2, 3], strict=True):
+        assert out[slot].tobytes() == raw[offset : offset + 100]
+    assert not out[[1, 4]].any()
+
+
+def test_no_rows_at_all(reader: Reader) -> None:
+    assert rows(reader, "resident.safetensors", [], 9) == []
+
+
+def test_the_curve_is_asked_once_and_only_for_several_rows(pack: Pack) -> None:
+    asked = []
+
+    def curve() -> CostCurve:
+        asked.append(1)
+        return CostCurve({4096: 1e8, 1 << 20: 1e9})
+
+    reader = Reader(pack, curve=curve)
+    try:
+        rows(reader, "resident.safetensors", [0], 9)
+        assert not asked
+        rows(reader, "resident.safetensors", [0, 9000], 9)
+        before = reader.bytes_read
+        rows(reader, "resident.safetensors", [0, 9000], 9)
+        assert reader.bytes_read - before == 3 * PAGE  # one read, the gap of a page included
+        assert asked == [1]
+    finally:
+        reader.close()
 
 
 def test_a_damaged_block_is_named(pack: Pack, reader: Reader) -> None:
@@ -100,10 +150,10 @@ def test_a_damaged_block_is_named(pack: Pack, reader: Reader) -> None:
         reader.submit(block, aligned(block.nbytes)).wait()
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("o_direct", [True, False])
 @pytest.mark.parametrize("left", [0, 1, 1000, 4096, 5000])
-def test_a_file_cut_short_while_in_use(pack: Pack, monkeypatch: pytest.MonkeyPatch, left: int, direct: bool) -> None:
-    if not direct:
+def test_a_file_cut_short_while_in_use(pack: Pack, monkeypatch: pytest.MonkeyPatch, left: int, o_direct: bool) -> None:
+    if not o_direct:
         _without_o_direct(monkeypatch)
     block = max(blocks(pack), key=lambda b: b.nbytes)
     assert block.nbytes > 5000
@@ -117,34 +167,20 @@ def test_a_file_cut_short_while_in_use(pack: Pack, monkeypatch: pytest.MonkeyPat
         opened.close()
 
 
-def test_an_io_error_reaches_whoever_waits(pack: Pack, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+def test_an_io_error_reaches_whoever_waits(pack: Pack, reader: Reader) -> None:
     block = blocks(pack)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(reader_module.os, "preadv", fails)
-        ticket = reader.submit(block, aligned(block.nbytes))
-        with pytest.raises(DiskError, match=rf"{block.file} at byte {block.offset} failed: Input/output error"):
-            ticket.wait()
-    again = reader.submit(block, aligned(block.nbytes))  # the worker lives on
+    kept, there = os.dup(reader._files[block.file][0]), reader._files[block.file][0]
+    folder = os.open(pack.path, os.O_RDONLY)
+    os.dup2(folder, there)  # a directory can be opened, but not read
+    ticket = reader.submit(block, aligned(block.nbytes))
+    with pytest.raises(DiskError, match=rf"{block.file} at byte {block.offset} failed: Is a directory"):
+        ticket.wait()
+    os.dup2(kept, there)
+    again = reader.submit(block, aligned(block.nbytes))  # the engine lives on
     again.wait()
     assert again.buffer.tobytes() == on_disk(pack, block)
-
-
-def test_short_reads_are_continued(pack: Pack, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal may cut a read anywhere; O_DIRECT then goes on from a page boundary."""
-    real = os.preadv
-
-    def short(handle: int, buffers: list[memoryview], offset: int) -> int:
-        assert offset % PAGE == 0
-        return min(real(handle, buffers, offset), 5000)
-
-    monkeypatch.setattr(reader_module.os, "preadv", short)
-    block = max(blocks(pack), key=lambda b: b.nbytes)
-    ticket = reader.submit(block, aligned(block.nbytes))
-    ticket.wait()
-    assert ticket.buffer.tobytes() == on_disk(pack, block)
+    os.close(kept)
+    os.close(folder)
 
 
 def _without_o_direct(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +191,7 @@ def _without_o_direct(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(path, flags, *rest)
 
-    monkeypatch.setattr(reader_module.os, "open", refuses)
+    monkeypatch.setattr(direct.os, "open", refuses)
 
 
 def test_a_file_system_without_o_direct(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +215,93 @@ def test_a_file_that_cannot_be_opened(pack: Pack) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_closing_finishes_what_is_under_way(pack: Pack) -> None:
-    opened = Reader(pack)
-    tickets = [opened.submit(block, aligned(block.nbytes)) for block in blocks(pack)]
-    opened.close()
+def test_closing_finishes_or_cancels_what_is_under_way(pack: Pack, reader: Reader) -> None:
+    tickets = [reader.submit(block, aligned(block.nbytes)) for block in blocks(pack)]
+    reader.close()
     assert all(ticket.ready for ticket in tickets)
-    assert all(ticket.error is None for ticket in tickets)
+    for ticket in tickets:
+        with contextlib.suppress(UsageError):
+            ticket.wait()
+            assert ticket.buffer.tobytes() == on_disk(pack, ticket.block)
+    with pytest.raises(UsageError, match="the engine is closed"):
+        reader.submit(blocks(pack)[0], aligned(PAGE))
+    reader.close()
+
+
+def test_cancelling(pack: Pack, reader: Reader) -> None:
+    tickets = [reader.submit(block, aligned(block.nbytes)) for block in blocks(pack) * 20]
+    for ticket in tickets[::2]:
+        ticket.cancel()
+    reader.settle()
+    assert all(ticket.ready for ticket in tickets)
+    for ticket in tickets[1::2]:
+        ticket.wait()
+        assert ticket.buffer.tobytes() == on_disk(pack, ticket.block)
+
+
+def test_a_ticket_that_nobody_keeps(pack: Pack, reader: Reader) -> None:
+    """Its memory must not be written to once it may belong to somebody else."""
+    for _ in range(50):
+        for block in blocks(pack):
+            reader.submit(block, aligned(block.nbytes))
+    reader.settle()
+
+
+def test_waiting_can_be_interrupted(pack: Pack, reader: Reader, tmp_path: Path) -> None:
+    """A FIFO stands for a disk that does not answer."""
+    if reader.backend == "pread":
+        pytest.skip("pread does not read from a FIFO")
+    block = blocks(pack)[0]
+    os.mkfifo(tmp_path / "fifo")
+    fifo = os.open(tmp_path / "fifo", os.O_RDWR)
+    kept, there = os.dup(reader._files[block.file][0]), reader._files[block.file][0]
+    os.dup2(fifo, there)
+    reader._files[block.file] = there, False
+    ticket = reader.submit(block, aligned(block.nbytes))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ticket.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.write(fifo, bytes(block.nbytes))
+        with pytest.raises(PackError, match="does not match its checksum"):
+            ticket.wait()
+        os.dup2(kept, there)
+        os.close(kept)
+        os.close(fifo)
+
+
+def test_where_io_uring_is_forbidden(pack: Pack) -> None:
+    """As in many containers: a seccomp filter answers EPERM."""
+    done = subprocess.run([sys.executable, "-c", FORBIDDEN, str(pack.path)], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["pread", "the", "same"]
+
+
+FORBIDDEN = """
+import ctypes, mmap, struct, sys
+import numpy as np
+from flashrt.storage.pack import Pack
+from flashrt.storage.reader import Reader
+
+IO_URING_SETUP, EPERM = 425, 1
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, IO_URING_SETUP), (6, 0, 0, 0x00050000 | EPERM), (6, 0, 0, 0x7FFF0000)]
+filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+    print("no seccomp here")
+    sys.exit(77)
+pack = Pack(sys.argv[1])
+reader = Reader(pack)
+block = next(iter(pack.layout.tensors.values())).block(0)
+buffer = np.frombuffer(mmap.mmap(-1, block.nbytes), np.uint8)
+reader.submit(block, buffer).wait()
+raw = (pack.path / block.file).read_bytes()[block.offset : block.offset + block.nbytes]
+print(reader.backend, "the same" if buffer.tobytes() == raw else "other bytes")
+reader.close()
+"""

@@ -99,7 +99,7 @@ std::unique_ptr<Read> start_rows(std::shared_ptr<Owner> owner, int file, bool di
                                 Integers slots) {
     const auto out = nb::cast<Rows>(rows, false);
     if (offsets.size() != slots.size()) throw std::invalid_argument("there must be one slot for each offset");
-    if (out.shape(1) > 1 && out.stride(1) != 1) throw std::invalid_argument("a row must be contiguous");
+    if (out.size() > 0 && out.shape(1) > 1 && out.stride(1) != 1) throw std::invalid_argument("a row must be contiguous");
     for (size_t i = 0; i < slots.size(); ++i) {
         if (slots(i) < 0 || static_cast<size_t>(slots(i)) >= out.shape(0)) throw std::out_of_range("no such slot");
         if (offsets(i) < 0) throw std::out_of_range("an offset is negative");
