@@ -4,6 +4,7 @@
 #   make test        install with test tools, lint, type check, quick tests
 #   make test-slow   the long tests: real models, memory cgroups
 #   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
+#   make sanitize    native code under AddressSanitizer and ThreadSanitizer
 #   make bench       speed of the demo pack         make gpu-report  GPU tests and benchmark, with the Python at hand
 #   make peers       environments of the systems that tools/bench_peers.py compares with
 #   make benchmarks-page  docs/benchmarks.md and its plots, from the JSON in docs/benchmarks
@@ -20,6 +21,7 @@ DEMO_PROMPT ?= Write a Python function that returns the n-th Fibonacci number.
 PYTEST_ARGS ?=
 PEERS ?= .peers
 
+comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime
@@ -28,7 +30,7 @@ DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
 NATIVE := kernels/flashrt_kernels/cpu flashrt/storage/native
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(addsuffix /*.cpp,$(NATIVE)) $(addsuffix /*.h,$(NATIVE)))
 
-.PHONY: demo test test-slow lint format bench gpu-report peers benchmarks-page clean
+.PHONY: demo test test-slow lint format sanitize bench gpu-report peers benchmarks-page clean
 
 demo: $(DEMO_PACK)/manifest.json
 	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
@@ -47,6 +49,15 @@ lint: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sanitize: build/native-address build/native-thread
+
+build/native-%: $(DEV) FORCE
+	$(BIN)/cmake -S tests/native -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSANITIZE=$(subst address,address$(comma)undefined,$*)
+	$(BIN)/cmake --build $@ -j 2
+	$(BIN)/ctest --test-dir $@ --output-on-failure
+
+FORCE:
 
 bench: $(DEMO_PACK)/manifest.json
 	$(BIN)/flashrt bench $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --json

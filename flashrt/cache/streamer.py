@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from flashrt.storage.layout import Block
-from flashrt.storage.reader import Reader, Ticket
+from flashrt.storage.reader import BlockTicket, Reader
 
 Array = np.ndarray
 
@@ -26,7 +26,7 @@ class Streamer:
         self._slots = tuple(slots)
         self._free = deque(self._slots)
         self._wanted: deque[Iterator[Block]] = deque()
-        self._flying: deque[tuple[Ticket, Array]] = deque()
+        self._flying: deque[tuple[BlockTicket, Array]] = deque()
         self._held: Array | None = None
         self.wait_s = 0.0
 

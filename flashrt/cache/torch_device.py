@@ -24,7 +24,7 @@ from flashrt.cache.device import Progress
 from flashrt.cache.streamer import next_block
 from flashrt.errors import BudgetError
 from flashrt.storage.layout import Block
-from flashrt.storage.reader import Reader, Ticket
+from flashrt.storage.reader import BlockTicket, Reader
 from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
@@ -78,7 +78,7 @@ class TorchDevice:
         return TorchStream(self._reader, device_slots, staging, self._host, self._copies)
 
     def fill(self, items: Iterable[tuple[Block, torch.Tensor]], arrived: Progress) -> None:
-        flying: deque[tuple[Ticket, torch.Tensor, torch.Tensor]] = deque()
+        flying: deque[tuple[BlockTicket, torch.Tensor, torch.Tensor]] = deque()
         largest = max(t.max_block_bytes for t in self._reader.pack.layout.tensors.values())
         free = deque(self._staging(largest) for _ in range(FILL_DEPTH))
 
@@ -107,7 +107,7 @@ class TorchDevice:
         return values.detach().to("cpu", torch.float32).numpy()
 
     def keep(self, blocks: Iterable[Block]) -> None:
-        flying: list[Ticket] = []
+        flying: list[BlockTicket] = []
         for block in blocks:
             if block.index < self._host_blocks.get(block.tensor, 0):
                 memory = self._staging(block.nbytes)
@@ -139,7 +139,7 @@ class _Flight:
     block: Block
     source: torch.Tensor
     staging: torch.Tensor | None
-    ticket: Ticket | None
+    ticket: BlockTicket | None
     slot: Slot | None = None
     copied: Any = None  # CUDA event
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -28,13 +29,12 @@ Array = np.ndarray
 
 
 class Ticket:
-    """A read under way. Dropped, it is cancelled, and its memory is let go of when the system has done with it."""
+    """Reads under way. Dropped, they are cancelled, and their memory is let go of when the system has done with it."""
 
-    __slots__ = ("_file", "_read", "_reader", "block", "buffer")
+    __slots__ = ("_path", "_read")
 
-    def __init__(self, reader: Reader, file: str, read: _io.Read, buffer: Array, block: Block | None = None) -> None:
-        self._reader, self._file, self._read = reader, file, read
-        self.block, self.buffer = block, buffer
+    def __init__(self, path: Path, read: _io.Read) -> None:
+        self._path, self._read = path, read
 
     @property
     def ready(self) -> bool:
@@ -45,13 +45,41 @@ class Ticket:
         """Return when the data is there. Raises DiskError, PackError, or UsageError when it was cancelled."""
         status = self._read.wait()
         if status != 0:
-            raise self._reader.failure(self._file, status, self._read.at, self.block)
-        if self.block is not None:
-            self._reader.mark_verified(self.block)
+            raise self._failure(status)
 
     def cancel(self) -> None:
         """Drop what the system has not begun to read."""
         self._read.cancel()
+
+    def _failure(self, status: int) -> Exception:
+        at = self._read.at
+        if status == _io.CANCELLED:
+            return UsageError(f"reading {self._path} was cancelled")
+        if status == _io.ENDED:
+            return PackError(f"{self._path} ends before byte {at}: it was cut short while in use")
+        return DiskError(f"reading {self._path} at byte {at} failed: {os.strerror(status)}")
+
+
+class BlockTicket(Ticket):
+    """A block on its way into `buffer`. `verified` holds a flag for each block of its tensor."""
+
+    __slots__ = ("_verified", "block", "buffer")
+
+    def __init__(self, path: Path, read: _io.Read, block: Block, buffer: Array, verified: bytearray) -> None:
+        super().__init__(path, read)
+        self.block, self.buffer, self._verified = block, buffer, verified
+
+    def wait(self) -> None:
+        super().wait()
+        self._verified[self.block.index] = 1
+
+    def _failure(self, status: int) -> Exception:
+        if status != _io.DAMAGED:
+            return super()._failure(status)
+        return PackError(
+            f"{self._path} is damaged: block {self.block.index} of {self.block.tensor} does not match its checksum. "
+            "Pack the checkpoint again"
+        )
 
 
 class Reader:
@@ -71,13 +99,14 @@ class Reader:
         self.pack = pack
         self._curve = curve or self._measure
         self._merges = False
+        self._paths = {name: pack.path / name for name in pack.layout.file_bytes}
         self._files: dict[str, tuple[int, bool]] = {}
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
         if staging is None:
             staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
         try:
-            for name in pack.layout.file_bytes:
-                self._files[name] = open_direct(pack.path / name)
+            for name, path in self._paths.items():
+                self._files[name] = open_direct(path)
             self._engine = _io.Engine(backend, DEPTH, CHUNK_BYTES, staging)
         except DiskError:
             self._close_files()
@@ -96,12 +125,12 @@ class Reader:
     def bytes_read(self) -> int:
         return self._engine.bytes_read
 
-    def submit(self, block: Block, buffer: Array) -> Ticket:
+    def submit(self, block: Block, buffer: Array) -> BlockTicket:
         """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed."""
         handle, direct = self._open_file(block.file)
         crc = None if self.verified(block) else self.pack.block_crc(block.tensor, block.index)
         read = self._engine.read(handle, direct, block.offset, buffer, crc)
-        return Ticket(self, block.file, read, buffer, block)
+        return BlockTicket(self._paths[block.file], read, block, buffer, self._verified[block.tensor])
 
     def submit_rows(self, file: str, offsets: Array, out: Array, slots: Array) -> Ticket:
         """Start reading the rows of `file` at `offsets` (int64 [n], bytes, in any order) into out[slots[i]].
@@ -115,7 +144,7 @@ class Reader:
             self._merges = True
             if (curve := self._curve()) is not None:
                 self._engine.set_costs(curve.table(self._engine.max_span_pages))
-        return Ticket(self, file, self._engine.read_rows(handle, direct, offsets, out, slots), out)
+        return Ticket(self._paths[file], self._engine.read_rows(handle, direct, offsets, out, slots))
 
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
@@ -129,24 +158,6 @@ class Reader:
     def verified(self, block: Block) -> bool:
         """Whether `block` has been read whole, and compared with its checksum, in this process."""
         return bool(self._verified[block.tensor][block.index])
-
-    def mark_verified(self, block: Block) -> None:
-        """Say that `block` has been compared with its checksum."""
-        self._verified[block.tensor][block.index] = 1
-
-    def failure(self, file: str, status: int, at: int, block: Block | None) -> Exception:
-        """The error that stands for a status of the engine."""
-        path = self.pack.path / file
-        if status == _io.CANCELLED:
-            return UsageError(f"reading {path} was cancelled")
-        if status == _io.ENDED:
-            return PackError(f"{path} ends before byte {at}: it was cut short while in use")
-        if status == _io.DAMAGED and block is not None:
-            return PackError(
-                f"{path} is damaged: block {block.index} of {block.tensor} does not match its checksum. "
-                "Pack the checkpoint again"
-            )
-        return DiskError(f"reading {path} at byte {at} failed: {os.strerror(status)}")
 
     def _close_files(self) -> None:
         for handle, _ in self._files.values():
