@@ -42,6 +42,7 @@ void patiently(F over) {
 }
 
 std::unique_ptr<Backend> make_backend(const std::string& name, unsigned depth) {
+    if (!name.empty() && name != "io_uring" && name != "pread") throw std::runtime_error("there is no backend " + name);
     std::string why_not = "it was not asked for";
     std::unique_ptr<Backend> ring = name == "pread" ? nullptr : make_uring(depth, why_not);
     if (ring) return ring;

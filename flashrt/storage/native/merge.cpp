@@ -10,20 +10,13 @@ double Merger::cost(uint64_t pages) const {
     return costs_.back() * static_cast<double>(pages) / static_cast<double>(costs_.size());
 }
 
-// Rows that share a page or touch are never better read apart, so they count as one.
+// A row whose pages another one needs anyway costs nothing beside it, so they count as one.
 void Merger::find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) const {
     runs.clear();
     for (size_t i = 0; i < rows.size(); ++i) {
         const uint64_t begin = rows[i].offset / PAGE;
         const uint64_t end = (rows[i].offset + rows[i].bytes + PAGE - 1) / PAGE;
-        if (!runs.empty() && begin <= runs.back().end) {
-            const uint64_t joined = std::max(end, runs.back().end);
-            if (joined - runs.back().begin <= costs_.size()) {
-                runs.back().end = joined;
-                continue;
-            }
-        }
-        runs.push_back({i, begin, end, 0, 0});
+        if (runs.empty() || end > runs.back().end) runs.push_back({i, begin, end, 0, 0});
     }
 }
 

@@ -23,18 +23,20 @@ struct Span {
 // Cuts rows into spans such that reading the spans, each from page boundary to page boundary, costs least.
 class Merger {
    public:
-    // costs[n - 1] is the time that a read of n pages takes of the disk, in any unit; a span has at most costs.size()
-    // pages, unless it is a single row. Reading two adjacent ranges at once must not cost more than one by one.
+    // Rows whose pages lie within those of the first, and the cheapest way to read all rows up to them.
+    struct Run {
+        size_t first;         // row
+        uint64_t begin, end;  // pages
+        double cost;
+        size_t from;  // the run with which the last span begins
+    };
+
+    // costs[n - 1] is the time that a read of n pages takes of the disk, in any unit. No span has more than
+    // costs.size() pages, unless it is a single row.
     void set_costs(std::vector<double> costs) { costs_ = std::move(costs); }
 
-    // The cheapest cut of `rows`, ascending by offset, into `spans`. `runs` is memory to work in. Without costs, every
-    // row is a span of its own.
-    struct Run {
-        size_t first;          // row
-        uint64_t begin, end;   // pages
-        double cost;           // of the best cut of all runs up to this one
-        size_t from;           // the run with which the last span of that cut starts
-    };
+    // The cheapest cut of `rows`, ascending by offset, into `spans`; without costs, every row is a span of its own.
+    // `runs` is memory to work in.
     void cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<Span>& spans) const;
 
    private:

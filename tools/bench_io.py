@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""The I/O engine's rate beside fio's at each block size and depth, in order, at random, and for merged rows.
+
+    python tools/bench_io.py FILE_OR_PACK --out docs/benchmarks/io-NAME.json
+
+Where fio is not on the path, plain O_DIRECT reads by threads are the reference. Engine and reference alternate, since a
+disk's rate wanders; ratios are taken pair by pair, and medians are quoted. `cores` is user and system time of the
+process over wall time. Rows are a random share of a matrix's, in ascending order, as one layer's neurons would be asked
+for; the reference then reads blocks of the size that the merged reads have on average. JSON is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import mmap
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashrt import __version__
+from flashrt.budget.process import usable_cores
+from flashrt.storage import _io
+from flashrt.storage.cost import CostCurve
+from flashrt.storage.direct import open_direct
+from flashrt.storage.layout import PAGE
+from flashrt.storage.meter import Meter
+from flashrt.storage.pack import Pack, is_pack
+from flashrt.storage.reader import CHUNK_BYTES, DEPTH, STAGING_BYTES
+
+KIB = 1 << 10
+BLOCKS = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB, 4096 * KIB)
+DEPTHS = (1, 8, 32)
+ROW_BYTES = (832, 1664, 4160)  # neurons of models of 0.3 to 2 billion weights
+SHARES = (0.05, 0.2, 0.4)  # of a matrix's rows that are asked for
+ROWS = 8192  # of the matrix
+REQUESTS = 8  # matrices that are read per turn, one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    rate: float  # bytes per second
+    cores: float
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    path: Path
+    backend: str
+    seconds: float
+    repeat: int
+    fio: str | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a large file, or a pack")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, metavar="BYTES")
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, metavar="N")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of one reading")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--backend", default="", help="io_uring or pread; the better one by default")
+    parser.add_argument("--plain", action="store_true", help="compare with plain reads, even where there is fio")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    path = Pack(args.path).largest_file if is_pack(args.path) else args.path
+    setting = Setting(path, args.backend, args.seconds, args.repeat, None if args.plain else shutil.which("fio"))
+    with Meter(path, args.backend) as meter:
+        points = [
+            measure_blocks(setting, meter, order, block, depth)
+            for order, block, depth in itertools.product(("in order", "random"), args.blocks, args.depths)
+        ]
+        rates = meter.curve(DEPTH)
+        backend = meter.backend
+    result = {
+        "tool": "bench_io",
+        "flashrt": __version__,
+        "machine": {"platform": platform.platform(), "cores": usable_cores()},
+        "backend": backend,
+        "reference": "fio, io_uring" if setting.fio else "plain O_DIRECT reads by threads",
+        "file_bytes": path.stat().st_size,
+        "repeat": args.repeat,
+        "seconds": args.seconds,
+        "blocks": points,
+        "curve": {str(block): rate for block, rate in rates.items()},
+        "rows": [measure_rows(setting, CostCurve(rates), *case) for case in itertools.product(ROW_BYTES, SHARES)],
+    }
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text if args.out is None else json.dumps(result))
+
+
+def measure_blocks(setting: Setting, meter: Meter, order: str, block: int, depth: int) -> dict[str, Any]:
+    in_order = order == "in order"
+    pairs = alternate(
+        setting.repeat,
+        lambda: timed(lambda: meter.rate(block, depth, setting.seconds, in_order)),
+        lambda: reference(setting, block, depth, in_order),
+    )
+    point = {"order": order, "block": block, "depth": depth} | figures(pairs)
+    say(f"{order:>8}  {block // KIB:5} KiB x {depth:<2}", point)
+    return point
+
+
+def measure_rows(setting: Setting, curve: CostCurve, row_bytes: int, share: float) -> dict[str, Any]:
+    """Rows of one matrix after the other: merged by the curve beside the reference, then once more without merging."""
+    matrices = _Rows(setting, row_bytes, share)
+    try:
+        spans = matrices.merge_by(curve)
+        block = max(round(spans["read_bytes"] / PAGE), 1) * PAGE
+        pairs = alternate(
+            setting.repeat,
+            lambda: timed(matrices.rate),
+            lambda: reference(setting, block, DEPTH, in_order=False),
+        )
+        seconds = statistics.median(matrices.seconds)
+        matrices.merge_by(None)
+        apart = statistics.median(timed(matrices.rate).rate for _ in range(setting.repeat))
+        apart_s = statistics.median(matrices.seconds)
+    finally:
+        matrices.close()
+    point = {"row_bytes": row_bytes, "share": share, "depth": DEPTH} | spans | figures(pairs)
+    point |= {"s_per_matrix": seconds, "s_per_matrix_unmerged": apart_s, "unmerged_bytes_per_s": apart}
+    say(f"{row_bytes:>5} B rows, {share:4.0%}, in reads of {block // KIB:3} KiB", point)
+    return point
+
+
+class _Rows:
+    """Random rows of several matrices in a file, one request each, two requests at a time."""
+
+    def __init__(self, setting: Setting, row_bytes: int, share: float) -> None:
+        self._handle, self._direct = open_direct(setting.path)
+        staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
+        self._engine = _io.Engine(setting.backend, DEPTH, CHUNK_BYTES, staging)
+        self._row_bytes, self._seconds = row_bytes, setting.seconds
+        size = os.fstat(self._handle).st_size
+        rows = min(ROWS, size // row_bytes)
+        choice = np.random.default_rng(0)
+        self._wanted = []
+        for _ in range(REQUESTS):
+            start = int(choice.integers(0, size - rows * row_bytes + 1))
+            ids = np.sort(choice.choice(rows, max(int(share * rows), 1), replace=False))
+            self._wanted.append(start + ids * row_bytes)
+        self._out = np.zeros((len(self._wanted[0]), row_bytes), np.uint8)
+        self._slots = np.arange(len(self._out))
+        self.seconds: list[float] = []
+
+    def merge_by(self, curve: CostCurve | None) -> dict[str, Any]:
+        """Merge by `curve`, or not at all; how the rows are read then."""
+        costs = [] if curve is None else curve.table(self._engine.max_span_pages)
+        self._engine.set_costs(costs)
+        self.seconds = []
+        reads, read_bytes = 0, 0
+        for offsets in self._wanted:
+            for first, last in _io.spans(offsets, self._row_bytes, costs):
+                reads += 1
+                end = -(-(int(offsets[last - 1]) + self._row_bytes) // PAGE) * PAGE
+                read_bytes += end - int(offsets[first]) // PAGE * PAGE
+        rows = sum(map(len, self._wanted))
+        useful = rows * self._row_bytes / read_bytes
+        return {"rows_per_read": rows / reads, "read_bytes": read_bytes / reads, "useful": useful}
+
+    def rate(self) -> float:
+        """Bytes per second, gaps included."""
+        before, began = self._engine.bytes_read, time.perf_counter()
+        flying: list[_io.Read] = []
+        done = 0
+        for offsets in itertools.cycle(self._wanted):
+            done += 1
+            flying.append(self._engine.read_rows(self._handle, self._direct, offsets, self._out, self._slots))
+            if len(flying) > 1:
+                _finish(flying.pop(0))
+            if time.perf_counter() - began > self._seconds:
+                break
+        for read in flying:
+            _finish(read)
+        passed = time.perf_counter() - began
+        self.seconds.append(passed / done)
+        return (self._engine.bytes_read - before) / passed
+
+    def close(self) -> None:
+        self._engine.close()
+        os.close(self._handle)
+
+
+Pair = tuple[Reading, Reading]
+
+
+def alternate(repeat: int, first: Callable[[], Reading], second: Callable[[], Reading]) -> list[Pair]:
+    """Pairs of readings; who goes first changes from pair to pair."""
+    pairs = []
+    for i in range(repeat):
+        if i % 2 == 0:
+            one, two = first(), second()
+        else:
+            two, one = second(), first()
+        pairs.append((one, two))
+    return pairs
+
+
+def figures(pairs: list[Pair]) -> dict[str, Any]:
+    median = statistics.median
+    return {
+        "bytes_per_s": median(one.rate for one, _ in pairs),
+        "reference_bytes_per_s": median(two.rate for _, two in pairs),
+        "ratio": median(one.rate / two.rate for one, two in pairs),
+        "ratios": [round(one.rate / two.rate, 3) for one, two in pairs],
+        "cores": median(one.cores for one, _ in pairs),
+        "reference_cores": median(two.cores for _, two in pairs),
+    }
+
+
+def say(what: str, point: dict[str, Any]) -> None:
+    engine, other = point["bytes_per_s"] / 1e6, point["reference_bytes_per_s"] / 1e6
+    print(
+        f"{what}  {engine:7.0f} MB/s  reference {other:7.0f}  ratio {point['ratio']:.2f}  "
+        f"cores {point['cores']:.2f} and {point['reference_cores']:.2f}",
+        file=sys.stderr,
+    )
+
+
+def timed(rate: Callable[[], float]) -> Reading:
+    began, cpu = time.perf_counter(), time.process_time()
+    value = rate()
+    return Reading(value, (time.process_time() - cpu) / (time.perf_counter() - began))
+
+
+def reference(setting: Setting, block: int, depth: int, in_order: bool) -> Reading:
+    if setting.fio is None:
+        return timed(lambda: plain_rate(setting.path, block, depth, setting.seconds, in_order))
+    command = [setting.fio, "--name=reference", f"--filename={setting.path}", "--readonly", "--direct=1"]
+    command += ["--ioengine=io_uring", f"--rw={'read' if in_order else 'randread'}", f"--bs={block}"]
+    command += [f"--iodepth={depth}", "--time_based", f"--runtime={max(round(setting.seconds * 1000), 1)}ms"]
+    command += ["--norandommap", "--randrepeat=0", "--output-format=json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    return Reading(job["read"]["bw_bytes"], (job["usr_cpu"] + job["sys_cpu"]) / 100)
+
+
+def plain_rate(path: Path, block: int, depth: int, seconds: float, in_order: bool) -> float:
+    """Bytes per second of `depth` threads that each read one block after the other."""
+    handle, _ = open_direct(path)
+    places = os.fstat(handle).st_size // block
+    turn = itertools.count()
+    totals = [0] * depth
+    began = time.perf_counter()
+
+    def work(index: int) -> None:
+        choice = random.Random(index)
+        with mmap.mmap(-1, block) as buffer, memoryview(buffer) as view:
+            while not totals[index] or time.perf_counter() - began < seconds:
+                place = next(turn) % places if in_order else choice.randrange(places)
+                totals[index] += os.preadv(handle, [view], place * block)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(depth)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(handle)
+    return sum(totals) / (time.perf_counter() - began)
+
+
+def _finish(read: _io.Read) -> None:
+    status = read.wait()
+    if status != 0:
+        raise SystemExit(f"a read failed at byte {read.at}: status {status}")
+
+
+if __name__ == "__main__":
+    main()
