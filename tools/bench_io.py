@@ -6,7 +6,7 @@
 Where fio is not on the path, plain O_DIRECT reads by threads are the reference. Engine and reference alternate, since a
 disk's rate wanders; ratios are taken pair by pair, and medians are quoted. `cores` is user and system time of the
 process over wall time. Rows are a random share of a matrix's, in ascending order, as one layer's neurons would be asked
-for; the reference then reads blocks of the size that the merged reads have on average. JSON is printed last.
+for; the reference then reads blocks of the sizes that the merged reads have. JSON is printed last.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ import numpy as np
 
 from flashrt import __version__
 from flashrt.budget.process import usable_cores
+from flashrt.budget.profile import sequential_rate
 from flashrt.storage import _io
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.direct import open_direct
@@ -63,6 +65,7 @@ class Setting:
     seconds: float
     repeat: int
     fio: str | None
+    limit: int  # bytes of the file that are read
 
 
 def main() -> None:
@@ -72,13 +75,17 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, help="of one reading")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--limit-mib", type=int, default=256, help="of the file, read over and over")
     parser.add_argument("--backend", default="", help="io_uring or pread; the better one by default")
     parser.add_argument("--plain", action="store_true", help="compare with plain reads, even where there is fio")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     path = Pack(args.path).largest_file if is_pack(args.path) else args.path
-    setting = Setting(path, args.backend, args.seconds, args.repeat, None if args.plain else shutil.which("fio"))
-    with Meter(path, args.backend) as meter:
+    fio = None if args.plain else shutil.which("fio")
+    limit = min(path.stat().st_size, args.limit_mib << 20)
+    setting = Setting(path, args.backend, args.seconds, args.repeat, fio, limit)
+    sequential_rate(path, limit)  # some disks are slow when a place is read for the first time
+    with Meter(path, args.backend, limit=limit) as meter:
         points = [
             measure_blocks(setting, meter, order, block, depth)
             for order, block, depth in itertools.product(("in order", "random"), args.blocks, args.depths)
@@ -91,7 +98,7 @@ def main() -> None:
         "machine": {"platform": platform.platform(), "cores": usable_cores()},
         "backend": backend,
         "reference": "fio, io_uring" if setting.fio else "plain O_DIRECT reads by threads",
-        "file_bytes": path.stat().st_size,
+        "bytes_read_of_file": limit,
         "repeat": args.repeat,
         "seconds": args.seconds,
         "blocks": points,
@@ -109,7 +116,7 @@ def measure_blocks(setting: Setting, meter: Meter, order: str, block: int, depth
     pairs = alternate(
         setting.repeat,
         lambda: timed(lambda: meter.rate(block, depth, setting.seconds, in_order)),
-        lambda: reference(setting, block, depth, in_order),
+        lambda: reference(setting, Counter([block]), depth, in_order),
     )
     point = {"order": order, "block": block, "depth": depth} | figures(pairs)
     say(f"{order:>8}  {block // KIB:5} KiB x {depth:<2}", point)
@@ -120,12 +127,11 @@ def measure_rows(setting: Setting, curve: CostCurve, row_bytes: int, share: floa
     """Rows of one matrix after the other: merged by the curve beside the reference, then once more without merging."""
     matrices = _Rows(setting, row_bytes, share)
     try:
-        spans = matrices.merge_by(curve)
-        block = max(round(spans["read_bytes"] / PAGE), 1) * PAGE
+        sizes = matrices.merge_by(curve)
         pairs = alternate(
             setting.repeat,
             lambda: timed(matrices.rate),
-            lambda: reference(setting, block, DEPTH, in_order=False),
+            lambda: reference(setting, sizes, DEPTH, in_order=False),
         )
         seconds = statistics.median(matrices.seconds)
         matrices.merge_by(None)
@@ -133,9 +139,19 @@ def measure_rows(setting: Setting, curve: CostCurve, row_bytes: int, share: floa
         apart_s = statistics.median(matrices.seconds)
     finally:
         matrices.close()
-    point = {"row_bytes": row_bytes, "share": share, "depth": DEPTH} | spans | figures(pairs)
-    point |= {"s_per_matrix": seconds, "s_per_matrix_unmerged": apart_s, "unmerged_bytes_per_s": apart}
-    say(f"{row_bytes:>5} B rows, {share:4.0%}, in reads of {block // KIB:3} KiB", point)
+    reads, read_bytes = sizes.total(), sum(size * count for size, count in sizes.items())
+    point = {
+        "row_bytes": row_bytes,
+        "share": share,
+        "depth": DEPTH,
+        "rows_per_read": matrices.rows / reads,
+        "bytes_per_read": read_bytes / reads,
+        "useful": matrices.rows * row_bytes / read_bytes,
+        "s_per_matrix": seconds,
+        "s_per_matrix_unmerged": apart_s,
+        "unmerged_bytes_per_s": apart,
+    } | figures(pairs)
+    say(f"{row_bytes:>5} B rows, {share:4.0%}, in reads of {read_bytes / reads / KIB:3.0f} KiB", point)
     return point
 
 
@@ -147,7 +163,7 @@ class _Rows:
         staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
         self._engine = _io.Engine(setting.backend, DEPTH, CHUNK_BYTES, staging)
         self._row_bytes, self._seconds = row_bytes, setting.seconds
-        size = os.fstat(self._handle).st_size
+        size = setting.limit
         rows = min(ROWS, size // row_bytes)
         choice = np.random.default_rng(0)
         self._wanted = []
@@ -159,20 +175,21 @@ class _Rows:
         self._slots = np.arange(len(self._out))
         self.seconds: list[float] = []
 
-    def merge_by(self, curve: CostCurve | None) -> dict[str, Any]:
-        """Merge by `curve`, or not at all; how the rows are read then."""
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self._wanted))
+
+    def merge_by(self, curve: CostCurve | None) -> Counter[int]:
+        """Merge by `curve`, or not at all. How many reads of which sizes that makes, in bytes."""
         costs = [] if curve is None else curve.table(self._engine.max_span_pages)
         self._engine.set_costs(costs)
         self.seconds = []
-        reads, read_bytes = 0, 0
+        sizes: Counter[int] = Counter()
         for offsets in self._wanted:
             for first, last in _io.spans(offsets, self._row_bytes, costs):
-                reads += 1
-                end = -(-(int(offsets[last - 1]) + self._row_bytes) // PAGE) * PAGE
-                read_bytes += end - int(offsets[first]) // PAGE * PAGE
-        rows = sum(map(len, self._wanted))
-        useful = rows * self._row_bytes / read_bytes
-        return {"rows_per_read": rows / reads, "read_bytes": read_bytes / reads, "useful": useful}
+                end = -(-(int(offsets[last - 1]) + self._row_bytes) // PAGE)
+                sizes[PAGE * (end - int(offsets[first]) // PAGE)] += 1
+        return sizes
 
     def rate(self) -> float:
         """Bytes per second, gaps included."""
@@ -239,32 +256,45 @@ def timed(rate: Callable[[], float]) -> Reading:
     return Reading(value, (time.process_time() - cpu) / (time.perf_counter() - began))
 
 
-def reference(setting: Setting, block: int, depth: int, in_order: bool) -> Reading:
+def reference(setting: Setting, sizes: Counter[int], depth: int, in_order: bool) -> Reading:
+    """Reads of these sizes, as often as they are counted."""
     if setting.fio is None:
-        return timed(lambda: plain_rate(setting.path, block, depth, setting.seconds, in_order))
+        return timed(lambda: plain_rate(setting, sizes, depth, in_order))
     command = [setting.fio, "--name=reference", f"--filename={setting.path}", "--readonly", "--direct=1"]
-    command += ["--ioengine=io_uring", f"--rw={'read' if in_order else 'randread'}", f"--bs={block}"]
+    command += ["--ioengine=io_uring", f"--rw={'read' if in_order else 'randread'}", f"--bssplit={bssplit(sizes)}"]
     command += [f"--iodepth={depth}", "--time_based", f"--runtime={max(round(setting.seconds * 1000), 1)}ms"]
-    command += ["--norandommap", "--randrepeat=0", "--output-format=json"]
+    command += [f"--size={setting.limit}", "--norandommap", "--randrepeat=0", "--output-format=json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     return Reading(job["read"]["bw_bytes"], (job["usr_cpu"] + job["sys_cpu"]) / 100)
 
 
-def plain_rate(path: Path, block: int, depth: int, seconds: float, in_order: bool) -> float:
+def bssplit(sizes: Counter[int]) -> str:
+    """Sizes and whole percentages, as fio wants them."""
+    shares = {size: round(100 * count / sizes.total()) for size, count in sizes.items()}
+    most = max(shares, key=lambda size: shares[size])
+    shares[most] += 100 - sum(shares.values())
+    return ":".join(f"{size}/{share}" for size, share in shares.items() if share > 0)
+
+
+def plain_rate(setting: Setting, sizes: Counter[int], depth: int, in_order: bool) -> float:
     """Bytes per second of `depth` threads that each read one block after the other."""
-    handle, _ = open_direct(path)
-    places = os.fstat(handle).st_size // block
+    handle, _ = open_direct(setting.path)
+    largest = max(sizes)
+    places = setting.limit // largest
     turn = itertools.count()
     totals = [0] * depth
     began = time.perf_counter()
 
     def work(index: int) -> None:
         choice = random.Random(index)
-        with mmap.mmap(-1, block) as buffer, memoryview(buffer) as view:
-            while not totals[index] or time.perf_counter() - began < seconds:
+        blocks = choice.choices(list(sizes), list(sizes.values()), k=1000)
+        with mmap.mmap(-1, largest) as buffer, memoryview(buffer) as view:
+            for block in itertools.cycle(blocks):
                 place = next(turn) % places if in_order else choice.randrange(places)
-                totals[index] += os.preadv(handle, [view], place * block)
+                totals[index] += os.preadv(handle, [view[:block]], place * largest)
+                if time.perf_counter() - began > setting.seconds:
+                    break
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(depth)]
     for thread in threads:

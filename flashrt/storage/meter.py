@@ -20,7 +20,7 @@ from flashrt.storage.layout import PAGE
 
 MEMORY_BYTES = 8 << 20  # into which all reads go, over and over
 CURVE_MEMORY_BYTES = 1 << 20  # less, since a model may be loaded already
-SMALL = 256 << 10  # bytes of a read below which calls are worth sparing
+BATCH_BYTES = 2 << 20  # that one call asks for at least: calls are to cost nothing beside reads
 CURVE_BLOCKS = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
 CURVE_S = 0.025  # seconds per block size and round
 CURVE_ROUNDS = 2
@@ -29,14 +29,18 @@ CURVE_ROUNDS = 2
 class Meter:
     """Reads `path` with engines of its own. `direct` is False where the page cache may flatter the figures.
 
-    `backend` is the name of what carries out the reads; give one to force it.
+    `backend` is the name of what carries out the reads; give one to force it. `limit` is how much of the file is read.
     """
 
-    def __init__(self, path: Path, backend: str = "", memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self, path: Path, backend: str = "", memory_bytes: int = MEMORY_BYTES, limit: int | None = None
+    ) -> None:
         self._path = path
         self._memory = np.frombuffer(mmap.mmap(-1, memory_bytes), np.uint8)
         self.backend = self._engine(backend, 1, PAGE).backend
         self._handle, self.direct = open_direct(path)
+        size = os.fstat(self._handle).st_size
+        self._nbytes = size if limit is None else min(size, limit)
 
     def __enter__(self) -> Meter:
         return self
@@ -49,11 +53,11 @@ class Meter:
 
         At random places or in order, for about `seconds`; 0 for a file smaller than a block. Raises DiskError.
         """
-        places = os.fstat(self._handle).st_size // block
+        places = self._nbytes // block
         if places == 0:
             return 0.0
         out = self._memory[: len(self._memory) // block * block].reshape(-1, block)
-        batch = depth if block >= SMALL else 4 * depth
+        batch = max(depth, BATCH_BYTES // block)
         slots = np.arange(batch) % len(out)
         engine = self._engine(self.backend, depth, block)
         try:
@@ -96,7 +100,10 @@ def measure_curve(path: Path, depth: int) -> CostCurve | None:
 
 
 def _batches(places: int, count: int, in_order: bool) -> Iterator[np.ndarray]:
-    """Endlessly, `count` block numbers below `places`."""
+    """Endlessly, `count` block numbers below `places`. The random ones are the same each time.
+
+    Some disks, those of virtual machines above all, are slow when a place is read for the first time.
+    """
     choice, start = np.random.default_rng(0), 0
     while True:
         if in_order:

@@ -23,7 +23,7 @@ from flashrt.storage.pack import Pack
 
 DEPTH = 32  # reads in flight: what small ones need; with large ones, 5% more than 8 here
 CHUNK_BYTES = 256 << 10  # of a block per read: larger ones are no faster, and rows would wait longer behind them
-STAGING_BYTES = 1 << 20
+STAGING_BYTES = 2 << 20  # rows arrive 15% faster than with half of it, and no faster with twice
 
 Array = np.ndarray
 

@@ -61,14 +61,20 @@ Engine::~Engine() { close(); }
 
 void Engine::set_costs(std::vector<double> costs) {
     costs.resize(std::min(costs.size(), max_span_pages()));
+    auto merger = std::make_shared<Merger>();
+    merger->set_costs(std::move(costs));
     std::lock_guard<std::mutex> lock(mutex_);
-    merger_.set_costs(std::move(costs));
+    merger_ = std::move(merger);
 }
 
+// A request to be filled in, which nobody else knows of until it is submitted. Null once closed.
 Request* Engine::begin() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return nullptr;
     if (free_requests_.empty()) free_requests_.push_back(&requests_.emplace_back());
     Request* request = free_requests_.back();
     free_requests_.pop_back();
+    request->merger = merger_;
     request->rows.clear();
     request->crc.reset();
     request->status = GOOD;
@@ -78,27 +84,25 @@ Request* Engine::begin() {
 }
 
 Request* Engine::read(File file, uint64_t offset, uint8_t* to, size_t bytes, std::optional<uint32_t> crc) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (closed_) return nullptr;
     Request* request = begin();
+    if (!request) return nullptr;
     request->whole = {offset, bytes, to};
     request->crc = crc;
     add_row(request, request->whole);
-    submit(request, file, blocks_, lock);
+    submit(request, file, blocks_);
     return request;
 }
 
 Request* Engine::read_rows(File file, const int64_t* offsets, const int64_t* slots, size_t count, size_t bytes,
                            uint8_t* out, int64_t stride) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (closed_) return nullptr;
     Request* request = begin();
+    if (!request) return nullptr;
     for (size_t i = 0; i < count; ++i)
         add_row(request, {static_cast<uint64_t>(offsets[i]), bytes, out + slots[i] * stride});
     const auto by_offset = [](const Row& a, const Row& b) { return a.offset < b.offset; };
     if (!std::is_sorted(request->rows.begin(), request->rows.end(), by_offset))
         std::sort(request->rows.begin(), request->rows.end(), by_offset);
-    submit(request, file, rows_, lock);
+    submit(request, file, rows_);
     return request;
 }
 
@@ -115,14 +119,16 @@ void Engine::add_row(Request* request, Row row) {
     }
 }
 
-void Engine::submit(Request* request, File file, List& list, std::unique_lock<std::mutex>& lock) {
-    merger_.cut(request->rows, request->runs, request->spans);
+void Engine::submit(Request* request, File file, List& list) {
+    request->merger->cut(request->rows, request->runs, request->spans);
+    std::unique_lock<std::mutex> lock(mutex_);
     for (const Span& span : request->spans) {
         const Row& row = request->rows[span.first];
         if (span.last - span.first == 1 && aligned(row)) add_direct(request, file, row, list);
         else add_staged(request, file, span, list);
     }
     if (request->left == 0) finish(request, lock);
+    else if (closed_) drop(request, lock);  // in the meantime
     lock.unlock();
     work_.notify_all();
     backend_->wake();

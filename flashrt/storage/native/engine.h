@@ -26,6 +26,7 @@ enum Status : int {
 
 // What a caller asked for with one call and waits for with one handle. Only the engine touches it.
 struct Request {
+    std::shared_ptr<const Merger> merger;
     std::vector<Row> rows;
     std::vector<Merger::Run> runs;  // of a plan; kept, like all memory here, for the next one who asks
     std::vector<Span> spans;
@@ -77,7 +78,7 @@ class Engine final : private Source {
     void close();
 
    private:
-    static constexpr size_t SPANS = 8;  // reads of the largest span that staging has room for at least
+    static constexpr size_t SPANS = 16;  // reads of the largest span that staging has room for at least
 
     struct List {
         Op* head = nullptr;
@@ -92,7 +93,7 @@ class Engine final : private Source {
 
     Request* begin();
     void add_row(Request* request, Row row);
-    void submit(Request* request, File file, List& list, std::unique_lock<std::mutex>& lock);
+    void submit(Request* request, File file, List& list);
     void add_direct(Request* request, File file, const Row& row, List& list);
     void add_staged(Request* request, File file, const Span& span, List& list);
     void add_op(Op op, List& list);
@@ -109,7 +110,7 @@ class Engine final : private Source {
     std::mutex mutex_;  // guards all that follows, and requests but for their rows
     std::condition_variable work_, over_;
     List rows_, blocks_;
-    Merger merger_;
+    std::shared_ptr<const Merger> merger_ = std::make_shared<Merger>();
     Staging staging_;
     std::deque<Op> ops_;
     std::deque<Request> requests_;

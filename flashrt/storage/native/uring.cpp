@@ -31,6 +31,8 @@ constexpr unsigned SETUP_DEFER_TASKRUN = 1u << 13;
 constexpr unsigned REGISTER_ENABLE_RINGS = 12;
 constexpr unsigned FEAT_FAST_POLL = 1u << 5;  // of Linux 5.7: plain reads and single maps came before
 
+constexpr unsigned SUBMIT = 4;  // reads that are worth a system call while results are being worked on
+
 int setup(unsigned entries, io_uring_params* params) {
     return static_cast<int>(syscall(SYS_io_uring_setup, entries, params));
 }
@@ -142,7 +144,11 @@ class Uring final : public Backend {
             }
             if (idle || unsubmitted_ > 0) submit(idle ? 1 : 0);
             asleep_.store(false);
-            for (const auto& [op, result] : landed_) source.complete(op, result);
+            for (const auto& [op, result] : landed_) {
+                source.complete(op, result);
+                fill(source);  // with the staging memory that has come free
+                if (unsubmitted_ >= SUBMIT) submit(0);
+            }
             landed_.clear();
             reap();
         }
