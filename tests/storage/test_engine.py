@@ -101,6 +101,14 @@ def test_what_cannot_be(opened: Opened) -> None:
         _io.Engine("aio", 4, PAGE, aligned(PAGE))
 
 
+def test_a_long_row_twice(opened: Opened) -> None:
+    opened.engine.set_costs([1.0] * 8)
+    out = aligned(4 * STAGING).reshape(2, -1)
+    read = opened.engine.read_rows(opened.handle, opened.direct, np.array([PAGE, PAGE]), out, np.arange(2))
+    assert read.wait() == 0
+    assert (out == opened.content[PAGE : PAGE + 2 * STAGING]).all()
+
+
 def test_a_read_beyond_the_end(opened: Opened) -> None:
     read = opened.engine.read(opened.handle, opened.direct, SIZE - 5, aligned(6))
     assert read.wait() == _io.ENDED

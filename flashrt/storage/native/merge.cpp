@@ -10,13 +10,14 @@ double Merger::cost(uint64_t pages) const {
     return costs_.back() * static_cast<double>(pages) / static_cast<double>(costs_.size());
 }
 
-// A row whose pages another one needs anyway costs nothing beside it, so they count as one.
+// A row whose pages another one needs anyway costs nothing beside it, so they count as one, up to the largest span.
 void Merger::find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) const {
     runs.clear();
     for (size_t i = 0; i < rows.size(); ++i) {
         const uint64_t begin = rows[i].offset / PAGE;
         const uint64_t end = (rows[i].offset + rows[i].bytes + PAGE - 1) / PAGE;
-        if (runs.empty() || end > runs.back().end) runs.push_back({i, begin, end, 0, 0});
+        const bool within = !runs.empty() && end <= runs.back().end;
+        if (!within || end - runs.back().begin > costs_.size()) runs.push_back({i, begin, end, 0, 0});
     }
 }
 
