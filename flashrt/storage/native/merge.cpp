@@ -17,7 +17,7 @@ void Merger::find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) con
         const uint64_t begin = rows[i].offset / PAGE;
         const uint64_t end = (rows[i].offset + rows[i].bytes + PAGE - 1) / PAGE;
         const bool within = !runs.empty() && end <= runs.back().end;
-        if (!within || end - runs.back().begin > costs_.size()) runs.push_back({i, begin, end, 0, 0});
+        if (!within || runs.back().end - runs.back().begin > costs_.size()) runs.push_back({i, begin, end, 0, 0});
     }
 }
 
