@@ -102,11 +102,12 @@ class Prepared:
         None when nothing is known and the pack is too small to measure with.
         """
         known = load_disk_profile(self.cache, self.disk_number)
-        if known is None:
-            known = measure_disk(self.pack.largest_file)
-            if known is not None:
-                save_disk_profile(self.cache, self.disk_number, known)
-        return known
+        if known is not None and known.curve() is not None:
+            return known
+        measured = measure_disk(self.pack.largest_file)
+        if measured is not None:
+            save_disk_profile(self.cache, self.disk_number, measured)
+        return measured or known
 
     def _curve(self) -> CostCurve | None:
         disk = self.disk()

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-PAGE: int
-STACK_BYTES: int
 ENDED: int
 DAMAGED: int
 CANCELLED: int

@@ -117,8 +117,6 @@ NB_MODULE(_io, m) {
     using namespace nb::literals;
     using namespace flashrt::io;
 
-    m.attr("PAGE") = PAGE;
-    m.attr("STACK_BYTES") = STACK_BYTES;
     m.attr("ENDED") = static_cast<int>(ENDED);
     m.attr("DAMAGED") = static_cast<int>(DAMAGED);
     m.attr("CANCELLED") = static_cast<int>(CANCELLED);
