@@ -151,7 +151,10 @@ void Engine::add_staged(Request* request, File file, const Span& span, List& lis
 }
 
 void Engine::add_op(Op values, List& list) {
-    if (free_ops_.empty()) free_ops_.push_back(&ops_.emplace_back());
+    if (free_ops_.empty()) {
+        free_ops_.push_back(&ops_.emplace_back());
+        free_ops_.reserve(ops_.size());  // here, so that threads that read never allocate: each would get an arena
+    }
     Op* op = free_ops_.back();
     free_ops_.pop_back();
     *op = values;

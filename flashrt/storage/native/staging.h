@@ -10,7 +10,7 @@ namespace flashrt::io {
 // A ring: pieces are handed out in order and may come back in any; the oldest that is still out bounds it.
 class Staging {
    public:
-    Staging(uint8_t* memory, size_t bytes) : memory_(memory), bytes_(bytes) {}
+    Staging(uint8_t* memory, size_t bytes) : memory_(memory), bytes_(bytes) { pieces_.reserve(64); }
 
     size_t bytes() const { return bytes_; }
 
