@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The I/O engine's rate beside fio's at each block size and depth, in order, at random, and for merged rows.
 
-    python tools/bench_io.py FILE_OR_PACK --out docs/benchmarks/io-NAME.json
+    python -m tools.bench_io FILE_OR_PACK --out docs/benchmarks/io-NAME.json
 
 Where fio is not on the path, plain O_DIRECT reads by threads are the reference. Engine and reference alternate, since a
 disk's rate wanders; ratios are taken pair by pair, and medians are quoted. `cores` is user and system time of the
@@ -16,7 +16,6 @@ import itertools
 import json
 import mmap
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -33,7 +32,6 @@ from typing import Any
 import numpy as np
 
 from flashrt import __version__
-from flashrt.budget.process import usable_cores
 from flashrt.budget.profile import sequential_rate
 from flashrt.storage import _io
 from flashrt.storage.cost import CostCurve
@@ -42,6 +40,7 @@ from flashrt.storage.layout import PAGE
 from flashrt.storage.meter import Meter
 from flashrt.storage.pack import Pack, is_pack
 from flashrt.storage.reader import CHUNK_BYTES, DEPTH, STAGING_BYTES
+from tools.machine import facts
 
 KIB = 1 << 10
 BLOCKS = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB, 4096 * KIB)
@@ -95,7 +94,8 @@ def main() -> None:
     result = {
         "tool": "bench_io",
         "flashrt": __version__,
-        "machine": {"platform": platform.platform(), "cores": usable_cores()},
+        "command": " ".join(["python -m tools.bench_io FILE", *sys.argv[2:]]),
+        "machine": facts(),
         "backend": backend,
         "reference": "fio, io_uring" if setting.fio else "plain O_DIRECT reads by threads",
         "bytes_read_of_file": limit,

@@ -51,7 +51,7 @@ def page(folder: Path) -> str:
 
 
 def section(name: str, data: dict[str, Any]) -> str:
-    renderers = {"bench_peers": peers, "bench_budgets": budgets, "quality": quality}
+    renderers = {"bench_peers": peers, "bench_budgets": budgets, "bench_io": io, "quality": quality}
     parts = renderers.get(data.get("tool", ""), anything)(name, data)
     return "\n\n".join([f"## {name}", *parts, source(name, data)])
 
@@ -193,6 +193,38 @@ def perplexity(systems: dict[str, Any], tokens: int, window: int) -> str:
         for system, found in systems.items()
     ]
     return table([f"perplexity, {tokens} tokens, windows of {window}", *texts], rows)
+
+
+def io(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """The I/O engine beside its reference: blocks by size and depth, then merged rows."""
+    yield (
+        f"The I/O engine ({data['backend']}) beside {data['reference']}, in turn: medians of {data['repeat']} readings "
+        f"of {number(data['seconds'])} s, ratios taken pair by pair, cores busy in user and system time."
+    )
+    header = ["engine", "reference", "ratio", "cores", "reference's cores"]
+    yield table(
+        ["reads", "of", "in flight", *header],
+        [[p["order"], _kib(p["block"]), p["depth"], *_beside(p)] for p in data["blocks"]],
+    )
+    yield table(
+        ["rows of", "asked for", "rows per read", "mean read", *header, "time, over unmerged"],
+        [
+            [
+                *(f"{p['row_bytes']} B", f"{p['share']:.0%}", number(p["rows_per_read"]), _kib(p["bytes_per_read"])),
+                *(*_beside(p), times(p["s_per_matrix"] / p["s_per_matrix_unmerged"])),
+            ]
+            for p in data["rows"]
+        ],
+    )
+
+
+def _kib(nbytes: float) -> str:
+    return f"{nbytes / 1024:,.0f} KiB"
+
+
+def _beside(point: dict[str, Any]) -> list[str]:
+    rates = [f"{number(point[key] / 1e6)} MB/s" for key in ("bytes_per_s", "reference_bytes_per_s")]
+    return [*rates, *(f"{point[key]:.2f}" for key in ("ratio", "cores", "reference_cores"))]
 
 
 def anything(name: str, data: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrt.budget.process import usable_cores
-from flashrt.budget.profile import PROBE_DEPTH, sequential_rate
+from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
 
 PLAIN_BLOCK = 4 << 20  # bytes of one read of the plain sequential read
 
@@ -28,7 +28,7 @@ def disk_rates(path: Path) -> tuple[float, float]:
     """Bytes per second of reading a file in order around the page cache: one read in flight, and several."""
     return (
         sequential_rate(path, block=PLAIN_BLOCK),
-        sequential_rate(path, block=PLAIN_BLOCK, depth=PROBE_DEPTH),
+        sequential_rate(path, block=PLAIN_BLOCK, depth=PLAIN_DEPTH),
     )
 
 

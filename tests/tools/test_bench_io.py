@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_it_measures_and_says_so(tmp_path: Path, backend: str) -> None:
     data = tmp_path / "data"
     data.write_bytes(np.random.default_rng(0).bytes(4 << 20))
-    command = [sys.executable, "tools/bench_io.py", str(data), "--blocks", "4096", "65536", "--depths", "1", "4"]
+    command = [sys.executable, "-m", "tools.bench_io", str(data), "--blocks", "4096", "65536", "--depths", "1", "4"]
     command += ["--repeat", "2", "--seconds", "0.01", "--plain", "--backend", backend]
     command += ["--out", str(tmp_path / "o.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
