@@ -31,7 +31,8 @@ class Engine:
     """Reads in flight: at most `depth`, each of at most `chunk` bytes (a multiple of 4096).
 
     `backend` is 'io_uring', 'pread' or '' for the better one that this system has; RuntimeError when it has not.
-    `staging` (uint8, page-aligned) is memory for reads whose ends or destinations are not aligned.
+    `staging` (uint8, page-aligned, at least 64 KiB) is memory for reads whose ends or destinations are not aligned, and
+    for rows that are read together: up to a sixteenth of it per read.
     """
 
     def __init__(self, backend: str, depth: int, chunk: int, staging: np.ndarray) -> None: ...

@@ -20,6 +20,7 @@ from flashrt.storage.layout import PAGE
 
 MEMORY_BYTES = 8 << 20  # into which all reads go, over and over
 CURVE_MEMORY_BYTES = 1 << 20  # less, since a model may be loaded already
+LEAST_STAGING = 64 << 10
 BATCH_BYTES = 2 << 20  # that one call asks for at least: calls are to cost nothing beside reads
 CURVE_BLOCKS = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
 CURVE_S = 0.025  # seconds per block size and round
@@ -83,7 +84,7 @@ class Meter:
         return {block: max(rates) for block, rates in tries.items() if max(rates) > 0}
 
     def _engine(self, backend: str, depth: int, block: int) -> _io.Engine:
-        return _io.Engine(backend, depth, block, self._memory[:PAGE])
+        return _io.Engine(backend, depth, block, self._memory[:LEAST_STAGING])  # all reads here are aligned
 
     def _finish(self, read: _io.Read) -> None:
         status = read.wait()

@@ -98,7 +98,9 @@ def test_what_cannot_be(opened: Opened) -> None:
     with pytest.raises(RuntimeError):
         opened.engine.read(*arguments, 0, np.zeros((10, 2), np.uint8))
     with pytest.raises(RuntimeError, match="no backend aio"):
-        _io.Engine("aio", 4, PAGE, aligned(PAGE))
+        _io.Engine("aio", 4, PAGE, aligned(STAGING))
+    with pytest.raises(ValueError, match="too small"):
+        _io.Engine("", 4, PAGE, aligned(PAGE))
 
 
 def test_a_long_row_twice(opened: Opened) -> None:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <stdexcept>
 
 #include "crc32.h"
 
@@ -49,6 +50,7 @@ Op* Engine::List::pop_front() {
 
 Engine::Engine(std::unique_ptr<Backend> backend, size_t chunk, uint8_t* staging, size_t staging_bytes)
     : backend_(std::move(backend)), chunk_(chunk), staging_(staging, staging_bytes) {
+    if (max_span_pages() < 1 || chunk_ < PAGE) throw std::invalid_argument("staging or pieces are too small");
     try {
         backend_->start(*this);
     } catch (...) {

@@ -42,8 +42,10 @@ struct Request {
 // blocks are read ahead.
 class Engine final : private Source {
    public:
-    // Reads are issued in pieces of `chunk` bytes, a multiple of PAGE. `staging` is page-aligned and outlives the engine.
-    // Throws std::system_error when the system refuses a thread.
+    static constexpr size_t SPANS = 16;  // reads of the largest span that staging has room for at least
+
+    // Reads are issued in pieces of `chunk` bytes, a multiple of PAGE. `staging` is page-aligned, has at least SPANS
+    // pages, and outlives the engine. Throws std::system_error when the system refuses a thread.
     Engine(std::unique_ptr<Backend> backend, size_t chunk, uint8_t* staging, size_t staging_bytes);
     ~Engine() override;
 
@@ -78,8 +80,6 @@ class Engine final : private Source {
     void close();
 
    private:
-    static constexpr size_t SPANS = 16;  // reads of the largest span that staging has room for at least
-
     struct List {
         Op* head = nullptr;
         Op* tail = nullptr;

@@ -136,22 +136,32 @@ class Uring final : public Backend {
         watch();
         while (!stopping_.load()) {
             fill(source);
-            // Results are worked on while the disk is busy with what was just submitted.
-            const bool idle = landed_.empty();
-            if (idle && in_flight_ < depth_) {
-                asleep_.store(true);
-                fill(source);  // what came before anybody could see that this thread is about to sleep
-            }
-            if (idle || unsubmitted_ > 0) submit(idle ? 1 : 0);
-            asleep_.store(false);
-            for (const auto& [op, result] : landed_) {
-                source.complete(op, result);
-                fill(source);  // with the staging memory that has come free
-                if (unsubmitted_ >= SUBMIT) submit(0);
-            }
-            landed_.clear();
+            if (landed_.empty()) sleep(source);
+            else work_off(source);
             reap();
         }
+    }
+
+    // Submits, and returns when a read is over or somebody calls `wake`.
+    void sleep(Source& source) {
+        if (in_flight_ < depth_) {
+            asleep_.store(true);
+            fill(source);  // what came before anybody could see that this thread is about to sleep
+        }
+        submit(1);
+        asleep_.store(false);
+    }
+
+    // Hands results over. What is to be read next goes first where the disk would have too little to do meanwhile;
+    // otherwise it goes with the system call that waits.
+    void work_off(Source& source) {
+        if (2 * unsubmitted_ > in_flight_) submit(0);
+        for (const auto& [op, result] : landed_) {
+            source.complete(op, result);
+            fill(source);  // with the staging memory that has come free
+            if (unsubmitted_ >= SUBMIT) submit(0);
+        }
+        landed_.clear();
     }
 
     void fill(Source& source) {
