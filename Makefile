@@ -28,7 +28,7 @@ RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
 NATIVE := kernels/flashrt_kernels/cpu flashrt/storage/native
-BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(addsuffix /*.cpp,$(NATIVE)) $(addsuffix /*.h,$(NATIVE)))
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(foreach kind,cpp h cmake,$(wildcard $(addsuffix /*.$(kind),$(NATIVE))))
 
 .PHONY: demo test test-slow lint format sanitize bench gpu-report peers benchmarks-page clean
 

@@ -287,26 +287,17 @@ def prefix_bytes(tensor: TensorLayout, blocks: int) -> int:
 def _spread(tensors: list[TensorLayout], free: int, have: Mapping[str, int] | None = None) -> dict[str, int]:
     """Leading blocks of each tensor that fit in `free` bytes together, the same share of every tensor.
 
-    `have` blocks of each are held elsewhere already and cost nothing.
+    `have` blocks of each are held elsewhere already and cost nothing. Blocks come in one order whatever `free` is, and
+    the first that does not fit ends it: so more memory never holds less.
     """
-    have = have or {t.name: 0 for t in tensors}
-
-    def cost(tensor: TensorLayout, blocks: int) -> int:
-        return prefix_bytes(tensor, blocks) - prefix_bytes(tensor, have[tensor.name])
-
-    total = sum(cost(t, t.blocks) for t in tensors)
-    if total <= free:
+    share = {t.name: have[t.name] if have else 0 for t in tensors}
+    if sum(t.nbytes - prefix_bytes(t, share[t.name]) for t in tensors) <= free:
         return {t.name: t.blocks for t in tensors}
-    part = max(free, 0) / total
-    share = {t.name: have[t.name] + int(part * cost(t, t.blocks)) // t.max_block_bytes for t in tensors}
-    free -= sum(cost(t, share[t.name]) for t in tensors)
-    grew = True
-    while grew:  # hand out what rounding left over, to those furthest behind first
-        grew = False
-        for tensor in sorted(tensors, key=lambda t: share[t.name] / t.blocks):
-            blocks = share[tensor.name]
-            if blocks < tensor.blocks and (more := cost(tensor, blocks + 1) - cost(tensor, blocks)) <= free:
-                share[tensor.name] = blocks + 1
-                free -= more
-                grew = True
+    order = sorted((block / t.blocks, i) for i, t in enumerate(tensors) for block in range(share[t.name], t.blocks))
+    for _, i in order:
+        name, blocks = tensors[i].name, share[tensors[i].name]
+        free -= prefix_bytes(tensors[i], blocks + 1) - prefix_bytes(tensors[i], blocks)
+        if free < 0:
+            break
+        share[name] = blocks + 1
     return share

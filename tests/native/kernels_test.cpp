@@ -1,0 +1,183 @@
+// The CPU kernels without Python: on memory of exactly the size they may touch, from several threads at once.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "ops.h"
+#include "pool.h"
+
+using namespace flashrt;
+
+namespace {
+
+#define CHECK(condition)                                                         \
+    do {                                                                         \
+        if (!(condition)) {                                                      \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            std::abort();                                                        \
+        }                                                                        \
+    } while (false)
+
+constexpr Codec CODECS[] = {Codec::F32, Codec::BF16, Codec::INT8, Codec::INT4};
+
+std::vector<float> normal(size_t n, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> distribution;
+    std::vector<float> result(n);
+    for (float& x : result) x = distribution(random);
+    return result;
+}
+
+// `bundles` bundles of `rows` packed rows of k random weights; no byte lies behind the last one.
+struct Packed {
+    Packed(Codec codec, int k, int rows, int64_t bundles) {
+        const size_t bytes = row_bytes(codec, k);
+        std::vector<float> weights = normal(bundles * rows * k, 7);
+        for (float& w : weights) w /= std::sqrt(static_cast<float>(k));
+        data.resize(bundles * rows * bytes);
+        quantize(codec, weights.data(), bundles * rows, k, nullptr, data.data(), bytes);
+        this->rows = {codec, k, data.data(), rows * bytes, bundles};
+    }
+    std::vector<uint8_t> data;
+    Rows rows;
+};
+
+float distance(const std::vector<float>& a, const std::vector<float>& b) {
+    double error = 0, size = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        error += (a[i] - b[i]) * (a[i] - b[i]);
+        size += b[i] * b[i];
+    }
+    return static_cast<float>(std::sqrt(error / size));
+}
+
+std::vector<float> linear_of(const Packed& w, const std::vector<float>& x, int tokens, bool wide) {
+    const int64_t rows = w.rows.bundles * MATRIX_ROWS - 3;  // the last bundle is not full
+    std::vector<float> out(tokens * rows);
+    const LinearJob job{x.data(), static_cast<size_t>(w.rows.k), tokens, w.rows, out.data(),
+                        static_cast<size_t>(rows), 0, rows, nullptr};
+    if (wide) {
+        std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, 0));
+        gemm_linear(job, scratch.data());
+    } else {
+        linear(job);
+    }
+    return out;
+}
+
+std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int tokens, bool gated, bool wide) {
+    std::vector<float> y(x.size(), 0.25f);
+    const GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
+                     nullptr, w.rows, Activation::SILU, gated, nullptr};
+    if (wide) {
+        std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles));
+        gemm_glu(job, scratch.data());
+    } else {
+        glu(job);
+    }
+    return y;
+}
+
+// One pass over all operations on rows; what they gave, one after the other.
+std::vector<float> rows_pass(Codec codec, int k, int tokens, bool wide) {
+    const std::vector<float> x = normal(static_cast<size_t>(tokens) * k, 3);
+    std::vector<float> all = linear_of(Packed(codec, k, MATRIX_ROWS, 5), x, tokens, wide);
+    for (bool gated : {false, true}) {
+        const std::vector<float> y = glu_of(Packed(codec, k, gated ? 3 : 2, 291), x, tokens, gated, wide);
+        all.insert(all.end(), y.begin(), y.end());
+    }
+    return all;
+}
+
+void check_rows() {
+    for (Codec codec : CODECS)
+        for (int k : {1, 63, 160, 352}) {
+            for (int tokens : {1, 5, 17}) {
+                force_isa("scalar");
+                set_threads(1);
+                const std::vector<float> expected = rows_pass(codec, k, tokens, false);
+                const char* names[8];
+                for (int i = available_isas(names, 8); i-- > 0;) {
+                    force_isa(names[i]);
+                    set_threads(1);
+                    const std::vector<float> alone = rows_pass(codec, k, tokens, false);
+                    CHECK(distance(alone, expected) < 1e-3f);
+                    set_threads(3);
+                    CHECK(rows_pass(codec, k, tokens, false) == alone);
+                    CHECK(distance(rows_pass(codec, k, tokens, true), expected) < 5e-2f);
+                }
+            }
+        }
+}
+
+void check_attention(bool half) {
+    constexpr int TOKENS = 5, HEADS = 6, KV_HEADS = 2, DIM = 80, CONTEXT = 300, START = CONTEXT - TOKENS;
+    const std::vector<float> q = normal(TOKENS * HEADS * DIM, 1), k = normal(CONTEXT * KV_HEADS * DIM, 2);
+    std::vector<uint8_t> cache(KV_HEADS * CONTEXT * 2 * DIM * (half ? 2 : 4));
+    kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, cache.data(), half, CONTEXT, 0);
+    auto run = [&] {
+        std::vector<float> out(TOKENS * HEADS * DIM);
+        std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM));
+        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, cache.data(), half, CONTEXT, START, 100, 0.1f,
+                   30.0f, out.data(), HEADS * DIM, scratch.data()});
+        return out;
+    };
+    set_threads(1);
+    const std::vector<float> alone = run();
+    set_threads(4);
+    CHECK(run() == alone);
+}
+
+void check_elementwise() {
+    constexpr int N = 3, K = 77;
+    const std::vector<float> x = normal(N * K, 4), weight = normal(K, 5), bias = normal(K, 6);
+    std::vector<float> out(N * K);
+    rms_norm(x.data(), K, N, K, weight.data(), 1e-5f, out.data(), K);
+    layer_norm(x.data(), K, N, K, weight.data(), bias.data(), 1e-5f, out.data(), K);
+    std::vector<float> heads = normal(N * 2 * 10, 8), angles = normal(N * 5, 9);
+    rope(heads.data(), 20, 10, N, 2, 10, angles.data(), angles.data());
+    for (Codec codec : CODECS) {
+        const Packed rows(codec, K, 1, N);
+        std::vector<float> back(N * K);
+        dequantize(codec, rows.data.data(), rows.rows.stride, N, K, back.data(), K);
+        for (float value : back) CHECK(std::isfinite(value));
+    }
+    const std::vector<uint8_t> memory(4096 * 3);
+    read_all(memory.data(), memory.size());
+}
+
+// Callers take turns at the pool; one changes its size meanwhile.
+void check_callers() {
+    set_threads(2);
+    const Packed w(Codec::INT4, 352, 3, 291);
+    const std::vector<float> x = normal(352, 3), expected = glu_of(w, x, 1, true, false);
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 3; ++i)
+        callers.emplace_back([&] {
+            for (int round = 0; round < 20; ++round) CHECK(glu_of(w, x, 1, true, false) == expected);
+        });
+    for (int n : {1, 4, 2, 3}) set_threads(n);
+    for (std::thread& caller : callers) caller.join();
+}
+
+}  // namespace
+
+int main() {
+    check_rows();
+    const char* names[8];
+    for (int i = available_isas(names, 8); i-- > 0;) {
+        force_isa(names[i]);
+        for (bool half : {false, true}) check_attention(half);
+        check_elementwise();
+    }
+    force_isa(nullptr);
+    check_callers();
+    set_threads(1);  // joins the workers
+    std::puts("kernels: fine");
+    return 0;
+}
