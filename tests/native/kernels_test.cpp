@@ -62,8 +62,9 @@ std::vector<float> linear_of(const Packed& w, const std::vector<float>& x, int t
     const LinearJob job{x.data(), static_cast<size_t>(w.rows.k), tokens, w.rows, out.data(),
                         static_cast<size_t>(rows), 0, rows, nullptr};
     if (wide) {
-        std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, 0));
-        gemm_linear(job, scratch.data());
+        const int crew = threads();
+        std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, 0, crew));
+        gemm_linear(job, scratch.data(), crew);
     } else {
         linear(job);
     }
@@ -75,43 +76,52 @@ std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int toke
     const GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
                      nullptr, w.rows, Activation::SILU, gated, nullptr};
     if (wide) {
-        std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles));
-        gemm_glu(job, scratch.data());
+        const int crew = threads();
+        std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles, crew));
+        gemm_glu(job, scratch.data(), crew);
     } else {
         glu(job);
     }
     return y;
 }
 
-// One pass over all operations on rows; what they gave, one after the other.
-std::vector<float> rows_pass(Codec codec, int k, int tokens, bool wide) {
-    const std::vector<float> x = normal(static_cast<size_t>(tokens) * k, 3);
-    std::vector<float> all = linear_of(Packed(codec, k, MATRIX_ROWS, 5), x, tokens, wide);
-    for (bool gated : {false, true}) {
-        const std::vector<float> y = glu_of(Packed(codec, k, gated ? 3 : 2, 291), x, tokens, gated, wide);
-        all.insert(all.end(), y.begin(), y.end());
+struct Layer {  // rows of one codec for each operation, encoded by one instruction set: near ties they differ
+    Layer(Codec codec, int k) : matrix(codec, k, MATRIX_ROWS, 5), ungated(codec, k, 2, 291), gated(codec, k, 3, 291) {}
+
+    // One pass over all operations; what they gave, one after the other.
+    std::vector<float> run(const std::vector<float>& x, int tokens, bool wide) const {
+        std::vector<float> all = linear_of(matrix, x, tokens, wide);
+        for (bool has_gate : {false, true}) {
+            const std::vector<float> y = glu_of(has_gate ? gated : ungated, x, tokens, has_gate, wide);
+            all.insert(all.end(), y.begin(), y.end());
+        }
+        return all;
     }
-    return all;
+    Packed matrix, ungated, gated;
+};
+
+void check_layer(const Layer& layer, const std::vector<float>& x, int tokens) {
+    force_isa("scalar");
+    set_threads(1);
+    const std::vector<float> expected = layer.run(x, tokens, false);
+    const char* names[8];
+    for (int i = available_isas(names, 8); i-- > 0;) {
+        force_isa(names[i]);
+        set_threads(1);
+        const std::vector<float> alone = layer.run(x, tokens, false);
+        CHECK(distance(alone, expected) < 1e-3f);
+        set_threads(3);
+        CHECK(layer.run(x, tokens, false) == alone);
+        CHECK(distance(layer.run(x, tokens, true), expected) < 5e-2f);
+    }
 }
 
 void check_rows() {
     for (Codec codec : CODECS)
         for (int k : {1, 63, 160, 352}) {
-            for (int tokens : {1, 5, 17}) {
-                force_isa("scalar");
-                set_threads(1);
-                const std::vector<float> expected = rows_pass(codec, k, tokens, false);
-                const char* names[8];
-                for (int i = available_isas(names, 8); i-- > 0;) {
-                    force_isa(names[i]);
-                    set_threads(1);
-                    const std::vector<float> alone = rows_pass(codec, k, tokens, false);
-                    CHECK(distance(alone, expected) < 1e-3f);
-                    set_threads(3);
-                    CHECK(rows_pass(codec, k, tokens, false) == alone);
-                    CHECK(distance(rows_pass(codec, k, tokens, true), expected) < 5e-2f);
-                }
-            }
+            force_isa(nullptr);
+            const Layer layer(codec, k);
+            for (int tokens : {1, 5, 17}) check_layer(layer, normal(static_cast<size_t>(tokens) * k, 3), tokens);
         }
 }
 
@@ -122,9 +132,10 @@ void check_attention(bool half) {
     kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, cache.data(), half, CONTEXT, 0);
     auto run = [&] {
         std::vector<float> out(TOKENS * HEADS * DIM);
-        std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM));
+        const int crew = threads();
+        std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
         attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, cache.data(), half, CONTEXT, START, 100, 0.1f,
-                   30.0f, out.data(), HEADS * DIM, scratch.data()});
+                   30.0f, out.data(), HEADS * DIM, scratch.data(), crew});
         return out;
     };
     set_threads(1);
@@ -151,15 +162,19 @@ void check_elementwise() {
     read_all(memory.data(), memory.size());
 }
 
-// Callers take turns at the pool; one changes its size meanwhile.
+// Callers take turns at the pool; its size changes meanwhile.
 void check_callers() {
     set_threads(2);
     const Packed w(Codec::INT4, 352, 3, 291);
-    const std::vector<float> x = normal(352, 3), expected = glu_of(w, x, 1, true, false);
+    const std::vector<float> x = normal(20 * 352, 3), expected = glu_of(w, x, 1, true, false);
+    const std::vector<float> wide = glu_of(w, x, 20, true, true);
     std::vector<std::thread> callers;
     for (int i = 0; i < 3; ++i)
         callers.emplace_back([&] {
-            for (int round = 0; round < 20; ++round) CHECK(glu_of(w, x, 1, true, false) == expected);
+            for (int round = 0; round < 20; ++round) {
+                CHECK(glu_of(w, x, 1, true, false) == expected);
+                CHECK(glu_of(w, x, 20, true, true) == wide);
+            }
         });
     for (int n : {1, 4, 2, 3}) set_threads(n);
     for (std::thread& caller : callers) caller.join();

@@ -139,7 +139,7 @@ void by_segment(const AttentionJob& job, const Shape& shape, float* workers, flo
             Worker worker(workers + thread * shape.worker(job.dim), shape, job.dim);
             Partial p = partial(head, i);
             attend(job, shape, {0, job.tokens, head}, from + i, worker, p);
-        });
+        }, job.crew);
         parallel_for(job.kv_heads, [&](int64_t head, int) {
             Partial running = partial(static_cast<int>(head), WAVE);
             if (from == first) clear(running, queries, shape.dim16);
@@ -166,21 +166,21 @@ void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
             merge(shape, queries, worker.running, worker.fresh);
         }
         write(job, shape, tile, worker.running);
-    });
+    }, job.crew);
 }
 
 }  // namespace
 
-size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim) {
+size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew) {
     const Shape shape(tokens, heads, kv_heads, dim);
     const bool one_tile = tokens <= shape.tile;
-    return 64 + sizeof(float) * (threads() * shape.worker(dim) + (one_tile ? wave_floats(shape, kv_heads) : 0));
+    return 64 + sizeof(float) * (crew * shape.worker(dim) + (one_tile ? wave_floats(shape, kv_heads) : 0));
 }
 
 void attention(const AttentionJob& job) {
     const Shape shape(job.tokens, job.heads, job.kv_heads, job.dim);
     float* workers = reinterpret_cast<float*>((reinterpret_cast<size_t>(job.scratch) + 63) / 64 * 64);
-    if (job.tokens <= shape.tile) by_segment(job, shape, workers, workers + threads() * shape.worker(job.dim));
+    if (job.tokens <= shape.tile) by_segment(job, shape, workers, workers + job.crew * shape.worker(job.dim));
     else by_tile(job, shape, workers);
 }
 

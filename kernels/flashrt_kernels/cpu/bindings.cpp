@@ -120,10 +120,11 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     out.expect(1, heads * dim);
     if (tokens == 0 || heads == 0) return;
     const int kv_heads = static_cast<int>(kv.heads);
-    const Scratch memory(scratch, attention_scratch_bytes(tokens, heads, kv_heads, dim));
+    const int crew = threads();
+    const Scratch memory(scratch, attention_scratch_bytes(tokens, heads, kv_heads, dim, crew));
     const AttentionJob job = {q.data, static_cast<size_t>(q.step[0]), tokens, heads, kv_heads, dim, kv.data, kv.half,
                               kv.context, static_cast<int>(start), static_cast<int>(window), scale, softcap, out.data,
-                              static_cast<size_t>(out.step[0]), memory.data()};
+                              static_cast<size_t>(out.step[0]), memory.data(), crew};
     Released release;
     attention(job);
 }
@@ -228,9 +229,10 @@ NB_MODULE(_cpu, m) {
                             handle scratch) {
         const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);
         if (job.tokens == 0 || rows == 0) return;
-        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.weights.k, 0));
+        const int crew = threads();
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.weights.k, 0, crew));
         Released release;
-        gemm_linear(job, memory.data());
+        gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
                     handle tokens, handle weights) {
@@ -243,14 +245,19 @@ NB_MODULE(_cpu, m) {
                          handle tokens, handle weights, handle scratch) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
-        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles));
+        const int crew = threads();
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles, crew));
         Released release;
-        gemm_glu(job, memory.data());
+        gemm_glu(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
        nb::arg().none(), nb::arg().none());
-    m.def("gemm_scratch_bytes", &gemm_scratch_bytes);
+    m.def("gemm_scratch_bytes", [](int tokens, int k, int64_t neurons) {
+        return gemm_scratch_bytes(tokens, k, neurons, threads());
+    });
 
-    m.def("attention_scratch_bytes", &attention_scratch_bytes);
+    m.def("attention_scratch_bytes", [](int tokens, int heads, int kv_heads, int dim) {
+        return attention_scratch_bytes(tokens, heads, kv_heads, dim, threads());
+    });
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg().none());
     m.def("kv_append", &py_kv_append);

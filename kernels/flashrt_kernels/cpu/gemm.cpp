@@ -75,23 +75,23 @@ size_t panel_bytes() { return PANEL_BYTES + 4096; }
 
 }  // namespace
 
-size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons) {
+size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew) {
     const size_t left = aligned(tokens * left_step(k) * 4);
     const size_t sums = aligned(static_cast<size_t>(tokens) * PANEL * 4);
     const size_t h = aligned(tokens * left_step(neurons) * 4);
     const size_t along = aligned((static_cast<size_t>(neurons) + 1) * PANEL * 4);
     const size_t panel = panel_bytes() > along ? panel_bytes() : along;
-    return left + h + threads() * (sums + aligned(panel)) + 64;
+    return left + h + crew * (sums + aligned(panel)) + 64;
 }
 
-void gemm_linear(const LinearJob& job, void* memory) {
+void gemm_linear(const LinearJob& job, void* memory, int crew) {
     const Rows& w = job.weights;
     Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
     const bool half = use_half(w.codec);
     const Left left{scratch.take(job.tokens * left_step(w.k) * (half ? 2 : 4)), left_step(w.k), half};
     const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4), each = aligned(panel_bytes());
-    char* sums = scratch.take(threads() * sums_bytes);
-    char* panels = scratch.take(threads() * each);
+    char* sums = scratch.take(crew * sums_bytes);
+    char* panels = scratch.take(crew * each);
     fill_left(left, job.tokens, w.k, [&](int64_t t) { return job.x + t * job.x_step; });
 
     const size_t bytes = row_bytes(w.codec, w.k);
@@ -118,7 +118,7 @@ void gemm_linear(const LinearJob& job, void* memory) {
             if (job.bias)
                 for (int i = 0; i < columns; ++i) row[i] += job.bias[first + i];
         }
-    });
+    }, crew);
 }
 
 namespace {
@@ -138,7 +138,7 @@ void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, f
 
 }  // namespace
 
-void gemm_glu(const GluJob& job, void* memory) {
+void gemm_glu(const GluJob& job, void* memory, int crew) {
     const Rows& w = job.neurons;
     const int neurons = static_cast<int>(w.bundles);
     Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
@@ -148,8 +148,8 @@ void gemm_glu(const GluJob& job, void* memory) {
     const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4);
     const size_t along = static_cast<size_t>(neurons + 1) * PANEL * (half ? 2 : 4);
     const size_t each = aligned(panel_bytes() > along ? panel_bytes() : along);
-    char* sums = scratch.take(threads() * sums_bytes);
-    char* panels = scratch.take(threads() * each);
+    char* sums = scratch.take(crew * sums_bytes);
+    char* panels = scratch.take(crew * each);
     auto row_of = [&](int64_t t) { return job.chosen ? static_cast<int64_t>(job.chosen[t]) : t; };
     fill_left(left, job.tokens, w.k, [&](int64_t t) { return job.x + row_of(t) * job.x_step; });
 
@@ -170,7 +170,7 @@ void gemm_glu(const GluJob& job, void* memory) {
         };
         multiply(left, job.tokens, w.k, panels + thread * each, pack, [&](int t) { return c + t * PANEL; });
         for (int t = 0; t < job.tokens; ++t) finish(job, h, first, count, t, c + t * PANEL);
-    });
+    }, crew);
     if (half && neurons & 1)
         for (int t = 0; t < job.tokens; ++t) std::memset(h.at(t, neurons), 0, 2);
 
@@ -195,7 +195,7 @@ void gemm_glu(const GluJob& job, void* memory) {
                 for (int m = 0; m < rows; ++m)
                     std::memcpy(job.y + row_of(t + m) * job.y_step + column, out[m], sizeof(float) * columns);
         }
-    });
+    }, crew);
 }
 
 }  // namespace flashrt

@@ -66,7 +66,8 @@ void glu_batch(const GluJob& job, int first, int count) {
     const Rows& w = job.neurons;
     Tokens tokens = tokens_in(scratch(0, tokens_bytes(BATCH, w.k)), count, w.k);
     const size_t step = sums_step(w.k);
-    float* all_sums = static_cast<float*>(scratch(1, sizeof(float) * BATCH * step * threads()));
+    const int crew = threads();
+    float* all_sums = static_cast<float*>(scratch(1, sizeof(float) * BATCH * step * crew));
     float* y[BATCH];
     for (int i = 0; i < count; ++i) {
         const int64_t token = job.chosen ? job.chosen[first + i] : first + i;
@@ -79,11 +80,11 @@ void glu_batch(const GluJob& job, int first, int count) {
         const int64_t from = item * UNIT, to = w.bundles - from < UNIT ? w.bundles : from + UNIT;
         float* sums = all_sums + thread * BATCH * step;
         std::memset(sums, 0, sizeof(float) * count * step);
-        unit(job, tokens, weights, from, to, from + threads() * UNIT, sums);
+        unit(job, tokens, weights, from, to, from + crew * UNIT, sums);
         turnstile.enter(item);
         for (int t = 0; t < count; ++t) kernel.collect(w.codec, sums + t * step, w.k, y[t]);
         turnstile.leave(item);
-    });
+    }, crew);
 }
 
 }  // namespace

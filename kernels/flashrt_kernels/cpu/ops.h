@@ -54,14 +54,15 @@ struct AttentionJob {
     float* out;
     size_t out_step;
     void* scratch;
+    int crew;  // threads that `scratch` has room for
 };
 
 void linear(const LinearJob&);
 void glu(const GluJob&);
-size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons);
-void gemm_linear(const LinearJob&, void* scratch);
-void gemm_glu(const GluJob&, void* scratch);
-size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim);
+size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew);
+void gemm_linear(const LinearJob&, void* scratch, int crew);
+void gemm_glu(const GluJob&, void* scratch, int crew);
+size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
 void attention(const AttentionJob&);
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,
                void* kv, bool half, int64_t context, int64_t start);

@@ -28,7 +28,7 @@ class Pool {
    public:
     ~Pool() { resize(1); }
 
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    int size() const { return size_.load(std::memory_order_relaxed); }
 
     void resize(int n) {
         std::lock_guard<std::mutex> job(job_);
@@ -39,17 +39,19 @@ class Pool {
         stop_.store(false);
         const uint64_t now = generation_.load();
         for (int i = 1; i < n; ++i) workers_.emplace_back([this, i, now] { work(i, now); });
+        size_.store(n, std::memory_order_relaxed);
     }
 
-    void run(int64_t items, Body body, void* context) {
+    void run(int64_t items, Body body, void* context, int crew) {
         std::lock_guard<std::mutex> job(job_);
-        if (workers_.empty() || items < 2) {
+        if (workers_.empty() || items < 2 || crew < 2) {
             for (int64_t i = 0; i < items; ++i) body(context, i, 0);
             return;
         }
         body_ = body;
         context_ = context;
         items_ = items;
+        crew_ = crew;
         next_.store(0, std::memory_order_relaxed);
         inside_.store(0, std::memory_order_release);
         publish();
@@ -102,7 +104,7 @@ class Pool {
             seen = generation_.load(std::memory_order_acquire);
             if (stop_.load()) return;
             if (!enter()) continue;
-            take(thread);
+            if (thread < crew_) take(thread);
             inside_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -121,6 +123,8 @@ class Pool {
     Body body_ = nullptr;
     void* context_ = nullptr;
     int64_t items_ = 0;
+    int crew_ = 0;
+    std::atomic<int> size_{1};
 };
 
 Pool& pool() {
@@ -137,7 +141,7 @@ struct Buffer {
 
 }  // namespace
 
-void parallel(int64_t items, Body body, void* context) { pool().run(items, body, context); }
+void parallel(int64_t items, Body body, void* context, int crew) { pool().run(items, body, context, crew); }
 void set_threads(int n) { pool().resize(n < 1 ? 1 : n); }
 int threads() { return pool().size(); }
 
