@@ -22,7 +22,7 @@ inline void relax() {
 #endif
 }
 
-constexpr int SPINS = 2000;  // some tens of microseconds: longer than the gap between kernels, shorter than a read
+constexpr int SPINS = 12000;  // some 200 microseconds: longer than Python takes between kernels; waking takes 50
 
 class Pool {
    public:
