@@ -4,7 +4,8 @@
     python tools/quality.py PACK [PACK ...] [--checkpoint HF_DIR] [--tokens 2048] [--window 1024]
 
 The texts are the first tokens of tools/texts/*.txt, or of --text-file. Windows start afresh; every token but a window's
-first is predicted. transformers (bfloat16, in memory) runs in a process of its own. JSON is printed last.
+first is predicted. transformers (bfloat16, in memory) runs in a process of its own. --as-decoded scores the packs with
+the kernels of decoding, too. JSON is printed last.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--text-file", type=Path, action="append")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--as-decoded", action="store_true", help="score with the kernels of decoding, too")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--transformers-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -38,8 +40,10 @@ def main() -> None:
     if args.checkpoint:
         results["transformers bf16"] = in_child(args)
     for pack in args.packs:
-        results[label(pack)] = {text.name: evaluate(pack, text, args) for text in texts}
-        print(label(pack), results[label(pack)], file=sys.stderr)
+        for options in ([], ["--as-decoded"])[: 1 + args.as_decoded]:
+            name = " ".join([label(pack), *(option.lstrip("-").replace("-", " ") for option in options)])
+            results[name] = {text.name: evaluate(pack, text, args, options) for text in texts}
+            print(name, results[name], file=sys.stderr)
     result = {"tool": "quality", "tokens": args.tokens, "window": args.window, "perplexity": results}
     result["relative_to_first"] = relative(results)
     if args.out:
@@ -53,10 +57,10 @@ def label(pack: Path) -> str:
     return f"flashrt {Pack(pack).manifest.dtype.value}"
 
 
-def evaluate(pack: Path, text: Path, args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(pack: Path, text: Path, args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
     """Perplexity by the installed program."""
     command = [sys.executable, "-m", "flashrt", "eval", "ppl", str(pack), "--text-file", str(text), "--json"]
-    command += ["--ctx", str(args.window), "--max-tokens", str(args.tokens)]
+    command += ["--ctx", str(args.window), "--max-tokens", str(args.tokens), *options]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     report = json.loads(output.splitlines()[-1])
     return {"ppl": report["ppl"], "tokens": report["tokens"]}

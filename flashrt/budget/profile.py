@@ -66,8 +66,10 @@ def load_disk_profile(cache: Path, device: int) -> DiskProfile | None:
     """The profile kept for the disk with device number `device`, if any. A damaged file counts as none."""
     try:
         entry = json.loads(profile_path(cache).read_bytes())["disks"][str(device)]
-        return DiskProfile(float(entry["sequential"]), {str(k): float(v) for k, v in entry["random"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        profile = DiskProfile(float(entry["sequential"]), {str(k): float(v) for k, v in entry["random"].items()})
+        profile.curve()  # raises what a damaged one raises
+        return profile if profile.sequential > 0 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
 
 

@@ -77,8 +77,10 @@ class Weights:
     def abandon_pass(self) -> None:
         """Forget what was read ahead, after a pass that was left half-way."""
         self._ahead = None
-        self._static.flush()
-        self._experts.flush()
+        try:
+            self._static.flush()
+        finally:
+            self._experts.flush()
 
     def expect_experts(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading the experts that the router of `layer` chose, in ascending order."""

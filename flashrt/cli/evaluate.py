@@ -55,6 +55,10 @@ def ppl(
         int | None,
         typer.Option("--max-tokens", min=2, metavar="N", show_default=False, help="Score the first N tokens only."),
     ] = None,
+    as_decoded: Annotated[
+        bool,
+        typer.Option("--as-decoded", help="Compute with the kernels of decoding: slower, and they round otherwise."),
+    ] = False,
     dtype: options.Dtype = Codec.INT8,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
@@ -81,12 +85,13 @@ def ppl(
     ids = first_ids(session.tokenizer, text, max_tokens)
     with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, scored_so_far:
         began = time.perf_counter()
-        perplexity, scored = engine.score(ids, window, scored_so_far.of("scoring"))
+        perplexity, scored = engine.score(ids, window, scored_so_far.of("scoring"), as_decoded)
         seconds = time.perf_counter() - began
         result: dict[str, Any] = {
             "ppl": perplexity,
             "tokens": scored,
             "ctx": window,
+            "as_decoded": as_decoded,
             "seconds": seconds,
             "tok_per_s": scored / seconds,
             "bytes_read": engine.reader.bytes_read,

@@ -86,7 +86,9 @@ class Prepared:
         """Allocate what the plan says, load what it pins, and return an engine."""
         disk = None if the_plan.resident else self.disk()
         began = time.perf_counter()
-        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress, self._curve)
+        # Taken now: to measure beside a loaded model takes memory that is not planned, and reads that disturb.
+        curve = None if disk is None else disk.curve()
+        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress, lambda: curve)
         engine.load_s = time.perf_counter() - began
         engine.roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
         return engine
@@ -108,10 +110,6 @@ class Prepared:
         if measured is not None:
             save_disk_profile(self.cache, self.disk_number, measured)
         return measured or known
-
-    def _curve(self) -> CostCurve | None:
-        disk = self.disk()
-        return None if disk is None else disk.curve()
 
 
 def check_start(pack: Pack, budget: int) -> None:

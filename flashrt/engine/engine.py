@@ -122,12 +122,17 @@ class Engine:
             raise UsageError("another generation has begun on this engine: finish one before starting the next")
 
     def score(
-        self, ids: Sequence[int], window: int, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        ids: Sequence[int],
+        window: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        as_decoded: bool = False,
     ) -> tuple[float, int]:
         """Perplexity of `ids` in consecutive windows of `window` tokens, and how many tokens were predicted.
 
         Every window starts afresh (with the model's BOS where it has one, which counts as one of its tokens); its
-        first token is not predicted. Needs a plan made for scoring.
+        first token is not predicted. `as_decoded` computes with the kernels that decoding uses, which are slower on
+        many tokens and round otherwise. Needs a plan made for scoring.
         """
         if window < 2 or window > self.plan.context:
             raise UsageError(f"the window is {window} tokens, expected 2 to the context of {self.plan.context}")
@@ -143,7 +148,7 @@ class Engine:
         for begin in range(0, len(ids), step):
             part = [*prefix, *ids[begin : begin + step]]
             if len(part) > 1:
-                total += self._score_window(part)
+                total += self._score_window(part, wide=len(part) > NARROW and not as_decoded)
                 count += len(part) - 1
             progress(min(begin + step, len(ids)), len(ids))
         if count == 0:
@@ -232,10 +237,10 @@ class Engine:
             )
         return max_new_tokens
 
-    def _score_window(self, ids: Sequence[int]) -> float:
+    def _score_window(self, ids: Sequence[int], wide: bool) -> float:
         """Sum of the log-probabilities of all tokens of a window but the first."""
         self.rewind(0)
-        wide, chunk, total = len(ids) > NARROW, self.plan.chunk, 0.0
+        chunk, total = self.plan.chunk, 0.0
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]

@@ -141,9 +141,9 @@ class Reader:
         """
         handle, direct = self._open_file(file)
         if len(offsets) > 1 and not self._merges:
-            self._merges = True
             if (curve := self._curve()) is not None:
                 self._engine.set_costs(curve.table(self._engine.max_span_pages))
+            self._merges = True
         return Ticket(self._paths[file], self._engine.read_rows(handle, direct, offsets, out, slots))
 
     def settle(self) -> None:

@@ -40,7 +40,7 @@ class Ops(Protocol):
     ) -> None:
         """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)]."""
 
-    def gemm_scratch_bytes(self, tokens: int, k: int) -> int:
+    def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int:
         """Scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
 
     def glu(

@@ -95,7 +95,7 @@ def gemm_linear(
     _linear(x, bundles, codec, out, row0, rows, bias, wide=True)
 
 
-def gemm_scratch_bytes(tokens: int, k: int) -> int:
+def gemm_scratch_bytes(tokens: int, k: int, neurons: int = 0) -> int:
     """Torch allocates for itself."""
     return 0
 

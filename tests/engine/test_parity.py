@@ -89,6 +89,7 @@ def test_scores_equal_transformers(case):
         prefix = engine.tokenizer.encode("")
         window = len(text) // 2 + len(prefix)
         perplexity, count = engine.score(text, window)
+        decoded, _ = engine.score(text, window, as_decoded=True)
     total = 0.0
     for part in (text[: len(text) // 2], text[len(text) // 2 :]):
         ids = torch.tensor([prefix + part])
@@ -97,3 +98,4 @@ def test_scores_equal_transformers(case):
         total -= float(logits[:-1].gather(1, ids[0, 1:, None]).sum())
     assert count == 2 * (len(text) // 2 + len(prefix) - 1)
     assert perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert decoded == pytest.approx(np.exp(total / count), rel=1e-4)

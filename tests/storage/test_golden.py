@@ -1,4 +1,4 @@
-"""Golden bytes of format version 1. A change here is a new version of the format, not a new set of sums."""
+"""Golden bytes of format version 2. A change here is a new version of the format, not a new set of sums."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ void Merger::cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vect
         runs[j].cost = std::numeric_limits<double>::infinity();
         for (size_t i = j + 1; i-- > 0;) {  // the last span holds runs i to j
             const uint64_t pages = runs[j].end - runs[i].begin;
-            if (pages > costs_.size() && i < j) break;
+            // Neither may a longer row before hide in a span that ends before it does.
+            if (i < j && (pages > costs_.size() || runs[i].end > runs[j].end)) break;
             const double total = (i > 0 ? runs[i - 1].cost : 0) + cost(pages);
             if (total < runs[j].cost) {
                 runs[j].cost = total;

@@ -10,7 +10,7 @@ namespace flashrt::io {
 // A ring: pieces are handed out in order and may come back in any; the oldest that is still out bounds it.
 class Staging {
    public:
-    Staging(uint8_t* memory, size_t bytes) : memory_(memory), bytes_(bytes) { pieces_.reserve(64); }
+    Staging(uint8_t* memory, size_t bytes) : memory_(memory), bytes_(bytes) { pieces_.reserve(bytes / PIECE); }
 
     size_t bytes() const { return bytes_; }
 
@@ -26,7 +26,9 @@ class Staging {
 
     uint8_t* memory_;
     size_t bytes_;
-    std::vector<Piece> pieces_;  // oldest first; as few as there are reads in flight
+    static constexpr size_t PIECE = 4096;  // bytes at least
+
+    std::vector<Piece> pieces_;  // oldest first
 };
 
 }  // namespace flashrt::io

@@ -115,7 +115,7 @@ inline Rows bundles_of(nb::handle object, int codec, int rows, int64_t k) {
     return {static_cast<Codec>(codec), static_cast<int>(k), b.data, static_cast<size_t>(b.step[0]), b.shape[0]};
 }
 
-// The scratch memory: the caller's, or what `allocate` makes when that is None.
+// The scratch memory: the caller's, or memory of its own when that is None.
 class Scratch {
    public:
     Scratch(nb::handle object, size_t need) {

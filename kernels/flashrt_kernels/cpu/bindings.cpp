@@ -32,7 +32,7 @@ LinearJob linear_job(handle x_, handle bundles, int codec, handle out_, int64_t 
     if (rows < 0 || rows > MATRIX_ROWS * w.bundles)
         wrong("rows", std::to_string(w.bundles) + " bundles hold " + std::to_string(MATRIX_ROWS * w.bundles) +
                           " rows, asked for " + std::to_string(rows));
-    if (row0 < 0 || row0 + rows > out.shape[1])
+    if (row0 < 0 || rows > out.shape[1] - row0)
         wrong("out", std::to_string(out.shape[1]) + " columns cannot take rows " + std::to_string(row0) + " to " +
                          std::to_string(row0 + rows));
     return {x.data, static_cast<size_t>(x.step[0]), static_cast<int>(x.shape[0]), w, out.data,
@@ -97,8 +97,8 @@ struct Cache {  // [kv_heads, context, 2, dim]
 };
 
 void check_positions(int64_t start, int64_t tokens, int64_t context) {
-    if (start < 0 || start + tokens > context)
-        wrong("start", "positions " + std::to_string(start) + " to " + std::to_string(start + tokens) +
+    if (start < 0 || start > context - tokens)
+        wrong("start", std::to_string(tokens) + " positions from " + std::to_string(start) +
                            " are outside a context of " + std::to_string(context));
 }
 
@@ -115,6 +115,7 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     if (kv.heads == 0 || heads % kv.heads)
         wrong("kv", std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
     check_positions(start, tokens, kv.context);
+    if (window > kv.context) window = 0;  // all that there is
     const Array<float> out("out", out_, 2);
     out.expect(0, tokens);
     out.expect(1, heads * dim);
@@ -218,7 +219,10 @@ NB_MODULE(_cpu, m) {
         for (int i = 0; i < count; ++i) result.append(nb::str(names[i]));
         return result;
     });
-    m.def("reserve", &reserve);
+    m.def("reserve", [](int64_t k) {
+        if (k < 1 || k > LONGEST_ROW) wrong("k", "expected 1 to " + std::to_string(LONGEST_ROW));
+        return reserve(static_cast<int>(k));
+    });
 
     m.def("linear", [](handle x, handle bundles, int codec, handle out, int64_t row0, int64_t rows, handle bias) {
         const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);

@@ -13,7 +13,7 @@ void linear_batch(const LinearJob& job, int first, int count) {
     for (int i = 0; i < count; ++i) kernel.prepare(w.codec, job.x + (first + i) * job.x_step, i, tokens);
 
     const int64_t whole = job.rows / MATRIX_ROWS, bundles = (job.rows + MATRIX_ROWS - 1) / MATRIX_ROWS;
-    const int64_t grain = 1 + 65536 / static_cast<int64_t>(w.stride);
+    const int64_t grain = 1 + 65536 / static_cast<int64_t>(MATRIX_ROWS * row_bytes(w.codec, w.k));
     float* out = job.out + first * job.out_step + job.row0;
     parallel_for((bundles + grain - 1) / grain, [&](int64_t item, int) {
         const int64_t begin = item * grain, end = begin + grain < bundles ? begin + grain : bundles;

@@ -8,7 +8,8 @@ namespace flashrt {
 
 constexpr int BATCH = 16;  // tokens that share one reading of the weights
 
-inline Tokens tokens_in(void* memory, int count, int k) {
+// Sizes and steps, without memory.
+inline Tokens tokens_of(int count, int k) {
     const int kp = padded(k);
     Tokens t{};
     t.count = count;
@@ -17,15 +18,20 @@ inline Tokens tokens_in(void* memory, int count, int k) {
     t.q_step = static_cast<size_t>(spans(k)) * SPAN;
     t.scale_step = static_cast<size_t>(spans(k)) * 2 * INT4_SPAN;
     t.groups = (kp / INT4_GROUP + 15) / 16 * 16;
+    return t;
+}
+
+inline Tokens tokens_in(void* memory, int count, int k) {
+    Tokens t = tokens_of(count, k);
     t.f = static_cast<float*>(memory);
-    t.q = reinterpret_cast<int16_t*>(t.f + static_cast<size_t>(count) * kp);
+    t.q = reinterpret_cast<int16_t*>(t.f + static_cast<size_t>(count) * t.kp);
     t.scales = reinterpret_cast<float*>(t.q + count * t.q_step);
     t.sums = t.scales + count * t.scale_step;
     return t;
 }
 
 inline size_t tokens_bytes(int count, int k) {
-    const Tokens t = tokens_in(nullptr, count, k);
+    const Tokens t = tokens_of(count, k);
     return static_cast<size_t>(count) * (4 * t.kp + 2 * t.q_step + 4 * t.scale_step + 4 * t.groups) + 64;
 }
 
