@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashrt.budget.profile import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
+from flashrt.budget.profile import (
+    DiskProfile,
+    DiskRoof,
+    load_disk_profile,
+    measure_disk,
+    profile_path,
+    save_disk_profile,
+)
 from flashrt.storage.reader import DEPTH
 
 DEVICE = 7
@@ -45,3 +53,18 @@ def test_a_faster_run_raises_the_roof(tmp_path: Path) -> None:
     assert roof.share(2e9) == 1
     assert roof.share(5e8) == 0.25
     assert load_disk_profile(tmp_path, DEVICE) == DiskProfile(2e9, {"4096/1": 5e7})
+
+
+@pytest.mark.parametrize(
+    "disk",
+    [
+        {"sequential": 0, "random": {}},
+        {"sequential": 1e9, "random": {"4096": 1e8}},
+        {"sequential": 1e9, "random": {f"4096/{DEPTH}": 0}},
+        {"sequential": 1e9, "random": {f"4096/{DEPTH}": -1e8}},
+        {"sequential": "fast", "random": {}},
+    ],
+)
+def test_a_profile_that_makes_no_sense_counts_as_none(tmp_path: Path, disk: dict[str, object]) -> None:
+    profile_path(tmp_path).write_text(json.dumps({"disks": {str(DEVICE): disk}}))
+    assert load_disk_profile(tmp_path, DEVICE) is None

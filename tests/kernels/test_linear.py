@@ -101,6 +101,15 @@ def test_views_are_used_in_place(call):
     assert np.isnan(out[:, 3 + rows :]).all()
 
 
+@pytest.mark.parametrize("call", [cpu.linear, cpu.gemm_linear])
+def test_bundles_may_be_the_same_one(call):
+    w, x = matrix(1, 8, 96, Codec.INT4), normal(2, 3, 96)
+    out, expected = empty(3, 24), empty(3, 8)
+    call(x, np.broadcast_to(w, (3, w.shape[1])), Codec.INT4, out, 0, 24)
+    call(x, w, Codec.INT4, expected, 0, 8)
+    assert same(out, np.tile(expected, 3))
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_not_a_number_is_not_lost(codec):
     x, w = normal(1, 2, 100), matrix(2, 8, 100, codec)
@@ -140,10 +149,11 @@ def test_wrong_arguments_are_named(call):
         "out:": (x, w, codec, out, 1, 16),
         "out: read-only": (x, w, codec, readonly, 0, 16),
         "rows": (x, w, codec, out, 0, 17),
+        "out: ": (x, w, codec, out, 2**63 - 1, 16),
         "bias": (x, w, codec, out, 0, 16, normal(1, 15)),
         "codec": (x, w, "int4", out, 0, 16),
     }.items():
-        with pytest.raises(ValueError, match=f"^{name.rstrip(':')}"):
+        with pytest.raises(ValueError, match=f"^{name.rstrip(': ')}"):
             call(*arguments)
     with pytest.raises(ValueError, match="^scratch"):
         cpu.gemm_linear(x, w, codec, out, 0, 16, scratch=np.empty(10, np.uint8))
