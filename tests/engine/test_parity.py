@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashrt_kernels.rows import Codec
-from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
+from tests.engine.support import TorchRuntime, logits_of, make_pack, relative_rms, tiny_engine
 from tests.families import FAMILIES, VOCAB, tiny_checkpoint
 
 STEPS = 32
@@ -25,6 +25,12 @@ def case(request, tmp_path_factory):
     return model, packed, prompt, tokens
 
 
+@pytest.fixture(params=["native", "reference"])
+def runtime(request):
+    """The native kernels, or the same engine forced onto the reference's."""
+    return None if request.param == "native" else TorchRuntime()
+
+
 def expected_logits(model, prompt, tokens):
     with torch.no_grad():
         logits = model(torch.tensor([prompt + tokens])).logits[0]
@@ -32,12 +38,12 @@ def expected_logits(model, prompt, tokens):
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])  # a wide prefill and a narrow one
-def test_logits_equal_transformers_streamed_and_resident(case, prompt_tokens):
+def test_logits_equal_transformers_streamed_and_resident(case, runtime, prompt_tokens):
     model, packed, prompt, tokens = case
     prompt = prompt[:prompt_tokens]
     results = {}
     for share in (0.35, 1.0):
-        with tiny_engine(packed, share, chunk=16) as engine:
+        with tiny_engine(packed, share, runtime, chunk=16) as engine:
             if share < 1:
                 assert engine.plan.pinned_bytes < engine.plan.weight_bytes / 2
                 assert not engine.plan.resident
@@ -69,23 +75,23 @@ def test_batch_equals_single_steps_and_rewind(case):
 
 
 @pytest.mark.parametrize("dtype", [Codec.BF16, Codec.INT8, Codec.INT4])
-def test_quantized_packs_do_not_depend_on_the_budget(tmp_path, dtype):
+def test_quantized_packs_do_not_depend_on_the_budget(tmp_path, runtime, dtype):
     _, checkpoint = tiny_checkpoint("qwen3_moe", tmp_path / "checkpoint", seed=4)
     packed = make_pack(checkpoint, tmp_path / "pack", dtype)
     random = np.random.default_rng(6)
     prompt, tokens = random.integers(3, VOCAB, 23).tolist(), random.integers(3, VOCAB, 8).tolist()
     results = []
     for share in (0.2, 0.6, 1.0):
-        with tiny_engine(packed, share, chunk=16) as engine:
+        with tiny_engine(packed, share, runtime, chunk=16) as engine:
             results.append(logits_of(engine, prompt, tokens))
     assert np.array_equal(results[0], results[2])
     assert np.array_equal(results[1], results[2])
 
 
-def test_scores_equal_transformers(case):
+def test_scores_equal_transformers(case, runtime):
     model, packed, prompt, _ = case
     text = prompt + prompt[::-1]
-    with tiny_engine(packed, 0.35, chunk=16, scoring=True) as engine:
+    with tiny_engine(packed, 0.35, runtime, chunk=16, scoring=True) as engine:
         prefix = engine.tokenizer.encode("")
         window = len(text) // 2 + len(prefix)
         perplexity, count = engine.score(text, window)
