@@ -14,7 +14,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
     decode = data["decode"]
     caps = sorted(next(iter(decode.values())), key=lambda cap: -float("inf") if cap == "none" else -float(cap))
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     speeds = {name: [cells[cap].get("decode_tok_per_s") for cap in caps] for name, cells in decode.items()}
     floor = FLOOR * min(speed for found in speeds.values() for speed in found if speed)
@@ -30,5 +30,5 @@ def draw(data: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("tokens/s (× killed or no token in time)")
     axes.set_title(data["model"])
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")  # beside the lines, not over them
     figure.savefig(path, metadata={"Software": None})
