@@ -28,7 +28,7 @@ from typing import Any
 
 from flashrt_kernels.rows import LONGEST_ROW, WIDEST_HEAD
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -225,16 +225,6 @@ class ModelSpec:
             total += sum(rows * columns for rows, columns in self.layer_matrices(i).values())
             total += layer.ffn.runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
         return total
-
-    @property
-    def flops_per_token(self) -> int:
-        """Multiply-adds, counted as two operations, of one token outside attention scores."""
-        weights = self.vocab * self.hidden
-        for i, layer in enumerate(self.layers):
-            weights += sum(rows * columns for rows, columns in self.layer_matrices(i).values())
-            runs = layer.ffn.experts_per_token or 1
-            weights += runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
-        return 2 * weights
 
     def kv_bytes_per_token(self, element: int) -> int:
         """Bytes of keys and values of one token over all layers, `element` bytes each number."""

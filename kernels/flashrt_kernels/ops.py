@@ -54,8 +54,11 @@ class Ops(Protocol):
         up_bias: Any = None,
         tokens: Any = None,
         weights: Any = None,
+        slots: Any = None,
     ) -> None:
-        """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K], bundles [n, bytes], tokens, weights [m]."""
+        """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K], bundles [n, bytes], tokens, weights [m].
+
+        slots int32 names the bundles that take part; None: all."""
 
     def gemm_glu(
         self,

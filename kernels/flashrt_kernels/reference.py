@@ -105,6 +105,8 @@ def _activate(x: Tensor, activation: str) -> Tensor:
         return functional.silu(x)
     if activation == "relu":
         return functional.relu(x)
+    if activation == "relu2":
+        return functional.relu(x).square()
     return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -146,8 +148,12 @@ def glu(
     up_bias: Tensor | None = None,
     tokens: Tensor | None = None,
     weights: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> None:
     """y[b] += h * down, summed over neurons; h = act(gate·x) * (up·x), or act(up·x + up_bias) when ungated."""
+    if slots is not None:
+        bundles = bundles[slots.long()]
+        up_bias = None if up_bias is None else up_bias[slots.long()]
     _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, wide=False)
 
 

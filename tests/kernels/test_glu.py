@@ -6,7 +6,7 @@ from flashrt_kernels.rows import Codec
 
 from .helpers import CODECS, as_met, cpu, empty, neurons, normal, reference, rms_ratio, same, tensor, tolerance
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
 
 def expect(x, w, codec, activation, gated, y, **options):
@@ -92,6 +92,27 @@ def test_glu_is_invariant(isa, codec, gated):
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_slots_are_bundles_gathered(isa, codec, gated):
+    """Rows that lie anywhere give the bits of the same rows lying side by side, and what the reference gives."""
+    k, n = 352, 301
+    w = neurons(1, n, k, codec, gated)
+    slots = np.random.default_rng(5).permutation(n)[:170].astype(np.int32)
+    options = {} if gated else {"up_bias": normal(4, n)}
+    for tokens in (1, 5):
+        x, y = normal(2, tokens, k), normal(3, tokens, k)
+        gathered, expected = y.copy(), expect(as_met(x, codec), w, codec, "relu2", gated, y, slots=slots, **options)
+        beside = {name: bias[slots].copy() for name, bias in options.items()}
+        cpu.glu(x, w[slots].copy(), codec, "relu2", gated, gathered, **beside)
+        cpu.glu(x, w, codec, "relu2", gated, y, slots=slots, **options)
+        assert same(y, gathered)
+        assert rms_ratio(y, expected) < tolerance(codec)
+    before = y.copy()
+    cpu.glu(x, w, codec, "relu2", gated, y, slots=slots[:0], **options)
+    assert same(y, before)
+
+
+@pytest.mark.parametrize("codec", CODECS)
 def test_gemm_glu_is_invariant(isa, codec):
     k, n, tokens = 352, 217, 63
     w, x = neurons(1, n, k, codec), normal(2, tokens, k)
@@ -128,3 +149,6 @@ def test_wrong_arguments_are_named():
         for call in (cpu.glu, cpu.gemm_glu):
             with pytest.raises(ValueError, match=f"^{name}"):
                 call(**good | {name: wrong})
+    for slots in (np.array([4], np.int32), np.array([-1], np.int32), np.array([0], np.int64)):
+        with pytest.raises(ValueError, match="^slots"):
+            cpu.glu(**good, slots=slots)

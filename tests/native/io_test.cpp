@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "crc32.h"
 #include "engine.h"
 #include "merge.h"
@@ -23,14 +24,6 @@
 using namespace flashrt::io;
 
 namespace {
-
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-            std::abort();                                                             \
-        }                                                                             \
-    } while (false)
 
 constexpr size_t CHUNK = 16 << 10;
 constexpr size_t STAGING = 1 << 20;

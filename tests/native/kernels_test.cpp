@@ -8,20 +8,13 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "ops.h"
 #include "pool.h"
 
 using namespace flashrt;
 
 namespace {
-
-#define CHECK(condition)                                                         \
-    do {                                                                         \
-        if (!(condition)) {                                                      \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            std::abort();                                                        \
-        }                                                                        \
-    } while (false)
 
 constexpr Codec CODECS[] = {Codec::F32, Codec::BF16, Codec::INT8, Codec::INT4};
 
@@ -74,7 +67,7 @@ std::vector<float> linear_of(const Packed& w, const std::vector<float>& x, int t
 std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int tokens, bool gated, bool wide) {
     std::vector<float> y(x.size(), 0.25f);
     const GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
-                     nullptr, w.rows, Activation::SILU, gated, nullptr};
+                     nullptr, w.rows, nullptr, w.rows.bundles, Activation::SILU, gated, nullptr};
     if (wide) {
         const int crew = threads();
         std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles, crew));

@@ -43,10 +43,10 @@ __all__ = [
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 
 _CODECS = {Codec.F32: 0, Codec.BF16: 1, Codec.INT8: 2, Codec.INT4: 3}
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
 
 def _codec(codec: Codec) -> int:
@@ -142,14 +142,17 @@ def glu(
     up_bias: Floats | None = None,
     tokens: NDArray[np.int32] | None = None,
     weights: Floats | None = None,
+    slots: NDArray[np.int32] | None = None,
 ) -> None:
     """y[b] += h * down for each neuron in ascending order, for a few tokens.
 
     h = act(gate·x) * (up·x) with bundles of (gate, up, down) rows; ungated h = act(up·x + up_bias) with (up, down).
     x and y [B, K] may have a row stride and must not share memory. bundles uint8 [n, bytes], any stride. tokens int32
-    [m] names the rows of x and y that take part, each at most once; weights [m] (or [B]) multiplies their h.
+    [m] names the rows of x and y that take part, each at most once; weights [m] (or [B]) multiplies their h. slots
+    int32 [s] names the bundles that take part, in that order (None: all), wherever rows are kept that are not
+    neighbours; up_bias [n] is theirs.
     """
-    _cpu.glu(x, bundles, _codec(codec), _activation(activation), gated, y, up_bias, tokens, weights)
+    _cpu.glu(x, bundles, _codec(codec), _activation(activation), gated, y, up_bias, tokens, weights, slots)
 
 
 def gemm_glu(

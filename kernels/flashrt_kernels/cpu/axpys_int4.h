@@ -10,7 +10,7 @@
 
 namespace flashrt::FLASHRT_ISA {
 
-constexpr int NEURONS = 32;
+constexpr int NEURONS = GATHER;
 constexpr int QUADS = NEURONS / 4;
 
 struct Int4Factors {  // of one token and 32 neurons, for 16 groups
@@ -19,13 +19,12 @@ struct Int4Factors {  // of one token and 32 neurons, for 16 groups
 };
 
 // The factors of groups [g, g + 16).
-inline void fill_factors(const uint8_t* rows, size_t stride, int count, int kp, int g, const float* h,
-                         Int4Factors& f) {
+inline void fill_factors(const uint8_t* const* rows, int count, int kp, int g, const float* h, Int4Factors& f) {
     constexpr float LEVELS = 127 * 256;
     const int groups = kp / INT4_GROUP - g;
     F factors[NEURONS], most = zero(), offset = zero();
     for (int i = 0; i < count; ++i) {
-        const Int4Row row(rows + i * stride, kp);
+        const Int4Row row(rows[i], kp);
         factors[i] = mul(load_codes(row.a + g, groups), splat(h[i] * row.u));
         most = max(most, abs(factors[i]));
         offset = fma(load_codes(row.b + g, groups), splat(h[i] * row.v), offset);
@@ -88,21 +87,20 @@ FLASHRT_INLINE void add_half(const Int4Factors& f, int g, Codes&& codes, float* 
     }
 }
 
-// y[t * y_step + ...] += h[t * h_step + i] * row i, for up to 32 rows, in the interleaved order.
-inline void axpys_int4(const uint8_t* rows, size_t stride, int count, int k, const float* h, size_t h_step, int tokens,
-                       float* y, size_t y_step, size_t ahead) {
+// y[t * y_step + ...] += h[t * h_step + i] * row i, in the interleaved order. There are 32 rows to read; those from
+// `count` on have factors of 0.
+inline void axpys_int4(const uint8_t* const* row, const uint8_t* const* next, int count, int k, const float* h,
+                       size_t h_step, int tokens, float* y, size_t y_step) {
     const int kp = padded(k), groups = kp / INT4_GROUP;
-    const uint8_t* row[NEURONS];
-    for (int i = 0; i < NEURONS; ++i) row[i] = rows + (i < count ? i : 0) * stride;  // missing ones have factors of 0
     Int4Factors factors[16];
     for (int g = 0; g < groups; g += INT4_SPAN) {
         if (g % 16 == 0)
-            for (int t = 0; t < tokens; ++t) fill_factors(rows, stride, count, kp, g, h + t * h_step, factors[t]);
+            for (int t = 0; t < tokens; ++t) fill_factors(row, count, kp, g, h + t * h_step, factors[t]);
         const int half = 8 * span_groups(groups, g);
         for (int z = 0; z < 2; ++z) {
             const size_t at = 16 * static_cast<size_t>(g) + z * half;
             float* to = y + INT4_GROUP * g + z * SPAN / 2;
-            for (int i = 0; i < count; ++i) prefetch(row[i] + at + ahead);
+            for (int i = 0; i < count; ++i) prefetch(next[i] + at);
             if (tokens == 1) {
                 add_half(factors[0], g % 16, [&](int q, B* c) FLASHRT_LAMBDA { load_quad(row + 4 * q, at, half, c); },
                          to);

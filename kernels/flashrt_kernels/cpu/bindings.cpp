@@ -39,6 +39,18 @@ LinearJob linear_job(handle x_, handle bundles, int codec, handle out_, int64_t 
             static_cast<size_t>(out.step[0]), row0, rows, vector_or_null<float>("bias", bias, rows)};
 }
 
+// Places of bundles, in any order.
+const int32_t* slots_of(handle object, int64_t bundles, int64_t& count) {
+    if (object.is_none()) return nullptr;
+    const Array<const int32_t> slots("slots", object, 1);
+    count = slots.shape[0];
+    for (int64_t i = 0; i < count; ++i)
+        if (slots.data[i] < 0 || slots.data[i] >= bundles)
+            wrong("slots", "expected numbers below " + std::to_string(bundles) + ", found " +
+                               std::to_string(slots.data[i]));
+    return slots.data;
+}
+
 // Each of the chosen tokens once, and none that x has not.
 const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
     if (object.is_none()) return nullptr;
@@ -56,17 +68,19 @@ const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
 }
 
 GluJob glu_job(handle x_, handle bundles, int codec, int activation, bool gated, handle y_, handle up_bias,
-               handle tokens, handle weights) {
+               handle tokens, handle weights, handle slots) {
     const Array<const float> x("x", x_, 2);
     const Rows w = bundles_of(bundles, codec, gated ? 3 : 2, x.shape[1]);
     const Array<float> y("y", y_, 2);
     for (int i = 0; i < 2; ++i) y.expect(i, x.shape[i]);
     if (overlap(x, y)) wrong("y", "shares memory with x");
     if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
-    int64_t count = x.shape[0];
+    int64_t count = x.shape[0], neurons = w.bundles;
+    const int32_t* places = slots_of(slots, w.bundles, neurons);
     const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
     return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
-            chosen, vector_or_null<float>("weights", weights, count), w, static_cast<Activation>(activation), gated,
+            chosen, vector_or_null<float>("weights", weights, count), w, places, neurons,
+            static_cast<Activation>(activation), gated,
             vector_or_null<float>("up_bias", up_bias, w.bundles)};
 }
 
@@ -239,15 +253,15 @@ NB_MODULE(_cpu, m) {
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
-                    handle tokens, handle weights) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
+                    handle tokens, handle weights, handle slots) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, slots);
         Released release;
-        if (job.tokens && job.neurons.bundles) glu(job);
+        if (job.tokens && job.count) glu(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-       nb::arg().none());
+       nb::arg().none(), nb::arg().none());
     m.def("gemm_glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
                          handle tokens, handle weights, handle scratch) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights);
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, nb::none());
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
         const int crew = threads();
         const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles, crew));

@@ -8,8 +8,8 @@
 namespace flashrt::FLASHRT_ISA {
 
 template <int R, int T>
-FLASHRT_INLINE void dot_int8(const uint8_t* const* rows, const Tokens& t, int token, float* const* out,
-                             size_t token_step, size_t ahead) {
+FLASHRT_INLINE void dot_int8(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t, int token,
+                             float* const* out, size_t token_step) {
     const int kp = t.kp, chunks = kp / CHUNK;
     const int16_t* q = t.q + static_cast<size_t>(token) * t.q_step;
     const float* scale = t.scales + token * t.scale_step;
@@ -31,7 +31,7 @@ FLASHRT_INLINE void dot_int8(const uint8_t* const* rows, const Tokens& t, int to
             W w0[R], w1[R];
             for (int r = 0; r < R; ++r) {
                 const uint8_t* codes = rows[r] + CHUNK * at;
-                prefetch(codes + ahead);
+                prefetch(next[r] + CHUNK * at);
                 w0[r] = widen_i8(reinterpret_cast<const int8_t*>(codes));
                 w1[r] = widen_i8(reinterpret_cast<const int8_t*>(codes) + 32);
             }
@@ -45,20 +45,20 @@ FLASHRT_INLINE void dot_int8(const uint8_t* const* rows, const Tokens& t, int to
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int line = 0; line < 2 * chunks; line += 64) prefetch(rows[r] + kp + ahead + line);
+        for (int line = 0; line < 2 * chunks; line += 64) prefetch(next[r] + kp + line);
     store_sums<R, T>(acc, out, token_step);
 }
 
 template <Codec codec, int T>
-FLASHRT_INLINE void dot_float(const uint8_t* row, const Tokens& t, int token, float* out, size_t token_step,
-                              size_t ahead) {
+FLASHRT_INLINE void dot_float(const uint8_t* row, const uint8_t* next, const Tokens& t, int token, float* out,
+                              size_t token_step) {
     constexpr int BYTES = codec == Codec::F32 ? 4 : 2;
     const float* x = t.f + static_cast<size_t>(token) * t.kp;
     F acc[T][4];
     for (int i = 0; i < T; ++i)
         for (int j = 0; j < 4; ++j) acc[i][j] = zero();
     for (int c = 0; c < t.kp / CHUNK; ++c) {
-        for (int line = 0; line < BYTES; ++line) prefetch(row + ahead + CHUNK * (BYTES * c + line));
+        for (int line = 0; line < BYTES; ++line) prefetch(next + CHUNK * (BYTES * c + line));
         F w[4];
         decode<codec>(row, t.kp, c, w);
         for (int i = 0; i < T; ++i)
@@ -69,43 +69,44 @@ FLASHRT_INLINE void dot_float(const uint8_t* row, const Tokens& t, int token, fl
 }
 
 template <Codec codec, int R, int T>
-FLASHRT_INLINE void dot(const uint8_t* const* rows, const Tokens& t, int token, float* const* out, size_t token_step,
-                        size_t ahead) {
+FLASHRT_INLINE void dot(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t, int token,
+                        float* const* out, size_t token_step) {
     float* to[R];
     for (int r = 0; r < R; ++r) to[r] = out[r] + token * token_step;
     if constexpr (codec == Codec::INT4) {
-        dot_int4<R, T>(rows, t, token, to, token_step, ahead);
+        dot_int4<R, T>(rows, next, t, token, to, token_step);
     } else if constexpr (codec == Codec::INT8) {
-        dot_int8<R, T>(rows, t, token, to, token_step, ahead);
+        dot_int8<R, T>(rows, next, t, token, to, token_step);
     } else {
-        for (int r = 0; r < R; ++r) dot_float<codec, T>(rows[r], t, token, to[r], token_step, ahead);
+        for (int r = 0; r < R; ++r) dot_float<codec, T>(rows[r], next[r], t, token, to[r], token_step);
     }
 }
 
 template <Codec codec, int R>
-FLASHRT_INLINE void dot_tokens(const uint8_t* const* rows, const Tokens& t, float* const* out, size_t token_step,
-                               size_t ahead) {
+FLASHRT_INLINE void dot_tokens(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t,
+                               float* const* out, size_t token_step) {
     int i = 0;
 #if defined(__AVX512F__)
     if constexpr (codec == Codec::INT4 || codec == Codec::INT8)  // one sum per token and row: there is room for eight
-        for (; i + 8 <= t.count; i += 8) dot<codec, R, 8>(rows, t, i, out, token_step, ahead);
-    for (; i + 4 <= t.count; i += 4) dot<codec, R, 4>(rows, t, i, out, token_step, ahead);
+        for (; i + 8 <= t.count; i += 8) dot<codec, R, 8>(rows, next, t, i, out, token_step);
+    for (; i + 4 <= t.count; i += 4) dot<codec, R, 4>(rows, next, t, i, out, token_step);
 #endif
-    for (; i + 2 <= t.count; i += 2) dot<codec, R, 2>(rows, t, i, out, token_step, ahead);
-    for (; i < t.count; ++i) dot<codec, R, 1>(rows, t, i, out, token_step, ahead);
+    for (; i + 2 <= t.count; i += 2) dot<codec, R, 2>(rows, next, t, i, out, token_step);
+    for (; i < t.count; ++i) dot<codec, R, 1>(rows, next, t, i, out, token_step);
 }
 
 // Rows share the loads of the activations: four of them when there is one token, else two.
 template <Codec codec>
-void dot_bundles(const Bundles& b, const Tokens& t, const DotOut& out, size_t ahead) {
+void dot_bundles(const Bundles& b, const Tokens& t, const DotOut& out) {
     const size_t bytes = row_bytes(codec, t.k);
     const int total = b.count * b.rows;
-    const uint8_t* rows[4];
+    const uint8_t *rows[4], *next[4];
     float* to[4];
     auto gather = [&](int first, int n) {
         for (int i = 0; i < n; ++i) {
             const int bundle = (first + i) / b.rows, row = (first + i) % b.rows;
-            rows[i] = b.data + bundle * b.stride + row * bytes;
+            rows[i] = b.at[bundle] + row * bytes;
+            next[i] = b.next[bundle] + row * bytes;
             to[i] = out.data + bundle * out.bundle_step + row * out.row_step;
         }
     };
@@ -113,20 +114,20 @@ void dot_bundles(const Bundles& b, const Tokens& t, const DotOut& out, size_t ah
     if (codec == Codec::INT4 && t.count == 1)
         for (; at + 4 <= total; at += 4) {
             gather(at, 4);
-            dot<codec, 4, 1>(rows, t, 0, to, out.token_step, ahead);
+            dot<codec, 4, 1>(rows, next, t, 0, to, out.token_step);
         }
     for (; at + 2 <= total; at += 2) {
         gather(at, 2);
-        dot_tokens<codec, 2>(rows, t, to, out.token_step, ahead);
+        dot_tokens<codec, 2>(rows, next, t, to, out.token_step);
     }
     if (at < total) {
         gather(at, 1);
-        dot_tokens<codec, 1>(rows, t, to, out.token_step, ahead);
+        dot_tokens<codec, 1>(rows, next, t, to, out.token_step);
     }
 }
 
-inline void dots(Codec codec, const Bundles& bundles, const Tokens& t, const DotOut& out, size_t ahead) {
-    with_codec(codec, [&](auto c) { dot_bundles<c.value>(bundles, t, out, ahead); });
+inline void dots(Codec codec, const Bundles& bundles, const Tokens& t, const DotOut& out) {
+    with_codec(codec, [&](auto c) { dot_bundles<c.value>(bundles, t, out); });
 }
 
 }  // namespace flashrt::FLASHRT_ISA

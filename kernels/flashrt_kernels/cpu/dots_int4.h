@@ -1,7 +1,7 @@
 // int4 rows times the 8-bit activations of a few tokens, one span (256 weights) at a time.
 //
-// A span's codes are laid out so that lanes 2 j and 2 j + 1 of a sum hold nothing but group j: all its products are added
-// as integers, exactly, before one conversion and the scales of row and token.
+// A span's codes are laid out so that lanes 2 j and 2 j + 1 of a sum hold nothing but group j: all its products are
+// added as integers, exactly, before one conversion and the scales of row and token.
 #pragma once
 
 #include "activations.h"
@@ -63,8 +63,8 @@ FLASHRT_INLINE void dot_span(const uint8_t* const* rows, int kp, int g, int half
 }
 
 template <int R, int T>
-FLASHRT_INLINE void dot_int4(const uint8_t* const* rows, const Tokens& t, int token, float* const* out,
-                             size_t token_step, size_t ahead) {
+FLASHRT_INLINE void dot_int4(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t, int token,
+                             float* const* out, size_t token_step) {
     const int kp = t.kp, groups = kp / INT4_GROUP;
     const size_t q_step = 2 * t.q_step;
     const int8_t* q = reinterpret_cast<const int8_t*>(t.q) + token * q_step;
@@ -75,7 +75,7 @@ FLASHRT_INLINE void dot_int4(const uint8_t* const* rows, const Tokens& t, int to
 
     auto span = [&](int g, int half) FLASHRT_LAMBDA {
         for (int r = 0; r < R; ++r)
-            for (int line = 0; line < 128; line += 64) prefetch(rows[r] + 16 * g + line + ahead);
+            for (int line = 0; line < 128; line += 64) prefetch(next[r] + 16 * g + line);
         dot_span<R, T>(rows, kp, g, half, q + INT4_GROUP * g, q_step, x_scale + 2 * g, t.scale_step, acc);
     };
     int g = 0;
@@ -83,7 +83,7 @@ FLASHRT_INLINE void dot_int4(const uint8_t* const* rows, const Tokens& t, int to
     if (g < groups) span(g, 8 * (groups - g));
     for (int r = 0; r < R; ++r) {
         const Int4Row row(rows[r], kp);
-        for (int line = 0; line < 2 * groups + 8; line += 64) prefetch(row.a + ahead + line);
+        for (int line = 0; line < 2 * groups + 8; line += 64) prefetch(next[r] + kp / 2 + line);
         take_offsets<T>(row, t, token, acc[r]);
     }
     store_sums<R, T>(acc, out, token_step);

@@ -8,43 +8,58 @@
 namespace flashrt {
 namespace {
 
-constexpr int BLOCK = 32;  // neurons whose h is kept between the two halves of the work
+constexpr int BLOCK = GATHER;  // neurons whose h is kept between the two halves of the work
 constexpr int UNIT = 128;  // neurons that one thread sums before y takes them: calls cut at multiples of it agree
 
 size_t sums_step(int k) { return static_cast<size_t>(spans(k)) * SPAN; }
 
-// gate·x and up·x of `count` neurons, then act(gate) * up, into h [tokens, BLOCK].
-void hidden(const GluJob& job, const Tokens& tokens, const float* weights, int64_t neuron, int count, size_t ahead,
-            float* h) {
+// Where up to BLOCK neurons lie, and those that this thread will probably take after them.
+struct Block {
+    Block(const GluJob& job, int64_t first, int count, int64_t then) : first(first), count(count) {
+        for (int i = 0; i < count; ++i) {
+            at[i] = bundle(job, first + i);
+            next[i] = then + i < job.count ? bundle(job, then + i) : at[i];
+        }
+    }
+
+    static const uint8_t* bundle(const GluJob& job, int64_t neuron) {
+        return job.neurons.data + (job.slots ? job.slots[neuron] : neuron) * job.neurons.stride;
+    }
+
+    Bundles rows(int n) const { return {at, next, count, n}; }
+
+    int64_t first;
+    int count;
+    const uint8_t *at[BLOCK], *next[BLOCK];
+};
+
+// gate·x and up·x of a block, then act(gate) * up, into h [tokens, BLOCK].
+void hidden(const GluJob& job, const Tokens& tokens, const float* weights, const Block& block, float* h) {
     const Kernels& kernel = kernels();
-    const Rows& w = job.neurons;
     float both[2][BATCH * BLOCK];  // gate, up
-    const Bundles bundles{w.data + neuron * w.stride, w.stride, count, job.gated ? 2 : 1};
-    kernel.dots(w.codec, bundles, tokens, {both[0], 1, BATCH * BLOCK, BLOCK}, ahead);
+    kernel.dots(job.neurons.codec, block.rows(job.gated ? 2 : 1), tokens, {both[0], 1, BATCH * BLOCK, BLOCK});
     for (int t = 0; t < tokens.count; ++t) {
         float* row = h + t * BLOCK;
-        std::memcpy(row, both[0] + t * BLOCK, sizeof(float) * count);
+        std::memcpy(row, both[0] + t * BLOCK, sizeof(float) * block.count);
         if (job.up_bias)
-            for (int i = 0; i < count; ++i) row[i] += job.up_bias[neuron + i];
-        kernel.activate(job.activation, row, job.gated ? both[1] + t * BLOCK : nullptr, count);
+            for (int i = 0; i < block.count; ++i)
+                row[i] += job.up_bias[job.slots ? job.slots[block.first + i] : block.first + i];
+        kernel.activate(job.activation, row, job.gated ? both[1] + t * BLOCK : nullptr, block.count);
         if (weights)
-            for (int i = 0; i < count; ++i) row[i] *= weights[t];
+            for (int i = 0; i < block.count; ++i) row[i] *= weights[t];
     }
 }
 
 // Adds neurons [first, last) to sums [tokens, sums_step]; `next` is what this thread will probably do after that.
 void unit(const GluJob& job, const Tokens& tokens, const float* weights, int64_t first, int64_t last, int64_t next,
           float* sums) {
-    const Rows& w = job.neurons;
-    const size_t bytes = row_bytes(w.codec, w.k), down = bytes * (job.gated ? 2 : 1);
     float h[BATCH * BLOCK];
     for (int64_t neuron = first; neuron < last; neuron += BLOCK) {
         const int count = static_cast<int>(last - neuron < BLOCK ? last - neuron : BLOCK);
-        const int64_t then = neuron + BLOCK < last ? neuron + BLOCK : next < w.bundles ? next : neuron;
-        const size_t ahead = (then - neuron) * w.stride;
-        hidden(job, tokens, weights, neuron, count, ahead, h);
-        kernels().axpys(w.codec, w.data + neuron * w.stride + down, w.stride, count, w.k, h, BLOCK, tokens.count, sums,
-                        sums_step(w.k), ahead);
+        const Block block(job, neuron, count, neuron + BLOCK < last ? neuron + BLOCK : next);
+        hidden(job, tokens, weights, block, h);
+        kernels().axpys(job.neurons.codec, block.rows(1), job.gated ? 2 : 1, job.neurons.k, h, BLOCK, tokens.count,
+                        sums, sums_step(job.neurons.k));
     }
 }
 
@@ -76,8 +91,8 @@ void glu_batch(const GluJob& job, int first, int count) {
     }
     const float* weights = job.weights ? job.weights + first : nullptr;
     Turnstile turnstile;
-    parallel_for((w.bundles + UNIT - 1) / UNIT, [&](int64_t item, int thread) {
-        const int64_t from = item * UNIT, to = w.bundles - from < UNIT ? w.bundles : from + UNIT;
+    parallel_for((job.count + UNIT - 1) / UNIT, [&](int64_t item, int thread) {
+        const int64_t from = item * UNIT, to = job.count - from < UNIT ? job.count : from + UNIT;
         float* sums = all_sums + thread * BATCH * step;
         std::memset(sums, 0, sizeof(float) * count * step);
         unit(job, tokens, weights, from, to, from + crew * UNIT, sums);

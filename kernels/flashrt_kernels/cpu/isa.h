@@ -8,7 +8,7 @@
 
 namespace flashrt {
 
-enum class Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+enum class Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4 };
 
 // Up to 16 tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes `q`:
 // x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).
@@ -21,9 +21,11 @@ struct Tokens {
     size_t q_step, scale_step, groups;
 };
 
-struct Bundles {  // the first `rows` rows of `count` bundles
-    const uint8_t* data;
-    size_t stride;  // bytes from one bundle to the next
+constexpr int GATHER = 32;  // bundles of one call, at most
+
+struct Bundles {  // the first `rows` rows of `count` bundles, wherever they lie
+    const uint8_t* const* at;
+    const uint8_t* const* next;  // what to prefetch meanwhile, bundle by bundle
     int count, rows;
 };
 
@@ -60,12 +62,12 @@ struct Kernels {
     bool half_gemm;  // wide multiplications of the coded weights run in bfloat16
 
     void (*prepare)(Codec, const float* x, int token, Tokens&);
-    // Row r of bundle b · token t. `ahead`: bytes from a row to what will be read soon.
-    void (*dots)(Codec, const Bundles&, const Tokens&, const DotOut&, size_t ahead);
-    // y[t * y_step + ...] += h[t * h_step + i] * row i, for up to 32 rows; y has room for whole spans and an order
-    // of its own, which `collect` knows: out[0..k) += y.
-    void (*axpys)(Codec, const uint8_t* rows, size_t stride, int count, int k, const float* h, size_t h_step,
-                  int tokens, float* y, size_t y_step, size_t ahead);
+    // Row r of bundle b · token t.
+    void (*dots)(Codec, const Bundles&, const Tokens&, const DotOut&);
+    // y[t * y_step + ...] += h[t * h_step + i] * row `row` of bundle i. y has room for whole spans and an order of its
+    // own, which `collect` knows: out[0..k) += y.
+    void (*axpys)(Codec, const Bundles&, int row, int k, const float* h, size_t h_step, int tokens, float* y,
+                  size_t y_step);
     void (*collect)(Codec, const float* y, int k, float* out);
     // gate[i] = act(gate[i]) * up[i]; up may be null
     void (*activate)(Activation, float* gate, const float* up, int n);

@@ -6,6 +6,19 @@ namespace {
 
 constexpr size_t AHEAD = 16384;  // bytes: a few times the bandwidth of a core times the latency of memory
 
+// The products of `rows` rows of bundles [from, to).
+void products(const Rows& w, int64_t from, int64_t to, int rows, const Tokens& tokens, float* out, size_t out_step) {
+    const uint8_t *at[GATHER], *next[GATHER];
+    for (; from < to; from += GATHER) {
+        const int count = static_cast<int>(to - from < GATHER ? to - from : GATHER);
+        for (int i = 0; i < count; ++i) {
+            at[i] = w.data + (from + i) * w.stride;
+            next[i] = at[i] + AHEAD;
+        }
+        kernels().dots(w.codec, {at, next, count, rows}, tokens, {out + from * MATRIX_ROWS, MATRIX_ROWS, 1, out_step});
+    }
+}
+
 void linear_batch(const LinearJob& job, int first, int count) {
     const Kernels& kernel = kernels();
     const Rows& w = job.weights;
@@ -17,13 +30,9 @@ void linear_batch(const LinearJob& job, int first, int count) {
     float* out = job.out + first * job.out_step + job.row0;
     parallel_for((bundles + grain - 1) / grain, [&](int64_t item, int) {
         const int64_t begin = item * grain, end = begin + grain < bundles ? begin + grain : bundles;
-        auto dots = [&](int64_t from, int64_t to, int rows) {
-            if (from >= to) return;
-            const Bundles part{w.data + from * w.stride, w.stride, static_cast<int>(to - from), rows};
-            kernel.dots(w.codec, part, tokens, {out + from * MATRIX_ROWS, MATRIX_ROWS, 1, job.out_step}, AHEAD);
-        };
-        dots(begin, end < whole ? end : whole, MATRIX_ROWS);
-        dots(begin > whole ? begin : whole, end, static_cast<int>(job.rows - whole * MATRIX_ROWS));
+        const int rest = static_cast<int>(job.rows - whole * MATRIX_ROWS);
+        products(w, begin, end < whole ? end : whole, MATRIX_ROWS, tokens, out, job.out_step);
+        products(w, begin > whole ? begin : whole, end, rest, tokens, out, job.out_step);
         if (!job.bias) return;
         const int64_t last = end * MATRIX_ROWS < job.rows ? end * MATRIX_ROWS : job.rows;
         for (int i = 0; i < count; ++i)

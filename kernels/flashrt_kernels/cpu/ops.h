@@ -36,6 +36,8 @@ struct GluJob {
     const int32_t* chosen;  // rows of x and y that take part; null: all
     const float* weights;   // of the tokens that take part; null: one
     Rows neurons;
+    const int32_t* slots;  // bundles that take part, in this order; null: all
+    int64_t count;         // of them
     Activation activation;
     bool gated;
     const float* up_bias;

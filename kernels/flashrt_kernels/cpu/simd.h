@@ -115,7 +115,6 @@ FLASHRT_INLINE void store_i8(int8_t* to, F a) {  // nearest, saturating; 16 lane
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 
-FLASHRT_INLINE I load_i(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 FLASHRT_INLINE void store_i(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 FLASHRT_INLINE I nearest(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 FLASHRT_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -264,7 +263,6 @@ FLASHRT_INLINE void store_i8(int8_t* to, F x) {
                      _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, order)));
 }
 
-FLASHRT_INLINE I load_i(const int32_t* p) { return {load256(p), load256(p + 8)}; }
 FLASHRT_INLINE void store256(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 FLASHRT_INLINE void store_i(int32_t* p, I x) {
     store256(p, x.a);
@@ -441,7 +439,6 @@ FLASHRT_INLINE void store_i8(int8_t* to, F a) {
     I r;                                               \
     for (int i = 0; i < 16; ++i) r.v[i] = expression;  \
     return r
-FLASHRT_INLINE I load_i(const int32_t* p) { LANES(p[i]); }
 FLASHRT_INLINE void store_i(int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
 FLASHRT_INLINE I nearest(F a) {
     a = round(a);

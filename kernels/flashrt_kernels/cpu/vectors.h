@@ -70,6 +70,10 @@ inline void activate(Activation activation, float* gate, const float* up, int n)
             case Activation::GELU_TANH: v = gelu_tanh(v); break;
             case Activation::GELU: v = gelu(v); break;
             case Activation::RELU: v = max(zero(), v); break;
+            case Activation::RELU2:
+                v = max(zero(), v);
+                v = mul(v, v);
+                break;
         }
         if (up) v = mul(v, load_n(up + i, lanes));
         store_n(gate + i, v, lanes);
