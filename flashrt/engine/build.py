@@ -88,7 +88,7 @@ class Prepared:
         began = time.perf_counter()
         # Taken now: to measure beside a loaded model takes memory that is not planned, and reads that disturb.
         curve = None if disk is None else disk.curve()
-        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress, lambda: curve)
+        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress, curve)
         engine.load_s = time.perf_counter() - began
         engine.roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
         return engine
@@ -140,9 +140,9 @@ def build_engine(
     tokenizer: Tokenizer,
     runtime: Runtime,
     progress: Progress = lambda done, total: None,
-    curve: Callable[[], CostCurve | None] | None = None,
+    curve: CostCurve | None = None,
 ) -> Engine:
-    """An engine for exactly this plan, loaded. `curve` gives the disk's costs when they are first needed."""
+    """An engine for exactly this plan, loaded. `curve` says what reads cost, by which rows are read together."""
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
     try:

@@ -14,12 +14,10 @@ import numpy as np
 
 from flashrt.errors import DiskError
 from flashrt.storage import _io
-from flashrt.storage.cost import CostCurve
 from flashrt.storage.direct import open_direct
 from flashrt.storage.layout import PAGE
 
 MEMORY_BYTES = 8 << 20  # into which all reads go, over and over
-CURVE_MEMORY_BYTES = 1 << 20  # less, since a model may be loaded already
 LEAST_STAGING = 64 << 10
 BATCH_BYTES = 2 << 20  # that one call asks for at least: calls are to cost nothing beside reads
 CURVE_BLOCKS = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
@@ -91,13 +89,6 @@ class Meter:
         if status != 0:
             reason = os.strerror(status) if status > 0 else "the file was cut short"
             raise DiskError(f"reading {self._path} at byte {read.at} failed: {reason}")
-
-
-def measure_curve(path: Path, depth: int) -> CostCurve | None:
-    """A quick cost curve of the disk that holds `path`. None for a file of less than a page."""
-    with Meter(path, memory_bytes=CURVE_MEMORY_BYTES) as meter:
-        rates = meter.curve(depth)
-    return CostCurve(rates) if rates else None
 
 
 def _batches(places: int, count: int, in_order: bool) -> Iterator[np.ndarray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from flashrt.storage import _io
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.direct import open_direct
 from flashrt.storage.layout import Block
-from flashrt.storage.meter import measure_curve
 from flashrt.storage.pack import Pack
 
 DEPTH = 32  # reads in flight: what small ones need; with large ones, 5% more than 8 here
@@ -86,19 +84,17 @@ class Reader:
     """Reads of one pack. `direct` says whether they go around the page cache, `backend` what carries them out.
 
     `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, `curve` gives the costs by which
-    they are merged, and is asked when the first rows are. `backend` may be named to force it.
+    they are merged (without it, each is read by itself). `backend` may be named to force it.
     """
 
     def __init__(
         self,
         pack: Pack,
         staging: Array | None = None,
-        curve: Callable[[], CostCurve | None] | None = None,
+        curve: CostCurve | None = None,
         backend: str = "",
     ) -> None:
         self.pack = pack
-        self._curve = curve or self._measure
-        self._merges = False
         self._paths = {name: pack.path / name for name in pack.layout.file_bytes}
         self._files: dict[str, tuple[int, bool]] = {}
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
@@ -114,6 +110,8 @@ class Reader:
         except RuntimeError as error:
             self._close_files()
             raise DiskError(f"nothing can be read: {error}") from None
+        if curve is not None:
+            self._engine.set_costs(curve.table(self._engine.max_span_pages))
         self.direct = all(direct for _, direct in self._files.values())
 
     @property
@@ -140,10 +138,6 @@ class Reader:
         closed.
         """
         handle, direct = self._open_file(file)
-        if len(offsets) > 1 and not self._merges:
-            if (curve := self._curve()) is not None:
-                self._engine.set_costs(curve.table(self._engine.max_span_pages))
-            self._merges = True
         return Ticket(self._paths[file], self._engine.read_rows(handle, direct, offsets, out, slots))
 
     def settle(self) -> None:
@@ -168,6 +162,3 @@ class Reader:
         if not self._files:
             raise UsageError("the engine is closed: load the model again")
         return self._files[file]
-
-    def _measure(self) -> CostCurve | None:
-        return measure_curve(self.pack.largest_file, DEPTH)
