@@ -1,4 +1,4 @@
-// Python's view of the engine. Arrays become pointers; every wait releases the GIL and lets signals through.
+// Python's view of the engine. Arrays become pointers; whoever waits holds no GIL and can be interrupted.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
