@@ -23,7 +23,12 @@ __all__ = [
     "attention_scratch_bytes",
     "available_isas",
     "dequantize",
+    "down",
     "force_isa",
+    "gate_up",
+    "gate_up_scratch_bytes",
+    "gemm_down",
+    "gemm_gate_up",
     "gemm_glu",
     "gemm_linear",
     "gemm_scratch_bytes",
@@ -169,6 +174,93 @@ def gemm_glu(
 ) -> None:
     """`glu` for many tokens, rounding like `gemm_linear`. scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
     _cpu.gemm_glu(x, bundles, _codec(codec), _activation(activation), gated, y, up_bias, tokens, weights, scratch)
+
+
+def gate_up(
+    x: Floats,
+    groups: Bytes,
+    first: int,
+    fine: int,
+    order: NDArray[np.int32],
+    norms: Floats,
+    ratio: Floats,
+    sums: Floats,
+    coarse_from: float,
+    fine_from: float,
+) -> tuple[int, int]:
+    """sums[b] += gate and up of x[b], for the channels that count, for a few tokens.
+
+    x [B, K]; groups uint8 [n, group_bytes] of `flashrt_kernels.channels`, of which `first` is the first; order int32
+    [places] names the channel at each place (-1: none). A channel c takes part from |x_c| * norms[c] >= coarse_from on,
+    with its fine half, where it has one, from fine_from on. ratio [C]; sums [B, C], in units of the columns' scales.
+    Groups in ascending order, in any number of calls, give the same bits. Returns how many coarse and fine halves of
+    channels took part, summed over the tokens.
+    """
+    coarse, halves = _cpu.gate_up(x, groups, first, fine, order, norms, ratio, sums, coarse_from, fine_from)
+    return int(coarse), int(halves)
+
+
+def gemm_gate_up(
+    x: Floats,
+    groups: Bytes,
+    first: int,
+    fine: int,
+    order: NDArray[np.int32],
+    ratio: Floats,
+    sums: Floats,
+    scratch: Bytes | None = None,
+) -> None:
+    """`gate_up` for many tokens, of all channels, rounding like `gemm_linear`.
+
+    scratch uint8 [gate_up_scratch_bytes(B, n)]; None allocates.
+    """
+    _cpu.gemm_gate_up(x, groups, first, fine, order, ratio, sums, scratch)
+
+
+def gate_up_scratch_bytes(tokens: int, groups: int) -> int:
+    """Scratch of `gemm_gate_up` on `groups` groups, with the present number of threads."""
+    return int(_cpu.gate_up_scratch_bytes(tokens, groups))
+
+
+def down(
+    sums: Floats,
+    scale: Floats,
+    norms: Floats,
+    activation: Activation,
+    gated: bool,
+    up_bias: Floats | None,
+    rows: Bytes,
+    codec: Codec,
+    first: int,
+    y: Floats,
+    threshold: float,
+) -> int:
+    """y[b] += h * row, for the neurons that count, for a few tokens; how many that were, summed over the tokens.
+
+    h = act(scale * gate) * (scale * up), or act(scale * up + up_bias) when not gated, from sums [B, C] of `gate_up`.
+    norms [neurons]: a neuron takes part from |h| * norm >= threshold on. rows uint8 [n, bytes] are the encoded rows of
+    down, of neurons `first` (a multiple of 512) and following. Calls cut at multiples of 512 give the same bits.
+    """
+    number = _activation(activation)
+    return int(_cpu.down(sums, scale, norms, number, gated, up_bias, rows, _codec(codec), first, y, threshold))
+
+
+def gemm_down(
+    sums: Floats,
+    scale: Floats,
+    norms: Floats,
+    activation: Activation,
+    gated: bool,
+    up_bias: Floats | None,
+    rows: Bytes,
+    codec: Codec,
+    first: int,
+    y: Floats,
+    scratch: Bytes | None = None,
+) -> None:
+    """`down` for many tokens, of all neurons. scratch uint8 [gemm_scratch_bytes(B, K, n)]; None allocates."""
+    number = _activation(activation)
+    _cpu.gemm_down(sums, scale, norms, number, gated, up_bias, rows, _codec(codec), first, y, scratch)
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:

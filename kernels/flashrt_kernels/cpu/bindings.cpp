@@ -84,6 +84,56 @@ GluJob glu_job(handle x_, handle bundles, int codec, int activation, bool gated,
             vector_or_null<float>("up_bias", up_bias, w.bundles)};
 }
 
+ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t columns, int64_t places) {
+    const Array<const uint8_t> groups("groups", object, 2);
+    if (columns < TILE_COLUMNS || columns % TILE_COLUMNS)
+        wrong("sums", "expected a multiple of " + std::to_string(TILE_COLUMNS) + " columns, found " +
+                          std::to_string(columns));
+    if (fine < 0 || fine > CHANNELS) wrong("fine", "expected 0 to 32 channels, found " + std::to_string(fine));
+    const int64_t need = 2 * columns + (CHANNELS + fine) * columns / 4;
+    if (groups.shape[1] < need)
+        wrong("groups", std::to_string(columns) + " columns take " + std::to_string(need) + " bytes, found " +
+                            std::to_string(groups.shape[1]));
+    if (first < 0 || first > places / CHANNELS - groups.shape[0])
+        wrong("first", std::to_string(groups.shape[0]) + " groups from " + std::to_string(first) + " are not among " +
+                           std::to_string(places / CHANNELS));
+    return {groups.data, static_cast<size_t>(groups.step[0]), first, groups.shape[0], static_cast<int>(fine), columns};
+}
+
+GateUpJob gate_up_job(handle x_, handle groups, int64_t first, int64_t fine, handle order_, handle norms, handle ratio,
+                      handle sums_, float coarse_from, float fine_from) {
+    const Array<const float> x("x", x_, 2);
+    const Array<float> sums("sums", sums_, 2);
+    sums.expect(0, x.shape[0]);
+    const Array<const int32_t> order("order", order_, 1);
+    for (int64_t i = 0; i < order.shape[0]; ++i)
+        if (order.data[i] < -1 || order.data[i] >= x.shape[1])
+            wrong("order", "expected channels below " + std::to_string(x.shape[1]) + ", found " +
+                               std::to_string(order.data[i]));
+    return {x.data, static_cast<size_t>(x.step[0]), static_cast<int>(x.shape[0]),
+            channel_groups(groups, first, fine, sums.shape[1], order.shape[0]), order.data,
+            vector_or_null<float>("norms", norms, x.shape[1]), coarse_from, fine_from,
+            vector_or_null<float>("ratio", ratio, sums.shape[1]), sums.data, static_cast<size_t>(sums.step[0])};
+}
+
+DownJob down_job(handle sums_, handle scale_, handle norms_, int activation, bool gated, handle up_bias, handle rows,
+                 int codec, int64_t first, handle y_, float from) {
+    const Array<const float> sums("sums", sums_, 2);
+    const Array<float> y("y", y_, 2);
+    y.expect(0, sums.shape[0]);
+    const Array<const float> norms("norms", norms_, 1);
+    const Rows w = bundles_of(rows, codec, 1, y.shape[1]);
+    if (first < 0 || first % 512 || first > norms.shape[0] - w.bundles)
+        wrong("first", std::to_string(w.bundles) + " rows from " + std::to_string(first) + " are not among " +
+                           std::to_string(norms.shape[0]) + ", or do not begin at a multiple of 512");
+    const int64_t padded = (norms.shape[0] + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+    sums.expect(1, gated ? 2 * padded : padded);
+    return {sums.data, static_cast<size_t>(sums.step[0]), static_cast<int>(sums.shape[0]), gated, padded,
+            vector_or_null<float>("scale", scale_, sums.shape[1]),
+            vector_or_null<float>("up_bias", up_bias, norms.shape[0]), static_cast<Activation>(activation), norms.data,
+            from, w, first, y.data, static_cast<size_t>(y.step[0])};
+}
+
 struct Cache {  // [kv_heads, context, 2, dim]
     void* data;
     bool half;
@@ -269,6 +319,45 @@ NB_MODULE(_cpu, m) {
         gemm_glu(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
        nb::arg().none(), nb::arg().none());
+    m.def("gate_up", [](handle x, handle groups, int64_t first, int64_t fine, handle order, handle norms, handle ratio,
+                        handle sums, float coarse_from, float fine_from) {
+        const GateUpJob job = gate_up_job(x, groups, first, fine, order, norms, ratio, sums, coarse_from, fine_from);
+        ChannelCount count;
+        {
+            Released release;
+            if (job.tokens && job.groups.count) count = gate_up(job);
+        }
+        return nb::make_tuple(count.coarse, count.fine);
+    });
+    m.def("down", [](handle sums, handle scale, handle norms, int activation, bool gated, handle up_bias, handle rows,
+                     int codec, int64_t first, handle y, float from) {
+        const DownJob job = down_job(sums, scale, norms, activation, gated, up_bias, rows, codec, first, y, from);
+        Released release;
+        return job.rows.bundles ? down(job) : 0;
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+       nb::arg(), nb::arg());
+    m.def("gemm_gate_up", [](handle x, handle groups, int64_t first, int64_t fine, handle order, handle ratio,
+                             handle sums, handle scratch) {
+        const GateUpJob job = gate_up_job(x, groups, first, fine, order, nb::none(), ratio, sums, 0, 0);
+        if (job.tokens == 0 || job.groups.count == 0) return;
+        const int crew = threads();
+        const Scratch memory(scratch, gate_up_scratch_bytes(job.tokens, static_cast<int>(job.groups.count), crew));
+        Released release;
+        gemm_gate_up(job, memory.data(), crew);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+    m.def("gemm_down", [](handle sums, handle scale, handle norms, int activation, bool gated, handle up_bias,
+                          handle rows, int codec, int64_t first, handle y, handle scratch) {
+        const DownJob job = down_job(sums, scale, norms, activation, gated, up_bias, rows, codec, first, y, 0);
+        if (job.tokens == 0 || job.rows.bundles == 0) return;
+        const int crew = threads();
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.rows.k, job.rows.bundles, crew));
+        Released release;
+        gemm_down(job, memory.data(), crew);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+       nb::arg(), nb::arg().none());
+    m.def("gate_up_scratch_bytes", [](int tokens, int groups) {
+        return gate_up_scratch_bytes(tokens, groups, threads());
+    });
     m.def("gemm_scratch_bytes", [](int tokens, int k, int64_t neurons) {
         return gemm_scratch_bytes(tokens, k, neurons, threads());
     });

@@ -18,6 +18,9 @@ inline int padded(int k) { return (k + CHUNK - 1) / CHUNK * CHUNK; }
 
 inline int spans(int k) { return (k + SPAN - 1) / SPAN; }
 
+// Numbers that kernels which sum rows of `k` weights keep of each token: whole spans.
+inline size_t sums_step(int k) { return static_cast<size_t>(spans(k)) * SPAN; }
+
 // Groups of the span that group g is in, in a row of `groups`.
 inline int span_groups(int groups, int g) {
     const int left = groups - g / INT4_SPAN * INT4_SPAN;

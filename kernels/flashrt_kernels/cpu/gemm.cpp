@@ -24,18 +24,20 @@ struct Left {  // [tokens, step] of float or bfloat16
 
 bool use_half(Codec codec) { return kernels().half_gemm && codec != Codec::F32; }
 
+void fill_row(const Left& left, int t, int k, const float* row) {
+    char* to = left.at(t, 0);
+    if (left.half) {
+        uint16_t* halves = reinterpret_cast<uint16_t*>(to);
+        kernels().to_half(row, k, halves);
+        if (k & 1) halves[k] = 0;
+    } else {
+        std::memcpy(to, row, sizeof(float) * k);
+    }
+}
+
 template <typename Row>
 void fill_left(const Left& left, int tokens, int k, Row&& row) {
-    parallel_for(tokens, [&](int64_t t, int) {
-        char* to = left.at(static_cast<int>(t), 0);
-        if (left.half) {
-            uint16_t* halves = reinterpret_cast<uint16_t*>(to);
-            kernels().to_half(row(t), k, halves);
-            if (k & 1) halves[k] = 0;
-        } else {
-            std::memcpy(to, row(t), sizeof(float) * k);
-        }
-    });
+    parallel_for(tokens, [&](int64_t t, int) { fill_row(left, static_cast<int>(t), k, row(t)); });
 }
 
 // Columns of the row in one packed panel of 64 rows.
@@ -136,6 +138,37 @@ void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, f
     else std::memcpy(to, sums, sizeof(float) * count);
 }
 
+// y(t) += h[t] · the rows of w, which are one row of each bundle. `panels` and `sums` have room for each thread.
+template <typename Out>
+void multiply_down(const Rows& w, const Left& h, int tokens, char* panels, size_t each, char* sums, size_t sums_bytes,
+                   Out&& y, int crew) {
+    const int neurons = static_cast<int>(w.bundles);
+    const bool half = h.half;
+    if (half && neurons & 1)
+        for (int t = 0; t < tokens; ++t) std::memset(h.at(t, neurons), 0, 2);
+    parallel_for(padded(w.k) / CHUNK, [&](int64_t chunk, int thread) {
+        char* panel = panels + thread * each;
+        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
+        kernels().pack_along(w.codec, w.data, w.stride, neurons, w.k, static_cast<int>(chunk), half, panel);
+        const size_t stripe = static_cast<size_t>(half ? (neurons + 1) / 2 : neurons) * 64;
+        const int64_t column = chunk * CHUNK;
+        const int columns = static_cast<int>(w.k - column < CHUNK ? w.k - column : CHUNK);
+        for (int t = 0; t < tokens; t += TILE) {
+            const int rows = tokens - t < TILE ? tokens - t : TILE;
+            float* out[TILE];
+            for (int m = 0; m < rows; ++m) {
+                float* to = y(t + m) + column;
+                out[m] = columns == CHUNK ? to : c + m * PANEL;
+                if (columns < CHUNK) std::memcpy(out[m], to, sizeof(float) * columns);
+            }
+            kernels().tile(half, rows, h.at(t, 0), h.step, panel, stripe, neurons, out, true);
+            if (columns < CHUNK)
+                for (int m = 0; m < rows; ++m)
+                    std::memcpy(y(t + m) + column, out[m], sizeof(float) * columns);
+        }
+    }, crew);
+}
+
 }  // namespace
 
 void gemm_glu(const GluJob& job, void* memory, int crew) {
@@ -171,31 +204,76 @@ void gemm_glu(const GluJob& job, void* memory, int crew) {
         multiply(left, job.tokens, w.k, panels + thread * each, pack, [&](int t) { return c + t * PANEL; });
         for (int t = 0; t < job.tokens; ++t) finish(job, h, first, count, t, c + t * PANEL);
     }, crew);
-    if (half && neurons & 1)
-        for (int t = 0; t < job.tokens; ++t) std::memset(h.at(t, neurons), 0, 2);
+    const Rows rows = {w.codec, w.k, w.data + kinds * bytes, w.stride, neurons};
+    multiply_down(rows, h, job.tokens, panels, each, sums, sums_bytes, [&](int t) {
+        return job.y + row_of(t) * job.y_step;
+    }, crew);
+}
 
-    const uint8_t* down = w.data + kinds * bytes;
-    parallel_for(padded(w.k) / CHUNK, [&](int64_t chunk, int thread) {
+size_t gate_up_scratch_bytes(int tokens, int groups, int crew) {
+    const int depth = groups * CHANNELS;
+    return aligned(tokens * left_step(depth) * 4) + crew * (aligned(panel_bytes()) + aligned(sizeof(float) * depth)) + 64;
+}
+
+void gemm_gate_up(const GateUpJob& job, void* memory, int crew) {
+    const ChannelGroups& w = job.groups;
+    const int depth = static_cast<int>(w.count) * CHANNELS;
+    const bool half = kernels().half_gemm;
+    Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
+    const Left left{scratch.take(job.tokens * left_step(depth) * (half ? 2 : 4)), left_step(depth), half};
+    const size_t each = aligned(panel_bytes());
+    char* panels = scratch.take(crew * each);
+    const size_t row_size = aligned(sizeof(float) * depth);
+    char* ordered = scratch.take(crew * row_size);
+    parallel_for(job.tokens, [&](int64_t t, int thread) {
+        float* row = reinterpret_cast<float*>(ordered + thread * row_size);
+        for (int i = 0; i < depth; ++i) {
+            const int32_t channel = job.order[w.first * CHANNELS + i];
+            row[i] = channel < 0 ? 0.0f : job.x[t * job.x_step + channel];
+        }
+        fill_row(left, static_cast<int>(t), depth, row);
+    }, crew);
+
+    const int most = panel_depth(depth, half) / CHANNELS;  // groups of one panel
+    parallel_for(w.columns / PANEL, [&](int64_t item, int thread) {
         char* panel = panels + thread * each;
-        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
-        kernels().pack_along(w.codec, down, w.stride, neurons, w.k, static_cast<int>(chunk), half, panel);
-        const size_t stripe = static_cast<size_t>(half ? (neurons + 1) / 2 : neurons) * 64;
-        const int64_t column = chunk * CHUNK;
-        const int columns = static_cast<int>(w.k - column < CHUNK ? w.k - column : CHUNK);
-        for (int t = 0; t < job.tokens; t += TILE) {
-            const int rows = job.tokens - t < TILE ? job.tokens - t : TILE;
-            float* out[TILE];
-            for (int m = 0; m < rows; ++m) {
-                float* y = job.y + row_of(t + m) * job.y_step + column;
-                out[m] = columns == CHUNK ? y : c + m * PANEL;
-                if (columns < CHUNK) std::memcpy(out[m], y, sizeof(float) * columns);
+        for (int first = 0; first < w.count; first += most) {
+            const int count = static_cast<int>(w.count) - first < most ? static_cast<int>(w.count) - first : most;
+            const size_t stripe = static_cast<size_t>(count) * CHANNELS * (half ? 32 : 64);
+            for (int g = 0; g < count; ++g) {
+                const ChannelGroup group = w.at(first + g);
+                for (int j = 0; j < PANEL / 16; ++j)
+                    kernels().pack_channels(group, w.fine, item * PANEL + 16 * j, job.ratio, half,
+                                            panel + j * stripe + g * (stripe / count));
             }
-            kernels().tile(half, rows, h.at(t, 0), h.step, panel, stripe, neurons, out, true);
-            if (columns < CHUNK)
-                for (int m = 0; m < rows; ++m)
-                    std::memcpy(job.y + row_of(t + m) * job.y_step + column, out[m], sizeof(float) * columns);
+            for (int t = 0; t < job.tokens; t += TILE) {
+                const int rows = job.tokens - t < TILE ? job.tokens - t : TILE;
+                float* out[TILE];
+                for (int m = 0; m < rows; ++m) out[m] = job.sums + (t + m) * job.sums_step + item * PANEL;
+                kernels().tile(half, rows, left.at(t, first * CHANNELS), left.step, panel, stripe, count * CHANNELS,
+                               out, true);
+            }
         }
     }, crew);
+}
+
+void gemm_down(const DownJob& job, void* memory, int crew) {
+    const int neurons = static_cast<int>(job.rows.bundles);
+    const bool half = use_half(job.rows.codec);
+    Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
+    const Left h{scratch.take(job.tokens * left_step(neurons) * (half ? 2 : 4)), left_step(neurons), half};
+    const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4);
+    const size_t along = static_cast<size_t>(neurons + 1) * PANEL * (half ? 2 : 4);
+    const size_t each = aligned(panel_bytes() > along ? panel_bytes() : along);
+    char* sums = scratch.take(crew * sums_bytes);
+    char* panels = scratch.take(crew * each);
+    parallel_for(job.tokens, [&](int64_t t, int thread) {
+        float* row = reinterpret_cast<float*>(panels + thread * each);  // not in use yet
+        hidden(job, static_cast<int>(t), job.first, neurons, row, row + neurons);
+        fill_row(h, static_cast<int>(t), neurons, row);
+    }, crew);
+    multiply_down(job.rows, h, job.tokens, panels, each, sums, sums_bytes,
+                  [&](int t) { return job.y + t * job.y_step; }, crew);
 }
 
 }  // namespace flashrt

@@ -1,17 +1,14 @@
-#include <atomic>
 #include <cstring>
-#include <thread>
 
 #include "ops.h"
 #include "tokens.h"
+#include "turnstile.h"
 
 namespace flashrt {
 namespace {
 
 constexpr int BLOCK = GATHER;  // neurons whose h is kept between the two halves of the work
 constexpr int UNIT = 128;  // neurons that one thread sums before y takes them: calls cut at multiples of it agree
-
-size_t sums_step(int k) { return static_cast<size_t>(spans(k)) * SPAN; }
 
 // Where up to BLOCK neurons lie, and those that this thread will probably take after them.
 struct Block {
@@ -62,19 +59,6 @@ void unit(const GluJob& job, const Tokens& tokens, const float* weights, int64_t
                         sums, sums_step(job.neurons.k));
     }
 }
-
-// Lets pieces of work pass one by one in their order. They are handed out in that order, so the next one is under way.
-class Turnstile {
-   public:
-    void enter(int64_t item) const {
-        for (int spin = 0; next_.load(std::memory_order_acquire) != item; ++spin)
-            if (spin > 1000) std::this_thread::yield();
-    }
-    void leave(int64_t item) { next_.store(item + 1, std::memory_order_release); }
-
-   private:
-    std::atomic<int64_t> next_{0};
-};
 
 void glu_batch(const GluJob& job, int first, int count) {
     const Kernels& kernel = kernels();

@@ -34,6 +34,23 @@ struct DotOut {  // of bundle b, row r and token t: data[b * bundle_step + r * r
     size_t bundle_step, row_step, token_step;
 };
 
+constexpr int CHANNELS = 32;      // of a group that shares scales; see channels.h
+constexpr int TILE_COLUMNS = 256;  // of gate and up, computed together
+
+struct ChannelGroup {
+    const uint8_t *a, *b;    // [columns]: codes of scales and offsets
+    const uint8_t* half[2];  // coarse [32, step], fine [fine channels, step]
+    size_t step;             // bytes from one channel to the next
+};
+
+struct ActiveChannels {  // of one token and group
+    int count[2];                   // with a coarse half, with a fine one
+    uint8_t channel[2][CHANNELS];   // which; padded to a multiple of four
+    int32_t x[2][CHANNELS / 4];     // their x, four signed bytes each
+    int32_t middle;                 // what stands for the fine halves left out: 3 / 2 of the sum of their x, doubled
+    float scale, sum;               // of x's codes; the sum of x
+};
+
 // Weights of a wide multiplication: [columns / 16][depth][16] float, or [columns / 16][depth / 2][16][2] bfloat16.
 constexpr int PANEL = 64;  // columns of one panel
 constexpr int TILE = 6;    // tokens of one register tile
@@ -69,6 +86,11 @@ struct Kernels {
     void (*axpys)(Codec, const Bundles&, int row, int k, const float* h, size_t h_step, int tokens, float* y,
                   size_t y_step);
     void (*collect)(Codec, const float* y, int k, float* out);
+    // A token's x and what it wants of each channel, both [CHANNELS].
+    void (*choose_channels)(const float* x, const uint8_t* wanted, ActiveChannels&);
+    // sums[c] += group · token for the columns of tiles [from, to); `next`, to be fetched meanwhile, may be null.
+    void (*add_channels)(const ChannelGroup&, const ActiveChannels&, const ChannelGroup* next,
+                         const ActiveChannels* after, int from, int to, const float* ratio, float* sums);
     // gate[i] = act(gate[i]) * up[i]; up may be null
     void (*activate)(Activation, float* gate, const float* up, int n);
 
@@ -77,6 +99,8 @@ struct Kernels {
     void (*pack_across)(Codec, const uint8_t* const* rows, int count, int k, int from, int to, bool half, void* stripe);
     // Packs chunk `chunk` of `count` rows into the four stripes of a panel whose depth is `count` (rounded up to even).
     void (*pack_along)(Codec, const uint8_t* rows, size_t stride, int count, int k, int chunk, bool half, void* panel);
+    // Packs 16 columns of all channels of a group, whose first `fine` have both halves, likewise.
+    void (*pack_channels)(const ChannelGroup&, int fine, size_t column, const float* ratio, bool half, void* stripe);
     // c[m][0..63] (+)= a[m] · panel, for m < rows <= TILE. a: [rows, a_step] of float or bfloat16. `depth` in weights.
     void (*tile)(bool half, int rows, const void* a, size_t a_step, const void* panel, size_t stripe_bytes, int depth,
                  float* const* c, bool accumulate);

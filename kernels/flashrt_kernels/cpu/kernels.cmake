@@ -5,7 +5,7 @@
 set(KERNELS_DIR ${CMAKE_CURRENT_LIST_DIR})
 
 function(add_kernels target)
-  foreach(source pool isa linear glu gemm attention elementwise quantize)
+  foreach(source pool isa linear glu channels gemm attention elementwise quantize)
     target_sources(${target} PRIVATE ${KERNELS_DIR}/${source}.cpp)
   endforeach()
   target_compile_options(${target} PRIVATE ${ARGN})

@@ -2,6 +2,7 @@
 
 #include "attend.h"
 #include "axpys.h"
+#include "channels.h"
 #include "dots.h"
 #include "encode.h"
 #include "vectors.h"
@@ -27,8 +28,9 @@ static uint64_t read(const void* data, size_t bytes) {
 
 extern const Kernels table_of_kernels;
 const Kernels table_of_kernels = {
-    NAME(FLASHRT_ISA), HALF_GEMM, prepare,  dots,       axpys, collect, activate,   to_half, pack_across,
-    pack_along,        tile,      attend,   merge,      rms_norm, layer_norm, rope,   encode,  decode_row, read,
+    NAME(FLASHRT_ISA), HALF_GEMM,     prepare, dots,   axpys, collect,  choose_channels, add_channels, activate, to_half,
+    pack_across,       pack_along,    pack_channels,   tile,  attend,   merge,           rms_norm,     layer_norm,
+    rope,              encode,        decode_row,      read,
 };
 
 }  // namespace flashrt::FLASHRT_ISA

@@ -43,6 +43,55 @@ struct GluJob {
     const float* up_bias;
 };
 
+struct ChannelGroups {  // [count] groups of channels, of which `first` is the first
+    const uint8_t* data;
+    size_t stride;
+    int64_t first, count;
+    int fine;         // channels of a group that have a fine half
+    int64_t columns;  // a multiple of TILE_COLUMNS
+
+    ChannelGroup at(int64_t g) const {
+        const uint8_t* base = data + g * stride;
+        const size_t step = columns / 4;
+        const uint8_t* coarse = base + 2 * columns;
+        return {base, base + columns, {coarse, coarse + CHANNELS * step}, step};
+    }
+};
+
+struct GateUpJob {
+    const float* x;
+    size_t x_step;
+    int tokens;
+    ChannelGroups groups;
+    const int32_t* order;          // channel at each place of all groups; -1: none
+    const float* norms;            // [channels]: |x| times it is what a channel counts
+    float coarse_from, fine_from;  // what it must count to take part
+    const float* ratio;            // [columns]: unit of an offset over that of a scale
+    float* sums;                   // [tokens, columns], in units of `scale` below
+    size_t sums_step;
+};
+
+struct ChannelCount {
+    int64_t coarse = 0, fine = 0;  // halves of channels that took part, over all tokens
+};
+
+struct DownJob {
+    const float* sums;
+    size_t sums_step;
+    int tokens;
+    bool gated;
+    int64_t padded;        // columns of the gate
+    const float* scale;    // [columns]
+    const float* up_bias;  // [neurons]
+    Activation activation;
+    const float* norms;  // [neurons]: |h| times it is what a neuron counts
+    float from;          // what it must count to take part
+    Rows rows;           // one of each neuron from `first` on
+    int64_t first;
+    float* y;
+    size_t y_step;
+};
+
 struct AttentionJob {
     const float* q;
     size_t q_step;
@@ -61,9 +110,17 @@ struct AttentionJob {
 
 void linear(const LinearJob&);
 void glu(const GluJob&);
+ChannelCount gate_up(const GateUpJob&);
+// h = act(gate) * up of `count` neurons from `first` on, of one token; `up` [count] is scratch.
+void hidden(const DownJob&, int token, int64_t first, int count, float* h, float* up);
+int64_t down(const DownJob&);  // neurons that took part, over all tokens
 size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew);
 void gemm_linear(const LinearJob&, void* scratch, int crew);
 void gemm_glu(const GluJob&, void* scratch, int crew);
+// All channels and neurons take part, with all that there is of them.
+size_t gate_up_scratch_bytes(int tokens, int groups, int crew);
+void gemm_gate_up(const GateUpJob&, void* scratch, int crew);
+void gemm_down(const DownJob&, void* scratch, int crew);
 size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
 void attention(const AttentionJob&);
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,

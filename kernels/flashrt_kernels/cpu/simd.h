@@ -136,6 +136,10 @@ FLASHRT_INLINE B hold(B a) {
 FLASHRT_INLINE void store_bytes(void* p, B a) { _mm512_storeu_si512(p, a.v); }
 FLASHRT_INLINE B low_nibbles(B a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 FLASHRT_INLINE B high_nibbles(B a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// Bits N and N + 1 of each byte, where they are; sums of products with them are put right by `settle`.
+template <int N> FLASHRT_INLINE B two_bits(B a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(3 << N)))}; }
+template <int N> FLASHRT_INLINE I settle(I sum) { return right<N>(sum); }
+FLASHRT_INLINE B splat_quad(int32_t a) { return {_mm512_set1_epi32(a)}; }  // four bytes, in every lane
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {  // 8 bytes, each in two lanes
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes)))};
@@ -294,6 +298,12 @@ FLASHRT_INLINE B high_nibbles(B x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
 }
+template <int N> FLASHRT_INLINE B two_bits(B x) {  // moved down, as products are summed in 16 bits
+    const __m256i mask = _mm256_set1_epi8(3);
+    return {_mm256_and_si256(_mm256_srli_epi16(x.a, N), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, N), mask)};
+}
+template <int N> FLASHRT_INLINE I settle(I sum) { return sum; }
+FLASHRT_INLINE B splat_quad(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const __m128i both = _mm_unpacklo_epi8(bytes, bytes);
@@ -464,6 +474,13 @@ FLASHRT_INLINE B load_bytes(const void* p, int n) { LANES(i < n ? static_cast<co
 FLASHRT_INLINE void store_bytes(void* p, B a) { std::memcpy(p, a.v, sizeof a.v); }
 FLASHRT_INLINE B low_nibbles(B a) { LANES(a.v[i] & 15); }
 FLASHRT_INLINE B high_nibbles(B a) { LANES(a.v[i] >> 4); }
+template <int N> FLASHRT_INLINE B two_bits(B a) { LANES(a.v[i] >> N & 3); }
+template <int N> FLASHRT_INLINE I settle(I sum) { return sum; }
+FLASHRT_INLINE B splat_quad(int32_t a) {
+    B r;
+    for (int i = 0; i < 64; i += 4) std::memcpy(r.v + i, &a, 4);
+    return r;
+}
 #undef LANES
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {
     F r;

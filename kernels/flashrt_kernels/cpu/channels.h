@@ -1,0 +1,138 @@
+// Gate and up projections whose weights lie by input channel, so that channels can be left out.
+//
+// Channels come in groups of 32 that share a scale and an offset for each column (gate columns first, then up columns).
+// A code of four bits is split into its upper two, the coarse half, and its lower two, the fine one. A channel takes part
+// with both halves, with the coarse one alone, read as the middle of what it may stand for, or not at all.
+//
+// Columns come in tiles of 256, 64 bytes of a channel's half: byte 16 L + 4 p + d holds those of columns
+// 64 k + 16 p + 4 L + d in its bits 2 k and 2 k + 1, for k of 0 to 3. Four channels' bytes, interleaved, are then dot
+// products of 16 neighbouring columns.
+#pragma once
+
+#include "tile.h"
+
+namespace flashrt::FLASHRT_ISA {
+
+// What a token brings to a group: rounds x (of 32 channels, zeros for those left out) and lists who takes part.
+// `wanted` has 2 for both halves, 1 for the coarse one, 0 for none; only the first `fine` channels have a fine half.
+inline void choose_channels(const float* x, const uint8_t* wanted, ActiveChannels& a) {
+    F v[2], most = zero(), poison = zero();
+    for (int j = 0; j < 2; ++j) {
+        v[j] = load(x + 16 * j);
+        most = max(most, abs(v[j]));
+        poison = fma(v[j], zero(), poison);  // NaN if x is not finite, and then so is the result
+    }
+    const float top = highest(most);
+    const F inverse = splat(top > 1e-30f ? 127.0f / top : 0.0f);
+    int8_t codes[CHANNELS];
+    for (int j = 0; j < 2; ++j) store_i8(codes + 16 * j, mul(v[j], inverse));
+    a.scale = (top > 1e-30f ? top / 127.0f : 0.0f) + sum(poison);
+
+    int32_t total = 0, middle = 0;
+    int8_t taken[2][CHANNELS + 4] = {};
+    a.count[0] = a.count[1] = 0;
+    for (int i = 0; i < CHANNELS; ++i) {
+        if (!wanted[i]) continue;
+        total += codes[i];
+        for (int half = 0; half < wanted[i]; ++half) {
+            taken[half][a.count[half]] = codes[i];
+            a.channel[half][a.count[half]++] = static_cast<uint8_t>(i);
+        }
+        if (wanted[i] == 1) middle += codes[i];
+    }
+    for (int half = 0; half < 2; ++half) {
+        for (int i = a.count[half]; i % 4; ++i) a.channel[half][i] = a.channel[half][0];  // times zero
+        std::memcpy(a.x[half], taken[half], CHANNELS);
+    }
+    a.middle = 3 * middle;
+    a.sum = static_cast<float>(total) * a.scale;
+}
+
+// acc[4 k + p] += the codes of columns 64 k + 16 p.. of some channels, times their x.
+FLASHRT_INLINE void add_quads(const uint8_t* rows, size_t step, const uint8_t* channel, const int32_t* x, int count,
+                              I acc[16]) {
+    for (int i = 0; i < count; i += 4) {
+        B r[4];
+        for (int j = 0; j < 4; ++j) r[j] = load_bytes(rows + channel[i + j] * step);
+        interleave(r);
+        const B xs = splat_quad(x[i / 4]);
+        for (int p = 0; p < 4; ++p) {
+            acc[p] = dot(acc[p], two_bits<0>(r[p]), xs);
+            acc[4 + p] = dot(acc[4 + p], two_bits<2>(r[p]), xs);
+            acc[8 + p] = dot(acc[8 + p], two_bits<4>(r[p]), xs);
+            acc[12 + p] = dot(acc[12 + p], two_bits<6>(r[p]), xs);
+        }
+    }
+}
+
+// sums[c] += the channels of one group for the columns c of tiles [from, to); `next` is fetched meanwhile.
+inline void add_channels(const ChannelGroup& g, const ActiveChannels& a, const ChannelGroup* next,
+                         const ActiveChannels* after, int from, int to, const float* ratio, float* sums) {
+    const F scale = splat(0.5f * a.scale), sum = splat(-a.sum);
+    const I middle = splat_i(a.middle);
+    for (int tile = from; tile < to; ++tile) {
+        const size_t at = static_cast<size_t>(tile) * 64;
+        if (next) {
+            for (int half = 0; half < 2; ++half)
+                for (int i = 0; i < after->count[half]; ++i)
+                    prefetch(next->half[half] + after->channel[half][i] * next->step + at);
+            for (int line = 0; line < 256; line += 64) {
+                prefetch(next->a + 4 * at + line);
+                prefetch(next->b + 4 * at + line);
+            }
+        }
+        I acc[16];
+        for (I& sum_of_codes : acc) sum_of_codes = zero_i();
+        add_quads(g.half[0] + at, g.step, a.channel[0], a.x[0], a.count[0], acc);
+        for (I& sum_of_codes : acc) sum_of_codes = left<2>(sum_of_codes);
+        add_quads(g.half[1] + at, g.step, a.channel[1], a.x[1], a.count[1], acc);
+        for (int p = 0; p < 4; ++p) {
+            acc[4 + p] = settle<2>(acc[4 + p]);
+            acc[8 + p] = settle<4>(acc[8 + p]);
+            acc[12 + p] = settle<6>(acc[12 + p]);
+        }
+        for (int i = 0; i < 16; ++i) {
+            const size_t column = 4 * at + 16 * static_cast<size_t>(i);
+            const F codes = to_float(add(left<1>(acc[i]), middle));
+            const F offset = mul(load_u8(g.b + column), load(ratio + column));
+            F total = fma(mul(load_u8(g.a + column), scale), codes, load(sums + column));
+            store(sums + column, fma(offset, sum, total));
+        }
+    }
+}
+
+// Weights of 16 columns from `column` on for one channel of a group, in units of the column's own scale.
+FLASHRT_INLINE F channel_weights(const ChannelGroup& g, int channel, bool fine, size_t column, const float* ratio) {
+    const size_t tile = column / 256;
+    const int k = column % 256 / 64, p = column % 64 / 16;
+    const uint8_t* coarse_at = g.half[0] + channel * g.step + 64 * tile + 4 * p;
+    const uint8_t* fine_at = g.half[1] + channel * g.step + 64 * tile + 4 * p;
+    uint32_t codes[4];  // a byte each
+    for (int quarter = 0; quarter < 4; ++quarter) {
+        uint32_t high, low = 0;
+        std::memcpy(&high, coarse_at + 16 * quarter, 4);
+        if (fine) std::memcpy(&low, fine_at + 16 * quarter, 4);
+        codes[quarter] = (high >> 2 * k & 0x03030303u) << 2 | (low >> 2 * k & 0x03030303u);
+    }
+    const F code = add(load_u8(reinterpret_cast<const uint8_t*>(codes)), splat(fine ? 0.0f : 1.5f));
+    const F offset = mul(load_u8(g.b + column), load(ratio + column));
+    return sub(mul(load_u8(g.a + column), code), offset);
+}
+
+// Packs 16 columns of all channels of a group into one stripe of a panel.
+inline void pack_channels(const ChannelGroup& g, int fine, size_t column, const float* ratio, bool half, void* stripe) {
+    char* to = static_cast<char*>(stripe);
+    for (int i = 0; i < CHANNELS; i += 2) {
+        const F even = channel_weights(g, i, i < fine, column, ratio);
+        const F odd = channel_weights(g, i + 1, i + 1 < fine, column, ratio);
+        if (half) {
+            store_pairs(reinterpret_cast<uint32_t*>(to), even, odd);
+        } else {
+            store(reinterpret_cast<float*>(to), even);
+            store(reinterpret_cast<float*>(to + 64), odd);
+        }
+        to += half ? 64 : 128;
+    }
+}
+
+}  // namespace flashrt::FLASHRT_ISA
