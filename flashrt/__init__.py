@@ -29,6 +29,8 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     host_budget_gb: float | None = None,
+    mode: str = "exact",
+    max_loss: float | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -39,6 +41,8 @@ def load(
     context: tokens of prompt and answer together; None takes 4096, or less if the model ends earlier
     threads: compute threads; None takes one per core
     host_budget_gb: with device='cuda', GiB of host memory
+    mode: 'exact' or, after `flashrt calibrate`, 'sparse'
+    max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
 
     Raises a FlashrtError that says what to do: BudgetError before anything is loaded when the budget is too small.
     """
@@ -53,4 +57,6 @@ def load(
         threads=threads,
         device=device,
         host_budget_gb=host_budget_gb,
+        mode=mode,
+        max_loss=max_loss,
     )

@@ -26,7 +26,7 @@ LAYERS = (
     ("flashrt.model",),
     ("flashrt.cache", "flashrt.predict"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text"),
-    ("flashrt.config", "flashrt.spec"),
+    ("flashrt.config", "flashrt.sparsity", "flashrt.spec"),
     ("flashrt.errors",),
     ("flashrt_kernels",),
 )

@@ -29,6 +29,7 @@ RING_SHARE = 1 / 16  # of what weights may take that the ring may have at most
 VECTOR_STEP = 16  # float32 numbers in a cache line
 PEAK_JITTER = 3 * MIB  # by which the process differs from run to run: the budget that is named must suffice
 SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
+OWNERS = {"qkv": "attention", "out": "attention", "router": "router", "channels": "FFN", "down": "FFN"}  # by kind
 SLACK_SHARE = 0.012  # and what grows with the budget
 
 
@@ -167,7 +168,8 @@ class _Planner:
         """What nothing runs without, slack aside."""
         spec, workload = self.spec, self.workload
         codec = self.layout.tensors["embed"].codec
-        buffers = working_set(spec, codec, chunk, workload.logit_rows, workload.scoring)
+        columns = self.layout.channel_columns
+        buffers = working_set(spec, codec, chunk, workload.logit_rows, workload.scoring, columns)
         scratch = self.machine.scratch_bytes(chunk, workload.context)
         return {
             "process": self.machine.runtime_bytes,
@@ -254,7 +256,7 @@ def owner_of(spec: ModelSpec, tensor: TensorLayout) -> str:
     kind = tensor.name.rpartition(".")[2]
     if kind == "ffn":
         return "experts" if tensor.runs > 1 else "FFN"
-    return {"qkv": "attention", "out": "attention", "router": "router"}.get(kind, "embeddings")
+    return OWNERS.get(kind, "embeddings")
 
 
 def vector_bytes(layout: PackLayout) -> int:

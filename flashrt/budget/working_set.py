@@ -32,11 +32,11 @@ def ropes(spec: ModelSpec) -> list[tuple[Rope, int]]:
 
 
 def working_set(
-    spec: ModelSpec, embed_codec: Codec, tokens: int, logit_rows: int, scoring: bool
+    spec: ModelSpec, embed_codec: Codec, tokens: int, logit_rows: int, scoring: bool, columns: int = 0
 ) -> dict[str, BufferShape]:
     """Buffers of a pass of at most `tokens` tokens that asks for the logits of at most `logit_rows` of them.
 
-    With `scoring`, strips of the head's output for all tokens are added.
+    With `scoring`, strips of the head's output for all tokens are added; `columns` are those of channel groups.
     """
     attentions = [layer.attention for layer in spec.layers]
     experts = max(layer.ffn.experts for layer in spec.layers)
@@ -53,6 +53,8 @@ def working_set(
         shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, head_dim // 2))
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
+    if columns:
+        shapes["sums"] = BufferShape((tokens, columns))
     if scoring:
         shapes["strip"] = BufferShape((tokens, SCORE_ROWS))
     return shapes

@@ -18,6 +18,7 @@ from flashrt.errors import FlashrtError, UsageError
 COMMANDS = {
     "pull": "pull",
     "pack": "pack",
+    "calibrate": "calibrate",
     "plan": "plan",
     "run": "run",
     "chat": "chat",

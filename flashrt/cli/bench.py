@@ -45,6 +45,8 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, metavar="N", help="Tokens to decode.")] = 32,
     repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, help="Times that all is done; medians count.")] = 3,
     dtype: options.Dtype = Codec.INT8,
+    mode: options.Mode = options.ModeName.EXACT,
+    max_loss: options.MaxLoss = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -62,7 +64,9 @@ def bench(
     from flashrt.budget.process import peak_resident_bytes
     from flashrt.cli.session import Session, Settings
 
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir))
+    session = Session(
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, mode=mode, max_loss=max_loss)
+    )
     lengths = _lengths(session.spec, prompt_tokens, new_tokens)
     workload = Workload(max(lengths) + new_tokens, prompt=max(lengths))
     with session.engine(workload) as engine:

@@ -67,6 +67,8 @@ def chat(
     seed: options.Seed = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a line of figures after every answer.")] = False,
     dtype: options.Dtype = Codec.INT8,
+    mode: options.Mode = options.ModeName.EXACT,
+    max_loss: options.MaxLoss = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -95,7 +97,9 @@ def chat(
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
 
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context))
+    session = Session(
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss)
+    )
     template = session.tokenizer.chat_template
 
     from flashrt.budget.planner import Workload

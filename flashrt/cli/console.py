@@ -136,7 +136,7 @@ class Progress:
 
     def _amount(self, done: int, total: int) -> str:
         if self._unit != "bytes" or self._stage.startswith("fetching"):
-            return f"{done} of {total} {self._unit if self._unit != 'bytes' else 'parts'}"
+            return f"{done} of {total} {self._unit if self._unit != 'bytes' else 'parts'}".rstrip()
         seconds = time.monotonic() - self._began
         speed = f", {rate((done - self._first) / seconds)}" if seconds > 0.5 else ""
         return f"{size(done)} of {size(total)}{speed}"

@@ -11,6 +11,7 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
+from flashrt.cli.quality import quality
 from flashrt.cli.run import read_text
 from flashrt.errors import UsageError
 from flashrt_kernels.rows import Codec
@@ -27,11 +28,12 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     group = typer.Typer(no_args_is_help=True)
     group.callback()(_eval)
     group.command("ppl")(guarded(ppl))
+    group.command("quality")(guarded(quality))
     app.add_typer(group, name=name)
 
 
 def _eval() -> None:
-    """Measure quality: `flashrt eval ppl` gives the perplexity of a text."""
+    """Measure quality: the perplexity of a text, and what sparse mode costs on it."""
 
 
 def ppl(
@@ -60,6 +62,8 @@ def ppl(
         typer.Option("--as-decoded", help="Compute with the kernels of decoding: slower, and they round otherwise."),
     ] = False,
     dtype: options.Dtype = Codec.INT8,
+    mode: options.Mode = options.ModeName.EXACT,
+    max_loss: options.MaxLoss = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -80,7 +84,11 @@ def ppl(
     from flashrt.engine.open import checked_context
 
     scored_so_far = Progress("tokens")
-    session = Session(Settings(str(pack), budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx))
+    session = Session(
+        Settings(
+            str(pack, mode=mode, max_loss=max_loss), budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx
+        )
+    )
     window = checked_context(session.spec, ctx, DEFAULT_CTX)
     ids = first_ids(session.tokenizer, text, max_tokens)
     with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, scored_so_far:

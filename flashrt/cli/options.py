@@ -69,6 +69,26 @@ CacheDir = Annotated[
         "$XDG_CACHE_HOME/flashrt, or ~/.cache/flashrt.",
     ),
 ]
+
+
+class ModeName(str, enum.Enum):
+    EXACT = "exact"
+    SPARSE = "sparse"
+
+
+Mode = Annotated[
+    ModeName,
+    typer.Option("--mode", help="exact computes what the weights say; sparse, after `flashrt calibrate`, leaves out."),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        "--max-loss",
+        metavar="SHARE",
+        show_default=False,
+        help="With --mode sparse: refuse a calibration that lets perplexity rise by more (0.02 is 2%).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 Temperature = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import emit, rate, show, size, table
+from flashrt.cli.console import emit, rate, say, show, size, table
 from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def plan(
         ),
     ] = None,
     dtype: options.Dtype = Codec.INT8,
+    mode: options.Mode = options.ModeName.EXACT,
+    max_loss: options.MaxLoss = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -59,7 +61,9 @@ def plan(
     from flashrt.engine.build import DEFAULT_CONTEXT
     from flashrt.engine.open import checked_context
 
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context))
+    session = Session(
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss)
+    )
     workload = Workload(checked_context(session.spec, context, DEFAULT_CONTEXT))
     the_plan = session.prepared.plan(workload)
     disk = load_disk_profile(session.settings.cache, session.prepared.pack.path.stat().st_dev)
@@ -71,11 +75,14 @@ def plan(
         "disk_bytes_per_s": speed,
         "expected_tok_per_s": speed / streamed if speed and streamed else None,
     }
+    warning = session.slower(workload, the_plan)
     if json:
-        emit(the_plan.to_json() | extra)
+        emit(the_plan.to_json() | extra | {"mode": mode.value, "pays": warning is None})
     else:
         show(_table(the_plan, _resident(session, the_plan)))
         print("\n".join(_lines(the_plan, extra)))
+        if warning:
+            say(warning)
 
 
 def _resident(session: Session, the_plan: Plan) -> dict[str, float]:

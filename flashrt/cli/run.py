@@ -78,6 +78,8 @@ def run(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     dtype: options.Dtype = Codec.INT8,
+    mode: options.Mode = options.ModeName.EXACT,
+    max_loss: options.MaxLoss = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -107,7 +109,9 @@ def run(
 
     if chat:
         import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
-    session = Session(Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context))
+    session = Session(
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss)
+    )
     ids = _prompt_ids(session.tokenizer, text, chat, system)
     length, new = _lengths(session.spec.context, context, len(ids), max_new_tokens)
 
@@ -145,6 +149,9 @@ def figures(report: Report) -> str:
         if report.disk_roofline_share:
             read += f", {report.disk_roofline_share:.0%} of the disk's rate"
         parts.append(read)
+    if report.loss is not None:
+        share = f", {report.ffn_bytes_share:.0%} of the FFN's bytes" if report.ffn_bytes_share else ""
+        parts.append(f"sparse: loss below {report.loss:.1%}{share}")
     peak = report.device_peak_bytes or report.peak_rss_bytes
     parts.append(f"peak memory {size(peak)} of {size(report.budget_bytes)}")
     if report.finish_reason == "interrupted":

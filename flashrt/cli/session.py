@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashrt.cli.console import Progress
-from flashrt.cli.options import DeviceName
+from flashrt.cli.console import Progress, say, size
+from flashrt.cli.options import DeviceName, ModeName
 from flashrt.config import budget_bytes
-from flashrt.engine.open import resolve
+from flashrt.engine.open import check_mode, resolve, sparse_pack
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.planner import Plan, Workload
     from flashrt.engine.build import Prepared
     from flashrt.engine.engine import Engine
     from flashrt.spec import ModelSpec
@@ -33,16 +33,19 @@ class Settings:
     host_budget_gb: float | None
     cache_dir: Path | None
     context: int | None = None  # tokens that the model must support
+    mode: ModeName = ModeName.EXACT
+    max_loss: float | None = None
 
     @property
     def cache(self) -> Path:
         return self.cache_dir or default_cache()
 
     def check(self) -> None:
-        """Refuse a budget that is no budget, before anything is opened. Raises UsageError."""
+        """Refuse a budget that is no budget and a mode that is none, before anything is opened. Raises UsageError."""
         for budget in (self.budget_gb, self.host_budget_gb):
             if budget is not None:
                 budget_bytes(budget)
+        check_mode(self.mode.value, self.max_loss)
 
 
 class Session:
@@ -58,6 +61,9 @@ class Session:
         runtime = runtime_for(settings.device.value, settings.threads, settings.host_budget_gb)
         with Progress() as progress:
             path = resolve(settings.where, settings.cache, settings.dtype.value, progress, settings.context)
+        self.exact = path
+        if settings.mode is ModeName.SPARSE:
+            path = sparse_pack(path, settings.max_loss)
         # A bar that is drawn while loading must be there when the process is measured.
         self._loading = Progress()
         self.prepared: Prepared = Prepared(path, settings.cache, runtime, settings.budget_gb)
@@ -73,5 +79,20 @@ class Session:
     def engine(self, workload: Workload) -> Engine:
         """Plan for `workload`, then load. Raises BudgetError before anything is loaded."""
         the_plan = self.prepared.plan(workload)
+        if warning := self.slower(workload, the_plan):
+            say(warning)
         with self._loading as progress:
             return self.prepared.engine(the_plan, progress.of("loading"))
+
+    def slower(self, workload: Workload, the_plan: Plan) -> str | None:
+        """Why sparse mode does not pay under this plan, as one line; None where it does, and in exact mode."""
+        if self.settings.mode is ModeName.EXACT:
+            return None
+        exact = self.prepared.exact_plan(self.exact, workload).streamed_bytes_per_token
+        sparse = the_plan.streamed_bytes_per_token
+        if sparse <= exact and (sparse < exact or the_plan.resident):
+            return None
+        return (
+            f"note: at this budget sparse mode reads {size(sparse)} per token, exact mode {size(exact)}: "
+            "--mode exact is as fast, and loses nothing"
+        )

@@ -75,6 +75,17 @@ class Prepared:
         available = int(AVAILABLE_SHARE * self.runtime.available())
         return plan(*arguments, min(enough, available), workload, machine)
 
+    def exact_plan(self, path: Path, workload: Workload) -> Plan:
+        """What the plan would be for the pack at `path`, which this calibrated one was made of.
+
+        Where the budget does not even hold that one, its smallest is planned for.
+        """
+        arguments = (self.spec, Pack(path).layout)
+        machine = self._machine()
+        enough = resident_budget(*arguments, workload, machine)
+        smallest = smallest_budget(*arguments, workload, machine)
+        return plan(*arguments, max(smallest, enough if self.budget is None else self.budget), workload, machine)
+
     def _machine(self) -> Machine:
         return self.runtime.machine(self.pack)
 
@@ -151,7 +162,8 @@ def build_engine(
         kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
         kv = KVCache(spec, the_plan.context, lambda shape: device.allocate("KV", shape, kv_type))
         codec = pack.layout.tensors["embed"].codec
-        shapes = working_set(spec, codec, the_plan.chunk, the_plan.logit_rows, the_plan.scoring)
+        columns = pack.layout.channel_columns
+        shapes = working_set(spec, codec, the_plan.chunk, the_plan.logit_rows, the_plan.scoring, columns)
         buffers = {
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()

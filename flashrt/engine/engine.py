@@ -17,6 +17,7 @@ from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
 from flashrt.model.decoder import NARROW, Decoder
+from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader
 from flashrt.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class Engine:
         self.load_s = 0.0
         self._decoder: Decoder | None = decoder
         self._spec = decoder.spec
+        self._sparsity = decoder.weights.pack.manifest.sparsity
         self._wait_s = 0.0
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._current: Generation | None = None
@@ -76,6 +78,20 @@ class Engine:
     def wait_s(self) -> float:
         """Seconds that compute has waited for reads so far."""
         return self._wait_s if self._decoder is None else self._decoder.weights.wait_s
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """How the model is thinned out; None in exact mode."""
+        return self._sparsity
+
+    def ffn_shares(self) -> dict[str, float] | None:
+        """Shares of the feed-forward blocks that took part in narrow passes since the last request began.
+
+        See `ChannelFfn.shares`; None in exact mode, once closed, and before the first such pass.
+        """
+        if self._decoder is None or self._decoder.channels is None:
+            return None
+        return self._decoder.channels.mean_shares()
 
     def close(self) -> None:
         """Stop reading and free the memory. A generation that is going on ends here."""
@@ -114,6 +130,8 @@ class Engine:
         """Make `generation` the one that runs; without `reuse` it starts from an empty cache."""
         if not reuse:
             self.rewind(0)
+        if self.decoder.channels is not None:
+            self.decoder.channels.restart(self.decoder.channels.layers)
         self._current = generation
 
     def check_current(self, generation: Generation) -> None:

@@ -131,6 +131,7 @@ class Generation:
         wait_s = prefill.wait_s + decode.wait_s
         streams = decoded > 0 and decode.bytes_read >= decoded * max(engine.plan.slot_bytes, 1)
         rate = decode.bytes_read / decode.seconds if streams else None
+        shares = engine.ffn_shares()
         return Report(
             text="".join(self._text),
             token_ids=self._ids,
@@ -150,6 +151,10 @@ class Generation:
             compute_s=prefill.seconds + decode.seconds - wait_s,
             disk_bytes_per_s=rate,
             disk_roofline_share=engine.roof.share(rate) if rate and engine.roof else None,
+            mode="exact" if engine.sparsity is None else "sparse",
+            loss=engine.sparsity.max_loss if engine.sparsity else None,
+            ffn_bytes_share=shares["bytes"] if shares else None,
+            ffn_rows_share=shares["rows"] if shares else None,
             plan=engine.plan.to_json(),
         )
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from flashrt import errors
-from flashrt.errors import CheckpointError, DiskError, FlashrtError, UsageError
+from flashrt.errors import CheckpointError, DiskError, FlashrtError, PackError, UsageError
 from flashrt.storage.names import DEMO_NAMES, default_cache, exists, is_remote
 from flashrt_kernels.rows import Codec
 
@@ -45,6 +45,8 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     host_budget_gb: float | None = None,
+    mode: str = "exact",
+    max_loss: float | None = None,
 ) -> Engine:
     """See `flashrt.load`."""
     from flashrt.budget.planner import Workload
@@ -55,11 +57,48 @@ def load(
     # What is asked is checked before a checkpoint is packed, which may take an hour.
     if budget_gb is not None:
         budget_bytes(budget_gb)
+    check_mode(mode, max_loss)
     runtime = runtime_for(device, threads, host_budget_gb)
     cache = Path(cache_dir) if cache_dir else default_cache()
-    prepared = Prepared(resolve(path, cache, dtype, context=context), cache, runtime, budget_gb)
+    found = resolve(path, cache, dtype, context=context)
+    prepared = Prepared(sparse_pack(found, max_loss) if mode == "sparse" else found, cache, runtime, budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
     return prepared.engine(prepared.plan(Workload(length)))
+
+
+def check_mode(mode: str, max_loss: float | None) -> None:
+    """Raises UsageError for a mode that there is not, or a loss that makes no sense with it."""
+    if mode not in ("exact", "sparse"):
+        raise UsageError(f"unknown mode {mode!r}: expected exact or sparse")
+    if max_loss is not None and mode == "exact":
+        raise UsageError("--max-loss needs --mode sparse: exact mode loses nothing")
+    if max_loss is not None and not 0 < max_loss <= 1:
+        raise UsageError(f"the loss allowed is {max_loss}, expected more than 0 and at most 1 (0.02 is 2%)")
+
+
+def sparse_pack(base: Path, max_loss: float | None = None) -> Path:
+    """The calibrated pack inside the pack `base`.
+
+    Raises UsageError when it is not calibrated, or for a larger loss than `max_loss`; PackError when what is there was
+    calibrated for other weights or by another version.
+    """
+    from flashrt.storage.manifest import SPARSE_DIR
+    from flashrt.storage.pack import Pack, is_pack
+
+    path, exact = base / SPARSE_DIR, Pack(base)
+    if any(layer.ffn.experts for layer in exact.spec.layers):
+        raise UsageError("a mixture of experts reads what its router names in exact mode already: use --mode exact")
+    if not is_pack(path):
+        raise UsageError(f"{base} is not calibrated: run `flashrt calibrate {base}` first, or use --mode exact")
+    sparsity = Pack(path).manifest.sparsity
+    if sparsity is None or sparsity.base != exact.manifest.hash:
+        raise PackError(f"{path} was calibrated for another pack than {base}: run `flashrt calibrate {base}` again")
+    if max_loss is not None and sparsity.max_loss > max_loss:
+        raise UsageError(
+            f"{base} was calibrated for a loss of {sparsity.max_loss:.2%}, at most {max_loss:.2%} is allowed: "
+            f"run `flashrt calibrate {base} --max-loss {max_loss:g}`"
+        )
+    return path
 
 
 def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:

@@ -18,6 +18,9 @@ class Report:
     io_wait_s             compute waiting for reads, in prefill and decode; compute_s is the rest of their time
     disk_roofline_share   rate at which decode passes read, as a share of the best that is known of the disk, this run
                           included; None when they read nothing but rows of embeddings
+    loss                  the rise of perplexity that sparse mode was calibrated to stay below; None in exact mode
+    ffn_bytes_share       of the feed-forward blocks' bytes, what a decoded token touched; None in exact mode
+    ffn_rows_share        of their neurons, those that took part in the down projection, likewise
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it
     """
 
@@ -39,6 +42,10 @@ class Report:
     compute_s: float
     disk_bytes_per_s: float | None
     disk_roofline_share: float | None
+    mode: str
+    loss: float | None
+    ffn_bytes_share: float | None
+    ffn_rows_share: float | None
     plan: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:

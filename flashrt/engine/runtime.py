@@ -74,7 +74,7 @@ class CpuRuntime:
         )
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
-        return scratch_bytes(pack.spec, self.ops, tokens)
+        return scratch_bytes(pack.spec, pack.layout, self.ops, tokens)
 
     def available(self) -> int:
         return resident_bytes() + available_bytes()
@@ -107,6 +107,8 @@ class CudaRuntime:
         self._context = total - free - before - torch.cuda.memory_reserved()
 
     def machine(self, pack: Pack) -> Machine:
+        if pack.manifest.sparsity is not None:
+            raise DeviceError("sparse mode computes on the CPU only: use --device cpu, or --mode exact")
         runtime = self._context + RUNTIME_GROWTH
         return Machine(runtime, runtime, kv_item_bytes(pack), functools.partial(self.scratch_bytes, pack))
 

@@ -7,7 +7,7 @@ by many tokens, and give a token the same bits however the prompt is cut into pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,11 @@ import numpy as np
 from flashrt.budget.working_set import SCORE_ROWS, ropes
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
+from flashrt.model.channels import ChannelFfn
 from flashrt.model.router import route
 from flashrt.spec import Attention, Ffn, ModelSpec
+from flashrt.storage.layout import PackLayout
+from flashrt_kernels.channels import channel_groups
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 NARROW = 16  # tokens at most in a narrow pass
@@ -32,8 +35,10 @@ class Decoder:
         self.spec, self.layout = weights.spec, weights.layout
         self.device, self.ops = weights.device, weights.device.ops
         self.weights, self.kv, self.buffers, self.scratch = weights, kv, buffers, scratch
+        self.observe: Callable[[int, Tensor], None] | None = None  # is shown the input of every feed-forward block
         pairs = ropes(self.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
+        self.channels = ChannelFfn(weights, self.ops) if weights.pack.manifest.sparsity else None
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
 
     def hidden(self, ids: Sequence[int], wide: bool) -> Tensor:
@@ -150,8 +155,12 @@ class Decoder:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.ffn", x, normed)
+        if self.observe is not None:
+            self.observe(i, normed)
         y[:] = 0
-        if ffn.experts:
+        if self.channels is not None:
+            self._sparse(i, self.channels, normed, y, wide)
+        elif ffn.experts:
             self._experts(i, ffn, normed, y, wide)
         else:
             self._glu(i, ffn, 0, normed, y, wide)
@@ -160,6 +169,13 @@ class Decoder:
         if self.spec.post_norms:
             self._norm(f"{i}.norm.ffn_post", y, y)
         x += y
+
+    def _sparse(self, i: int, channels: ChannelFfn, x: Tensor, y: Tensor, wide: bool) -> None:
+        sums = self._view("sums", len(x), self.layout.tensors[f"{i}.channels"].columns)
+        if wide:
+            channels.add_wide(i, x, sums, y, self.scratch)
+        else:
+            channels.add(i, x, sums, y)
 
     def _experts(self, i: int, ffn: Ffn, x: Tensor, y: Tensor, wide: bool) -> None:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""
@@ -231,9 +247,11 @@ class Decoder:
             self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), self.spec.norm_eps, out)
 
 
-def scratch_bytes(spec: ModelSpec, ops: Any, tokens: int) -> int:
+def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) -> int:
     """Bytes of the kernels' scratch in a pass of at most `tokens` tokens."""
     sizes = [ops.gemm_scratch_bytes(tokens, spec.hidden)]
+    if layout.channel_columns:
+        sizes.append(ops.gate_up_scratch_bytes(tokens, channel_groups(spec.hidden)))
     for layer in set(spec.layers):
         attention, neurons = layer.attention, min(layer.ffn.neurons, WIDE_NEURONS)
         width = attention.heads * attention.head_dim

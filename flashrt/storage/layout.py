@@ -11,13 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.safetensors_file import PAGE, header_bytes
+from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride
 
 BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, small enough to keep the ring small
 NEURON_STEP = 128  # neurons: kernels give the same bits however a run is cut at multiples of this
 MATRIX_STEP = 8  # bundles of eight rows, likewise
+DOWN_STEP = 512  # rows of down in a calibrated pack, likewise
 RESIDENT_FILE = "resident.safetensors"
 
 
@@ -52,10 +55,7 @@ class TensorLayout:
     run_bundles: int  # bundles of one run that hold weights
     run_stride: int  # bundles from one run to the next: run_bundles and its padding
     block_bundles: int
-
-    @property
-    def stride(self) -> int:
-        return bundle_stride(self.codec, self.columns, self.bundle_rows)
+    stride: int  # bytes from one bundle to the next
 
     @property
     def bundles(self) -> int:
@@ -110,6 +110,11 @@ class PackLayout:
     def nbytes(self) -> int:
         return sum(self.file_bytes.values())
 
+    @property
+    def channel_columns(self) -> int:
+        """The most columns of any layer's channel groups; 0 in a pack that is not calibrated."""
+        return max((t.columns for t in self.tensors.values() if t.name.endswith(".channels")), default=0)
+
     def tensors_of(self, file: str) -> Iterator[TensorLayout]:
         return (t for t in self.tensors.values() if t.file == file)
 
@@ -127,33 +132,83 @@ def codec_of(name: str, dtype: Codec) -> Codec:
     return dtype
 
 
-def _tensor(
-    name: str, file: str, codec: Codec, columns: int, bundle_rows: int, runs: int, bundles: int, block_bytes: int
-) -> TensorLayout:
-    stride = bundle_stride(codec, columns, bundle_rows)
-    page_bundles = PAGE // math.gcd(stride, PAGE)
-    step = math.lcm(page_bundles, MATRIX_STEP if bundle_rows == MATRIX_ROWS else NEURON_STEP)
-    block_bundles = max(block_bytes // stride // step, 1) * step
-    return TensorLayout(
-        name, file, 0, codec, columns, bundle_rows, runs, bundles, align(bundles, page_bundles), block_bundles
-    )
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A tensor before it has a place: `bundles` a run, cut into blocks at multiples of `step`."""
+
+    name: str
+    codec: Codec
+    columns: int
+    bundle_rows: int
+    bundles: int
+    stride: int
+    step: int
+    runs: int = 1
+
+    def placed(self, file: str, block_bytes: int) -> TensorLayout:
+        page_bundles = PAGE // math.gcd(self.stride, PAGE)
+        step = math.lcm(page_bundles, self.step)
+        block_bundles = max(block_bytes // self.stride // step, 1) * step
+        return TensorLayout(
+            self.name,
+            file,
+            0,
+            self.codec,
+            self.columns,
+            self.bundle_rows,
+            self.runs,
+            self.bundles,
+            align(self.bundles, page_bundles),
+            block_bundles,
+            self.stride,
+        )
 
 
-def _file_tensors(
-    spec: ModelSpec, dtype: Codec, file: str, layer: int | None, block_bytes: int
-) -> Iterator[TensorLayout]:
-    matrices = spec.shared_matrices() if layer is None else spec.layer_matrices(layer)
+def _matrices(matrices: dict[str, tuple[int, int]], dtype: Codec) -> Iterator[_Shape]:
     for name, (rows, columns) in matrices.items():
-        bundles = -(-rows // MATRIX_ROWS)
-        yield _tensor(name, file, codec_of(name, dtype), columns, MATRIX_ROWS, 1, bundles, block_bytes)
-    if layer is not None:
-        ffn = spec.layers[layer].ffn
-        codec = codec_of("ffn", dtype)
-        yield _tensor(f"{layer}.ffn", file, codec, spec.hidden, ffn.bundle_rows, ffn.runs, ffn.neurons, block_bytes)
+        codec, bundles = codec_of(name, dtype), -(-rows // MATRIX_ROWS)
+        stride = bundle_stride(codec, columns, MATRIX_ROWS)
+        yield _Shape(name, codec, columns, MATRIX_ROWS, bundles, stride, MATRIX_STEP)
 
 
-def pack_layout(spec: ModelSpec, dtype: Codec, block_bytes: int = BLOCK_BYTES) -> PackLayout:
-    """Lay out a pack of `spec` with weights of `dtype`, aiming at blocks of `block_bytes`."""
+def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> Iterator[_Shape]:
+    """Neurons as bundles; or, in a calibrated pack, gate and up by channel and the rows of down."""
+    ffn, hidden = spec.layers[i].ffn, spec.hidden
+    if sparsity is None:
+        stride = bundle_stride(dtype, hidden, ffn.bundle_rows)
+        yield _Shape(f"{i}.ffn", dtype, hidden, ffn.bundle_rows, ffn.neurons, stride, NEURON_STEP, ffn.runs)
+        return
+    fine, columns = sparsity.layers[i].fine, channel_columns(spec, i)
+    stride = group_bytes(columns, fine)
+    yield _Shape(f"{i}.channels", dtype, columns, CHANNELS + fine, channel_groups(hidden), stride, 1)
+    yield _Shape(f"{i}.down", dtype, hidden, 1, ffn.neurons, bundle_stride(dtype, hidden, 1), DOWN_STEP)
+
+
+def channel_columns(spec: ModelSpec, i: int) -> int:
+    """Columns of the channel groups of layer `i`: those of gate and up, padded."""
+    ffn = spec.layers[i].ffn
+    return padded_columns(ffn.neurons) * (ffn.bundle_rows - 1)
+
+
+def sparse_vectors(spec: ModelSpec, i: int) -> dict[str, int]:
+    """Logical name → length of the vectors that layer `i` has in a calibrated pack, beside those of the spec."""
+    columns = channel_columns(spec, i)
+    return {
+        f"{i}.channels.scale": columns,
+        f"{i}.channels.ratio": columns,
+        f"{i}.channels.norms": spec.hidden,
+        f"{i}.channels.order": channel_groups(spec.hidden) * CHANNELS,
+        f"{i}.down.norms": spec.layers[i].ffn.neurons,
+    }
+
+
+def pack_layout(
+    spec: ModelSpec, dtype: Codec, block_bytes: int = BLOCK_BYTES, sparsity: Sparsity | None = None
+) -> PackLayout:
+    """Lay out a pack of `spec` with weights of `dtype`, aiming at blocks of `block_bytes`.
+
+    `sparsity`, of a calibrated pack, says how its feed-forward blocks are stored.
+    """
     lengths = spec.vectors()
     tensors: dict[str, TensorLayout] = {}
     vectors: dict[str, VectorLayout] = {}
@@ -161,8 +216,13 @@ def pack_layout(spec: ModelSpec, dtype: Codec, block_bytes: int = BLOCK_BYTES) -
     for layer in (None, *range(len(spec.layers))):
         file = RESIDENT_FILE if layer is None else layer_file(layer)
         prefix = "norm.final" if layer is None else f"{layer}."
-        own = list(_file_tensors(spec, dtype, file, layer, block_bytes))
+        shapes_of = [*_matrices(spec.shared_matrices() if layer is None else spec.layer_matrices(layer), dtype)]
         own_vectors = {name: n for name, n in lengths.items() if name.startswith(prefix)}
+        if layer is not None:
+            shapes_of += _ffn(spec, dtype, layer, sparsity)
+            if sparsity is not None:
+                own_vectors |= sparse_vectors(spec, layer)
+        own = [shape.placed(file, block_bytes) for shape in shapes_of]
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in own}
         shapes |= {name: ("F32", (n,)) for name, n in own_vectors.items()}
         offset = header_bytes(shapes)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flashrt.errors import PackError
+from flashrt.sparsity import VERSION as CALIBRATION
+from flashrt.sparsity import Sparsity
 from flashrt.spec import ACTIVATIONS, ROPE_KINDS, ModelSpec, Rope
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
 from flashrt_kernels.rows import Codec
@@ -21,6 +23,7 @@ from flashrt_kernels.rows import Codec
 FORMAT = "flashrt-pack"
 VERSION = 2
 MANIFEST_FILE = "manifest.json"
+SPARSE_DIR = "sparse"  # in a pack: the calibrated one made of it
 MAX_MANIFEST_BYTES = 256 << 20
 TEXT_FILES = ("tokenizer.json", "text.json")
 
@@ -67,9 +70,10 @@ class Manifest:
     files: dict[str, FileEntry]
     text_files: dict[str, str]
     block_bytes: int = BLOCK_BYTES
+    sparsity: Sparsity | None = None  # of a calibrated pack
 
     def layout(self) -> PackLayout:
-        return pack_layout(self.spec, self.dtype, self.block_bytes)
+        return pack_layout(self.spec, self.dtype, self.block_bytes, self.sparsity)
 
     def to_bytes(self) -> bytes:
         body = {
@@ -84,6 +88,8 @@ class Manifest:
             "text_files": self.text_files,
             "files": {name: entry.to_json() for name, entry in self.files.items()},
         }
+        if self.sparsity is not None:
+            body["sparsity"] = self.sparsity.to_json()
         body["checksum"] = _checksum(body)
         return json.dumps(body, indent=1).encode() + b"\n"
 
@@ -106,6 +112,11 @@ class Manifest:
                 )
             if body.pop("checksum", None) != _checksum(body):
                 raise PackError(f"{where} is damaged: its checksum does not match. Pack the checkpoint again")
+            if "sparsity" in body and body["sparsity"].get("version") != CALIBRATION:
+                raise PackError(
+                    f"{where} was calibrated by version {body['sparsity'].get('version')!r} of the calibration, this "
+                    f"flashrt reads version {CALIBRATION}: run `flashrt calibrate` again"
+                )
             manifest = cls._from_body(body)
             manifest._check(where)
             return manifest
@@ -127,12 +138,15 @@ class Manifest:
             files={name: FileEntry.from_json(entry) for name, entry in body["files"].items()},
             text_files={str(k): str(v) for k, v in body["text_files"].items()},
             block_bytes=body["block_bytes"],
+            sparsity=Sparsity.from_json(body["sparsity"]) if "sparsity" in body else None,
         )
 
     def _check(self, where: str) -> None:
         _check_spec(self.spec, where)
         if not isinstance(self.block_bytes, int) or not 0 < self.block_bytes <= 1 << 30:
             raise PackError(f"{where}: block_bytes is {self.block_bytes!r}, expected 1 to 2**30")
+        if self.sparsity is not None:
+            _check_sparsity(self.sparsity, self.spec, self.dtype, where)
         unknown = set(self.text_files) - set(TEXT_FILES)
         if unknown:
             raise PackError(f"{where}: unexpected text files {sorted(unknown)}")
@@ -193,6 +207,13 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
         if rope is not None:
             _check_rope(rope, head_dim, where)
+
+
+def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: str) -> None:
+    if len(sparsity.layers) != len(spec.layers):
+        raise PackError(f"{where}: a calibration of {len(sparsity.layers)} layers, the model has {len(spec.layers)}")
+    if dtype is not Codec.INT4 or any(layer.ffn.experts for layer in spec.layers):
+        raise PackError(f"{where}: only dense models in int4 are stored by channel")
 
 
 def _check_fields(part: Any, where: str) -> None:

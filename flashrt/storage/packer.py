@@ -22,6 +22,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from flashrt.errors import CheckpointError, DiskError, UnsupportedModelError, UsageError
+from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
@@ -67,10 +68,12 @@ def pack(
     progress: Progress = lambda file, done, total: None,
     block_bytes: int = BLOCK_BYTES,
     encoder: Encoder | None = None,
+    sparsity: Sparsity | None = None,
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
 
-    `encoder` is where encoded bundles come from, when not from the weights of `source`.
+    `encoder` is where encoded bundles come from, when not from the weights of `source`; `sparsity` makes it a
+    calibrated pack.
 
     Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
     DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
@@ -78,13 +81,17 @@ def pack(
     """
     if problem := source.spec.unsupported():
         raise UnsupportedModelError(f"{source.source} is not supported: {problem}")
-    layout = pack_layout(source.spec, dtype, block_bytes)
-    with _job(out, source, dtype, block_bytes, layout):
+    layout = pack_layout(source.spec, dtype, block_bytes, sparsity)
+    with _job(out, source, dtype, block_bytes, layout, sparsity):
         manifest_path = out / MANIFEST_FILE
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
-            manifest = _write_all(source, encoder or RowEncoder(source), out, dtype, layout, block_bytes, progress)
+            files, texts = _write_all(source, encoder or RowEncoder(source), out, layout, progress)
+            manifest = Manifest(
+                source.name, source.source, source.fingerprint, dtype, source.spec, files, texts, block_bytes, sparsity
+            )
+            write_atomically(manifest_path, manifest.to_bytes())
         for file in layout.file_bytes:
             _entry_path(out, file).unlink(missing_ok=True)
     return manifest
@@ -94,12 +101,10 @@ def _write_all(
     source: WeightSource,
     encoder: Encoder,
     out: Path,
-    dtype: Codec,
     layout: PackLayout,
-    block_bytes: int,
     progress: Progress,
-) -> Manifest:
-    """Write every file that an earlier run has not completed, the manifest last.
+) -> tuple[dict[str, FileEntry], dict[str, str]]:
+    """Write every file that an earlier run has not completed; the entries of data files, the hashes of text files.
 
     The text files come first: they take seconds, and what is wrong with them is better known before an hour of work.
     """
@@ -113,26 +118,25 @@ def _write_all(
             files[file] = _FileWriter(source, encoder, out, file, layout, progress, done).write()
         done += files[file].nbytes
         progress(file, done, layout.nbytes)
-    files = {file: files[file] for file in layout.file_bytes}
-    manifest = Manifest(
-        source.name, source.source, source.fingerprint, dtype, source.spec, files, text_files, block_bytes
-    )
-    _write_atomically(out / MANIFEST_FILE, manifest.to_bytes())
-    return manifest
+    return {file: files[file] for file in layout.file_bytes}, text_files
 
 
 @contextlib.contextmanager
-def _job(out: Path, source: WeightSource, dtype: Codec, block_bytes: int, layout: PackLayout) -> Iterator[None]:
+def _job(
+    out: Path, source: WeightSource, dtype: Codec, block_bytes: int, layout: PackLayout, sparsity: Sparsity | None
+) -> Iterator[None]:
     """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
 
     A job that has written no weights yet binds nobody: `out` may be packed into with another dtype.
     """
-    job = {
+    job: dict[str, object] = {
         "source": source.fingerprint,
         "dtype": dtype.value,
         "block_bytes": block_bytes,
         "spec": hashlib.sha256(json.dumps(source.spec.to_json()).encode()).hexdigest(),
     }
+    if sparsity is not None:
+        job["sparsity"] = sparsity.to_json()
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in out.iterdir()}
@@ -241,7 +245,7 @@ class _FileWriter:
             with _disk_errors(self.out):
                 os.replace(temporary, path)
                 _sync_directory(self.out)
-                _write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
+                write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -360,11 +364,12 @@ def _check_finite(name: str, values: Array) -> None:
 
 
 def _write_text(out: Path, name: str, data: bytes) -> str:
-    _write_atomically(out / name, data)
+    write_atomically(out / name, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whenever the process is killed. Raises DiskError."""
     temporary = path.with_name(path.name + ".tmp")
     with _disk_errors(path.parent):
         try:

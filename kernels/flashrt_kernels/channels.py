@@ -16,6 +16,7 @@ vectors [C] beside the groups: the row's u, and v / u. Without its fine half, a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,13 +102,13 @@ def encode_channels(projections: list[Int4Parts], order: NDArray[np.int32], fine
     return np.concatenate(parts, axis=1), ChannelVectors(scale, ratio)
 
 
-def _pack_half(values: Bytes) -> Bytes:
+def _pack_half(values: NDArray[Any]) -> Bytes:
     """Two-bit values [..., columns] → bytes [..., columns / 4]."""
     *lead, columns = values.shape
     tiles = values.reshape(*lead, columns // TILE_COLUMNS, 4, 4, 4, 4)  # k, p, L, d
     k0, k1, k2, k3 = (tiles[..., k, :, :, :] for k in range(4))
-    packed = k0 | k1 << 2 | k2 << 4 | k3 << 6  # [..., p, L, d]
-    return np.ascontiguousarray(packed.swapaxes(-3, -2)).reshape(*lead, columns // 4)
+    packed = (k0 | k1 << 2 | k2 << 4 | k3 << 6).swapaxes(-3, -2)  # [..., L, p, d]
+    return np.ascontiguousarray(packed, dtype=np.uint8).reshape(*lead, columns // 4)
 
 
 def decode_channels(groups: Bytes, vectors: ChannelVectors, fine: int) -> Floats:

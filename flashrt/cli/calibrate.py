@@ -1,0 +1,90 @@
+"""flashrt calibrate: find out what a token can do without, and what that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashrt.cli import options
+from flashrt.cli.console import Progress, duration, emit, show, table
+from flashrt.cli.run import read_text
+
+if TYPE_CHECKING:
+    from flashrt.sparsity import Sparsity
+
+DEFAULT_TOKENS = 1536
+
+
+def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
+    app.command(name)(guarded(calibrate))
+
+
+def calibrate(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", show_default=False, help="An int4 pack of a dense model.")],
+    text_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--text-file",
+            metavar="FILE",
+            show_default=False,
+            help="UTF-8 text to calibrate with. Omitted: text that the model writes itself.",
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float,
+        typer.Option("--max-loss", metavar="SHARE", help="How much perplexity may rise: 0.02 is 2%."),
+    ] = 0.02,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, metavar="N", help="Tokens of text to calibrate with.")
+    ] = DEFAULT_TOKENS,
+    budget_gb: options.BudgetGb = None,
+    threads: options.Threads = None,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> None:
+    """Find out which weights tokens can do without, within a loss that is set beforehand, for `run --mode sparse`.
+
+    Writes a second copy of the weights, in another order, inside the pack; the pack itself stays as it is. Interrupted,
+    it goes on where it was when it is run again. A second calibration replaces the first.
+
+    Example: flashrt calibrate ./qwen-int4 --max-loss 0.02
+    """
+    from flashrt.engine.calibration import Request
+    from flashrt.engine.calibration import calibrate as run
+    from flashrt.engine.runtime import runtime_for
+    from flashrt.storage.names import default_cache
+
+    text = None if text_file is None else read_text(text_file)
+    request = Request(max_loss, text, tokens, budget_gb)
+    began = time.perf_counter()
+    with Progress("") as progress:
+        sparsity = run(pack, cache_dir or default_cache(), runtime_for("cpu", threads), request, progress)
+    seconds = time.perf_counter() - began
+    if json:
+        emit({"path": str(pack), "seconds": seconds, **sparsity.to_json()})
+        return
+    show(_table(sparsity))
+    figures = sparsity.figures
+    print(
+        f"predicted loss    {sparsity.held_out_loss:.2%} on tokens held out, {sparsity.max_loss:.2%} allowed\n"
+        f"bytes touched     {figures['bytes']:.1%} of the feed-forward blocks' per token\n"
+        f"calibrated in     {duration(seconds)}; use it with `flashrt run {pack} --mode sparse`"
+    )
+
+
+def _table(sparsity: Sparsity) -> Any:
+    result = table("layer", "channels", "of them whole", "stored whole", "rows kept", "bytes")
+    for i, (layer, shares) in enumerate(zip(sparsity.layers, sparsity.figures["layers"], strict=True)):
+        result.add_row(
+            str(i),
+            f"{shares['channels']:.0%}",
+            f"{shares['whole_channels']:.0%}",
+            f"{layer.fine / 32:.0%}",
+            f"{shares['rows']:.0%}",
+            f"{shares['bytes']:.0%}",
+        )
+    return result

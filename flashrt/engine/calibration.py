@@ -1,0 +1,413 @@
+"""Calibration: from a pack and some text to a calibrated pack beside it, whose loss is known.
+
+    text       windows of tokens: from a file, or written by the model itself
+    samples    inputs of every block, and what the model predicts on the tokens held out
+    fits       for every block: order, norms, and what each choice saves and costs (flashrt.predict)
+    pack       the calibrated pack, with everything let through
+    weights    what an error of each block does to the predictions, measured block by block
+    thresholds the choices that save the most within the loss allowed, checked on tokens that nothing was fitted to
+
+Everything lies in a working directory inside the pack until it is done. What an interrupted calibration has finished is
+taken up again by the next one, if it is for the same pack, text and version; otherwise it starts afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashrt.budget.planner import Workload
+from flashrt.config import Sampling
+from flashrt.engine.build import Prepared
+from flashrt.engine.divergence import Divergence, diverge, logits_of, targets_of
+from flashrt.engine.engine import Engine
+from flashrt.engine.runtime import Runtime
+from flashrt.engine.sampling import Sampler
+from flashrt.errors import DiskError, UnsupportedModelError, UsageError
+from flashrt.model.decoder import NARROW
+from flashrt.predict.allocation import Picked, allocate
+from flashrt.predict.channel_pack import ChannelPackSource, read_ffn, read_vector
+from flashrt.predict.channels import ChannelFit, Choice, fit_channels
+from flashrt.sparsity import VERSION, ChannelSparsity, Sparsity
+from flashrt.spec import ModelSpec
+from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
+from flashrt.storage.pack import Pack
+from flashrt.storage.packer import pack, write_atomically
+from flashrt_kernels.rows import Codec
+
+WORK_DIR = "sparse.partial"
+WINDOW = 128  # tokens of one piece of text
+TOKENS = 1536  # of text when nothing else is asked
+HELD_OUT = 3  # every third window is held out: half of those to set the price of loss by, half to check
+PROBED = 96  # tokens on which each block's weight is measured
+STRONG = 8  # of CHANNEL_SHARES: the choice by which blocks are weighed, far enough from nothing to be measured
+MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
+TRIALS = 7  # prices of loss that are tried at most
+TEXT_FILE, SAMPLE_FILE, REFERENCE_FILE, WEIGHT_FILE = "text.json", "samples.npy", "reference.npy", "weights.json"
+
+Array = np.ndarray
+Progress = Callable[[str, int, int], None]  # what is going on, done, in all
+Thresholds = Sequence[ChannelSparsity]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a calibration is asked for. text None: the model writes its own."""
+
+    max_loss: float = 0.02
+    text: str | None = None
+    tokens: int = TOKENS
+    budget_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_loss <= 1:
+            raise UsageError(f"the loss allowed is {self.max_loss}, expected more than 0 and at most 1 (0.02 is 2%)")
+        if self.tokens < 6 * WINDOW:
+            raise UsageError(f"{self.tokens} tokens are too few to calibrate with, expected {6 * WINDOW} or more")
+
+
+def calibrate(path: Path, cache: Path, runtime: Runtime, request: Request, progress: Progress) -> Sparsity:
+    """Calibrate the pack at `path`; what `flashrt.run` with mode 'sparse' then uses lies inside it.
+
+    Raises UnsupportedModelError for packs that cannot be thinned out, UsageError for too short a text and while another
+    calibration is going on, DiskError when the disk fails or is full.
+    """
+    base = Pack(path)
+    _check_supported(base)
+    with _work(path, _job(base, request)) as work:
+        return _Calibration(path, base, work, cache, runtime, request, progress).run()
+
+
+class _Calibration:
+    def __init__(
+        self, path: Path, base: Pack, work: Path, cache: Path, runtime: Runtime, request: Request, progress: Progress
+    ) -> None:
+        self.path, self.base, self.work, self.cache, self.runtime = path, base, work, cache, runtime
+        self.request, self.progress = request, progress
+        self.spec: ModelSpec = base.spec
+
+    def run(self) -> Sparsity:
+        with self._engine(self.path) as exact:
+            windows = self._text(exact)
+            fitted = [w for i, w in enumerate(windows) if i % HELD_OUT]
+            held = windows[::HELD_OUT]
+            probe = _cut(fitted, PROBED)
+            self._sample(exact, fitted)
+            self._reference(exact, [*probe, *held])
+        self._fit()
+        self._write()
+        with self._engine(self.work / SPARSE_DIR) as sparse:
+            weights = self._weights(sparse, probe)
+            sparsity = self._choose(sparse, weights, len(_passes(probe)), held)
+        self._finish(sparsity)
+        return sparsity
+
+    @contextlib.contextmanager
+    def _engine(self, path: Path) -> Iterator[Engine]:
+        prepared = Prepared(path, self.cache, self.runtime, self.request.budget_gb)
+        context = min(max(WINDOW, NARROW), self.spec.context)
+        the_plan = prepared.plan(Workload(context, prompt=context, logit_rows=NARROW))
+        with prepared.engine(
+            the_plan, lambda done, total: self.progress("loading MiB", done >> 20, total >> 20)
+        ) as engine:
+            yield engine
+
+    def _text(self, engine: Engine) -> list[list[int]]:
+        """Windows of token ids."""
+        path = self.work / TEXT_FILE
+        if path.exists():
+            return [list(map(int, window)) for window in json.loads(path.read_bytes())]
+        length = min(WINDOW, self.spec.context)
+        if self.request.text is not None:
+            windows = _windows(engine.tokenizer.encode(self.request.text, special=False), length, self.request.tokens)
+        else:
+            windows = []
+            count = self.request.tokens // length
+            for n in range(count):
+                windows.append(_written(engine, n, length))
+                self.progress("writing text", n + 1, count)
+        write_atomically(path, json.dumps(windows).encode())
+        return windows
+
+    def _sample(self, engine: Engine, windows: list[list[int]]) -> None:
+        """Inputs of every block as float16 [layers, tokens, hidden]."""
+        path = self.work / SAMPLE_FILE
+        if path.exists():
+            return
+        total = sum(len(window) for window in windows)
+        with _array(path, (len(self.spec.layers), total, self.spec.hidden), np.float16) as samples:
+            at = 0
+
+            def observe(i: int, x: Array) -> None:
+                samples[i, at : at + len(x)] = np.clip(x, -65504, 65504)
+
+            engine.decoder.observe = observe
+            for window in windows:
+                engine.prefill(window)
+                engine.rewind(0)
+                at += len(window)
+                self.progress("sampling", at, total)
+            engine.decoder.observe = None
+
+    def _reference(self, engine: Engine, windows: list[list[int]]) -> None:
+        """What the model predicts, float16 [tokens, vocab]."""
+        path = self.work / REFERENCE_FILE
+        if path.exists():
+            return
+        total = sum(len(window) - 1 for window in windows)
+        with _array(path, (total, self.spec.vocab), np.float16) as reference:
+            at = 0
+            for logits in logits_of(engine, windows):
+                reference[at : at + len(logits)] = logits - logits.max(1, keepdims=True)
+                at += len(logits)
+                self.progress("predicting", at, total)
+
+    def _fit(self) -> None:
+        samples = np.load(self.work / SAMPLE_FILE, mmap_mode="r")
+        for i, layer in enumerate(self.spec.layers):
+            path = self.work / f"fit-{i:03d}.npz"
+            if not path.exists():
+                bias = read_vector(self.base, f"{i}.up.bias") if layer.ffn.bias else None
+                x = np.asarray(samples[i], np.float32)
+                _save_fit(path, fit_channels(read_ffn(self.base, i), x, bias, self.runtime.ops))
+            self.progress("fitting", i + 1, len(self.spec.layers))
+
+    def _write(self) -> None:
+        """The calibrated pack, letting everything through."""
+        out = self.work / SPARSE_DIR
+        if (out / MANIFEST_FILE).exists():
+            return
+        layers = tuple(ChannelSparsity(self._fitted(i).fine, -1.0, -1.0, -1.0) for i in range(len(self.spec.layers)))
+        sparsity = Sparsity(self.base.manifest.hash, 0.0, 0.0, layers)
+        source = ChannelPackSource(self.base, self._fitted)
+        block_bytes = self.base.manifest.block_bytes
+        pack(
+            source,
+            out,
+            self.base.manifest.dtype,
+            progress=lambda file, done, total: self._in_mib("writing MiB")(done, total),
+            block_bytes=block_bytes,
+            encoder=source,
+            sparsity=sparsity,
+        )
+
+    def _weights(self, engine: Engine, probe: list[list[int]]) -> list[float]:
+        """Nats of divergence for each unit of a block's error, measured one block at a time."""
+        path = self.work / WEIGHT_FILE
+        if path.exists():
+            return [float(weight) for weight in json.loads(path.read_bytes())]
+        count = len(self.spec.layers)
+        fits = [self._fitted(i) for i in range(count)]
+        open_ = [ChannelSparsity(fit.fine, -1.0, -1.0, -1.0) for fit in fits]
+        nothing = float(self._divergence(engine, open_, probe, 0).kl.mean())
+        weights = []
+        for i, fit in enumerate(fits):
+            strong = Picked(fit.channels[STRONG], fit.neurons[STRONG])
+            trial = [*open_[:i], strong.sparsity(fit.fine), *open_[i + 1 :]]
+            rise = float(self._divergence(engine, trial, probe, 0).kl.mean()) - nothing
+            weights.append(rise / max(strong.error, 1e-30))
+            self.progress("weighing", i + 1, count)
+        floor = max(max(weights) * 1e-4, 1e-30)  # noise must not make a block free
+        weights = [max(weight, floor) for weight in weights]
+        write_atomically(path, json.dumps(weights).encode())
+        return weights
+
+    def _choose(self, engine: Engine, weights: list[float], first: int, held: list[list[int]]) -> Sparsity:
+        """The thresholds that save the most within the loss allowed.
+
+        The predicted loss is corrected by what is found on one half of the windows held out until that fits; the other
+        half must agree.
+        """
+        fits = [self._fitted(i) for i in range(len(weights))]
+        tuning, checking = held[::2], held[1::2]
+        after = first + sum(len(w) - 1 for w in tuning)
+        aim = MARGIN * self.request.max_loss
+        asked, best = aim, None
+        for trial in range(TRIALS):
+            picked = allocate(fits, weights, asked)
+            thresholds = [choice.sparsity(fit.fine) for choice, fit in zip(picked, fits, strict=True)]
+            found = self._divergence(engine, thresholds, tuning, first)
+            self.progress("choosing", trial + 1, TRIALS)
+            if found.loss <= aim:
+                check = self._divergence(engine, thresholds, checking, after)
+                if check.loss <= self.request.max_loss and (best is None or _nbytes(picked) < _nbytes(best[0])):
+                    best = picked, thresholds, check, self._figures(engine)
+                if found.loss > 0.85 * aim:
+                    break
+            asked *= float(np.clip(aim / max(found.loss, 1e-9), 0.1, 4.0)) * (0.97 if found.loss > aim else 1.0)
+        if best is None:
+            raise UsageError(
+                f"nothing can be left out at a loss of {self.request.max_loss:.2%}: storing these blocks by channel "
+                "alone costs more. Allow more with --max-loss"
+            )
+        _, thresholds, check, figures = best
+        figures |= {"held_out_kl": float(check.kl.mean()), "top1_agreement": float(check.agree.mean())}
+        return Sparsity(
+            self.base.manifest.hash, self.request.max_loss, max(check.loss, 0.0), tuple(thresholds), figures
+        )
+
+    def _divergence(self, engine: Engine, thresholds: Thresholds, windows: list[list[int]], first: int) -> Divergence:
+        """Of the tokens of `windows`, whose reference begins at row `first`."""
+        channels = engine.decoder.channels
+        assert channels is not None
+        channels.restart(thresholds)
+        reference = np.load(self.work / REFERENCE_FILE, mmap_mode="r")
+
+        def expected() -> Iterator[Array]:
+            at = first
+            for targets in targets_of(windows):
+                yield reference[at : at + len(targets)]
+                at += len(targets)
+
+        return diverge(expected(), logits_of(engine, windows), targets_of(windows))
+
+    def _figures(self, engine: Engine) -> dict[str, Any]:
+        channels = engine.decoder.channels
+        assert channels is not None
+        layers = [channels.shares(i) for i in range(len(self.spec.layers))]
+        return {"tokens": self.request.tokens, "layers": layers, **(channels.mean_shares() or {})}
+
+    def _fitted(self, i: int) -> ChannelFit:
+        return _load_fit(self.work / f"fit-{i:03d}.npz")
+
+    def _finish(self, sparsity: Sparsity) -> None:
+        """Put the thresholds into the pack, and the pack where it is looked for."""
+        out = self.work / SPARSE_DIR
+        manifest = Manifest.from_bytes((out / MANIFEST_FILE).read_bytes(), str(out))
+        write_atomically(out / MANIFEST_FILE, replace(manifest, sparsity=sparsity).to_bytes())
+        target = self.path / SPARSE_DIR
+        old = self.work / "old"
+        if target.exists():
+            os.rename(target, old)
+        os.rename(out, target)
+
+
+def _check_supported(base: Pack) -> None:
+    if base.manifest.sparsity is not None:
+        raise UsageError("this pack is a calibrated one: name the pack that it lies in")
+    if any(layer.ffn.experts for layer in base.spec.layers):
+        raise UnsupportedModelError("mixtures of experts need no calibration: their router says what a token needs")
+    if base.manifest.dtype is not Codec.INT4:
+        raise UnsupportedModelError(
+            f"sparse mode is built for int4 packs, this one is {base.manifest.dtype.value}: "
+            "pack the checkpoint with --dtype int4"
+        )
+
+
+def _job(base: Pack, request: Request) -> dict[str, Any]:
+    """What makes two calibrations the same one. The loss allowed is not part of it: it is asked of the last step."""
+    digest = None if request.text is None else hashlib.sha256(request.text.encode()).hexdigest()
+    return {"version": VERSION, "base": base.manifest.hash, "text": digest, "tokens": request.tokens}
+
+
+@contextlib.contextmanager
+def _work(path: Path, job: dict[str, Any]) -> Iterator[Path]:
+    """The working directory, held for this calibration alone, with what an earlier one of the same job left."""
+    work = path / WORK_DIR
+    try:
+        work.mkdir(exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115 - entered below, outside this try
+    except OSError as error:
+        raise DiskError(f"cannot write to {path}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another process is calibrating {path}") from None
+        noted = work / "job.json"
+        if not (noted.exists() and noted.read_text() == json.dumps(job)):
+            for entry in work.iterdir():
+                if entry.name != "lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            write_atomically(noted, json.dumps(job).encode())
+        yield work
+        shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def _array(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[Array]:
+    """An array on disk, there whole or not at all. Raises DiskError when there is no room."""
+    temporary = path.with_suffix(".tmp.npy")
+    needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(path.parent).free
+    if free < needed + (64 << 20):
+        raise DiskError(f"calibration needs {needed / 1e9:.2f} GB more in {path.parent}, {free / 1e9:.2f} GB are free")
+    array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+    yield array
+    array.flush()
+    os.replace(temporary, path)
+
+
+def _windows(ids: list[int], length: int, tokens: int) -> list[list[int]]:
+    """Pieces of a text, spread evenly over it. Raises UsageError when it is too short."""
+    whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    wanted = tokens // length
+    if len(whole) < 6:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, calibration takes {6 * length} or more: give a longer file, or none"
+        )
+    if len(whole) <= wanted:
+        return whole
+    return [whole[i] for i in np.linspace(0, len(whole) - 1, wanted).astype(int)]
+
+
+def _written(engine: Engine, seed: int, length: int) -> list[int]:
+    """A piece of text by the model itself: one token drawn blindly, the rest from its own predictions.
+
+    So calibration needs no data (Liu et al., LLM-QAT, arXiv:2305.17888, section 3.1).
+    """
+    prefix = engine.tokenizer.encode("")
+    start = int(np.random.default_rng(seed).integers(engine.spec.vocab))
+    ids = [*prefix, start]
+    sampler = Sampler(Sampling(temperature=1.0, seed=seed), ids)
+    logits = engine.prefill(ids)
+    while len(ids) < length:
+        token = sampler.choose(logits)
+        ids.append(token)
+        if len(ids) < length:
+            logits = engine.step(token)
+    engine.rewind(0)
+    return ids
+
+
+def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:
+    """The beginnings of a few windows, about `tokens` tokens in all."""
+    each = 2 * NARROW + 1
+    return [window[:each] for window in windows[: max(tokens // (2 * NARROW), 1)]]
+
+
+def _passes(windows: list[list[int]]) -> list[int]:
+    """One entry for each predicted token."""
+    return [0 for window in windows for _ in window[1:]]
+
+
+def _nbytes(picked: Sequence[Picked]) -> float:
+    return sum(choice.nbytes for choice in picked)
+
+
+def _save_fit(path: Path, fit: ChannelFit) -> None:
+    choices = {name: [asdict(choice) for choice in getattr(fit, name)] for name in ("channels", "neurons")}
+    arrays: dict[str, Any] = {"order": fit.order, "norms": fit.norms, "down_norms": fit.down_norms}
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, fine=fit.fine, choices=json.dumps(choices), **arrays)
+    os.replace(temporary, path)
+
+
+def _load_fit(path: Path) -> ChannelFit:
+    with np.load(path) as saved:
+        choices = {name: [_choice(c) for c in given] for name, given in json.loads(str(saved["choices"])).items()}
+        return ChannelFit(int(saved["fine"]), saved["order"], saved["norms"], saved["down_norms"], **choices)
+
+
+def _choice(data: dict[str, Any]) -> Choice:
+    return Choice(tuple(data["thresholds"]), data["nbytes"], data["error"])

@@ -1,0 +1,71 @@
+"""How far one engine's predictions are from another's: Kullback-Leibler divergence and log-probabilities, by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashrt.engine.engine import Engine
+from flashrt.model.decoder import NARROW
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Of each predicted token: KL(reference || found) and the log-probabilities of what followed, in nats, float64.
+
+    `agree` says whether both think the same token most likely.
+    """
+
+    kl: Array
+    reference: Array
+    found: Array
+    agree: Array
+
+    @property
+    def loss(self) -> float:
+        """The increase of perplexity, as a share; by the divergence where that is more.
+
+        On text that the reference itself writes, the expected rise of the logarithm is the divergence.
+        """
+        rise = max(float((self.reference - self.found).mean()), float(self.kl.mean()))
+        return float(np.expm1(rise))
+
+
+def logits_of(engine: Engine, windows: Iterable[Sequence[int]]) -> Iterator[Array]:
+    """Logits after each token but the last of every window, float32 [B, vocab], in passes of at most 16 tokens.
+
+    Computed as decoding computes them. What is yielded is valid until the next.
+    """
+    for window in windows:
+        engine.rewind(0)
+        for begin in range(0, len(window) - 1, NARROW):
+            yield engine.step_batch(window[begin : min(begin + NARROW, len(window) - 1)])
+
+
+def targets_of(windows: Iterable[Sequence[int]]) -> Iterator[Array]:
+    """What follows the tokens of `logits_of`, pass by pass."""
+    for window in windows:
+        for begin in range(0, len(window) - 1, NARROW):
+            yield np.asarray(window[begin + 1 : min(begin + NARROW, len(window) - 1) + 1])
+
+
+def diverge(reference: Iterable[Array], found: Iterable[Array], targets: Iterable[Array]) -> Divergence:
+    """Compare logits pass by pass."""
+    parts: list[tuple[Array, ...]] = []
+    for ours, theirs, wanted in zip(reference, found, targets, strict=True):
+        p, q = _log_softmax(ours), _log_softmax(theirs)
+        rows = np.arange(len(wanted))
+        kl = (np.exp(p) * (p - q)).sum(1, dtype=np.float64)
+        agree = p.argmax(1) == q.argmax(1)
+        parts.append((kl, p[rows, wanted].astype(np.float64), q[rows, wanted].astype(np.float64), agree))
+    return Divergence(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float32)
+    shifted -= shifted.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)

@@ -1,0 +1,174 @@
+"""Feed-forward blocks stored by input channel: of every token, only what counts is read and computed.
+
+Which channels of gate and up take part is decided by the size of the input, as TEAL does (arXiv:2408.14690), in three
+steps instead of two: whole, with the upper bits of their weights, or not at all. Which rows of down take part is
+decided by the activations, which are known by then. Nothing is predicted, so nothing is mispredicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashrt.cache.weights import Weights
+from flashrt.predict.channels import ACTIVATIONS
+from flashrt.sparsity import ChannelSparsity
+from flashrt.storage.layout import channel_columns
+from flashrt_kernels.channels import CHANNELS
+
+Tensor = Any
+WIDE_NEURONS = 512  # neurons of one wide call, as in the decoder
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the narrow passes through one block took part in, summed over their tokens."""
+
+    tokens: int = 0
+    coarse: int = 0  # channels
+    fine: int = 0
+    neurons: int = 0
+
+
+@dataclass(slots=True)
+class Selection:
+    """Of one block, neurons that should have taken part, that did, and that are both."""
+
+    wanted: int = 0
+    taken: int = 0
+    both: int = 0
+
+    @property
+    def recall(self) -> float:
+        return self.both / max(self.wanted, 1)
+
+    @property
+    def precision(self) -> float:
+        return self.both / max(self.taken, 1)
+
+
+class ChannelFfn:
+    """The blocks of a calibrated pack. `weights` are loaded.
+
+    While `selections` are given, narrow passes also compute what all channels would have given, and compare.
+    """
+
+    def __init__(self, weights: Weights, ops: Any) -> None:
+        sparsity = weights.pack.manifest.sparsity
+        assert sparsity is not None
+        self.weights, self.ops = weights, ops
+        self.layers: Sequence[ChannelSparsity] = ()
+        self.tallies: list[Tally] = []
+        self.selections: Sequence[Selection] | None = None
+        self.restart(sparsity.layers)
+        self._orders = [_order(weights, i) for i in range(len(self.layers))]
+
+    def restart(self, layers: Sequence[ChannelSparsity]) -> None:
+        """Go on with other thresholds, counting from nothing."""
+        self.layers = layers
+        self.tallies = [Tally() for _ in layers]
+
+    def add(self, i: int, x: Tensor, sums: Tensor, y: Tensor) -> None:
+        """y += block `i` of x for a few tokens, float32 [B, hidden]; sums float32 [B, columns] is scratch."""
+        layer, tally, vector = self.layers[i], self.tallies[i], self.weights.vector
+        norms, ratio = vector(f"{i}.channels.norms"), vector(f"{i}.channels.ratio")
+        all_sums = None if self.selections is None else np.zeros_like(sums)
+        sums[:] = 0
+        for first, groups in self.weights.runs(f"{i}.channels"):
+            stored = (x, groups, first, layer.fine, self._orders[i], norms, ratio)
+            coarse, fine = self.ops.gate_up(*stored, sums, layer.coarse_from, layer.fine_from)
+            tally.coarse += coarse
+            tally.fine += fine
+            if all_sums is not None:
+                self.ops.gate_up(*stored, all_sums, -1.0, -1.0)
+        if self.selections is not None:
+            self._compare(i, sums, all_sums, self.selections[i])
+        for first, rows in self.weights.runs(f"{i}.down"):
+            tally.neurons += self.ops.down(*self._down(i, sums, rows, first, y), layer.neurons_from)
+        tally.tokens += len(x)
+
+    def add_wide(self, i: int, x: Tensor, sums: Tensor, y: Tensor, scratch: Tensor) -> None:
+        """`add` for many tokens, of everything that is stored."""
+        ratio = self.weights.vector(f"{i}.channels.ratio")
+        sums[:] = 0
+        for first, groups in self.weights.runs(f"{i}.channels"):
+            self.ops.gemm_gate_up(x, groups, first, self.layers[i].fine, self._orders[i], ratio, sums, scratch)
+        for first, rows in self.weights.runs(f"{i}.down"):
+            for begin in range(0, len(rows), WIDE_NEURONS):
+                part = rows[begin : begin + WIDE_NEURONS]
+                self.ops.gemm_down(*self._down(i, sums, part, first + begin, y), scratch)
+
+    def _down(self, i: int, sums: Tensor, rows: Tensor, first: int, y: Tensor) -> tuple[Any, ...]:
+        ffn, vector = self.weights.spec.layers[i].ffn, self.weights.vector
+        bias = vector(f"{i}.up.bias") if ffn.bias else None
+        scale, norms = vector(f"{i}.channels.scale"), vector(f"{i}.down.norms")
+        codec = self.weights.layout.tensors[f"{i}.down"].codec
+        return sums, scale, norms, ffn.activation, ffn.gated, bias, rows, codec, first, y
+
+    def _compare(self, i: int, sums: Tensor, all_sums: Tensor, selection: Selection) -> None:
+        """Count the neurons that reach the threshold by what was computed, and by what all channels would have given."""
+        norms, threshold = self.weights.vector(f"{i}.down.norms"), self.layers[i].neurons_from
+        wanted = abs(self._hidden(i, all_sums)) * norms >= threshold
+        taken = abs(self._hidden(i, sums)) * norms >= threshold
+        selection.wanted += int(wanted.sum())
+        selection.taken += int(taken.sum())
+        selection.both += int((wanted & taken).sum())
+
+    def _hidden(self, i: int, sums: Tensor) -> Tensor:
+        """Activations float32 [B, neurons] of block `i`."""
+        ffn, vector = self.weights.spec.layers[i].ffn, self.weights.vector
+        act, values = ACTIVATIONS[ffn.activation], sums * vector(f"{i}.channels.scale")
+        if ffn.gated:
+            half = values.shape[1] // 2
+            return act(values[:, : ffn.neurons]) * values[:, half : half + ffn.neurons]
+        return act(values[:, : ffn.neurons] + (vector(f"{i}.up.bias") if ffn.bias else 0))
+
+    def decision_share(self) -> float:
+        """Bytes that are read only to decide what takes part, over those of the blocks that were calibrated."""
+        spec, layout = self.weights.spec, self.weights.layout
+        norms = sum(4 * (spec.hidden + layer.ffn.neurons) for layer in spec.layers)
+        dense = sum(
+            layout.tensors[f"{i}.down"].stride * layer.ffn.bundle_rows * layer.ffn.neurons
+            for i, layer in enumerate(spec.layers)
+        )
+        return norms / dense
+
+    def mean_shares(self) -> dict[str, float] | None:
+        """`shares` averaged over the blocks; None before the first narrow pass."""
+        if not any(tally.tokens for tally in self.tallies):
+            return None
+        layers = [self.shares(i) for i in range(len(self.tallies))]
+        return {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+
+    def shares(self, i: int) -> dict[str, float]:
+        """Shares of block `i` that took part per token: of channels (at all, and whole), of rows, and of bytes.
+
+        Bytes are those that a token's computation touches, thresholds' norms and scales included, over those of the
+        block in the pack that was calibrated.
+        """
+        tally, layout, spec = self.tallies[i], self.weights.layout, self.weights.spec
+        columns = channel_columns(spec, i)
+        tokens, ffn = max(tally.tokens, 1), spec.layers[i].ffn
+        row = layout.tensors[f"{i}.down"].stride
+        half = columns // 4
+        groups = layout.tensors[f"{i}.channels"].run_bundles
+        touched = half * (tally.coarse + tally.fine) / tokens + 2 * columns * groups + row * tally.neurons / tokens
+        touched += 4 * (2 * columns + spec.hidden + groups * CHANNELS + ffn.neurons)
+        dense = row * ffn.bundle_rows * ffn.neurons
+        return {
+            "channels": tally.coarse / tokens / spec.hidden,
+            "whole_channels": tally.fine / tokens / spec.hidden,
+            "rows": tally.neurons / tokens / ffn.neurons,
+            "bytes": touched / dense,
+        }
+
+
+def _order(weights: Weights, i: int) -> np.ndarray:
+    """The channel at each place as int32, in the memory that held it as float32."""
+    values = weights.vector(f"{i}.channels.order")
+    order = values.view(np.int32)
+    order[:] = values.astype(np.int32)
+    return order

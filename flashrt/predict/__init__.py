@@ -1,0 +1,1 @@
+"""What decides which weights a token needs, and how that is fitted to samples."""

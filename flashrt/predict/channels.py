@@ -1,0 +1,251 @@
+"""How a block may be thinned out by channel, fitted to samples of its input.
+
+Of each choice two things are known in the end: the bytes that a token touches, and the error of the block's output. The
+choices of all blocks are then weighed against each other (`flashrt.predict.allocation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashrt.spec import Ffn
+from flashrt_kernels.channels import CHANNELS, Int4Parts, encode_channels, padded_columns, take_apart
+from flashrt_kernels.rows import Codec, row_bytes
+
+# Shares of the channels that take part at all, and whole; each pair costs less than the one before.
+CHANNEL_SHARES = (
+    (1.0, 1.0),
+    (1.0, 0.8),
+    (0.97, 0.65),
+    (0.95, 0.55),
+    (0.92, 0.47),
+    (0.9, 0.4),
+    (0.86, 0.35),
+    (0.82, 0.3),
+    (0.77, 0.26),
+    (0.7, 0.22),
+    (0.62, 0.18),
+    (0.5, 0.14),
+    (0.35, 0.1),
+)
+NEURON_SHARES = (1.0, 0.85, 0.75, 0.65, 0.57, 0.5, 0.43, 0.36, 0.3, 0.24, 0.18, 0.12, 0.07, 0.04, 0.02)
+FINE_CHANNELS = (16, 20, 24, 28, 32)
+MIDDLE = 5  # of CHANNEL_SHARES: the choice by which the number of fine halves is settled
+FINE_TOLERANCE = 1.1  # by which the error may grow there for the halves that are not stored
+PROBE_TOKENS = 96  # samples on which the errors of choices are measured
+WEIGH_NEURONS = 1024  # decoded at a time
+SLOPE_STEP = 1e-2
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Thresholds, the bytes of a block that a token touches under them, and its output's mean squared error."""
+
+    thresholds: tuple[float, ...]
+    nbytes: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelFit:
+    """What calibration found out about one block."""
+
+    fine: int
+    order: Array  # int32 [places]: the channel at each place, those beyond the input last in their group
+    norms: Array  # float32 [hidden]
+    down_norms: Array  # float32 [neurons]
+    channels: list[Choice]
+    neurons: list[Choice]
+
+
+class Block:
+    """One dense block's weights, taken from its bundles uint8 [neurons, stride] in int4."""
+
+    def __init__(self, ffn: Ffn, hidden: int, bundles: Array) -> None:
+        self.ffn, self.hidden = ffn, hidden
+        size = row_bytes(Codec.INT4, hidden)
+        self.rows = [bundles[: ffn.neurons, r * size : (r + 1) * size] for r in range(ffn.bundle_rows)]
+        self.columns = padded_columns(ffn.neurons) * (ffn.bundle_rows - 1)
+
+    @property
+    def down(self) -> Array:
+        return self.rows[-1]
+
+    def parts(self) -> list[Int4Parts]:
+        """Gate and up, or up alone."""
+        return [take_apart(rows, self.hidden) for rows in self.rows[:-1]]
+
+
+def fit_channels(block: Block, x: Array, up_bias: Array | None, kernels: Any) -> ChannelFit:
+    """Fit one block to samples of its input, float32 [n, hidden]. All of them count."""
+    natural = np.arange(len(block.parts()[0].codes[0]), dtype=np.int32)
+    trial = _Trial(block, natural, CHANNELS, np.ones(block.hidden, np.float32), up_bias, kernels)
+    norms, down_norms = _norms(block, trial, x, kernels)
+    order = _hottest_first(norms**2 * (x.astype(np.float32) ** 2).mean(0))
+    probe = x[np.linspace(0, len(x) - 1, min(PROBE_TOKENS, len(x))).astype(int)]
+    counts = np.abs(x) * norms
+    fine = _fine_channels(block, order, norms, up_bias, probe, counts, kernels)
+    trial = _Trial(block, order, fine, norms, up_bias, kernels)
+    channels = _channel_choices(trial, probe, counts)
+    neurons = _neuron_choices(trial, probe, down_norms)
+    return ChannelFit(fine, order, norms, down_norms, channels, neurons)
+
+
+class _Trial:
+    """A block in its stored form, computed with any thresholds."""
+
+    def __init__(
+        self, block: Block, order: Array, fine: int, norms: Array, up_bias: Array | None, kernels: Any
+    ) -> None:
+        self.block, self.fine, self.norms, self.up_bias, self.kernels = block, fine, norms, up_bias, kernels
+        self.groups, self.vectors = encode_channels(block.parts(), order, fine)
+        self.order = np.where(order < block.hidden, order, -1).astype(np.int32)
+
+    def sums(self, x: Array, coarse_from: float = -1.0, fine_from: float = -1.0) -> tuple[Array, float]:
+        """Gate and up of x, and the bytes of channels that a token touches on average."""
+        out = np.zeros((len(x), self.block.columns), np.float32)
+        halves = self.kernels.gate_up(
+            x, self.groups, 0, self.fine, self.order, self.norms, self.vectors.ratio, out, coarse_from, fine_from
+        )
+        fixed = 2 * self.block.columns * len(self.groups)
+        return out, sum(halves) / len(x) * self.block.columns / 4 + fixed
+
+    def output(self, sums: Array, norms: Array, neurons_from: float = -1.0) -> tuple[Array, float]:
+        """The block's output, and the bytes of rows of down that a token touches on average."""
+        ffn, down = self.block.ffn, self.block.down
+        y = np.zeros((len(sums), self.block.hidden), np.float32)
+        kept = self.kernels.down(
+            sums, self.vectors.scale, norms, ffn.activation, ffn.gated, self.up_bias, down, Codec.INT4, 0, y,
+            neurons_from,
+        )  # fmt: skip
+        return y, kept / len(sums) * down.shape[1]
+
+    def projections(self, x: Array) -> list[Array]:
+        """Gate and up of x, or up with its bias: float32 [n, neurons] each."""
+        sums = np.zeros((len(x), self.block.columns), np.float32)
+        self.kernels.gemm_gate_up(x, self.groups, 0, self.fine, self.order, self.vectors.ratio, sums)
+        sums *= self.vectors.scale
+        each = self.block.columns // (len(self.block.rows) - 1)
+        parts = [sums[:, i : i + self.block.ffn.neurons] for i in range(0, self.block.columns, each)]
+        if self.up_bias is not None:
+            parts[0] = parts[0] + self.up_bias
+        return parts
+
+
+def _norms(block: Block, trial: _Trial, x: Array, kernels: Any) -> tuple[Array, Array]:
+    """What a unit of each channel's x, and of each neuron's h, does to the output, to first order: root mean squares.
+
+    A channel's weights count as much as the neurons they feed: by the slope of h and the length of the row of down.
+    """
+    act = ACTIVATIONS[block.ffn.activation]
+    neurons, hidden = block.ffn.neurons, block.hidden
+    sensitivities = np.zeros((len(block.rows) - 1, neurons))
+    for begin in range(0, len(x), PROBE_TOKENS):
+        parts = trial.projections(x[begin : begin + PROBE_TOKENS])
+        slope = (act(parts[0] + SLOPE_STEP) - act(parts[0] - SLOPE_STEP)) / (2 * SLOPE_STEP)
+        if block.ffn.gated:
+            sensitivities[0] += ((slope * parts[1]) ** 2).sum(0)
+            sensitivities[1] += (act(parts[0]) ** 2).sum(0)
+        else:
+            sensitivities[0] += (slope**2).sum(0)
+    down_norms = np.empty(neurons, np.float32)
+    squares = np.zeros(hidden)
+    for begin in range(0, neurons, WEIGH_NEURONS):
+        some = slice(begin, min(begin + WEIGH_NEURONS, neurons))
+        weights = np.empty((some.stop - some.start, hidden), np.float32)
+        kernels.dequantize(block.down[some], Codec.INT4, hidden, weights)
+        down_norms[some] = np.sqrt((weights**2).sum(1))
+        for rows, sensitivity in zip(block.rows[:-1], sensitivities, strict=True):
+            kernels.dequantize(rows[some], Codec.INT4, hidden, weights)
+            squares += (sensitivity[some] / len(x) * down_norms[some] ** 2) @ weights**2
+    # A channel that no sample shows to matter still must not be worth nothing.
+    return np.sqrt(np.maximum(squares, squares.mean() * 1e-6)).astype(np.float32), down_norms
+
+
+def _hottest_first(energy: Array) -> Array:
+    """Channels by falling energy within each group, the places beyond the input last."""
+    places = -(-len(energy) // 64) * 64
+    padded = np.full(places, -1.0)
+    padded[: len(energy)] = energy
+    ranks = np.argsort(-padded.reshape(-1, CHANNELS), axis=1, kind="stable")
+    return (ranks + np.arange(0, places, CHANNELS)[:, None]).reshape(-1).astype(np.int32)
+
+
+def _fine_channels(
+    block: Block, order: Array, norms: Array, up_bias: Array | None, probe: Array, counts: Array, kernels: Any
+) -> int:
+    """How many channels of a group are stored whole: as few as do about as well as all."""
+    coarse_from, fine_from = (_threshold(counts, share) for share in CHANNEL_SHARES[MIDDLE])
+    exact, errors = None, {}
+    for fine in reversed(FINE_CHANNELS):
+        trial = _Trial(block, order, fine, norms, up_bias, kernels)
+        if exact is None:
+            exact, _ = trial.output(trial.sums(probe)[0], np.ones(block.ffn.neurons, np.float32))
+        sums, _ = trial.sums(probe, coarse_from, fine_from)
+        found, _ = trial.output(sums, np.ones(block.ffn.neurons, np.float32))
+        errors[fine] = _error(found, exact)
+    return next(fine for fine in FINE_CHANNELS if errors[fine] <= FINE_TOLERANCE * errors[CHANNELS])
+
+
+def _channel_choices(trial: _Trial, probe: Array, counts: Array) -> list[Choice]:
+    ones = np.ones(trial.block.ffn.neurons, np.float32)
+    exact, _ = trial.output(trial.sums(probe)[0], ones)
+    choices = []
+    for shares in CHANNEL_SHARES:
+        thresholds = tuple(_threshold(counts, share) for share in shares)
+        sums, nbytes = trial.sums(probe, *thresholds)
+        choices.append(Choice(thresholds, nbytes, _error(trial.output(sums, ones)[0], exact)))
+    return choices
+
+
+def _neuron_choices(trial: _Trial, probe: Array, norms: Array) -> list[Choice]:
+    act = ACTIVATIONS[trial.block.ffn.activation]
+    parts = trial.projections(probe)
+    h = act(parts[0]) * parts[1] if trial.block.ffn.gated else act(parts[0])
+    counts = np.abs(h) * norms
+    sums, _ = trial.sums(probe)
+    exact, _ = trial.output(sums, norms)
+    choices = []
+    for share in NEURON_SHARES:
+        threshold = _threshold(counts, share)
+        found, nbytes = trial.output(sums, norms, threshold)
+        choices.append(Choice((threshold,), nbytes, _error(found, exact)))
+    return choices
+
+
+def _threshold(counts: Array, share: float) -> float:
+    """What `share` of all counts reach; below 0 for all of them."""
+    return -1.0 if share >= 1 else float(np.quantile(counts, 1 - share))
+
+
+def _error(found: Array, exact: Array) -> float:
+    return float(((found - exact).astype(np.float64) ** 2).sum(1).mean())
+
+
+def _gelu(x: Array) -> Array:
+    """By Abramowitz and Stegun's formula 7.1.26 for erf, good to 1.5e-7."""
+    z = np.abs(x) / np.sqrt(2)
+    t = 1 / (1 + 0.3275911 * z)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    erf = np.sign(x) * (1 - series * np.exp(-z * z))
+    return 0.5 * x * (1 + erf)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x / (1 + np.exp(-np.clip(x, -80, None))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))),
+    "gelu": _gelu,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def cheapest(choices: Sequence[Choice], price: float) -> Choice:
+    """The choice with the least bytes + price * error."""
+    return min(choices, key=lambda choice: choice.nbytes + price * choice.error)
