@@ -84,11 +84,8 @@ def ppl(
     from flashrt.engine.open import checked_context
 
     scored_so_far = Progress("tokens")
-    session = Session(
-        Settings(
-            str(pack, mode=mode, max_loss=max_loss), budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx
-        )
-    )
+    settings = Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx, mode, max_loss)
+    session = Session(settings)
     window = checked_context(session.spec, ctx, DEFAULT_CTX)
     ids = first_ids(session.tokenizer, text, max_tokens)
     with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, scored_so_far:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,26 +105,16 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 def check_plots() -> None:
     """Raises UsageError when nothing is there to draw with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: install it with `pip install 'flashrt[plots]'`") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: install it with `pip install 'flashrt[plots]'`")
 
 
 def save_plot(result: dict[str, Any], path: Path) -> None:
     """Draw shares by layer. Raises UsageError for a kind of file that cannot be drawn."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for key, label in (
-        ("bytes", "bytes touched"),
-        ("channels", "channels"),
-        ("rows", "rows of down"),
-        ("recall", "recall"),
-    ):
+    importlib.import_module("matplotlib").use("agg")
+    figure, axes = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 4), layout="constrained")
+    labels = {"bytes": "bytes touched", "channels": "channels", "rows": "rows of down", "recall": "recall"}
+    for key, label in labels.items():
         axes.plot([layer[key] for layer in result["layers"]], label=label, marker="o", markersize=3)
     axes.set(xlabel="layer", ylabel="share", ylim=(0, 1.02))
     axes.set_title(f"perplexity {result['loss']:+.2%} at {result['ffn_bytes_share']:.0%} of the FFN's bytes")

@@ -117,10 +117,11 @@ class _Calibration:
         prepared = Prepared(path, self.cache, self.runtime, self.request.budget_gb)
         context = min(max(WINDOW, NARROW), self.spec.context)
         the_plan = prepared.plan(Workload(context, prompt=context, logit_rows=NARROW))
-        with prepared.engine(
-            the_plan, lambda done, total: self.progress("loading MiB", done >> 20, total >> 20)
-        ) as engine:
+        with prepared.engine(the_plan, self._in_mib("loading MiB")) as engine:
             yield engine
+
+    def _in_mib(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done >> 20, total >> 20)
 
     def _text(self, engine: Engine) -> list[list[int]]:
         """Windows of token ids."""

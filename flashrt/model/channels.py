@@ -109,7 +109,7 @@ class ChannelFfn:
         return sums, scale, norms, ffn.activation, ffn.gated, bias, rows, codec, first, y
 
     def _compare(self, i: int, sums: Tensor, all_sums: Tensor, selection: Selection) -> None:
-        """Count the neurons that reach the threshold by what was computed, and by what all channels would have given."""
+        """Count neurons that reach the threshold by what was computed, and by what all channels would have given."""
         norms, threshold = self.weights.vector(f"{i}.down.norms"), self.layers[i].neurons_from
         wanted = abs(self._hidden(i, all_sums)) * norms >= threshold
         taken = abs(self._hidden(i, sums)) * norms >= threshold
