@@ -35,9 +35,9 @@ from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
-from flashrt.predict.allocation import Picked, allocate
+from flashrt.predict.allocation import Picked, Weight, allocate
 from flashrt.predict.channel_pack import ChannelPackSource, read_ffn, read_vector
-from flashrt.predict.channels import ChannelFit, Choice, fit_channels
+from flashrt.predict.channels import ChannelFit, Choice, Samples, fit_channels
 from flashrt.sparsity import VERSION, ChannelSparsity, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
@@ -51,9 +51,11 @@ TOKENS = 1536  # of text when nothing else is asked
 HELD_OUT = 3  # every third window is held out: half of those to set the price of loss by, half to check
 PROBED = 96  # tokens on which each block's weight is measured
 STRONG = 8  # of CHANNEL_SHARES: the choice by which blocks are weighed, far enough from nothing to be measured
+LEAST_RISE = 1e-5  # nats: noise must not make a block free
 MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
 TRIALS = 7  # prices of loss that are tried at most
-TEXT_FILE, SAMPLE_FILE, REFERENCE_FILE, WEIGHT_FILE = "text.json", "samples.npy", "reference.npy", "weights.json"
+TEXT_FILE, WEIGHT_FILE = "text.json", "weights.json"
+SAMPLE_FILE, SQUARES_FILE, REFERENCE_FILE = "samples.npy", "squares.npy", "reference.npy"
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # what is going on, done, in all
@@ -101,14 +103,15 @@ class _Calibration:
             windows = self._text(exact)
             fitted = [w for i, w in enumerate(windows) if i % HELD_OUT]
             held = windows[::HELD_OUT]
+            tuning, checking = held[::2], held[1::2]
             probe = _cut(fitted, PROBED)
             self._sample(exact, fitted)
-            self._reference(exact, [*probe, *held])
+            self._reference(exact, [*probe, *tuning, *checking])
         self._fit()
         self._write()
         with self._engine(self.work / SPARSE_DIR) as sparse:
             weights = self._weights(sparse, probe)
-            sparsity = self._choose(sparse, weights, len(_passes(probe)), held)
+            sparsity = self._choose(sparse, weights, probe, tuning, checking)
         self._finish(sparsity)
         return sparsity
 
@@ -141,16 +144,18 @@ class _Calibration:
         return windows
 
     def _sample(self, engine: Engine, windows: list[list[int]]) -> None:
-        """Inputs of every block as float16 [layers, tokens, hidden]."""
+        """Inputs of every block as float16 [layers, tokens, hidden], and the mean square of the residual stream."""
         path = self.work / SAMPLE_FILE
         if path.exists():
             return
-        total = sum(len(window) for window in windows)
-        with _array(path, (len(self.spec.layers), total, self.spec.hidden), np.float16) as samples:
+        layers, total = len(self.spec.layers), sum(len(window) for window in windows)
+        squares = np.empty((layers, total), np.float32)
+        with _array(path, (layers, total, self.spec.hidden), np.float16) as samples:
             at = 0
 
-            def observe(i: int, x: Array) -> None:
+            def observe(i: int, residual: Array, x: Array) -> None:
                 samples[i, at : at + len(x)] = np.clip(x, -65504, 65504)
+                squares[i, at : at + len(x)] = (residual**2).mean(1)
 
             engine.decoder.observe = observe
             for window in windows:
@@ -159,6 +164,7 @@ class _Calibration:
                 at += len(window)
                 self.progress("sampling", at, total)
             engine.decoder.observe = None
+            np.save(self.work / SQUARES_FILE, squares)
 
     def _reference(self, engine: Engine, windows: list[list[int]]) -> None:
         """What the model predicts, float16 [tokens, vocab]."""
@@ -174,13 +180,14 @@ class _Calibration:
                 self.progress("predicting", at, total)
 
     def _fit(self) -> None:
-        samples = np.load(self.work / SAMPLE_FILE, mmap_mode="r")
+        samples, squares = np.load(self.work / SAMPLE_FILE, mmap_mode="r"), np.load(self.work / SQUARES_FILE)
         for i, layer in enumerate(self.spec.layers):
             path = self.work / f"fit-{i:03d}.npz"
             if not path.exists():
                 bias = read_vector(self.base, f"{i}.up.bias") if layer.ffn.bias else None
-                x = np.asarray(samples[i], np.float32)
-                _save_fit(path, fit_channels(read_ffn(self.base, i), x, bias, self.runtime.ops))
+                block = read_ffn(self.base, i)
+                given = Samples(np.asarray(samples[i], np.float32), 1 / (self.spec.hidden * squares[i]))
+                _save_fit(path, fit_channels(block, given, bias, self.runtime.ops))
             self.progress("fitting", i + 1, len(self.spec.layers))
 
     def _write(self) -> None:
@@ -202,36 +209,44 @@ class _Calibration:
             sparsity=sparsity,
         )
 
-    def _weights(self, engine: Engine, probe: list[list[int]]) -> list[float]:
-        """Nats of divergence for each unit of a block's error, measured one block at a time."""
+    def _weights(self, engine: Engine, probe: list[list[int]]) -> list[Weight]:
+        """Nats of divergence for each unit of a block's error, measured one block, and one of its halves, at a time."""
         path = self.work / WEIGHT_FILE
         if path.exists():
-            return [float(weight) for weight in json.loads(path.read_bytes())]
-        count = len(self.spec.layers)
-        fits = [self._fitted(i) for i in range(count)]
-        open_ = [ChannelSparsity(fit.fine, -1.0, -1.0, -1.0) for fit in fits]
-        nothing = float(self._divergence(engine, open_, probe, 0).kl.mean())
-        weights = []
-        for i, fit in enumerate(fits):
-            strong = Picked(fit.channels[STRONG], fit.neurons[STRONG])
-            trial = [*open_[:i], strong.sparsity(fit.fine), *open_[i + 1 :]]
-            rise = float(self._divergence(engine, trial, probe, 0).kl.mean()) - nothing
-            weights.append(rise / max(strong.error, 1e-30))
-            self.progress("weighing", i + 1, count)
-        floor = max(max(weights) * 1e-4, 1e-30)  # noise must not make a block free
-        weights = [max(weight, floor) for weight in weights]
-        write_atomically(path, json.dumps(weights).encode())
-        return weights
+            return [Weight(*pair) for pair in json.loads(path.read_bytes())]
+        fits = [self._fitted(i) for i in range(len(self.spec.layers))]
+        free = [Picked(fit.channels[0], fit.neurons[0]) for fit in fits]
 
-    def _choose(self, engine: Engine, weights: list[float], first: int, held: list[list[int]]) -> Sparsity:
+        def nats(picked: Sequence[Picked]) -> float:
+            thresholds = [choice.sparsity(fit.fine) for choice, fit in zip(picked, fits, strict=True)]
+            return float(self._divergence(engine, thresholds, probe, 0).kl.mean())
+
+        nothing, pairs = nats(free), []
+        for i, fit in enumerate(fits):
+            thinned = replace(free[i], channels=fit.channels[STRONG]), replace(free[i], neurons=fit.neurons[STRONG])
+            rises = [nats([*free[:i], one, *free[i + 1 :]]) - nothing for one in thinned]
+            errors = fit.channels[STRONG].error, fit.neurons[STRONG].error
+            pairs.append([max(rise, LEAST_RISE) / max(error, 1e-30) for rise, error in zip(rises, errors, strict=True)])
+            self.progress("weighing", i + 1, len(fits))
+        write_atomically(path, json.dumps(pairs).encode())
+        return [Weight(*pair) for pair in pairs]
+
+    def _choose(
+        self,
+        engine: Engine,
+        weights: list[Weight],
+        probe: list[list[int]],
+        tuning: list[list[int]],
+        checking: list[list[int]],
+    ) -> Sparsity:
         """The thresholds that save the most within the loss allowed.
 
-        The predicted loss is corrected by what is found on one half of the windows held out until that fits; the other
-        half must agree.
+        The predicted loss is corrected by what is found on the windows for tuning until that fits; those for checking
+        must agree.
         """
         fits = [self._fitted(i) for i in range(len(weights))]
-        tuning, checking = held[::2], held[1::2]
-        after = first + sum(len(w) - 1 for w in tuning)
+        first = _predicted(probe)
+        after = first + _predicted(tuning)
         aim = MARGIN * self.request.max_loss
         asked, best = aim, None
         for trial in range(TRIALS):
@@ -387,9 +402,9 @@ def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:
     return [window[:each] for window in windows[: max(tokens // (2 * NARROW), 1)]]
 
 
-def _passes(windows: list[list[int]]) -> list[int]:
-    """One entry for each predicted token."""
-    return [0 for window in windows for _ in window[1:]]
+def _predicted(windows: list[list[int]]) -> int:
+    """Tokens that are predicted."""
+    return sum(len(window) - 1 for window in windows)
 
 
 def _nbytes(picked: Sequence[Picked]) -> float:

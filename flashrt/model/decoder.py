@@ -35,7 +35,8 @@ class Decoder:
         self.spec, self.layout = weights.spec, weights.layout
         self.device, self.ops = weights.device, weights.device.ops
         self.weights, self.kv, self.buffers, self.scratch = weights, kv, buffers, scratch
-        self.observe: Callable[[int, Tensor], None] | None = None  # is shown the input of every feed-forward block
+        # Is shown every feed-forward block's index, the residual stream before it, and its input.
+        self.observe: Callable[[int, Tensor, Tensor], None] | None = None
         pairs = ropes(self.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         self.channels = ChannelFfn(weights, self.ops) if weights.pack.manifest.sparsity else None
@@ -156,7 +157,7 @@ class Decoder:
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.ffn", x, normed)
         if self.observe is not None:
-            self.observe(i, normed)
+            self.observe(i, x, normed)
         y[:] = 0
         if self.channels is not None:
             self._sparse(i, self.channels, normed, y, wide)

@@ -27,30 +27,35 @@ class Picked:
     def nbytes(self) -> float:
         return self.channels.nbytes + self.neurons.nbytes
 
-    @property
-    def error(self) -> float:
-        return self.channels.error + self.neurons.error
-
     def sparsity(self, fine: int) -> ChannelSparsity:
         return ChannelSparsity(fine, *self.channels.thresholds, *self.neurons.thresholds)
 
 
-def pick(fit: ChannelFit, price: float) -> Picked:
-    """The choices of one block when an error of one costs `price` bytes."""
-    return Picked(cheapest(fit.channels, price), cheapest(fit.neurons, price))
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Nats that an error of one costs, in one block: by channels left out, and by neurons."""
+
+    channels: float
+    neurons: float
+
+    def loss(self, picked: Picked) -> float:
+        return self.channels * picked.channels.error + self.neurons * picked.neurons.error
 
 
-def allocate(fits: Sequence[ChannelFit], weights: Sequence[float], loss: float) -> list[Picked]:
-    """The choices with the fewest bytes whose predicted loss is at most `loss`.
+def pick(fit: ChannelFit, weight: Weight, price: float) -> Picked:
+    """The choices of one block when a nat costs `price` bytes."""
+    channels = cheapest(fit.channels, price * weight.channels)
+    return Picked(channels, cheapest(fit.neurons, price * weight.neurons))
 
-    weights: nats that an error of one in each block costs.
-    """
+
+def allocate(fits: Sequence[ChannelFit], weights: Sequence[Weight], loss: float) -> list[Picked]:
+    """The choices with the fewest bytes whose predicted loss, in nats, is at most `loss`."""
 
     def at(price: float) -> list[Picked]:
-        return [pick(fit, price * weight) for fit, weight in zip(fits, weights, strict=True)]
+        return [pick(fit, weight, price) for fit, weight in zip(fits, weights, strict=True)]
 
     def predicted(picked: Sequence[Picked]) -> float:
-        return sum(weight * choice.error for weight, choice in zip(weights, picked, strict=True))
+        return sum(weight.loss(choice) for weight, choice in zip(weights, picked, strict=True))
 
     return at(_lowest(lambda price: predicted(at(price)) <= loss))
 

@@ -33,9 +33,9 @@ CHANNEL_SHARES = (
     (0.35, 0.1),
 )
 NEURON_SHARES = (1.0, 0.85, 0.75, 0.65, 0.57, 0.5, 0.43, 0.36, 0.3, 0.24, 0.18, 0.12, 0.07, 0.04, 0.02)
-FINE_CHANNELS = (16, 20, 24, 28, 32)
-MIDDLE = 5  # of CHANNEL_SHARES: the choice by which the number of fine halves is settled
-FINE_TOLERANCE = 1.1  # by which the error may grow there for the halves that are not stored
+FINE_CHANNELS = (12, 16, 20, 24, 28)
+MIDDLE = 5  # of CHANNEL_SHARES: the choice beside which the loss by fine halves that are not stored must be small
+FINE_SHARE = 0.1  # of that choice's error
 PROBE_TOKENS = 96  # samples on which the errors of choices are measured
 WEIGH_NEURONS = 1024  # decoded at a time
 SLOPE_STEP = 1e-2
@@ -82,14 +82,34 @@ class Block:
         return [take_apart(rows, self.hidden) for rows in self.rows[:-1]]
 
 
-def fit_channels(block: Block, x: Array, up_bias: Array | None, kernels: Any) -> ChannelFit:
-    """Fit one block to samples of its input, float32 [n, hidden]. All of them count."""
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs of one block, float32 [n, hidden], and what an error of 1 in its output counts for each, float32 [n].
+
+    An error counts by the residual stream that it is added to. Without that, a few tokens with activations a thousand
+    times larger than the others' (Sun et al., arXiv:2402.17762) would decide everything.
+    """
+
+    x: Array
+    weights: Array
+
+    def some(self, count: int) -> Samples:
+        """`count` of them, or all, spread evenly."""
+        chosen = np.linspace(0, len(self.x) - 1, min(count, len(self.x))).astype(int)
+        return Samples(self.x[chosen], self.weights[chosen])
+
+    def error(self, found: Array, exact: Array) -> float:
+        squares = ((found - exact).astype(np.float64) ** 2).sum(1)
+        return float((squares * self.weights).mean())
+
+
+def fit_channels(block: Block, samples: Samples, up_bias: Array | None, kernels: Any) -> ChannelFit:
+    """Fit one block to samples of its input. All of them count."""
     natural = np.arange(len(block.parts()[0].codes[0]), dtype=np.int32)
     trial = _Trial(block, natural, CHANNELS, np.ones(block.hidden, np.float32), up_bias, kernels)
-    norms, down_norms = _norms(block, trial, x, kernels)
-    order = _hottest_first(norms**2 * (x.astype(np.float32) ** 2).mean(0))
-    probe = x[np.linspace(0, len(x) - 1, min(PROBE_TOKENS, len(x))).astype(int)]
-    counts = np.abs(x) * norms
+    norms, down_norms = _norms(block, trial, samples, kernels)
+    order = _hottest_first(norms**2 * (samples.x**2 * samples.weights[:, None]).mean(0))
+    probe, counts = samples.some(PROBE_TOKENS), np.abs(samples.x) * norms
     fine = _fine_channels(block, order, norms, up_bias, probe, counts, kernels)
     trial = _Trial(block, order, fine, norms, up_bias, kernels)
     channels = _channel_choices(trial, probe, counts)
@@ -138,7 +158,7 @@ class _Trial:
         return parts
 
 
-def _norms(block: Block, trial: _Trial, x: Array, kernels: Any) -> tuple[Array, Array]:
+def _norms(block: Block, trial: _Trial, samples: Samples, kernels: Any) -> tuple[Array, Array]:
     """What a unit of each channel's x, and of each neuron's h, does to the output, to first order: root mean squares.
 
     A channel's weights count as much as the neurons they feed: by the slope of h and the length of the row of down.
@@ -146,14 +166,15 @@ def _norms(block: Block, trial: _Trial, x: Array, kernels: Any) -> tuple[Array, 
     act = ACTIVATIONS[block.ffn.activation]
     neurons, hidden = block.ffn.neurons, block.hidden
     sensitivities = np.zeros((len(block.rows) - 1, neurons))
-    for begin in range(0, len(x), PROBE_TOKENS):
-        parts = trial.projections(x[begin : begin + PROBE_TOKENS])
+    for begin in range(0, len(samples.x), PROBE_TOKENS):
+        parts = trial.projections(samples.x[begin : begin + PROBE_TOKENS])
+        weights = samples.weights[begin : begin + PROBE_TOKENS]
         slope = (act(parts[0] + SLOPE_STEP) - act(parts[0] - SLOPE_STEP)) / (2 * SLOPE_STEP)
         if block.ffn.gated:
-            sensitivities[0] += ((slope * parts[1]) ** 2).sum(0)
-            sensitivities[1] += (act(parts[0]) ** 2).sum(0)
+            sensitivities[0] += weights @ (slope * parts[1]) ** 2
+            sensitivities[1] += weights @ act(parts[0]) ** 2
         else:
-            sensitivities[0] += (slope**2).sum(0)
+            sensitivities[0] += weights @ slope**2
     down_norms = np.empty(neurons, np.float32)
     squares = np.zeros(hidden)
     for begin in range(0, neurons, WEIGH_NEURONS):
@@ -163,7 +184,7 @@ def _norms(block: Block, trial: _Trial, x: Array, kernels: Any) -> tuple[Array, 
         down_norms[some] = np.sqrt((weights**2).sum(1))
         for rows, sensitivity in zip(block.rows[:-1], sensitivities, strict=True):
             kernels.dequantize(rows[some], Codec.INT4, hidden, weights)
-            squares += (sensitivity[some] / len(x) * down_norms[some] ** 2) @ weights**2
+            squares += (sensitivity[some] / len(samples.x) * down_norms[some] ** 2) @ weights**2
     # A channel that no sample shows to matter still must not be worth nothing.
     return np.sqrt(np.maximum(squares, squares.mean() * 1e-6)).astype(np.float32), down_norms
 
@@ -178,54 +199,50 @@ def _hottest_first(energy: Array) -> Array:
 
 
 def _fine_channels(
-    block: Block, order: Array, norms: Array, up_bias: Array | None, probe: Array, counts: Array, kernels: Any
+    block: Block, order: Array, norms: Array, up_bias: Array | None, probe: Samples, counts: Array, kernels: Any
 ) -> int:
-    """How many channels of a group are stored whole: as few as do about as well as all."""
-    coarse_from, fine_from = (_threshold(counts, share) for share in CHANNEL_SHARES[MIDDLE])
-    exact, errors = None, {}
-    for fine in reversed(FINE_CHANNELS):
+    """How many channels of a group are stored whole: as few as cost little beside what will be left out anyway."""
+    ones = np.ones(block.ffn.neurons, np.float32)
+    whole = _Trial(block, order, CHANNELS, norms, up_bias, kernels)
+    exact, _ = whole.output(whole.sums(probe.x)[0], ones)
+    thresholds = (_threshold(counts, share) for share in CHANNEL_SHARES[MIDDLE])
+    allowed = FINE_SHARE * probe.error(whole.output(whole.sums(probe.x, *thresholds)[0], ones)[0], exact)
+    for fine in FINE_CHANNELS:
         trial = _Trial(block, order, fine, norms, up_bias, kernels)
-        if exact is None:
-            exact, _ = trial.output(trial.sums(probe)[0], np.ones(block.ffn.neurons, np.float32))
-        sums, _ = trial.sums(probe, coarse_from, fine_from)
-        found, _ = trial.output(sums, np.ones(block.ffn.neurons, np.float32))
-        errors[fine] = _error(found, exact)
-    return next(fine for fine in FINE_CHANNELS if errors[fine] <= FINE_TOLERANCE * errors[CHANNELS])
+        if probe.error(trial.output(trial.sums(probe.x)[0], ones)[0], exact) <= allowed:
+            return fine
+    return CHANNELS
 
 
-def _channel_choices(trial: _Trial, probe: Array, counts: Array) -> list[Choice]:
+def _channel_choices(trial: _Trial, probe: Samples, counts: Array) -> list[Choice]:
     ones = np.ones(trial.block.ffn.neurons, np.float32)
-    exact, _ = trial.output(trial.sums(probe)[0], ones)
+    exact, _ = trial.output(trial.sums(probe.x)[0], ones)
     choices = []
     for shares in CHANNEL_SHARES:
         thresholds = tuple(_threshold(counts, share) for share in shares)
-        sums, nbytes = trial.sums(probe, *thresholds)
-        choices.append(Choice(thresholds, nbytes, _error(trial.output(sums, ones)[0], exact)))
+        sums, nbytes = trial.sums(probe.x, *thresholds)
+        choices.append(Choice(thresholds, nbytes, probe.error(trial.output(sums, ones)[0], exact)))
     return choices
 
 
-def _neuron_choices(trial: _Trial, probe: Array, norms: Array) -> list[Choice]:
+def _neuron_choices(trial: _Trial, probe: Samples, norms: Array) -> list[Choice]:
     act = ACTIVATIONS[trial.block.ffn.activation]
-    parts = trial.projections(probe)
+    parts = trial.projections(probe.x)
     h = act(parts[0]) * parts[1] if trial.block.ffn.gated else act(parts[0])
     counts = np.abs(h) * norms
-    sums, _ = trial.sums(probe)
+    sums, _ = trial.sums(probe.x)
     exact, _ = trial.output(sums, norms)
     choices = []
     for share in NEURON_SHARES:
         threshold = _threshold(counts, share)
         found, nbytes = trial.output(sums, norms, threshold)
-        choices.append(Choice((threshold,), nbytes, _error(found, exact)))
+        choices.append(Choice((threshold,), nbytes, probe.error(found, exact)))
     return choices
 
 
 def _threshold(counts: Array, share: float) -> float:
     """What `share` of all counts reach; below 0 for all of them."""
     return -1.0 if share >= 1 else float(np.quantile(counts, 1 - share))
-
-
-def _error(found: Array, exact: Array) -> float:
-    return float(((found - exact).astype(np.float64) ** 2).sum(1).mean())
 
 
 def _gelu(x: Array) -> Array:

@@ -9,8 +9,8 @@ a group of 32 (the groups of the rows), make up one *channel group* each, a bund
     F fine halves of C / 4 bytes                     the lower two bits, of the first F channels of the group
 
 A half holds 256 columns in 64 bytes: byte 16 L + 4 p + d has those of columns 64 k + 16 p + 4 L + d in its bits 2 k and
-2 k + 1, for k, p, L, d of 0 to 3. A column's weight is scale * (a * code - ratio * b), where scale and ratio are float32
-vectors [C] beside the groups: the row's u, and v / u. Without its fine half, a code is 4 * coarse + 1.5.
+2 k + 1, for k, p, L, d of 0 to 3. A column's weight is scale * (a * code - ratio * b), where scale and ratio are
+float32 vectors [C] beside the groups: the row's u, and v / u. Without its fine half, a code is 4 * coarse + 1.5.
 """
 
 from __future__ import annotations

@@ -13,9 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from flashrt.predict.channel_pack import ChannelPackSource
+from flashrt.predict.channels import ChannelFit
+from flashrt.sparsity import ChannelSparsity, Sparsity
+from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
+from flashrt.storage.packer import pack
 from flashrt_kernels.rows import Codec
 from tools.make_synthetic_pack import PRESETS, make
 from tools.run_in_cgroup import Result, run_limited
@@ -39,6 +45,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def thinned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int4 model whose calibrated pack leaves out about half, by thresholds that nobody fitted."""
+    path = tmp_path_factory.mktemp("memory") / "int4.pack"
+    make(path, "a thinned model", SHAPE, Codec.INT4)
+    base = Pack(path)
+    places = np.arange(base.spec.hidden, dtype=np.int32)
+    norms = np.ones(base.spec.hidden, np.float32), np.ones(SHAPE.neurons, np.float32)
+    layers = tuple(ChannelSparsity(20, 0.4, 0.8, 0.05) for _ in base.spec.layers)
+    source = ChannelPackSource(base, lambda i: ChannelFit(20, places, *norms, [], []))
+    sparsity = Sparsity(base.manifest.hash, 0.02, 0.02, layers)
+    pack(source, path / SPARSE_DIR, Codec.INT4, encoder=source, sparsity=sparsity)
+    return path
+
+
+@pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = replace(SHAPE, layers=4, neurons=1100, experts=8, experts_per_token=2)
     path = tmp_path_factory.mktemp("memory") / "mixture.pack"
@@ -53,10 +74,12 @@ def run(
     context: int = 256,
     prompt: str = PROMPT,
     limit_gb: float | None = None,
+    mode: str = "exact",
 ) -> tuple[Result, Any]:
     """Run within a cgroup of `limit_gb` GiB, by default of exactly the budget."""
     command = [sys.executable, "-m", "flashrt", "run", str(pack), "--json", "--cache-dir", str(cache)]
     command += ["--budget-gb", str(budget_gb), "--context", str(context), "--prompt", prompt, "-n", "6"]
+    command += ["--mode", mode]
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
     result = run_limited(command, int((limit_gb or budget_gb) * GIB), env=env, timeout=120)
     if not result.limited:
@@ -85,6 +108,15 @@ def test_a_model_larger_than_its_budget(model: Path, tmp_path: Path, budget_gb: 
 @pytest.mark.parametrize("budget_gb", [0.2, 0.25])
 def test_a_mixture_larger_than_its_budget(mixture: Path, tmp_path: Path, budget_gb: float) -> None:
     result, report = run(mixture, budget_gb, tmp_path)
+    check(result, report, budget_gb)
+
+
+@pytest.mark.parametrize("budget_gb", [0.15, 0.2])
+def test_sparse_mode(thinned: Path, tmp_path: Path, budget_gb: float) -> None:
+    result, report = run(thinned, budget_gb, tmp_path, mode="sparse")
+    check(result, report, budget_gb)
+    assert 0.1 < report["ffn_bytes_share"] < 0.9
+    result, report = run(thinned, budget_gb, tmp_path, 700, PROMPT * 30, mode="sparse")
     check(result, report, budget_gb)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flashrt.model.decoder import scratch_bytes
+from flashrt.storage.layout import pack_layout
 from flashrt_kernels import ops
+from flashrt_kernels.rows import Codec
 from tools.make_synthetic_pack import PRESETS
 
 
@@ -13,7 +15,7 @@ from tools.make_synthetic_pack import PRESETS
 def test_a_shorter_pass_never_needs_more(preset: str) -> None:
     kernels, spec = ops.load("cpu"), PRESETS[preset].spec()
     attention = spec.layers[0].attention
-    longest = [scratch_bytes(spec, layout, kernels, tokens) for tokens in (1, 16, 32, 64, 128)]
+    longest = [scratch_bytes(spec, pack_layout(spec, Codec.INT4), kernels, tokens) for tokens in (1, 16, 32, 64, 128)]
     assert longest == sorted(longest)
     for count in range(1, 129):
         needed = kernels.attention_scratch_bytes(count, attention.heads, attention.kv_heads, attention.head_dim)

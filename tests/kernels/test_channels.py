@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,7 @@ def gate_up(b, x, coarse_from=-1.0, fine_from=-1.0, cuts=()):
     edges = [0, *cuts, len(b.groups)]
     counts = [
         cpu.gate_up(x, b.groups[i:j], i, b.fine, b.order, b.norms, b.ratio, sums, coarse_from, fine_from)
-        for i, j in zip(edges, edges[1:], strict=False)
+        for i, j in itertools.pairwise(edges)
     ]
     return sums, tuple(np.sum(counts, axis=0))
 
@@ -223,7 +224,7 @@ def test_wide_passes_match_plain_arithmetic(isa, k, n, fine):
     x = normal(10, tokens, k)
     sums = np.zeros((tokens, len(b.scale)), np.float32)
     cuts = [0, len(b.groups) // 2, len(b.groups)]
-    for i, j in zip(cuts, cuts[1:], strict=False):
+    for i, j in itertools.pairwise(cuts):
         cpu.gemm_gate_up(x, b.groups[i:j], i, b.fine, b.order, b.ratio, sums)
     exact = isa != "avx512bf16"
     weights = b.weights
@@ -252,8 +253,8 @@ def test_wrong_arguments_are_named():
         cpu.gate_up(x, b.groups[:, :-64], 0, b.fine, b.order, b.norms, b.ratio, np.zeros((2, 512), np.float32), 0, 0)
     with pytest.raises(ValueError, match="^first"):
         cpu.gate_up(x, b.groups, 1, b.fine, b.order, b.norms, b.ratio, np.zeros((2, 512), np.float32), 0, 0)
+    wrong = b.order + np.int32(50)
     with pytest.raises(ValueError, match="^order"):
-        wrong = b.order + np.int32(50)
         cpu.gate_up(x, b.groups, 0, b.fine, wrong, b.norms, b.ratio, np.zeros((2, 512), np.float32), 0, 0)
     with pytest.raises(ValueError, match="^first"):
         cpu.down(
