@@ -32,7 +32,8 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LATE = {"gguf", "huggingface_hub", "torch", "transformers", "triton"}  # costly: imported where used
-TORCH_MODULES = {"flashrt_kernels.reference", "flashrt.cache.torch_device"}  # imported only once torch is asked for
+# Imported only once torch is asked for; with all that they hold.
+TORCH_MODULES = ("flashrt_kernels.reference", "flashrt_kernels.gpu", "flashrt.cache.torch_device")
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -88,11 +89,11 @@ def test_layers(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_costly_packages_are_imported_late(module: str) -> None:
-    if module.startswith("tools") or module in TORCH_MODULES:
+    if module.startswith(("tools", *TORCH_MODULES)):
         return
     early = set(at_import(ast.parse(MODULES[module].read_text())))
     assert not {name.partition(".")[0] for name in early} & LATE
-    assert not [name for name in early if name.startswith(tuple(TORCH_MODULES))]
+    assert not [name for name in early if name.startswith(TORCH_MODULES)]
 
 
 def test_kernels_know_nothing_of_flashrt() -> None:

@@ -1,0 +1,37 @@
+"""The FFN rows of one layer: all in host memory, some in slots on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashrt_kernels.gpu.slot_map import SlotMap
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """Bundles of one layer. A bundle in a slot is a copy of the one in `host`."""
+
+    host: Tensor  # uint8 [neurons, stride], pinned, or on the device
+    slots: Tensor  # uint8 [slots, stride] on the device
+    slot_map: SlotMap
+    up_bias: Tensor | None  # float32 [neurons] on the device
+    slot_bias: Tensor | None  # float32 [slots]: up_bias of the rows in the slots
+
+    @classmethod
+    def create(cls, host: Tensor, slots: int, device: torch.device | str, up_bias: Tensor | None = None) -> LayerRows:
+        """The bundles in `host`, with `slots` slots on `device`, all of them empty."""
+        return cls(
+            host,
+            torch.empty((slots, host.shape[1]), dtype=torch.uint8, device=device),
+            SlotMap.empty(host.shape[0], slots, device),
+            up_bias,
+            None if up_bias is None else torch.empty(slots, dtype=torch.float32, device=device),
+        )
+
+    def refresh_bias(self) -> None:
+        """slot_bias after rows were placed; what an empty slot has does not matter."""
+        if self.up_bias is not None:
+            torch.index_select(self.up_bias, 0, self.slot_map.row_of.clamp(min=0), out=self.slot_bias)

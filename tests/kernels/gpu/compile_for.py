@@ -1,0 +1,61 @@
+"""Compiles every kernel, as the wrappers launch it, for a GPU that need not be there. Run by `test_compile.py`.
+
+python compile_for.py CAPABILITY CODEC          (capability as in 90; prints the kernels)
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+from flashrt_kernels.gpu import LayerRows, SparseStep, glu_rows
+from flashrt_kernels.rows import Codec, bundle_stride
+
+
+class Absent:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    codec, compiled = Codec(sys.argv[2]), set()
+    launch = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        compiled.add(self.__name__)
+        return kernel
+
+    triton.runtime.driver.set_active(Absent(int(sys.argv[1])))
+    JITFunction.run = compile_only
+    for k, activation, gated in ((1536, "silu", True), (40, "gelu", False)):
+        bias = None if gated else torch.ones(512)
+        host = torch.zeros((512, bundle_stride(codec, k, 3 if gated else 2)), dtype=torch.uint8)
+        step = SparseStep(512, 256, 2, k, codec, activation, gated, "cpu")
+        x, scores = torch.ones(2, k), torch.ones(2, 512)
+        step(LayerRows.create(host, 256, "cpu", bias), x, scores, 0.5, torch.zeros(2, k))
+    x, slots = torch.ones(1, k), torch.arange(33, dtype=torch.int32)
+    for activation in ("gelu_tanh", "relu", "relu2"):
+        glu_rows(x, host, codec, activation, False, x.clone(), slots, weights=torch.ones(1))
+    print(*sorted(compiled))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashrt_kernels import reference
+from flashrt_kernels.gpu import glu_rows, workspace
+from flashrt_kernels.rows import Codec
+
+from .helpers import int32, neurons, normal, rms_ratio, same, shuffled
+
+# numpy's word for what a GPU does without one: exp(-x) is infinite, and silu(x) zero.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
+
+
+def expect(x, w, codec, activation, gated, y, slots, **options):
+    result = y.clone()
+    reference.glu(x, w, codec, activation, gated, result, slots=slots, **options)
+    return result
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize(("k", "n", "tokens"), [(48, 1, 3), (63, 7, 1), (224, 129, 2), (640, 33, 1)])
+def test_it_matches_the_reference(device, codec, k, n, tokens):
+    w, x = neurons(1, n + 5, k, codec).to(device), normal(2, tokens, k).to(device)
+    y, slots = normal(3, tokens, k).to(device) * 0.01, shuffled(4, n + 5, n).to(device)
+    expected = expect(x, w, codec, "silu", True, y, slots)
+    glu_rows(x, w, codec, "silu", True, y, slots)
+    assert rms_ratio(y, expected) < 3e-6
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device, activation, gated):
+    k, n, tokens, codec = 96, 37, 2, Codec.BF16
+    w, x, y = (t.to(device) for t in (neurons(1, n, k, codec, gated), normal(2, tokens, k), normal(3, tokens, k)))
+    options = {"weights": torch.tensor([0.5, -2.0], device=device)}
+    if not gated:
+        options["up_bias"] = normal(5, n).to(device)
+    slots = shuffled(4, n, 33).to(device)
+    before = y.clone()
+    expected = expect(x, w, codec, activation, gated, y, slots, **options)
+    glu_rows(x, w, codec, activation, gated, y, slots, **options)
+    assert rms_ratio(y - before, expected - before) < 3e-6
+
+
+@pytest.mark.parametrize("codec", [Codec.INT8, Codec.INT4])
+def test_neither_the_batch_nor_the_calls_change_a_bit(device, codec):
+    k, n, tokens = 72, 300, 5
+    w, x, start = neurons(1, n, k, codec).to(device), normal(2, tokens, k).to(device), normal(3, tokens, k).to(device)
+    slots = shuffled(4, n, 290).to(device)
+    whole = start.clone()
+    glu_rows(x, w, codec, "silu", True, whole, slots)
+    for chosen in ([0], [4, 1, 3]):
+        y = start[chosen]
+        glu_rows(x[chosen], w, codec, "silu", True, y, slots)
+        assert same(y, whole[chosen])
+    y = start.clone()
+    for first, last in ((0, 128), (128, 256), (256, 290)):
+        glu_rows(x, w, codec, "silu", True, y, slots[first:last].contiguous())
+    assert same(y, whole)
+
+
+def test_only_counted_slots_are_read(device):
+    """The count lies on the device; what stands beyond it would lead astray."""
+    k, n, codec = 80, 70, Codec.INT4
+    w, x, start = neurons(1, n, k, codec).to(device), normal(2, 2, k).to(device), normal(3, 2, k).to(device)
+    slots = shuffled(4, n, 60).to(device)
+    for count in (0, 1, 32, 33, 60):
+        expected, y = start.clone(), start.clone()
+        glu_rows(x, w, codec, "silu", True, expected, slots[:count])
+        astray = torch.full((130,), 1 << 30, dtype=torch.int32, device=device)
+        astray[:count] = slots[:count]
+        scratch = workspace(130, 2, k, device).fill_(torch.nan)
+        glu_rows(x, w, codec, "silu", True, y, astray, int32(count).to(device), scratch=scratch)
+        assert same(y, expected)
+
+
+def test_infinity_and_nan_stay(device):
+    """A broken activation must show, whatever its row's neighbours are."""
+    k, n, codec = 64, 3, Codec.F32
+    w, slots = neurons(1, n, k, codec).to(device), int32(0, 1, 2).to(device)
+    for activation in ACTIVATIONS:
+        x = normal(2, 2, k).to(device)
+        x[1, 5] = torch.nan
+        y = torch.zeros_like(x)
+        glu_rows(x, w, codec, activation, True, y, slots)
+        assert y[0].isfinite().all()
+        assert y[1].isnan().all()
+
+
+def test_wrong_arguments_are_named(device):
+    codec = Codec.INT8
+    w, x, y = neurons(1, 4, 64, codec).to(device), normal(1, 3, 64).to(device), normal(2, 3, 64).to(device)
+    slots = int32(0, 3).to(device)
+    good = {"x": x, "bundles": w, "codec": codec, "activation": "silu", "gated": True, "y": y, "slots": slots}
+    for name, wrong in [
+        ("x", x[0]),
+        ("x", normal(1, 17, 64).to(device)),
+        ("bundles", w[:, :128]),
+        ("bundles", w.to(torch.int8)),
+        ("activation", "tanh"),
+        ("y", y[:2]),
+        ("y", y.T.contiguous().T),
+        ("slots", slots.long()),
+        ("count", slots),
+        ("up_bias", normal(1, 4).to(device)),
+        ("weights", normal(1, 2).to(device)),
+        ("scratch", workspace(2, 2, 64, device)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}"):
+            glu_rows(**good | {name: wrong})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_real_sizes(cuda, codec, tokens):
+    k, n = 1536, 8960
+    w, x, start = neurons(1, n, k, codec, device=cuda), normal(2, tokens, k).to(cuda), normal(3, tokens, k).to(cuda)
+    for count in (n // 10, n):
+        slots = shuffled(4, n, count).to(cuda)
+        y = start.clone()
+        expected = expect(x, w, codec, "silu", True, y, slots)
+        glu_rows(x, w, codec, "silu", True, y, slots)
+        assert rms_ratio(y, expected) < 1e-5
+        alone = start[-1:].clone()
+        glu_rows(x[-1:].contiguous(), w, codec, "silu", True, alone, slots)
+        assert same(alone, y[-1:])
