@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What flashrt does on this machine's GPU: the tests marked `gpu`, copy rates, and speed under budgets, in one JSON.
+"""What flashrt does on this machine's GPU, in one JSON: the tests marked `gpu`, copies, kernels, runs under budgets.
 
     make gpu-report          (or: PYTHONPATH=.:kernels python tools/gpu_report.py [--out FILE])
 
@@ -84,8 +84,9 @@ def run_tests(seconds: float) -> dict[str, Any]:
         return {"error": "no test is marked gpu"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # pyproject's options are strict about plugins that may be missing here.
-        options = ["-m", "gpu", "-ra", "-o", "addopts=--import-mode=importlib", f"--junitxml={report}"]
+        # pyproject's options are strict about plugins that may be missing here; so may be the compiled extensions.
+        options = ["-m", "gpu", "-ra", "-o", "addopts=--import-mode=importlib", "--continue-on-collection-errors"]
+        options.append(f"--junitxml={report}")
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, env=environment(), timeout=seconds
@@ -117,6 +118,18 @@ def copy_rates(nbytes: int = 256 << 20, repeat: int = 8) -> dict[str, float]:
                 best = max(best, nbytes / (time.perf_counter() - began))
             rates[f"{direction}_{kind}_bytes_per_s"] = round(best)
     return rates
+
+
+def kernel_rates() -> list[dict[str, Any]]:
+    """Rates of the sparse FFN's kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return [{"error": "triton is not installed"}]
+    from tools import gpu_kernels
+
+    try:
+        return gpu_kernels.measure()
+    except Exception as error:  # a kernel that fails must not take the rest of the report with it
+        return [{"error": f"{type(error).__name__}: {error}"[:2000]}]
 
 
 def benchmark(deadline: float) -> list[dict[str, Any]]:
@@ -171,7 +184,8 @@ def environment() -> dict[str, str]:
 
 def failed(report: dict[str, Any]) -> bool:
     tests = report["tests"]
-    return bool(tests.get("status", 1)) or any("error" in result for result in report["benchmark"])
+    results = report["kernels"] + report["benchmark"]
+    return bool(tests.get("status", 1)) or any("error" in result for result in results)
 
 
 def main() -> int:
@@ -186,6 +200,7 @@ def main() -> int:
     report = describe()
     report["tests"] = run_tests(TESTS_S)
     report["copies"] = copy_rates()
+    report["kernels"] = kernel_rates()
     report["benchmark"] = benchmark(began + TOTAL_S)
     report["seconds"] = round(time.monotonic() - began, 1)
     slug = re.sub(r"[^a-z0-9]+", "-", report["gpu"].lower()).strip("-")

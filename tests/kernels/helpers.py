@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
-from flashrt_kernels import cpu, reference
+from flashrt_kernels import reference
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, bundle_stride, row_bytes
+
+cpu = pytest.importorskip("flashrt_kernels.cpu", reason="the extension is not built")
 
 CODECS = list(Codec)
 Floats = NDArray[np.float32]

@@ -35,8 +35,9 @@ def test_it_starts_from_a_bare_checkout() -> None:
 
 
 def test_any_trouble_is_a_failure() -> None:
-    good = {"tests": {"status": 0}, "benchmark": [{"decode_tok_per_s": 1.0}]}
+    good = {"tests": {"status": 0}, "kernels": [{"bytes_per_s": 1}], "benchmark": [{"decode_tok_per_s": 1.0}]}
     assert not gpu_report.failed(good)
     assert gpu_report.failed(good | {"tests": {"error": "pytest is not installed"}})
     assert gpu_report.failed(good | {"tests": {"status": 1}})
     assert gpu_report.failed(good | {"benchmark": [{"error": "out of memory"}]})
+    assert gpu_report.failed(good | {"kernels": [{"error": "triton is not installed"}]})
