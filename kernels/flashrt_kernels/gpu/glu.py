@@ -46,7 +46,8 @@ def add_products(sums, x, row, valid, group, CODEC: tl.constexpr, GROUPS: tl.con
     return sums + (scale * products - offset * tl.sum(x, axis=1)[None, :])
 
 
-@triton.jit(do_not_specialize=["capacity"])
+# The order of sums must not follow from how x is aligned.
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["x_ptr"])
 def _partial_kernel(
     x_ptr,
     bundles_ptr,
@@ -164,9 +165,9 @@ def glu_rows(
     """y[b] += h * down, summed over the first `count` slots; h = act(gate·x) * (up·x), or act(up·x + up_bias) ungated.
 
     x and y float32 [B, K], B up to 16. bundles uint8 [n, stride] of (gate, up, down) rows, ungated (up, down). slots
-    int32 [s], each in 0..n-1, which is not checked. count int32 [1] on the device (None: all s). up_bias float32 [n] is
-    indexed by slot; weights float32 [B] multiplies a token's h. scratch: `workspace(s, B, K)`; None allocates. Raises
-    ValueError on anything else.
+    int32 [s], each in 0..n-1, and count int32 [1], up to s (None: s), lie on the device; their values are not checked.
+    up_bias float32 [n] is indexed by slot; weights float32 [B] multiplies a token's h. scratch: `workspace(s, B, K)`;
+    None allocates. Raises ValueError on anything else.
 
     A token's result has the same bits whoever shares the batch, and when the slots are spread over several calls, in
     order, that begin at multiples of 128.

@@ -5,9 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from flashrt_kernels.gpu.row_list import BLOCK
 from flashrt_kernels.gpu.slot_map import SlotMap
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _copy_bias_kernel(up_bias_ptr, slot_bias_ptr, row_of_ptr, slots, BLOCK: tl.constexpr):
+    """slot_bias[slot] = up_bias[row_of[slot]] where a row is. Grid (blocks)."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_of_ptr + slot, mask=slot < slots, other=-1)
+    tl.store(slot_bias_ptr + slot, tl.load(up_bias_ptr + row, mask=row >= 0), mask=row >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,8 @@ class LayerRows:
         )
 
     def refresh_bias(self) -> None:
-        """slot_bias after rows were placed; what an empty slot has does not matter."""
+        """slot_bias, after rows were placed."""
         if self.up_bias is not None:
-            torch.index_select(self.up_bias, 0, self.slot_map.row_of.clamp(min=0), out=self.slot_bias)
+            slots = len(self.slots)
+            grid = (triton.cdiv(slots, BLOCK),)
+            _copy_bias_kernel[grid](self.up_bias, self.slot_bias, self.slot_map.row_of, slots, BLOCK=BLOCK)

@@ -25,13 +25,12 @@ class RowList:
 
     items: Tensor  # int32 [n]
     count: Tensor  # int32 [1]
+    blocks: Tensor  # int32 [blocks of n]: counts, while a list is made
 
     @classmethod
     def empty(cls, n: int, device: torch.device | str) -> RowList:
         """Memory for up to `n` items."""
-        return cls(torch.empty(n, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device))
-
-
-def block_counts(n: int, device: torch.device) -> Tensor:
-    """Memory for one count per block of `n` numbers: int32 [blocks]."""
-    return torch.empty(max(triton.cdiv(n, BLOCK), 1), dtype=torch.int32, device=device)
+        items, count, blocks = (
+            torch.zeros(size, dtype=torch.int32, device=device) for size in (n, 1, triton.cdiv(n, BLOCK))
+        )
+        return cls(items, count, blocks)

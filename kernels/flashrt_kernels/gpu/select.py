@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashrt_kernels.gpu.arguments import check
-from flashrt_kernels.gpu.row_list import BLOCK, RowList, block_counts, counted_before
+from flashrt_kernels.gpu.row_list import BLOCK, RowList, counted_before
 
 
 @triton.jit
@@ -64,9 +64,17 @@ def select_rows(scores: Tensor, threshold: float, out: RowList | None = None) ->
     if out is None:
         out = RowList.empty(rows, device)
     check("out", out.items, torch.int32, (rows,), device)
-    blocks = block_counts(rows, device)
-    grid = blocks.shape
-    _count_chosen_kernel[grid](scores, blocks, tokens, rows, threshold, BLOCK=BLOCK)
-    scan = triton.next_power_of_2(len(blocks))
-    _write_chosen_kernel[grid](scores, blocks, out.items, out.count, tokens, rows, threshold, BLOCK=BLOCK, BLOCKS=scan)
+    blocks = triton.cdiv(rows, BLOCK)
+    _count_chosen_kernel[(blocks,)](scores, out.blocks, tokens, rows, threshold, BLOCK=BLOCK)
+    _write_chosen_kernel[(blocks,)](
+        scores,
+        out.blocks,
+        out.items,
+        out.count,
+        tokens,
+        rows,
+        threshold,
+        BLOCK=BLOCK,
+        BLOCKS=triton.next_power_of_2(blocks),
+    )
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashrt_kernels.gpu.arguments import check
-from flashrt_kernels.gpu.row_list import BLOCK, RowList, block_counts, counted_before
+from flashrt_kernels.gpu.row_list import BLOCK, RowList, counted_before
 
 
 @triton.jit
@@ -127,6 +127,7 @@ class SlotMap:
     needed: Tensor  # uint8 [slots]: 1 for the slots that `split` found last
     hand: Tensor  # int32 [1]: the slot that is looked at first
     next_hand: Tensor  # int32 [1]
+    blocks: Tensor  # int32 [blocks of slots]: counts of free slots
 
     @classmethod
     def empty(cls, rows: int, slots: int, device: torch.device | str) -> SlotMap:
@@ -139,6 +140,7 @@ class SlotMap:
             torch.zeros(slots, dtype=torch.uint8, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
+            torch.empty(triton.cdiv(slots, BLOCK), dtype=torch.int32, device=device),
         )
 
     def split(self, rows: RowList, hits: RowList, misses: RowList) -> None:
@@ -151,20 +153,20 @@ class SlotMap:
             if len(out.items) < len(rows.items):
                 raise ValueError(f"{name}: expected room for {len(rows.items)} items, found {len(out.items)}")
         self.needed.zero_()
-        blocks = block_counts(len(rows.items), self.slot_of.device)
-        _count_hits_kernel[blocks.shape](rows.items, rows.count, self.slot_of, blocks, BLOCK=BLOCK)
-        _split_kernel[blocks.shape](
+        blocks = triton.cdiv(len(rows.items), BLOCK)
+        _count_hits_kernel[(blocks,)](rows.items, rows.count, self.slot_of, hits.blocks, BLOCK=BLOCK)
+        _split_kernel[(blocks,)](
             rows.items,
             rows.count,
             self.slot_of,
-            blocks,
+            hits.blocks,
             self.needed,
             hits.items,
             hits.count,
             misses.items,
             misses.count,
             BLOCK=BLOCK,
-            BLOCKS=triton.next_power_of_2(len(blocks)),
+            BLOCKS=triton.next_power_of_2(blocks),
         )
 
     def place(self, misses: RowList, out: Tensor) -> None:
@@ -174,21 +176,21 @@ class SlotMap:
         """
         self._check("misses", misses.items)
         self._check("out", out, len(misses.items))
-        blocks = block_counts(len(self.row_of), self.row_of.device)
-        _count_free_kernel[blocks.shape](self.needed, self.hand, blocks, len(self.row_of), BLOCK=BLOCK)
-        _place_kernel[blocks.shape](
+        blocks = len(self.blocks)
+        _count_free_kernel[(blocks,)](self.needed, self.hand, self.blocks, len(self.row_of), BLOCK=BLOCK)
+        _place_kernel[(blocks,)](
             misses.items,
             misses.count,
             self.needed,
             self.hand,
             self.next_hand,
-            blocks,
+            self.blocks,
             self.slot_of,
             self.row_of,
             out,
             len(self.row_of),
             BLOCK=BLOCK,
-            BLOCKS=triton.next_power_of_2(len(blocks)),
+            BLOCKS=triton.next_power_of_2(blocks),
         )
         self.hand.copy_(self.next_hand)  # not in the kernel: its programs all read the hand
 

@@ -54,7 +54,7 @@ class SparseStep:
         self._counts = torch.empty_like(self._firsts)
         self._size = size
         self._passes = [
-            RowList(self._chosen.items[first : first + size], self._counts[i : i + 1])
+            RowList(self._chosen.items[first : first + size], self._counts[i : i + 1], self._chosen.blocks)
             for i, first in enumerate(range(0, neurons, size))
         ]
 
