@@ -21,7 +21,7 @@ def counted_before(blocks_ptr, block, BLOCKS: tl.constexpr):
 
 @dataclass(frozen=True, slots=True)
 class RowList:
-    """The first `count` of `items` count, in ascending order; what follows is undefined."""
+    """The first `count` of `items` count, in ascending order of rows; what follows is undefined."""
 
     items: Tensor  # int32 [n]
     count: Tensor  # int32 [1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from flashrt_kernels import reference
-from flashrt_kernels.gpu import RowList
 from flashrt_kernels.rows import Codec, bundle_stride, row_bytes
+
+gpu = pytest.importorskip("flashrt_kernels.gpu", reason="triton is not installed")
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -33,13 +35,13 @@ def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def listed(rows: RowList) -> list[int]:
+def listed(rows: gpu.RowList) -> list[int]:
     return rows.items[: int(rows.count)].tolist()
 
 
-def row_list(rows: Sequence[int], device: str, room: int) -> RowList:
+def row_list(rows: Sequence[int], device: str, room: int) -> gpu.RowList:
     """A list with room for more; what follows its rows would lead astray."""
-    result = RowList.empty(room, device)
+    result = gpu.RowList.empty(room, device)
     result.items.fill_(1 << 30)
     result.items[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
     result.count.fill_(len(rows))

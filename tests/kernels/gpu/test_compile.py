@@ -11,6 +11,7 @@ import pytest
 
 from flashrt_kernels.rows import Codec
 
+pytest.importorskip("triton", reason="triton is not installed")
 MORE = [
     (75, Codec.INT4),
     (80, Codec.INT4),

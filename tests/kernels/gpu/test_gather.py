@@ -3,9 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashrt_kernels.gpu import gather_rows
-
-from .helpers import int32, shuffled
+from .helpers import gpu, int32, shuffled
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -23,7 +21,7 @@ def test_rows_come_whole_and_nothing_else_changes(device, stride, dtype):
     indices, slots = shuffled(3, 23, 7).to(dtype), shuffled(4, 11, 7)
     expected = out.clone()
     expected[slots.to(device).long()] = rows[indices.long()].to(device)
-    gather_rows(rows, indices.to(device), out, slots.to(device))
+    gpu.gather_rows(rows, indices.to(device), out, slots.to(device))
     assert torch.equal(out, expected)
 
 
@@ -34,7 +32,7 @@ def test_only_counted_rows_come(device, count):
     indices[:count], slots[:count] = torch.arange(count) + 3, torch.arange(count, dtype=torch.int32)
     expected = out.clone()
     expected[:count] = rows[3 : 3 + count].to(device)
-    gather_rows(rows, indices.to(device), out, slots.to(device), int32(count).to(device))
+    gpu.gather_rows(rows, indices.to(device), out, slots.to(device), int32(count).to(device))
     assert torch.equal(out, expected)
 
 
@@ -50,13 +48,13 @@ def test_wrong_arguments_are_named(device):
         ("count", int32(1, 1).to(device)),
     ]:
         with pytest.raises(ValueError, match=f"^{name}"):
-            gather_rows(**good | {name: wrong})
+            gpu.gather_rows(**good | {name: wrong})
 
 
 @pytest.mark.gpu
 def test_host_memory_must_be_pinned(cuda):
     with pytest.raises(ValueError, match="pin_memory"):
-        gather_rows(noise(1, 9, 128), int32(1).to(cuda), noise(2, 6, 128).to(cuda), int32(0).to(cuda))
+        gpu.gather_rows(noise(1, 9, 128), int32(1).to(cuda), noise(2, 6, 128).to(cuda), int32(0).to(cuda))
 
 
 @pytest.mark.gpu
@@ -64,5 +62,5 @@ def test_real_sizes(cuda):
     stride = 13888
     rows, out = noise(1, 20000, stride).pin_memory(), torch.zeros((4000, stride), dtype=torch.uint8, device=cuda)
     indices, slots = shuffled(3, 20000, 4000), shuffled(4, 4000, 4000)
-    gather_rows(rows, indices.to(cuda), out, slots.to(cuda))
+    gpu.gather_rows(rows, indices.to(cuda), out, slots.to(cuda))
     assert torch.equal(out[slots.to(cuda).long()].cpu(), rows[indices.long()])

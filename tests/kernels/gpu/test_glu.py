@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from flashrt_kernels import reference
-from flashrt_kernels.gpu import glu_rows, workspace
 from flashrt_kernels.rows import Codec
 
-from .helpers import int32, neurons, normal, rms_ratio, same, shuffled
+from .helpers import gpu, int32, neurons, normal, rms_ratio, same, shuffled
 
 # numpy's word for what a GPU does without one: exp(-x) is infinite, and silu(x) zero.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -26,7 +25,7 @@ def test_it_matches_the_reference(device, codec, k, n, tokens):
     w, x = neurons(1, n + 5, k, codec).to(device), normal(2, tokens, k).to(device)
     y, slots = normal(3, tokens, k).to(device) * 0.01, shuffled(4, n + 5, n).to(device)
     expected = expect(x, w, codec, "silu", True, y, slots)
-    glu_rows(x, w, codec, "silu", True, y, slots)
+    gpu.glu_rows(x, w, codec, "silu", True, y, slots)
     assert rms_ratio(y, expected) < 3e-6
 
 
@@ -41,7 +40,7 @@ def test_activations(device, activation, gated):
     slots = shuffled(4, n, 33).to(device)
     before = y.clone()
     expected = expect(x, w, codec, activation, gated, y, slots, **options)
-    glu_rows(x, w, codec, activation, gated, y, slots, **options)
+    gpu.glu_rows(x, w, codec, activation, gated, y, slots, **options)
     assert rms_ratio(y - before, expected - before) < 3e-6
 
 
@@ -51,14 +50,14 @@ def test_neither_the_batch_nor_the_calls_change_a_bit(device, codec):
     w, x, start = neurons(1, n, k, codec).to(device), normal(2, tokens, k).to(device), normal(3, tokens, k).to(device)
     slots = shuffled(4, n, 290).to(device)
     whole = start.clone()
-    glu_rows(x, w, codec, "silu", True, whole, slots)
+    gpu.glu_rows(x, w, codec, "silu", True, whole, slots)
     for chosen in ([0], [4, 1, 3]):
         y = start[chosen]
-        glu_rows(x[chosen], w, codec, "silu", True, y, slots)
+        gpu.glu_rows(x[chosen], w, codec, "silu", True, y, slots)
         assert same(y, whole[chosen])
     y = start.clone()
     for first, last in ((0, 128), (128, 256), (256, 290)):
-        glu_rows(x, w, codec, "silu", True, y, slots[first:last].contiguous())
+        gpu.glu_rows(x, w, codec, "silu", True, y, slots[first:last].contiguous())
     assert same(y, whole)
 
 
@@ -69,11 +68,11 @@ def test_only_counted_slots_are_read(device):
     slots = shuffled(4, n, 60).to(device)
     for count in (0, 1, 32, 33, 60):
         expected, y = start.clone(), start.clone()
-        glu_rows(x, w, codec, "silu", True, expected, slots[:count])
+        gpu.glu_rows(x, w, codec, "silu", True, expected, slots[:count])
         astray = torch.full((130,), 1 << 30, dtype=torch.int32, device=device)
         astray[:count] = slots[:count]
-        scratch = workspace(130, 2, k, device).fill_(torch.nan)
-        glu_rows(x, w, codec, "silu", True, y, astray, int32(count).to(device), scratch=scratch)
+        scratch = gpu.workspace(130, 2, k, device).fill_(torch.nan)
+        gpu.glu_rows(x, w, codec, "silu", True, y, astray, int32(count).to(device), scratch=scratch)
         assert same(y, expected)
 
 
@@ -85,7 +84,7 @@ def test_infinity_and_nan_stay(device):
         x = normal(2, 2, k).to(device)
         x[1, 5] = torch.nan
         y = torch.zeros_like(x)
-        glu_rows(x, w, codec, activation, True, y, slots)
+        gpu.glu_rows(x, w, codec, activation, True, y, slots)
         assert y[0].isfinite().all()
         assert y[1].isnan().all()
 
@@ -107,10 +106,10 @@ def test_wrong_arguments_are_named(device):
         ("count", slots),
         ("up_bias", normal(1, 4).to(device)),
         ("weights", normal(1, 2).to(device)),
-        ("scratch", workspace(2, 2, 64, device)),
+        ("scratch", gpu.workspace(2, 2, 64, device)),
     ]:
         with pytest.raises(ValueError, match=f"^{name}"):
-            glu_rows(**good | {name: wrong})
+            gpu.glu_rows(**good | {name: wrong})
 
 
 @pytest.mark.gpu
@@ -123,8 +122,8 @@ def test_real_sizes(cuda, codec, tokens):
         slots = shuffled(4, n, count).to(cuda)
         y = start.clone()
         expected = expect(x, w, codec, "silu", True, y, slots)
-        glu_rows(x, w, codec, "silu", True, y, slots)
+        gpu.glu_rows(x, w, codec, "silu", True, y, slots)
         assert rms_ratio(y, expected) < 1e-5
         alone = start[-1:].clone()
-        glu_rows(x[-1:].contiguous(), w, codec, "silu", True, alone, slots)
+        gpu.glu_rows(x[-1:].contiguous(), w, codec, "silu", True, alone, slots)
         assert same(alone, y[-1:])

@@ -5,15 +5,17 @@ import random
 import pytest
 import torch
 
-from flashrt_kernels.gpu import RowList, SlotMap
-
-from .helpers import listed, row_list
+from .helpers import gpu, listed, row_list
 
 
-def bring(slot_map: SlotMap, rows: list[int], device: str) -> tuple[list[int], list[int], list[int]]:
+def bring(slot_map: gpu.SlotMap, rows: list[int], device: str) -> tuple[list[int], list[int], list[int]]:
     """Split and place `rows`: the slots that were hit, the rows that missed, and the slots that these got."""
     room = len(slot_map.row_of)
-    wanted, hits, misses = row_list(rows, device, room), RowList.empty(room, device), RowList.empty(room, device)
+    wanted, hits, misses = (
+        row_list(rows, device, room),
+        gpu.RowList.empty(room, device),
+        gpu.RowList.empty(room, device),
+    )
     out = torch.full((room,), -7, dtype=torch.int32, device=device)
     slot_map.split(wanted, hits, misses)
     slot_map.place(misses, out)
@@ -23,7 +25,7 @@ def bring(slot_map: SlotMap, rows: list[int], device: str) -> tuple[list[int], l
 
 
 def test_hits_and_misses_keep_the_order_of_rows(device):
-    slot_map = SlotMap.empty(20, 6, device)
+    slot_map = gpu.SlotMap.empty(20, 6, device)
     assert bring(slot_map, [3, 8, 11], device) == ([], [3, 8, 11], [0, 1, 2])
     assert bring(slot_map, [2, 8, 9, 11], device) == ([1, 2], [2, 9], [3, 4])
     assert bring(slot_map, [], device) == ([], [], [])
@@ -31,7 +33,7 @@ def test_hits_and_misses_keep_the_order_of_rows(device):
 
 
 def test_the_hand_passes_over_what_is_needed(device):
-    slot_map = SlotMap.empty(20, 4, device)
+    slot_map = gpu.SlotMap.empty(20, 4, device)
     bring(slot_map, [0, 1, 2, 3], device)
     assert bring(slot_map, [0, 2, 10], device) == ([0, 2], [10], [1])
     assert bring(slot_map, [0, 2, 11], device) == ([0, 2], [11], [3])
@@ -42,7 +44,7 @@ def test_the_hand_passes_over_what_is_needed(device):
 @pytest.mark.parametrize(("rows", "slots"), [(50, 1), (50, 17), (50, 50), (3000, 1100)])
 def test_random_traces(device, rows, slots):
     """Whatever is asked for: each row has one slot, each slot one row, and what was hit stays where it was."""
-    chance, slot_map = random.Random(1), SlotMap.empty(rows, slots, device)
+    chance, slot_map = random.Random(1), gpu.SlotMap.empty(rows, slots, device)
     for _ in range(8):
         wanted = sorted(chance.sample(range(rows), chance.randint(0, slots)))
         before = slot_map.slot_of.tolist()
@@ -61,13 +63,13 @@ def test_random_traces(device, rows, slots):
 
 
 def test_more_rows_than_slots_are_refused(device):
-    slot_map = SlotMap.empty(20, 6, device)
+    slot_map = gpu.SlotMap.empty(20, 6, device)
     with pytest.raises(ValueError, match=r"^rows: expected room for 1 to 6 items, found 7"):
-        slot_map.split(RowList.empty(7, device), RowList.empty(7, device), RowList.empty(7, device))
+        slot_map.split(gpu.RowList.empty(7, device), gpu.RowList.empty(7, device), gpu.RowList.empty(7, device))
     with pytest.raises(ValueError, match=r"^misses"):
-        slot_map.split(RowList.empty(6, device), RowList.empty(6, device), RowList.empty(5, device))
+        slot_map.split(gpu.RowList.empty(6, device), gpu.RowList.empty(6, device), gpu.RowList.empty(5, device))
     with pytest.raises(ValueError, match=r"^slots"):
-        SlotMap.empty(20, 21, device)
+        gpu.SlotMap.empty(20, 21, device)
 
 
 @pytest.mark.gpu

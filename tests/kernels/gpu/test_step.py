@@ -5,10 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrt_kernels import reference
-from flashrt_kernels.gpu import LayerRows, SparseStep, gather_rows, glu_rows, select_rows
 from flashrt_kernels.rows import Codec
 
-from .helpers import listed, neurons, normal, rms_ratio, same
+from .helpers import gpu, listed, neurons, normal, rms_ratio, same
 
 K = 72
 NEURONS = 300
@@ -28,10 +27,10 @@ def host(rows: torch.Tensor, device: str) -> torch.Tensor:
 
 def whole(x, w, codec, activation, gated, y, scores, threshold, up_bias=None):
     """The same with all rows on the device and a count that the host knows."""
-    chosen = select_rows(scores, threshold)
+    chosen = gpu.select_rows(scores, threshold)
     result = y.clone()
     rows = chosen.items[: int(chosen.count)]
-    glu_rows(x, w, codec, activation, gated, result, rows, up_bias=up_bias)
+    gpu.glu_rows(x, w, codec, activation, gated, result, rows, up_bias=up_bias)
     return result, rows
 
 
@@ -39,8 +38,8 @@ def whole(x, w, codec, activation, gated, y, scores, threshold, up_bias=None):
 def test_slots_change_no_bit(device, slots, thresholds):
     """Few rows, more than there are slots, none, all: the sum is that over all rows in one place."""
     codec, w = Codec.INT8, neurons(1, NEURONS, K, Codec.INT8)
-    step = SparseStep(NEURONS, slots, 3, K, codec, "silu", True, device)
-    layer = LayerRows.create(host(w, device), slots, device)
+    step = gpu.SparseStep(NEURONS, slots, 3, K, codec, "silu", True, device)
+    layer = gpu.LayerRows.create(host(w, device), slots, device)
     for i, threshold in enumerate(thresholds):
         tokens = (1, 3, 2)[i]
         x, y = normal(10 * i + 2, tokens, K).to(device), normal(10 * i + 3, tokens, K).to(device)
@@ -58,11 +57,11 @@ def test_slots_change_no_bit(device, slots, thresholds):
 def test_layers_share_a_step(device):
     """Rows that a token shares with the last stay, and each layer has its own, with its bias."""
     codec, threshold = Codec.INT4, 0.6
-    step = SparseStep(NEURONS, 256, 1, K, codec, "relu", False, device)
+    step = gpu.SparseStep(NEURONS, 256, 1, K, codec, "relu", False, device)
     weights = [neurons(seed, NEURONS, K, codec, gated=False) for seed in (1, 2)]
     biases = [normal(seed, NEURONS).to(device) for seed in (3, 4)]
     layers = [
-        LayerRows.create(host(w, device), 256, device, up_bias) for w, up_bias in zip(weights, biases, strict=True)
+        gpu.LayerRows.create(host(w, device), 256, device, up_bias) for w, up_bias in zip(weights, biases, strict=True)
     ]
     scores = normal(5, 1, NEURONS).to(device)
     for token in range(3):
@@ -81,15 +80,15 @@ def test_it_fetches_only_what_is_missing(device, monkeypatch):
 
     def count(rows, indices, out, slots, count):
         fetched.append(int(count))
-        gather_rows(rows, indices, out, slots, count)
+        gpu.gather_rows(rows, indices, out, slots, count)
 
     monkeypatch.setattr("flashrt_kernels.gpu.step.gather_rows", count)
-    step = SparseStep(NEURONS, 256, 1, K, Codec.INT8, "silu", True, device)
-    layer = LayerRows.create(host(neurons(1, NEURONS, K, Codec.INT8), device), 256, device)
+    step = gpu.SparseStep(NEURONS, 256, 1, K, Codec.INT8, "silu", True, device)
+    layer = gpu.LayerRows.create(host(neurons(1, NEURONS, K, Codec.INT8), device), 256, device)
     x, scores = normal(2, 1, K).to(device), normal(3, 1, NEURONS).to(device)
-    chosen = set(listed(select_rows(scores, 0.8)))
+    chosen = set(listed(gpu.select_rows(scores, 0.8)))
     later = scores.roll(1)
-    missing = set(listed(select_rows(later, 0.8))) - chosen
+    missing = set(listed(gpu.select_rows(later, 0.8))) - chosen
     for asked in (scores, scores, later):
         step(layer, x, asked, 0.8, torch.zeros_like(x))
     assert fetched[::2] == [len(chosen), 0, len(missing)]
@@ -99,14 +98,14 @@ def test_it_fetches_only_what_is_missing(device, monkeypatch):
 def test_wrong_arguments_are_named(device):
     for slots in (127, NEURONS + 1):
         with pytest.raises(ValueError, match=rf"^slots: expected 128 to {NEURONS}, found {slots}"):
-            SparseStep(NEURONS, slots, 1, K, Codec.INT8, "silu", True, device)
-    step = SparseStep(NEURONS, 128, 2, K, Codec.INT8, "silu", True, device)
+            gpu.SparseStep(NEURONS, slots, 1, K, Codec.INT8, "silu", True, device)
+    step = gpu.SparseStep(NEURONS, 128, 2, K, Codec.INT8, "silu", True, device)
     rows = host(neurons(1, NEURONS, K, Codec.INT8), device)
     x, scores = normal(2, 2, K).to(device), normal(3, 2, NEURONS).to(device)
-    layer = LayerRows.create(rows, 128, device)
+    layer = gpu.LayerRows.create(rows, 128, device)
     for name, args in [
-        ("layer", (LayerRows.create(rows, 129, device), x, scores)),
-        ("layer", (LayerRows.create(rows[:-1], 128, device), x, scores)),
+        ("layer", (gpu.LayerRows.create(rows, 129, device), x, scores)),
+        ("layer", (gpu.LayerRows.create(rows[:-1], 128, device), x, scores)),
         ("scores", (layer, x, scores[:1])),
         ("x", (layer, normal(2, 3, K).to(device), normal(3, 3, NEURONS).to(device))),
         ("x", (layer, normal(2, 2, 4 * K).to(device), scores)),
@@ -120,7 +119,10 @@ def test_real_sizes(cuda):
     """In a CUDA graph, which nothing that waits for the device can be captured into."""
     k, n, codec = 1536, 8960, Codec.INT4
     w = neurons(1, n, k, codec, device=cuda).cpu()
-    step, layer = SparseStep(n, 4096, 4, k, codec, "silu", True, cuda), LayerRows.create(w.pin_memory(), 4096, cuda)
+    step, layer = (
+        gpu.SparseStep(n, 4096, 4, k, codec, "silu", True, cuda),
+        gpu.LayerRows.create(w.pin_memory(), 4096, cuda),
+    )
     x, scores, y = normal(2, 4, k).to(cuda), normal(3, 4, n).to(cuda), torch.zeros(4, k, device=cuda)
     step(layer, x, scores, 1.5, y)  # compiles
     graph = torch.cuda.CUDAGraph()
