@@ -31,6 +31,15 @@ def _gather_kernel(
         tl.store(target + word, tl.load(source + word, mask=word < WORDS), mask=word < WORDS)
 
 
+def check_source(name: str, rows: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless `gather_rows` can read `rows` from `device`."""
+    check(name, rows, torch.uint8, (None, None), rows.device)
+    if rows.shape[1] == 0 or rows.shape[1] % ALIGNMENT:
+        raise ValueError(f"{name}: expected rows of a multiple of {ALIGNMENT} bytes, found {rows.shape[1]}")
+    if rows.device != device and not rows.is_pinned():
+        raise ValueError(f"{name}: expected pinned host memory or {device}, found pageable memory; use pin_memory()")
+
+
 def gather_rows(rows: Tensor, indices: Tensor, out: Tensor, slots: Tensor, count: Tensor | None = None) -> None:
     """out[slots[i]] = rows[indices[i]] for the first `count` i.
 
@@ -40,12 +49,10 @@ def gather_rows(rows: Tensor, indices: Tensor, out: Tensor, slots: Tensor, count
     """
     device = out.device
     check("out", out, torch.uint8, (None, None), device)
-    stride = out.shape[1]
-    if stride == 0 or stride % ALIGNMENT:
-        raise ValueError(f"out: expected rows of a multiple of {ALIGNMENT} bytes, found {stride}")
-    check("rows", rows, torch.uint8, (None, stride), rows.device)
-    if rows.device != device and not rows.is_pinned():
-        raise ValueError(f"rows: expected pinned host memory or {device}, found pageable memory; use rows.pin_memory()")
+    check_source("rows", rows, device)
+    stride = rows.shape[1]
+    if out.shape[1] != stride:
+        raise ValueError(f"out: expected rows of {stride} bytes, found {out.shape[1]}")
     check("indices", indices, torch.int32 if indices.dtype == torch.int32 else torch.int64, (None,), device)
     check("slots", slots, torch.int32, tuple(indices.shape), device)
     if count is not None:

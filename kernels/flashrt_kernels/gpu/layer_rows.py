@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashrt_kernels.gpu.arguments import check
+from flashrt_kernels.gpu.gather import check_source
 from flashrt_kernels.gpu.row_list import BLOCK
 from flashrt_kernels.gpu.slot_map import SlotMap
 
@@ -33,13 +35,21 @@ class LayerRows:
 
     @classmethod
     def create(cls, host: Tensor, slots: int, device: torch.device | str, up_bias: Tensor | None = None) -> LayerRows:
-        """The bundles in `host`, with `slots` slots on `device`, all of them empty."""
+        """The bundles in `host`, with `slots` slots on `device`, all of them empty.
+
+        Raises ValueError unless the device can read `host`, and for more slots than rows.
+        """
+        slot_map = SlotMap.empty(len(host), slots, device)
+        place = slot_map.slot_of.device
+        check_source("host", host, place)
+        if up_bias is not None:
+            check("up_bias", up_bias, torch.float32, (len(host),), place)
         return cls(
             host,
-            torch.empty((slots, host.shape[1]), dtype=torch.uint8, device=device),
-            SlotMap.empty(host.shape[0], slots, device),
+            torch.empty((slots, host.shape[1]), dtype=torch.uint8, device=place),
+            slot_map,
             up_bias,
-            None if up_bias is None else torch.empty(slots, dtype=torch.float32, device=device),
+            None if up_bias is None else torch.empty(slots, dtype=torch.float32, device=place),
         )
 
     def refresh_bias(self) -> None:

@@ -41,9 +41,10 @@ def test_wrong_arguments_are_named(device):
     good = {"rows": rows, "indices": int32(1, 2).to(device), "out": out, "slots": int32(0, 3).to(device)}
     for name, wrong in [
         ("rows", rows[:, :64]),
+        ("rows", host(noise(1, 9, 100), device)),
         ("rows", rows.to(torch.int16)),
         ("indices", int32(1, 2).float().to(device)),
-        ("out", noise(2, 6, 100).to(device)),
+        ("out", noise(2, 6, 192).to(device)),
         ("slots", int32(1).to(device)),
         ("count", int32(1, 1).to(device)),
     ]:
@@ -55,6 +56,8 @@ def test_wrong_arguments_are_named(device):
 def test_host_memory_must_be_pinned(cuda):
     with pytest.raises(ValueError, match="pin_memory"):
         gpu.gather_rows(noise(1, 9, 128), int32(1).to(cuda), noise(2, 6, 128).to(cuda), int32(0).to(cuda))
+    with pytest.raises(ValueError, match="^host: .*pin_memory"):
+        gpu.LayerRows.create(noise(1, 9, 128), 4, cuda)
 
 
 @pytest.mark.gpu

@@ -99,6 +99,8 @@ def test_wrong_arguments_are_named(device):
     for slots in (127, NEURONS + 1):
         with pytest.raises(ValueError, match=rf"^slots: expected 128 to {NEURONS}, found {slots}"):
             gpu.SparseStep(NEURONS, slots, 1, K, Codec.INT8, "silu", True, device)
+    with pytest.raises(ValueError, match="^up_bias"):
+        gpu.LayerRows.create(host(neurons(1, 3, K, Codec.INT8), device), 2, device, normal(1, 2).to(device))
     step = gpu.SparseStep(NEURONS, 128, 2, K, Codec.INT8, "silu", True, device)
     rows = host(neurons(1, NEURONS, K, Codec.INT8), device)
     x, scores = normal(2, 2, K).to(device), normal(3, 2, NEURONS).to(device)
