@@ -46,17 +46,17 @@ def test_activations(device, activation, gated):
 
 @pytest.mark.parametrize("codec", [Codec.INT8, Codec.INT4])
 def test_neither_the_batch_nor_the_calls_change_a_bit(device, codec):
-    k, n, tokens = 72, 300, 5
+    k, n, tokens = 72, 300, 3
     w, x, start = neurons(1, n, k, codec).to(device), normal(2, tokens, k).to(device), normal(3, tokens, k).to(device)
-    slots = shuffled(4, n, 290).to(device)
+    slots = shuffled(4, n, 270).to(device)
     whole = start.clone()
     gpu.glu_rows(x, w, codec, "silu", True, whole, slots)
-    for chosen in ([0], [4, 1, 3]):
+    for chosen in ([0], [2, 1]):
         y = start[chosen]
         gpu.glu_rows(x[chosen], w, codec, "silu", True, y, slots)
         assert same(y, whole[chosen])
     y = start.clone()
-    for first, last in ((0, 128), (128, 256), (256, 290)):
+    for first, last in ((0, 128), (128, 256), (256, 270)):
         gpu.glu_rows(x, w, codec, "silu", True, y, slots[first:last].contiguous())
     assert same(y, whole)
 
