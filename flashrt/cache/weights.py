@@ -16,6 +16,7 @@ import numpy as np
 
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
 from flashrt.cache.device import Device, Tensor
+from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
 from flashrt.storage.pack import Pack
@@ -42,6 +43,7 @@ class Weights:
         self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
         self._ahead: bool | None = None  # whether a pass is already expected, and if so, with the head or without
         self._window = device.window(window_bytes(self.layout))
+        self._verifier = Verifier(reader, self._window)
         self._row_wait_s = 0.0
 
     @property
@@ -122,7 +124,7 @@ class Weights:
 
     def _read_rows(self, tensor: TensorLayout, size: int, rows: Sequence[tuple[int, int, int]], out: Tensor) -> None:
         """Read rows (position in `out`, bundle, offset within it) of `size` bytes, a windowful at a time."""
-        self._verify({bundle // tensor.block_bundles for _, bundle, _ in rows}, tensor)
+        self._verifier.check(tensor, {bundle // tensor.block_bundles for _, bundle, _ in rows})
         step = len(self._window) // size
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
@@ -131,12 +133,6 @@ class Weights:
             self.reader.submit_rows(tensor.file, offsets, landed, np.arange(len(part))).wait()
             for (i, _, _), row in zip(part, landed, strict=True):
                 self.device.put(row, out[i])
-
-    def _verify(self, indices: Iterable[int], tensor: TensorLayout) -> None:
-        """Read blocks whole whose checksums have not been compared yet: parts of a block cannot be checked."""
-        for block in map(tensor.block, indices):
-            if not self.reader.verified(block):
-                self.reader.submit(block, self._window[: block.nbytes]).wait()
 
     def _pinned_blocks(self) -> Iterator[tuple[Block, Tensor]]:
         for name, memory in self._pinned.items():

@@ -20,6 +20,9 @@ class Read:
     @property
     def at(self) -> int:
         """Byte of the file where it went wrong."""
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that came from the file so far, gaps and the rest of pages included."""
 
     def wait(self) -> int:
         """0, an errno, or one of ENDED, DAMAGED, CANCELLED. Ctrl-C interrupts the wait, not the read."""

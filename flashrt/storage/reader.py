@@ -39,6 +39,11 @@ class Ticket:
         """Whether `wait` would return, or raise, at once."""
         return self._read.ready
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that came from the file so far: more than asked for, where rows were read together."""
+        return self._read.bytes_read
+
     def wait(self) -> None:
         """Return when the data is there. Raises DiskError, PackError, or UsageError when it was cancelled."""
         status = self._read.wait()

@@ -77,6 +77,7 @@ class Read {
     bool ready() const { return request_->over.load(std::memory_order_acquire); }
     void cancel() { owner_->engine.cancel(request_); }
     uint64_t at() const { return request_->at; }
+    uint64_t bytes_read() const { return request_->bytes_read.load(std::memory_order_relaxed); }
 
     int wait() {
         if (!ready()) patiently([this] { return owner_->engine.wait(request_, SLICE); });
@@ -141,6 +142,7 @@ NB_MODULE(_io, m) {
     nb::class_<Read>(m, "Read")
         .def_prop_ro("ready", &Read::ready)
         .def_prop_ro("at", &Read::at)
+        .def_prop_ro("bytes_read", &Read::bytes_read)
         .def("wait", &Read::wait)
         .def("cancel", &Read::cancel);
 

@@ -80,6 +80,7 @@ Request* Engine::begin() {
     request->rows.clear();
     request->crc.reset();
     request->status = GOOD;
+    request->bytes_read.store(0, std::memory_order_relaxed);
     request->over.store(false, std::memory_order_relaxed);
     ++unfinished_;
     return request;
@@ -213,6 +214,7 @@ int Engine::judge(Op* op, int64_t result) {
     uint64_t done = op->done + static_cast<uint64_t>(result);
     if (done < op->needed && op->file.direct) done = done / PAGE * PAGE;  // from where it can go on
     bytes_read_.fetch_add(done - op->done, std::memory_order_relaxed);
+    op->request->bytes_read.fetch_add(done - op->done, std::memory_order_relaxed);
     if (done == op->done) return ENDED;
     op->done = done;
     return done < op->needed ? MORE : GOOD;

@@ -35,6 +35,7 @@ struct Request {
     size_t left = 0;  // reads that are not over
     int status = GOOD;
     uint64_t at = 0;  // in the file: where it went wrong
+    std::atomic<uint64_t> bytes_read{0};
     std::atomic<bool> over{true};
 };
 
