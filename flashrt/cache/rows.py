@@ -91,6 +91,7 @@ class RowCache:
         # Slots of the window in the order of use. Used again, a slot gets a new entry; `_place` says which one counts.
         self._queue = np.zeros(QUEUE_FACTOR * self.window, np.int32)
         self._place = np.full(len(memory), -1, np.int32)
+        self._head = self._tail = 0
         self._rebuild()
 
     def load(self) -> None:

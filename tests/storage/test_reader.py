@@ -123,8 +123,10 @@ def test_rows_are_merged_by_what_reads_cost(pack: Pack) -> None:
     for curve, pages in ((CostCurve({4096: 1e8, 1 << 20: 1e9}), 3), (None, 2)):  # the gap of a page included, or not
         reader = Reader(pack, curve=curve)
         try:
-            rows(reader, "resident.safetensors", [0, 9000], 9)
-            assert reader.bytes_read == pages * PAGE
+            out = np.zeros((2, 9), np.uint8)
+            ticket = reader.submit_rows("resident.safetensors", np.array([0, 9000]), out, np.arange(2))
+            ticket.wait()
+            assert ticket.bytes_read == reader.bytes_read == pages * PAGE
         finally:
             reader.close()
 
