@@ -81,7 +81,7 @@ class RowCache:
         self.statistics = RowStatistics()
         self.slot_bias = None if bias is None else np.zeros(len(memory), np.float32)
         self._bias, self._reader, self._verifier = bias, reader, verifier
-        self._verified = np.zeros(tensor.blocks, bool)
+        self._unverified = set(range(tensor.blocks))  # as far as is known here
         self._flying: deque[tuple[Ticket, Array]] = deque()  # reads under way, and the slots that they fill
         # An empty slot's row is -1, so the slot of "row -1" is kept as well, and means nothing.
         self._slot_of = np.full(self.neurons + 1, -1, np.int32)
@@ -119,7 +119,7 @@ class RowCache:
         """
         for part in self._parts(self._checked(rows)):
             slots, misses = self._request(part)
-            self._count(part, misses)
+            self._count(slots, misses)
             ready = self._ready(slots)
             if ready > 0:
                 yield Pass(part[:ready], slots[:ready])
@@ -179,7 +179,7 @@ class RowCache:
 
     def _parts(self, rows: Array) -> Iterator[Array]:
         """Cut rows such that the window holds those of each part; by the rows alone, at multiples of 128."""
-        pinned, begin = int(np.searchsorted(rows, self.pinned)), 0
+        pinned, begin = self._pinned_among(rows), 0
         while begin < len(rows):
             end = max(pinned, begin) + self.window
             if end < len(rows):
@@ -191,15 +191,18 @@ class RowCache:
         """Slots of rows that fit, and how many of the rows have just been asked of the disk."""
         try:
             self._land(wait=False)
-            slots = self._slot_of[rows]
-            window = slots[np.searchsorted(rows, self.pinned) :]  # a view: pinned rows come first
-            absent = np.flatnonzero(window < 0)
+            slots, pinned = self._slot_of[rows], self._pinned_among(rows)
+            window = slots[pinned:]  # a view
+            missing = window < 0
+            absent = missing.nonzero()[0]
             if len(absent):
-                self._place[window[window >= 0]] = -1  # these entries no longer count, so the slots are not taken
-                window[absent] = self._take(len(absent))
-            self._enqueue(window)
-            if len(absent):
-                self._read(rows[len(rows) - len(window) :][absent], window[absent])
+                self._place[window[~missing]] = -1  # these entries no longer count, so the slots are not taken
+                taken = self._take(len(absent))
+                window[absent] = taken
+                self._enqueue(window)
+                self._read(rows[pinned:][absent], taken)
+            else:
+                self._enqueue(window)
         except BaseException:
             self.abandon()
             raise
@@ -219,14 +222,16 @@ class RowCache:
         self.statistics.bytes_wanted += len(rows) * self.tensor.stride
 
     def _submit(self, rows: Array, slots: Array) -> Ticket:
-        blocks = rows // self.tensor.block_bundles
-        fresh = blocks[~self._verified[blocks]]
-        if len(fresh):
-            fresh = np.unique(fresh)
-            self._verifier.check(self.tensor, fresh.tolist())
-            self._verified[fresh] = True
+        if self._unverified:
+            self._verify(rows)
         offsets = self.tensor.offset + rows.astype(np.int64) * self.tensor.stride
         return self._reader.submit_rows(self.tensor.file, offsets, self.memory, slots.astype(np.int64))
+
+    def _verify(self, rows: Array) -> None:
+        """Have the blocks checked that are touched for the first time."""
+        fresh = self._unverified.intersection((rows // self.tensor.block_bundles).tolist())
+        self._verifier.check(self.tensor, sorted(fresh))
+        self._unverified -= fresh
 
     def _land(self, wait: bool) -> None:
         """Take note of reads that are over; with `wait`, of all."""
@@ -249,24 +254,28 @@ class RowCache:
         first = int(late.argmax())
         return first // NEURON_STEP * NEURON_STEP if late[first] else len(slots)
 
-    def _count(self, rows: Array, misses: int) -> None:
-        count, pinned = self.statistics, int(np.searchsorted(rows, self.pinned))
-        count.asked += len(rows)
+    def _count(self, slots: Array, misses: int) -> None:
+        count, pinned = self.statistics, int(np.count_nonzero(slots < self.pinned))
+        count.asked += len(slots)
         count.pinned_hits += pinned
-        count.hits += len(rows) - pinned - misses
+        count.hits += len(slots) - pinned - misses
         count.misses += misses
+
+    def _pinned_among(self, rows: Array) -> int:
+        """How many of ascending rows are pinned: they come first."""
+        return int(rows.searchsorted(np.int32(self.pinned)))  # an int64 would have all rows converted
 
     def _take(self, count: int) -> Array:
         """The `count` slots that were used longest ago, off the queue."""
-        taken = [np.zeros(0, np.int32)]
+        taken = []
         while count > 0:
             begin, end = self._head, min(self._head + SEARCH * count, self._tail)
             slots = self._queue[begin:end]
-            found = np.flatnonzero(self._place[slots] == np.arange(begin, end))[:count]
+            found = (self._place[slots] == np.arange(begin, end, dtype=np.int32)).nonzero()[0][:count]
             taken.append(slots[found])
             count -= len(found)
             self._head = end if count > 0 else begin + int(found[-1]) + 1
-        return np.concatenate(taken)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
     def _enqueue(self, slots: Array) -> None:
         """Put slots, each once, at the end of the queue."""
@@ -275,7 +284,7 @@ class RowCache:
             self._requeue(self._live())
         begin, self._tail = self._tail, self._tail + len(slots)
         self._queue[begin : self._tail] = slots
-        self._place[slots] = np.arange(begin, self._tail)
+        self._place[slots] = np.arange(begin, self._tail, dtype=np.int32)
 
     def _live(self) -> Array:
         """The queue without outdated entries."""

@@ -304,7 +304,7 @@ def test_index_bytes() -> None:
         cache, _ = fake_cache(neurons, slots, pinned)
         arrays = [value for value in vars(cache).values() if isinstance(value, np.ndarray)]
         kept = sum(a.nbytes for a in arrays if a is not cache.memory and a is not cache._bias)
-        assert kept == index_bytes(neurons, slots, pinned, bias=True) + cache.tensor.blocks
+        assert kept == index_bytes(neurons, slots, pinned, bias=True)
 
 
 @pytest.fixture
