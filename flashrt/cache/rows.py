@@ -278,7 +278,8 @@ class RowCache:
         return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
     def _enqueue(self, slots: Array) -> None:
-        """Put slots, each once, at the end of the queue."""
+        """Put slots of ascending rows, each once, at the end of the queue; of one token's, the coldest leaves first."""
+        slots = slots[::-1]
         if self._tail + len(slots) > len(self._queue):
             self._place[slots] = -1
             self._requeue(self._live())
