@@ -11,6 +11,7 @@ from flashrt.predict.low_rank import CODEC, Factors, LowRank, encode
 from flashrt.predict.oracle import Oracle
 from flashrt.predict.quality import measure
 from flashrt_kernels import cpu
+from tests.kernels.helpers import rms_ratio
 from tests.predict.support import relu_layer, text
 
 
@@ -36,8 +37,8 @@ def test_rows_are_those_with_a_positive_score(neurons: int, rank: int, k: int, t
     assert (np.diff(found) > 0).all()
     chosen = np.zeros(neurons, bool)
     chosen[found] = True
-    clear = np.abs(scores) > 0.02 * np.abs(scores).max()  # int8 rows
-    assert np.count_nonzero(clear) > 0.7 * neurons
+    clear = np.abs(scores) > 0.15 * np.abs(scores).max()  # int4 rows
+    assert np.count_nonzero(clear) > 0.5 * neurons
     assert np.array_equal(chosen[clear], scores[clear] > 0)
 
 
@@ -52,10 +53,10 @@ def test_a_token_finds_the_same_alone_and_in_company() -> None:
 def test_encoding_keeps_the_rows() -> None:
     matrix = np.random.default_rng(0).standard_normal((13, 70)).astype(np.float32)
     bundles = encode(cpu, matrix)
-    out = np.zeros((1, 13), np.float32)
-    for column in range(70):
-        cpu.linear(np.eye(70, dtype=np.float32)[column : column + 1], bundles, CODEC, out, 0, 13)
-        np.testing.assert_allclose(out[0], matrix[:, column], atol=0.02)
+    out = np.full((70, 13), np.nan, np.float32)
+    for column, unit in enumerate(np.eye(70, dtype=np.float32)):
+        cpu.linear(unit[None], bundles, CODEC, out[column : column + 1], 0, 13)
+    assert rms_ratio(out.T, matrix) < 0.1
 
 
 def test_nbytes() -> None:
