@@ -63,7 +63,7 @@ class RowCache:
     `bias` (float32 [neurons]) is kept by slot in `slot_bias` (float32 [slots]), as `ops.glu` wants it. `load` must be
     called before anything else. `statistics` counts. Raises BudgetError for fewer slots than `least_slots`.
 
-    A row that was read once is as good as any other: what is handed out depends on the rows asked for only.
+    The order in which rows are handed out depends on what is asked for only, never on what was in memory.
     """
 
     def __init__(
