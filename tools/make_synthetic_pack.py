@@ -3,10 +3,14 @@
 
     python tools/make_synthetic_pack.py OUT --preset llama-2-70b --dtype int4
     python tools/make_synthetic_pack.py OUT --preset tiny --layers 3 --hidden 96
+    python tools/make_synthetic_pack.py OUT --preset mixtral-8x7b --router-skew 1
 
 A block of random bundles is encoded for each kind of tensor and repeated at changing offsets, so the time is that of
 checksums and the disk, whatever the size. Weights have a variance of 1 / inputs: activations keep their size. The
 tokenizer is one token a byte. Speed measured on such a pack is the model's; its text and perplexity are noise.
+
+Random routers use all experts alike. With --router-skew S, the router's row of the expert of rank r (each layer has an
+order of its own) is r^-S times as long: the longer a row, the further its logit swings, and the oftener it is chosen.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,9 +82,10 @@ PRESETS = {
 class SyntheticSource:
     """What the packer asks of a checkpoint, for weights that nobody trained."""
 
-    def __init__(self, name: str, spec: ModelSpec, seed: int) -> None:
-        self.spec, self.name, self.source = spec, name, f"random weights, seed {seed}"
-        self.fingerprint = f"synthetic {seed} {json.dumps(spec.to_json(), sort_keys=True)}"
+    def __init__(self, name: str, spec: ModelSpec, seed: int, router_skew: float = 0.0) -> None:
+        self.spec, self.name, self.source = spec, name, f"random weights, seed {seed}, router skew {router_skew:g}"
+        self.fingerprint = f"synthetic {seed} {router_skew} {json.dumps(spec.to_json(), sort_keys=True)}"
+        self.router_skew = router_skew
         self._rng = np.random.default_rng(seed)
 
     def vector(self, key: str) -> Array:
@@ -92,6 +98,12 @@ class SyntheticSource:
             shapes = self.spec.layer_matrices(int(key.partition(".")[0]))
         columns = shapes[key][1]
         return self._normal((stop - start, columns), 1.0 if key == "embed" else columns**-0.5)
+
+    def router_rows(self, layer: int) -> Array:
+        """A skewed router, float32 [experts, hidden]."""
+        experts = self.spec.layers[layer].ffn.experts
+        ranks = self._rng.permutation(experts) + 1.0
+        return self.matrix_rows(f"{layer}.router", 0, experts) * np.float32(ranks[:, None] ** -self.router_skew)
 
     def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]:
         ffn = self.spec.layers[layer].ffn
@@ -116,6 +128,9 @@ class TiledEncoder:
         self._turn = 0
 
     def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
+        if self.source.router_skew and tensor.name.endswith(".router"):
+            bundles[:] = self._encode_router(tensor)[first : first + len(bundles)]
+            return
         pool = self._pool(tensor)
         at = self._turn % len(pool)
         self._turn += STEP
@@ -134,14 +149,25 @@ class TiledEncoder:
     def _encode_pool(self, tensor: TensorLayout) -> Array:
         """uint8 [bundles, stride]."""
         bundles = max(POOL_WEIGHTS // (tensor.columns * tensor.bundle_rows), 1)
-        pool = np.zeros((bundles, tensor.stride), np.uint8)
         if tensor.bundle_rows == MATRIX_ROWS:
             rows = self.source.matrix_rows(tensor.name, 0, bundles * MATRIX_ROWS)
             parts = [rows[r::MATRIX_ROWS] for r in range(MATRIX_ROWS)]
         else:
             layer = int(tensor.name.partition(".")[0])
             parts = [p for p in self.source.neuron_rows(layer, 0, 0, bundles) if p is not None]
-        size = row_bytes(tensor.codec, tensor.columns)
+        return self._encode(tensor, parts)
+
+    def _encode_router(self, tensor: TensorLayout) -> Array:
+        """All of a skewed router, uint8 [bundles, stride]."""
+        rows = np.zeros((tensor.bundles * MATRIX_ROWS, tensor.columns), np.float32)
+        weights = self.source.router_rows(int(tensor.name.partition(".")[0]))
+        rows[: len(weights)] = weights
+        return self._encode(tensor, [rows[r::MATRIX_ROWS] for r in range(MATRIX_ROWS)])
+
+    def _encode(self, tensor: TensorLayout, parts: Sequence[Array]) -> Array:
+        """uint8 [bundles, stride]; parts[r], float32 [bundles, columns], holds row r of every bundle."""
+        bundles, size = len(parts[0]), row_bytes(tensor.codec, tensor.columns)
+        pool = np.zeros((bundles, tensor.stride), np.uint8)
         for r, weights in enumerate(parts):
             encoded = np.empty((bundles, size), np.uint8)
             self._kernels.quantize(self._wrap(np.ascontiguousarray(weights)), tensor.codec, self._wrap(encoded))
@@ -170,9 +196,17 @@ def byte_tokenizer() -> bytes:
     return str(tokenizer.to_str()).encode()
 
 
-def make(out: Path, name: str, shape: Shape, dtype: Codec, seed: int = 0, progress: Any = None) -> Manifest:
+def make(
+    out: Path,
+    name: str,
+    shape: Shape,
+    dtype: Codec,
+    seed: int = 0,
+    progress: Any = None,
+    router_skew: float = 0.0,
+) -> Manifest:
     """Write the pack; see the packer for what it raises."""
-    source = SyntheticSource(name, shape.spec(), seed)
+    source = SyntheticSource(name, shape.spec(), seed, router_skew)
     report = progress or (lambda file, done, total: None)
     return pack(source, out, dtype, progress=report, encoder=TiledEncoder(source))
 
@@ -183,6 +217,7 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--dtype", choices=[c.value for c in Codec], default=Codec.INT4.value)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--router-skew", type=float, default=0.0, metavar="S", help="0: all experts alike")
     numbers = list(Shape.__dataclass_fields__)
     for field in numbers:
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, metavar="N", help="in place of the preset's")
@@ -202,7 +237,7 @@ def main() -> int:
 
     began = time.perf_counter()
     try:
-        manifest = make(args.out, args.preset, shape, Codec(args.dtype), args.seed, progress)
+        manifest = make(args.out, args.preset, shape, Codec(args.dtype), args.seed, progress, args.router_skew)
     except FlashrtError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -4,6 +4,10 @@ Order of claim in exact mode: the process itself, KV for the asked context and t
 runs without them; then weights, the small ones that every token needs first (router, attention, head), then FFN rows
 spread evenly over the layers, so that every layer streams the same share and compute overlaps all of it; embeddings
 last, since a token needs one row of them.
+
+Experts of a mixture get slots of a whole expert each, for a cache, once everything else is resident: as many as fit,
+and at least those that a token needs in two layers, so that one can be read for while the other computes. Where fewer
+fit, leading blocks of experts are pinned instead and the rest streams.
 """
 
 from __future__ import annotations
@@ -66,8 +70,10 @@ class Plan:
     pinned: Mapping[str, int]
     slots: int
     slot_bytes: int
+    expert_slots: int
+    expert_slot_bytes: int
     weight_bytes: int
-    pinned_bytes: int
+    pinned_bytes: int  # of weights in memory, slots of experts included
     streamed_bytes_per_token: int
 
     @property
@@ -86,6 +92,8 @@ class Plan:
             "streamed_bytes_per_token": self.streamed_bytes_per_token,
             "ring_slots": self.slots,
             "slot_bytes": self.slot_bytes,
+            "expert_slots": self.expert_slots,
+            "expert_slot_bytes": self.expert_slot_bytes,
         }
 
 
@@ -119,6 +127,8 @@ class _Planner:
         self.tensors = list(layout.tensors.values())
         self.weight_bytes = sum(t.nbytes for t in self.tensors)
         self.slot_bytes = align(max(t.max_block_bytes for t in self.tensors), PAGE)
+        self.experts = [t for t in self.tensors if owner_of(spec, t) == "experts"]
+        self.expert_bytes = max((t.run_stride * t.stride for t in self.experts), default=0)
 
     def plan(self, budget: int) -> Plan:
         if budget < self.smallest() - PEAK_JITTER:
@@ -126,17 +136,20 @@ class _Planner:
         chunk = self._chunk(budget)
         fixed = self._fixed(chunk) | {"slack": slack_bytes(budget)}
         free = budget - sum(fixed.values())
-        slots = 0
-        if free < self.weight_bytes:
+        slots, expert_slots = 0, self._expert_slots(free)
+        if free < self.weight_bytes and not expert_slots:
             slots = next(
                 n for n in RING_SLOTS if self._ring_bytes(n) <= max(free * RING_SHARE, self._ring_bytes(RING_SLOTS[-1]))
             )
             fixed["stream buffers"] = self._ring_bytes(slots)
             free -= fixed["stream buffers"]
-        pinned = self._pin(free)
-        owners = fixed | self._weights_by_owner(pinned)
+        cached = expert_slots * self.expert_bytes
+        pinned = self._pin(free - cached)
+        weights = self._weights_by_owner(pinned)
+        if cached:
+            weights["experts"] = weights.get("experts", 0) + cached
+        owners = fixed | weights
         owners["slack"] += budget - sum(owners.values())
-        pinned_bytes = sum(prefix_bytes(t, pinned[t.name]) for t in self.tensors)
         return Plan(
             budget_bytes=budget,
             context=self.workload.context,
@@ -147,9 +160,11 @@ class _Planner:
             pinned=pinned,
             slots=slots,
             slot_bytes=self.slot_bytes if slots else 0,
+            expert_slots=expert_slots,
+            expert_slot_bytes=self.expert_bytes if expert_slots else 0,
             weight_bytes=self.weight_bytes,
-            pinned_bytes=pinned_bytes,
-            streamed_bytes_per_token=sum(self._streamed(t, pinned[t.name]) for t in self.tensors),
+            pinned_bytes=sum(weights.values()),
+            streamed_bytes_per_token=sum(self._streamed(t, pinned[t.name], expert_slots) for t in self.tensors),
         )
 
     def smallest(self) -> int:
@@ -202,6 +217,14 @@ class _Planner:
         rings = 2 if any(t.runs > 1 for t in self.tensors) else 1
         return rings * slots * self.slot_bytes
 
+    def _expert_slots(self, free: int) -> int:
+        """Experts that fit beside all else that a token needs; 0 where all of them fit, or too few to cache."""
+        others = sum(t.nbytes for t in self.tensors if owner_of(self.spec, t) not in ("experts", "embeddings"))
+        if not self.experts or sum(t.nbytes for t in self.experts) <= free - others:
+            return 0
+        slots = max(free - others, 0) // self.expert_bytes
+        return slots if slots >= 2 * max(layer.ffn.experts_per_token for layer in self.spec.layers) else 0
+
     def _pin(self, free: int) -> dict[str, int]:
         pinned: dict[str, int] = {}
         for tier in self._tiers():
@@ -225,15 +248,19 @@ class _Planner:
             result[owner] = result.get(owner, 0) + prefix_bytes(tensor, pinned[tensor.name])
         return {owner: nbytes for owner, nbytes in result.items() if nbytes}
 
-    def _streamed(self, tensor: TensorLayout, pinned: int) -> int:
-        """Bytes of a tensor that one token reads, on average over its experts."""
+    def _streamed(self, tensor: TensorLayout, pinned: int, expert_slots: int) -> int:
+        """Bytes of a tensor that one token reads, on average over its experts.
+
+        A cache counts as if routers chose at random, which is the worst for it: any other choice has favourites.
+        """
         rest = tensor.nbytes - prefix_bytes(tensor, pinned)
         owner = owner_of(self.spec, tensor)
         if owner == "embeddings":
             return 0 if rest == 0 else PAGE
         if owner == "experts":
             ffn = self.spec.layers[int(tensor.name.partition(".")[0])].ffn
-            return rest * ffn.experts_per_token // ffn.experts
+            missing = sum(t.runs for t in self.experts) - expert_slots
+            return rest * ffn.experts_per_token * missing // (ffn.experts * (missing + expert_slots))
         return rest
 
     def _refusal(self, budget: int) -> str:

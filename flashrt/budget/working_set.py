@@ -53,6 +53,7 @@ def working_set(
         shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, head_dim // 2))
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
+        shapes["ahead"] = BufferShape((tokens, spec.hidden))
     if columns:
         shapes["sums"] = BufferShape((tokens, columns))
     if scoring:

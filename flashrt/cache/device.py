@@ -11,7 +11,7 @@ import numpy as np
 from flashrt.budget.ledger import Ledger, populate
 from flashrt.cache.streamer import Streamer
 from flashrt.storage.layout import Block
-from flashrt.storage.reader import DEPTH, Reader
+from flashrt.storage.reader import DEPTH, BlockTicket, Reader
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 Progress = Callable[[int], None]  # bytes of a block that has arrived
@@ -26,6 +26,15 @@ class BlockStream(Protocol):
     def take(self, block: Block) -> Tensor: ...
     def release(self) -> None: ...
     def flush(self) -> None: ...
+
+
+class Reading(Protocol):
+    """A block on its way to its memory; see `Ticket`."""
+
+    @property
+    def ready(self) -> bool: ...
+    def wait(self) -> None: ...
+    def cancel(self) -> None: ...
 
 
 class Device(Protocol):
@@ -45,6 +54,12 @@ class Device(Protocol):
 
     def stream(self, slots: int, slot_bytes: int) -> BlockStream:
         """A ring of `slots` buffers."""
+
+    def read(self, block: Block, memory: Tensor) -> Reading:
+        """Start bringing a block to its uint8 memory of the device, which nothing computes with any more."""
+
+    def settle(self) -> None:
+        """Return when what was `read` is over, or cancelled: no memory is written to any more."""
 
     def fill(self, items: Iterable[tuple[Block, Tensor]], arrived: Progress) -> None:
         """Read each block into its uint8 memory of the device."""
@@ -86,6 +101,12 @@ class CpuDevice:
         return Streamer(
             self._reader, [self._ledger.allocate("stream buffers", (slot_bytes,), np.uint8) for _ in range(slots)]
         )
+
+    def read(self, block: Block, memory: np.ndarray) -> BlockTicket:
+        return self._reader.submit(block, memory)
+
+    def settle(self) -> None:
+        self._reader.settle()
 
     def fill(self, items: Iterable[tuple[Block, np.ndarray]], arrived: Progress) -> None:
         flying: deque = deque()

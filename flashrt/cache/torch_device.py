@@ -22,14 +22,14 @@ from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import Plan
 from flashrt.cache.device import Progress
 from flashrt.cache.streamer import next_block
-from flashrt.errors import BudgetError
+from flashrt.errors import BudgetError, FlashrtError, UsageError
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import BlockTicket, Reader
 from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
 
-FILL_DEPTH = 10  # staging buffers, of a block each, while the model is loaded
+FILL_DEPTH = 10  # staging buffers, of a block each, while the model is loaded, and for what is read into place later
 ARENA_ALIGNMENT = 512  # bytes; what torch's own allocator gives
 _DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.uint16: torch.bfloat16}
 
@@ -54,6 +54,7 @@ class TorchDevice:
         self._used = 0
         self._host_blocks = host_blocks
         self._host: dict[tuple[str, int], torch.Tensor] = {}
+        self._reads: TorchReads | None = None  # made with the first read: it takes staging memory
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> torch.Tensor:
         kind = _DTYPES[np.dtype(dtype).type]
@@ -77,10 +78,18 @@ class TorchDevice:
         staging = [self._staging(slot_bytes) for _ in range(slots)]
         return TorchStream(self._reader, device_slots, staging, self._host, self._copies)
 
+    def read(self, block: Block, memory: torch.Tensor) -> TorchReading:
+        if self._reads is None:
+            self._reads = TorchReads(self._reader, self._staging_buffers(), self._host, self._copies)
+        return self._reads.submit(block, memory)
+
+    def settle(self) -> None:
+        if self._reads is not None:
+            self._reads.settle()
+
     def fill(self, items: Iterable[tuple[Block, torch.Tensor]], arrived: Progress) -> None:
         flying: deque[tuple[BlockTicket, torch.Tensor, torch.Tensor]] = deque()
-        largest = max(t.max_block_bytes for t in self._reader.pack.layout.tensors.values())
-        free = deque(self._staging(largest) for _ in range(FILL_DEPTH))
+        free = deque(self._staging_buffers())
 
         def finish() -> None:
             ticket, staged, memory = flying.popleft()
@@ -115,6 +124,10 @@ class TorchDevice:
                 flying.append(self._reader.submit(block, memory.numpy()))
         for ticket in flying:
             ticket.wait()
+
+    def _staging_buffers(self) -> list[torch.Tensor]:
+        largest = max(t.max_block_bytes for t in self._reader.pack.layout.tensors.values())
+        return [self._staging(largest) for _ in range(FILL_DEPTH)]
 
     def _staging(self, nbytes: int) -> torch.Tensor:
         """Page-aligned host memory, pinned where a GPU reads from it."""
@@ -250,3 +263,133 @@ class TorchStream:
     def _used(self) -> Any:
         """An event after all that is enqueued so far on the computing stream."""
         return torch.cuda.current_stream().record_event() if self._copies is not None else None
+
+
+class TorchReading:
+    """A block on its way to memory of the device; see `Ticket`. Over when its copy is enqueued, or when it has failed.
+
+    `used` is an event after the last computation with that memory.
+    """
+
+    def __init__(self, reads: TorchReads, block: Block, memory: torch.Tensor, used: Any) -> None:
+        self._reads = reads
+        self.block, self.memory, self.used = block, memory, used
+        self.ticket: BlockTicket | None = None
+        self.copied: Any = None  # CUDA event
+        self.error: FlashrtError | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.copied is not None or self.error is not None
+
+    @property
+    def ready(self) -> bool:
+        self._reads.pump()
+        return self.over
+
+    def wait(self) -> None:
+        while not self.over:
+            self._reads.finish_first()
+        if self.error is not None:
+            raise self.error
+        self._reads.order_after(self.copied)
+
+    def cancel(self) -> None:
+        if self.ticket is not None:
+            self.ticket.cancel()
+        elif not self.over:
+            self.error = UsageError(f"reading block {self.block.index} of {self.block.tensor} was cancelled")
+
+    @property
+    def staged(self) -> bool:
+        """Whether its staging buffer is still in use."""
+        if not self.over or self.ticket is None or not self.ticket.ready:
+            return not self.over
+        return self.error is None and self._reads.copies is not None and not self.copied.query()
+
+
+class TorchReads:
+    """Reads into memory of a torch device, in order, through staging buffers. `host` holds blocks that need no read."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        staging: Sequence[torch.Tensor],
+        host: Mapping[tuple[str, int], torch.Tensor],
+        copies: Any,
+    ) -> None:
+        self.copies = copies
+        self._reader, self._staging, self._host = reader, staging, host
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._users: list[TorchReading | None] = [None] * len(self._staging)
+        self._queue: deque[TorchReading] = deque()
+
+    def submit(self, block: Block, memory: torch.Tensor) -> TorchReading:
+        used = torch.cuda.current_stream().record_event() if self.copies is not None else None
+        reading = TorchReading(self, block, memory, used)
+        self._queue.append(reading)
+        self.pump()
+        return reading
+
+    def pump(self) -> None:
+        """Start reads while there are staging buffers, and copies of what has arrived."""
+        for reading in self._queue:
+            if reading.ticket is None and not reading.over and not self._begin(reading):
+                break
+        while self._queue and self._arrived(self._queue[0]):
+            self.finish_first()
+
+    def finish_first(self) -> None:
+        """Wait for the first read and enqueue its copy."""
+        reading = self._queue[0]
+        if reading.ticket is None and not reading.over and not self._begin(reading):
+            self.copies.synchronize()  # all staging buffers are being copied from
+            self._begin(reading)
+        if not reading.over:
+            assert reading.ticket is not None
+            try:
+                reading.ticket.wait()
+                self._copy(reading, reading.ticket.buffer)
+            except FlashrtError as error:
+                reading.error = error
+        self._queue.popleft()
+
+    def settle(self) -> None:
+        """Cancel all reads, and return when no memory is written to any more."""
+        for reading in self._queue:
+            reading.cancel()
+        self._reader.settle()
+        if self.copies is not None:
+            torch.cuda.synchronize()
+        self._start_afresh()
+
+    def order_after(self, copied: Any) -> None:
+        """Have what is computed from now on wait for a copy."""
+        if self.copies is not None:
+            torch.cuda.current_stream().wait_event(copied)
+
+    def _arrived(self, reading: TorchReading) -> bool:
+        return reading.over or (reading.ticket is not None and reading.ticket.ready)
+
+    def _begin(self, reading: TorchReading) -> bool:
+        """Start a read, or the copy of what the host holds; False when there is no staging buffer."""
+        block = reading.block
+        held = self._host.get((block.tensor, block.index))
+        if held is not None:
+            self._copy(reading, held)
+            return True
+        index = next((i for i, user in enumerate(self._users) if user is None or not user.staged), None)
+        if index is None:
+            return False
+        self._users[index] = reading
+        reading.ticket = self._reader.submit(block, self._staging[index][: block.nbytes].numpy())
+        return True
+
+    def _copy(self, reading: TorchReading, source: Any) -> None:
+        with torch.cuda.stream(self.copies) if self.copies is not None else contextlib.nullcontext():
+            if reading.used is not None:
+                self.copies.wait_event(reading.used)
+            reading.memory.copy_(torch.as_tensor(source), non_blocking=True)
+            reading.copied = self.copies.record_event() if self.copies is not None else True

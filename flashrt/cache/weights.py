@@ -16,6 +16,7 @@ import numpy as np
 
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
 from flashrt.cache.device import Device, Tensor
+from flashrt.cache.experts import ExpertCache, Key
 from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
@@ -41,6 +42,7 @@ class Weights:
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
         self._static = device.stream(plan.slots, plan.slot_bytes)
         self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
+        self.experts = self._expert_cache() if plan.expert_slots else None
         self._ahead: bool | None = None  # whether a pass is already expected, and if so, with the head or without
         self._window = device.window(window_bytes(self.layout))
         self._verifier = Verifier(reader, self._window)
@@ -49,7 +51,8 @@ class Weights:
     @property
     def wait_s(self) -> float:
         """Seconds that compute has waited for reads."""
-        return self._static.wait_s + self._experts.wait_s + self._row_wait_s
+        cached = self.experts.wait_s if self.experts else 0.0
+        return self._static.wait_s + self._experts.wait_s + cached + self._row_wait_s
 
     def load(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read vectors and pinned blocks."""
@@ -62,6 +65,8 @@ class Weights:
             progress(done, total)
 
         self.device.fill(self._pinned_blocks(), arrived)
+        if self.experts:
+            self.experts.fill(self._all_experts(), arrived)
         self.device.keep(self._streamed(self.layout.tensors.values()))
 
     def vector(self, name: str) -> Tensor:
@@ -81,14 +86,24 @@ class Weights:
         self._ahead = None
         try:
             self._static.flush()
-        finally:
             self._experts.flush()
+        finally:
+            if self.experts:
+                self.experts.abandon()
 
-    def expect_experts(self, layer: int, experts: Sequence[int]) -> None:
-        """Start reading the experts that the router of `layer` chose, in ascending order."""
+    def expect_experts(self, layer: int, chosen: Array) -> None:
+        """Start reading the experts that the router of `layer` chose (int [T, k]), in ascending order."""
         tensor = self.layout.tensors[f"{layer}.ffn"]
-        if tensor.runs > 1:  # a mixture of one expert streams like a dense block
+        if self.experts:
+            self.experts.expect(layer, chosen)
+        elif tensor.runs > 1:  # a mixture of one expert streams like a dense block
+            experts = np.unique(chosen).tolist()
             self._experts.expect(block for expert in experts for block in self._unpinned(tensor, expert))
+
+    def prefetch_experts(self, layer: int, chosen: Array) -> None:
+        """Read ahead what the router of `layer` will probably choose (int [T, k], each token's first choice first)."""
+        if self.experts:
+            self.experts.prefetch(layer, dict.fromkeys(chosen.T.ravel().tolist()))
 
     def runs(self, name: str, run: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first bundle within the run, uint8 [bundles, stride]) that together cover one run of a tensor."""
@@ -98,6 +113,9 @@ class Weights:
         step = max(resident, 1) if self.device.merges else tensor.block_bundles
         for first in range(0, resident, step):
             yield first, pinned[start + first : start + min(first + step, resident)]
+        if self.experts and tensor.runs > 1:
+            yield from self._cached(tensor, run)
+            return
         streamer = self._experts if tensor.runs > 1 else self._static
         for block in self._unpinned(tensor, run):
             first = block.first - start
@@ -121,6 +139,31 @@ class Weights:
             began = time.perf_counter()
             self._read_rows(tensor, size, missing, out)
             self._row_wait_s += time.perf_counter() - began
+
+    def _expert_cache(self) -> ExpertCache:
+        memory = self.device.allocate("experts", (self.plan.expert_slots, self.plan.expert_slot_bytes), np.uint8)
+        ffns = [layer.ffn for layer in self.spec.layers]
+        shape = len(ffns), max(ffn.experts for ffn in ffns)
+        return ExpertCache(self.device, memory, self._expert_blocks, shape)
+
+    def _expert_blocks(self, layer: int, expert: int) -> tuple[Block, ...]:
+        return tuple(self._unpinned(self.layout.tensors[f"{layer}.ffn"], expert))
+
+    def _all_experts(self) -> Iterator[Key]:
+        """The first expert of every layer, then the second: the same number of every layer begins in the cache."""
+        mixtures = [(i, layer.ffn.experts) for i, layer in enumerate(self.spec.layers)]
+        for expert in range(max(experts for _, experts in mixtures)):
+            yield from ((i, expert) for i, experts in mixtures if expert < experts)
+
+    def _cached(self, tensor: TensorLayout, run: int) -> Iterator[tuple[int, Tensor]]:
+        """The unpinned part of one expert, from the cache."""
+        assert self.experts is not None
+        for blocks, memory in self.experts.take(int(tensor.name.partition(".")[0]), run):
+            first = blocks[0].first - run * tensor.run_stride
+            bundles = memory.reshape(-1, tensor.stride)[: tensor.run_bundles - first]
+            step = len(bundles) if self.device.merges else tensor.block_bundles
+            for begin in range(0, len(bundles), step):
+                yield first + begin, bundles[begin : begin + step]
 
     def _read_rows(self, tensor: TensorLayout, size: int, rows: Sequence[tuple[int, int, int]], out: Tensor) -> None:
         """Read rows (position in `out`, bundle, offset within it) of `size` bytes, a windowful at a time."""

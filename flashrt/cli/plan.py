@@ -95,6 +95,8 @@ def _resident(session: Session, the_plan: Plan) -> dict[str, float]:
         owner = owner_of(session.spec, tensor)
         total[owner] = total.get(owner, 0) + tensor.nbytes
         pinned[owner] = pinned.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[tensor.name])
+    if the_plan.expert_slots:
+        pinned["experts"] += the_plan.expert_slots * the_plan.expert_slot_bytes
     return {owner: pinned[owner] / total[owner] for owner in total}
 
 
@@ -127,6 +129,9 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
         f"read per token    {size(the_plan.streamed_bytes_per_token)}",
     ]
+    if the_plan.expert_slots:
+        cached = f"{the_plan.expert_slots} in memory, of {size(the_plan.expert_slot_bytes)} each"
+        lines.insert(2, f"experts           {cached}; read per token as if routers chose at random")
     if the_plan.streamed_bytes_per_token:
         if extra["expected_tok_per_s"]:
             at = f"{extra['expected_tok_per_s']:.2f} tokens/s, the disk giving {rate(extra['disk_bytes_per_s'])}"

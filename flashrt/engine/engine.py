@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -47,6 +48,8 @@ class Engine:
         self._spec = decoder.spec
         self._sparsity = decoder.weights.pack.manifest.sparsity
         self._wait_s = 0.0
+        experts = decoder.weights.experts
+        self._expert_counts: Counter[str] = experts.counts if experts else Counter()
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._current: Generation | None = None
 
@@ -92,6 +95,11 @@ class Engine:
         if self._decoder is None or self._decoder.channels is None:
             return None
         return self._decoder.channels.mean_shares()
+
+    @property
+    def expert_counts(self) -> Counter[str]:
+        """What the cache of experts has seen so far; see `ExpertCache`. Empty without one."""
+        return self._expert_counts.copy()
 
     def close(self) -> None:
         """Stop reading and free the memory. A generation that is going on ends here."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flashrt.budget.process import peak_resident_bytes
 from flashrt.config import Sampling
-from flashrt.engine.report import Report
+from flashrt.engine.report import Report, expert_figures
 from flashrt.engine.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -27,11 +28,15 @@ class Token:
 
 @dataclass(slots=True)
 class _Phase:
-    """What a part of a generation took: time inside flashrt (not the caller's), bytes read, time waiting for reads."""
+    """What a part of a generation took: time inside flashrt (not the caller's), bytes read, time waiting for reads.
+
+    `experts` holds what the cache of experts saw meanwhile.
+    """
 
     seconds: float = 0.0
     bytes_read: int = 0
     wait_s: float = 0.0
+    experts: Counter[str] = field(default_factory=Counter)
 
 
 class Generation:
@@ -114,12 +119,14 @@ class Generation:
     def _measured(self, phase: _Phase) -> Iterator[None]:
         engine = self._engine
         began, read, wait_s = time.perf_counter(), engine.bytes_read, engine.wait_s
+        experts = engine.expert_counts
         try:
             yield
         finally:
             phase.seconds += time.perf_counter() - began
             phase.bytes_read += engine.bytes_read - read
             phase.wait_s += engine.wait_s - wait_s
+            phase.experts += engine.expert_counts - experts
 
     def _end(self) -> None:
         if self._report is None:
@@ -155,6 +162,7 @@ class Generation:
             loss=engine.sparsity.max_loss if engine.sparsity else None,
             ffn_bytes_share=shares["bytes"] if shares else None,
             ffn_rows_share=shares["rows"] if shares else None,
+            expert_cache=expert_figures(decode.experts) if engine.plan.expert_slots else None,
             plan=engine.plan.to_json(),
         )
 

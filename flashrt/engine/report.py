@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class Report:
     ffn_bytes_share       of the feed-forward blocks' bytes, what a decoded token touched; None in exact mode
     ffn_rows_share        of their neurons, those that took part in the down projection, likewise
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it
+    expert_cache          how the cache of experts did in the passes after the first token (see `expert_figures`); None
+                          where there is none. What it read is bytes_read_per_token: all else is resident then
     """
 
     text: str
@@ -46,7 +49,24 @@ class Report:
     loss: float | None
     ffn_bytes_share: float | None
     ffn_rows_share: float | None
+    expert_cache: dict[str, float | None] | None
     plan: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def expert_figures(counts: Counter[str]) -> dict[str, float | None]:
+    """Figures of what a cache of experts saw.
+
+    hits, misses, hit_rate         experts that routers named: wholly in memory by then, or not, and the share of hits
+    prefetched, prefetch_accuracy  experts that began to be read before their router named them, the share it then named
+    """
+    named = counts["hits"] + counts["misses"]
+    return {
+        "hits": counts["hits"],
+        "misses": counts["misses"],
+        "hit_rate": counts["hits"] / named if named else None,
+        "prefetched": counts["prefetched"],
+        "prefetch_accuracy": counts["useful"] / counts["prefetched"] if counts["prefetched"] else None,
+    }

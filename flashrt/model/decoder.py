@@ -162,7 +162,7 @@ class Decoder:
         if self.channels is not None:
             self._sparse(i, self.channels, normed, y, wide)
         elif ffn.experts:
-            self._experts(i, ffn, normed, y, wide)
+            self._experts(i, ffn, x, normed, y, wide)
         else:
             self._glu(i, ffn, 0, normed, y, wide)
         if ffn.bias:
@@ -178,16 +178,29 @@ class Decoder:
         else:
             channels.add(i, x, sums, y)
 
-    def _experts(self, i: int, ffn: Ffn, x: Tensor, y: Tensor, wide: bool) -> None:
+    def _experts(self, i: int, ffn: Ffn, x: Tensor, normed: Tensor, y: Tensor, wide: bool) -> None:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""
-        logits = self._view("router", len(x), ffn.experts)
-        self._linear(f"{i}.router", x, logits, wide)
-        chosen, weights = route(self.device.get(logits), ffn)
-        experts = np.unique(chosen)
-        self.weights.expect_experts(i, experts.tolist())
-        for expert in experts.tolist():
+        chosen, weights = self._route(i, ffn, normed, wide)
+        self.weights.expect_experts(i, chosen)
+        if self.weights.experts:
+            self._look_ahead(i, x, wide)
+        for expert in np.unique(chosen).tolist():
             tokens, rank = np.nonzero(chosen == expert)
-            self._glu(i, ffn, expert, x, y, wide, tokens.astype(np.int32), weights[tokens, rank])
+            self._glu(i, ffn, expert, normed, y, wide, tokens.astype(np.int32), weights[tokens, rank])
+
+    def _route(self, i: int, ffn: Ffn, normed: Tensor, wide: bool) -> tuple[np.ndarray, np.ndarray]:
+        logits = self._view("router", len(normed), ffn.experts)
+        self._linear(f"{i}.router", normed, logits, wide)
+        return route(self.device.get(logits), ffn)
+
+    def _look_ahead(self, i: int, x: Tensor, wide: bool) -> None:
+        """Read ahead what the next router would choose now: from one layer to the next x changes little."""
+        mixtures = (j for j in range(i + 1, len(self.spec.layers)) if self.spec.layers[j].ffn.experts)
+        if (following := next(mixtures, None)) is not None:
+            normed = self._view("ahead", len(x), self.spec.hidden)
+            self._norm(f"{following}.norm.ffn", x, normed)
+            chosen, _ = self._route(following, self.spec.layers[following].ffn, normed, wide)
+            self.weights.prefetch_experts(following, chosen)
 
     def _glu(
         self,

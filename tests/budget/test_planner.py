@@ -26,7 +26,7 @@ from flashrt.budget.planner import (
 )
 from flashrt.errors import BudgetError
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
-from flashrt.storage.layout import PAGE, pack_layout
+from flashrt.storage.layout import PAGE, TensorLayout, pack_layout
 from flashrt_kernels.rows import Codec
 
 LLAMA_70B = ModelSpec(
@@ -72,6 +72,11 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     )
 
 
+def caches_beside(spec: ModelSpec, tensor: TensorLayout) -> bool:
+    """Whether a tensor has to be resident before experts get slots."""
+    return owner_of(spec, tensor) not in ("experts", "embeddings")
+
+
 workloads = st.builds(
     Workload,
     context=st.integers(1, 4096),
@@ -110,12 +115,18 @@ def test_pinned_blocks_are_those_that_are_paid_for(
         assert 0 <= the_plan.pinned[name] <= tensor.blocks
         owner = owner_of(spec, tensor)
         by_owner[owner] = by_owner.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[name])
+    if the_plan.expert_slots:
+        by_owner["experts"] += the_plan.expert_slots * the_plan.expert_slot_bytes
     for owner, nbytes in by_owner.items():
         assert the_plan.owners.get(owner, 0) == nbytes
     assert the_plan.pinned_bytes == sum(by_owner.values()) <= the_plan.weight_bytes
     everything = the_plan.pinned_bytes == the_plan.weight_bytes
     assert the_plan.resident == everything
-    if not everything:
+    if the_plan.expert_slots:
+        assert the_plan.slots == 0, "all but experts and embeddings is resident: there is nothing for a ring"
+        assert the_plan.expert_slots >= 2 * spec.layers[0].ffn.experts_per_token
+        assert all(t.blocks == the_plan.pinned[t.name] for t in layout.tensors.values() if caches_beside(spec, t))
+    elif not everything:
         assert the_plan.slots >= 2
         rings = 2 if spec.layers[0].ffn.experts else 1
         assert the_plan.owners["stream buffers"] == rings * the_plan.slots * the_plan.slot_bytes
@@ -176,7 +187,8 @@ def test_an_idle_budget_is_a_defect(spec: ModelSpec, codec: Codec) -> None:
     for gib in (1, 2, 3, 8, 16):
         the_plan = plan(spec, layout, gib * GIB, Workload(1024), machine())
         assert not the_plan.resident
-        assert the_plan.owners["slack"] - slack_bytes(gib * GIB) < 4 * the_plan.slot_bytes
+        largest = max(t.max_block_bytes for t in layout.tensors.values())
+        assert the_plan.owners["slack"] - slack_bytes(gib * GIB) < 4 * largest
 
 
 def test_layers_stream_the_same_share() -> None:
@@ -207,7 +219,19 @@ def test_one_expert_in_four_is_read_for_a_token() -> None:
     the_plan = plan(MIXTRAL, layout, 4 * GIB, Workload(512), machine())
     experts = [t for t in layout.tensors.values() if t.runs == 8]
     rest = sum(t.nbytes - prefix_bytes(t, the_plan.pinned[t.name]) for t in experts)
-    assert the_plan.streamed_bytes_per_token == pytest.approx(rest / 4, rel=0.01)
+    cached = the_plan.expert_slots * the_plan.expert_slot_bytes
+    assert 0 < cached == the_plan.owners["experts"] - sum(t.nbytes for t in experts) + rest
+    assert the_plan.streamed_bytes_per_token == pytest.approx((rest - cached) / 4, rel=0.01)
+
+
+def test_too_few_experts_to_cache_are_pinned_in_blocks() -> None:
+    layout = pack_layout(MIXTRAL, Codec.INT4)
+    plans = [plan(MIXTRAL, layout, int(gib * GIB), Workload(512), machine()) for gib in (1.0, 1.2, 1.5)]
+    assert [p.expert_slots for p in plans[:2]] == [0, 0]
+    assert plans[1].slots >= 2
+    assert plans[1].owners["experts"] > 0
+    assert plans[2].expert_slots >= 4
+    assert plans[2].streamed_bytes_per_token < plans[1].streamed_bytes_per_token
 
 
 def test_a_long_context_is_named_as_the_reason() -> None:

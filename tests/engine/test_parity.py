@@ -45,7 +45,7 @@ def test_logits_equal_transformers_streamed_and_resident(case, runtime, prompt_t
     for share in (0.35, 1.0):
         with tiny_engine(packed, share, runtime, chunk=16) as engine:
             if share < 1:
-                assert engine.plan.pinned_bytes < engine.plan.weight_bytes / 2
+                assert engine.plan.pinned_bytes < 0.9 * engine.plan.weight_bytes
                 assert not engine.plan.resident
             results[share] = logits_of(engine, prompt, tokens)
             if share < 1:
