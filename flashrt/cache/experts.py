@@ -52,8 +52,9 @@ class _Slot:
             self.reads = []
 
     def cancel(self) -> None:
-        """Hold nothing. Memory that a read may still write to is in `reads` until `settle`."""
-        self.key, self.blocks, self.loaded = None, (), 0
+        """Hold nothing. What `reads` holds may still write to the memory until `settle`."""
+        self.loaded = 0  # first: whatever an interrupt leaves of the rest, nothing counts as there
+        self.key, self.blocks = None, ()
         for read in self.reads:
             read.cancel()
 
@@ -148,17 +149,15 @@ class ExpertCache:
         """
         self._wanted.clear()
         self._guesses, self._begun, self._held = [], set(), None
-        unfinished = [slot for slot in self._slots if slot.reads or slot.loaded < len(slot.blocks)]
-        for slot in unfinished:
-            slot.cancel()
-        self._device.settle()
-        for slot in unfinished:
-            slot.reads = []
         self._index[:] = -1
+        self._empty = []
         for index, slot in enumerate(self._slots):
-            if slot.key is not None:
+            if slot.key is None or slot.reads or slot.loaded < len(slot.blocks):
+                slot.cancel()
+                self._empty.append(index)
+            else:
                 self._index[slot.key] = index
-        self._empty = [index for index, slot in enumerate(self._slots) if slot.key is None]
+        self._device.settle()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when slots, index and lists contradict each other."""
@@ -228,7 +227,8 @@ class ExpertCache:
         slot, start = self._slots[index], 0
         slot.settle()
         self._index[key] = index
-        slot.key, slot.blocks = key, self._blocks(*key)
+        slot.blocks = self._blocks(*key)  # before the key: a slot with a key and no blocks would count as whole
+        slot.key = key
         for block in slot.blocks:
             slot.reads.append(self._device.read(block, slot.memory[start : start + block.nbytes]))
             start += block.nbytes

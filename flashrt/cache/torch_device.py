@@ -297,15 +297,16 @@ class TorchReading:
     def cancel(self) -> None:
         if self.ticket is not None:
             self.ticket.cancel()
-        elif not self.over:
+        if not self.over:
             self.error = UsageError(f"reading block {self.block.index} of {self.block.tensor} was cancelled")
 
     @property
     def staged(self) -> bool:
         """Whether its staging buffer is still in use."""
-        if not self.over or self.ticket is None or not self.ticket.ready:
-            return not self.over
-        return self.error is None and self._reads.copies is not None and not self.copied.query()
+        if self.ticket is None:
+            return False
+        copying = self.copied is not None and self._reads.copies is not None and not self.copied.query()
+        return not self.over or not self.ticket.ready or copying
 
 
 class TorchReads:
@@ -345,7 +346,9 @@ class TorchReads:
         """Wait for the first read and enqueue its copy."""
         reading = self._queue[0]
         if reading.ticket is None and not reading.over and not self._begin(reading):
-            self.copies.synchronize()  # all staging buffers are being copied from
+            self._reader.settle()  # all staging buffers are taken, by copies or by reads that were cancelled
+            if self.copies is not None:
+                self.copies.synchronize()
             self._begin(reading)
         if not reading.over:
             assert reading.ticket is not None
