@@ -214,7 +214,7 @@ def test_a_wrong_guess_is_cancelled_and_leaves_its_slot() -> None:
 
 
 def test_favourites_survive_a_prompt_that_needs_everything() -> None:
-    cache, _ = make_cache(8)
+    cache, _ = make_cache(8, ahead=1)
     random = np.random.default_rng(0)
     for _ in range(50):
         for layer in range(LAYERS):
