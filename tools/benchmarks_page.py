@@ -51,7 +51,13 @@ def page(folder: Path) -> str:
 
 
 def section(name: str, data: dict[str, Any]) -> str:
-    renderers = {"bench_peers": peers, "bench_budgets": budgets, "bench_io": io, "quality": quality}
+    renderers = {
+        "bench_peers": peers,
+        "bench_budgets": budgets,
+        "bench_experts": experts,
+        "bench_io": io,
+        "quality": quality,
+    }
     parts = renderers.get(data.get("tool", ""), anything)(name, data)
     return "\n\n".join([f"## {name}", *parts, source(name, data)])
 
@@ -177,6 +183,50 @@ def _budget(cell: dict[str, Any]) -> list[str]:
         f"{number(cell['ttft_s'])} s",
         f"{number(cell['wall_s'])} s",
         size(cell["peak_rss_bytes"]),
+    ]
+
+
+def experts(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """The cache of experts beside none: a table for each skew of the routers, then policies on synthetic traces."""
+    yield (
+        f"Synthetic: {data['model']}, {data['dtype']}, routers random too. {data['new_tokens']} tokens in a memory "
+        f"cgroup of {number(data['budget_gb'])} GiB, runs of each: {data['repeat']}, in turn. *blocks*: no cache; "
+        f"leading blocks of the experts' tensors are pinned, the others read once a router names them. *roof*: of a "
+        f"disk that only reads a way's bytes, at the rate measured just before the run."
+    )
+    for label, pack in data["packs"].items():
+        use = ", ".join(f"{share:.0%}" for share in pack["use_by_rank"])
+        same = "yes" if pack["same_tokens"] else "no"
+        yield (
+            f"{label}: experts get {use} of the tokens, from the favourite of each layer down. The same tokens from "
+            f"all: {same}. The cache over blocks: {times(pack['cache_over_blocks'])} the tokens/s, "
+            f"{pack['bytes_over_blocks']:.0%} of the bytes."
+        )
+        header = ["tokens/s", "read per token", "planned", "roof, tokens/s", "of the roof", "experts in memory", "hits"]
+        yield table(
+            [label, *header, "read ahead, and right"],
+            [[way, *_experts(cell)] for way, cell in pack["ways"].items()],
+        )
+    traces = data["synthetic_traces"]
+    policies = list(next(iter(traces.values())))
+    yield table(
+        ["share of hits on synthetic traces", *policies],
+        [[habit, *(f"{rates[policy]:.1%}" for policy in policies)] for habit, rates in traces.items()],
+    )
+
+
+def _experts(cell: dict[str, Any]) -> list[str]:
+    cached = cell["expert_cache"] or {}
+    ahead = cached.get("prefetch_accuracy")
+    return [
+        number(cell["decode_tok_per_s"]),
+        megabytes(cell["bytes_read_per_token"]),
+        megabytes(cell["planned_bytes_per_token"]),
+        number(cell["roof_tok_per_s"]),
+        f"{cell['share_of_roof']:.0%}",
+        str(cell["expert_slots"] or NOTHING),
+        f"{cached['hit_rate']:.0%}" if cached else NOTHING,
+        NOTHING if ahead is None else f"{cached['prefetched']}, {ahead:.0%}",
     ]
 
 

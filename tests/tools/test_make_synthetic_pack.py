@@ -44,6 +44,25 @@ def test_the_same_seed_gives_the_same_pack(tmp_path: Path) -> None:
     assert len(hashes) == 2
 
 
+def test_a_skewed_router_has_favourites(tmp_path: Path) -> None:
+    shape = replace(ODD, experts=11)
+    make(tmp_path / "p", "odd", shape, Codec.INT4, router_skew=0.7)
+    pack = Pack(tmp_path / "p")
+    pack.verify()
+    orders = []
+    for layer in range(shape.layers):
+        tensor = pack.layout.tensors[f"{layer}.router"]
+        raw = np.fromfile(pack.path / tensor.file, np.uint8, tensor.bundles * tensor.stride, offset=tensor.offset)
+        size = row_bytes(tensor.codec, shape.hidden)
+        rows = raw.reshape(tensor.bundles, tensor.stride)[:, : 8 * size].reshape(-1, size)[: shape.experts]
+        weights = np.full((shape.experts, shape.hidden), np.nan, np.float32)
+        ops.load("cpu").dequantize(np.ascontiguousarray(rows), tensor.codec, shape.hidden, weights)
+        lengths = np.linalg.norm(weights, axis=1)
+        orders.append(np.argsort(-lengths).tolist())
+        assert -np.sort(-lengths) == pytest.approx(np.arange(1, 12) ** -0.7, rel=0.3)
+    assert orders[0] != orders[1]
+
+
 def test_the_tokenizer_takes_any_text(tmp_path: Path) -> None:
     make(tmp_path / "p", "tiny", PRESETS["tiny"], Codec.INT8)
     tokenizer = Tokenizer.from_files(tmp_path / "p")
