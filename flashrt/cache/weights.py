@@ -1,7 +1,7 @@
 """The weights of a pack as the decoder sees them: each tensor a sequence of runs of bundles, in ascending order.
 
-Where a run comes from (pinned in memory, or streamed through the ring) is decided by the plan and invisible to the
-arithmetic, which is why a result does not depend on the budget.
+Where a run comes from (pinned in memory, streamed through the ring, or out of the cache of experts) is decided by the
+plan and invisible to the arithmetic, which is why a result does not depend on the budget.
 """
 
 from __future__ import annotations

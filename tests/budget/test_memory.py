@@ -105,10 +105,18 @@ def test_a_model_larger_than_its_budget(model: Path, tmp_path: Path, budget_gb: 
     check(result, report, budget_gb)
 
 
-@pytest.mark.parametrize("budget_gb", [0.2, 0.25])
-def test_a_mixture_larger_than_its_budget(mixture: Path, tmp_path: Path, budget_gb: float) -> None:
+@pytest.mark.parametrize(("budget_gb", "cached"), [(0.11, False), (0.2, True), (0.25, True)])
+def test_a_mixture_larger_than_its_budget(mixture: Path, tmp_path: Path, budget_gb: float, cached: bool) -> None:
+    """With experts in slots, and with too little memory for that."""
     result, report = run(mixture, budget_gb, tmp_path)
     check(result, report, budget_gb)
+    assert (report["plan"]["expert_slots"] > 0) == cached
+    assert (report["expert_cache"] is not None) == cached
+
+
+def test_a_mixtures_tokens_do_not_depend_on_the_budget(mixture: Path, tmp_path: Path) -> None:
+    tokens = [run(mixture, budget_gb, tmp_path)[1]["token_ids"] for budget_gb in (0.11, 0.2, 1.0)]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 @pytest.mark.parametrize("budget_gb", [0.15, 0.2])

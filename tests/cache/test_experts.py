@@ -209,7 +209,7 @@ def test_a_wrong_guess_is_cancelled_and_leaves_its_slot() -> None:
     assert [reading.cancelled for reading in guessed] == [True] * BLOCKS + [False] * BLOCKS
     assert (1, 5) not in cache
     assert take(cache, 1, 2) + take(cache, 1, 3) == content(1, 2) + content(1, 3)
-    assert cache.counts["prefetched"], cache.counts["useful"] == (2, 1)
+    assert (cache.counts["prefetched"], cache.counts["useful"]) == (2, 1)
     check(cache)
 
 
