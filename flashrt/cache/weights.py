@@ -6,6 +6,7 @@ plan and invisible to the arithmetic, which is why a result does not depend on t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
@@ -84,25 +85,26 @@ class Weights:
     def abandon_pass(self) -> None:
         """Forget what was read ahead, after a pass that was left half-way."""
         self._ahead = None
-        try:
-            self._static.flush()
-            self._experts.flush()
-        finally:
+        with contextlib.ExitStack() as all_of_them:  # even if one is interrupted
             if self.experts:
-                self.experts.abandon()
+                all_of_them.callback(self.experts.abandon)
+            all_of_them.callback(self._experts.flush)
+            all_of_them.callback(self._static.flush)
 
     def expect_experts(self, layer: int, chosen: Array) -> None:
         """Start reading the experts that the router of `layer` chose (int [T, k]), in ascending order."""
         tensor = self.layout.tensors[f"{layer}.ffn"]
+        if tensor.runs == 1:  # a mixture of one expert streams like a dense block
+            return
         if self.experts:
             self.experts.expect(layer, chosen)
-        elif tensor.runs > 1:  # a mixture of one expert streams like a dense block
+        else:
             experts = np.unique(chosen).tolist()
             self._experts.expect(block for expert in experts for block in self._unpinned(tensor, expert))
 
     def prefetch_experts(self, layer: int, chosen: Array) -> None:
         """Read ahead what the router of `layer` will probably choose (int [T, k], each token's first choice first)."""
-        if self.experts:
+        if self.experts and self.layout.tensors[f"{layer}.ffn"].runs > 1:
             self.experts.prefetch(layer, dict.fromkeys(chosen.T.ravel().tolist()))
 
     def runs(self, name: str, run: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -153,7 +155,7 @@ class Weights:
         """The first expert of every layer, then the second: the same number of every layer begins in the cache."""
         mixtures = [(i, layer.ffn.experts) for i, layer in enumerate(self.spec.layers)]
         for expert in range(max(experts for _, experts in mixtures)):
-            yield from ((i, expert) for i, experts in mixtures if expert < experts)
+            yield from ((i, expert) for i, experts in mixtures if expert < experts > 1)
 
     def _cached(self, tensor: TensorLayout, run: int) -> Iterator[tuple[int, Tensor]]:
         """The unpinned part of one expert, from the cache."""
