@@ -133,7 +133,10 @@ class CudaRuntime:
 
     def _host_tier_bytes(self, spec: ModelSpec, layout: PackLayout, plan: Plan) -> int:
         """What pinned host memory may take for weights: the host's budget less the process and the staging buffers."""
-        staging = 2 * plan.slots * plan.slot_bytes + 2 * max(t.max_block_bytes for t in layout.tensors.values())
+        from flashrt.cache.torch_device import FILL_DEPTH
+
+        buffers = FILL_DEPTH if plan.expert_slots else 2  # experts are read into place through those of loading
+        staging = 2 * plan.slots * plan.slot_bytes + buffers * max(t.max_block_bytes for t in layout.tensors.values())
         if self._host_bytes is None:
             return max(int(HOST_SHARE * available_bytes()) - staging, 0)
         needed = resident_bytes() + RUNTIME_GROWTH + staging
