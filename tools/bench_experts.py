@@ -13,7 +13,8 @@ no look-ahead  the cache, but nothing is read before its router names it
 cache          as it is
 
 Tokens are drawn with a fixed seed at temperature 1 (a greedy random model repeats itself) and must be the same in all.
-The roof is the tokens/s of a disk that does nothing but read a way's bytes, at the rate measured just before each run.
+The roof is what a way's bytes allow for at the rate of plain reads (several at once) measured just before each run: on
+a machine with other work to do, flashrt's own engine may be faster than those.
 Policies are compared on synthetic traces: experts drawn with a Zipf law, kept from token to token with some
 probability, the law's order changing now and then. Medians are quoted; JSON is printed last.
 """

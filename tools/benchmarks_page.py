@@ -191,8 +191,9 @@ def experts(name: str, data: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Synthetic: {data['model']}, {data['dtype']}, routers random too. {data['new_tokens']} tokens in a memory "
         f"cgroup of {number(data['budget_gb'])} GiB, runs of each: {data['repeat']}, in turn. *blocks*: no cache; "
-        f"leading blocks of the experts' tensors are pinned, the others read once a router names them. *roof*: of a "
-        f"disk that only reads a way's bytes, at the rate measured just before the run."
+        f"leading blocks of the experts' tensors are pinned, the others read once a router names them. *By plain "
+        f"reads*: what a way's bytes allow for at the rate of plain reads, eight at once, just before the run. The machine's "
+        f"other work slows both, and plain reads more than flashrt's."
     )
     for label, pack in data["packs"].items():
         use = ", ".join(f"{share:.0%}" for share in pack["use_by_rank"])
@@ -202,7 +203,7 @@ def experts(name: str, data: dict[str, Any]) -> Iterator[str]:
             f"all: {same}. The cache over blocks: {times(pack['cache_over_blocks'])} the tokens/s, "
             f"{pack['bytes_over_blocks']:.0%} of the bytes."
         )
-        header = ["tokens/s", "read per token", "planned", "roof, tokens/s", "of the roof", "experts in memory", "hits"]
+        header = ["tokens/s", "read per token", "planned", "by plain reads", "of that", "experts in memory", "hits"]
         yield table(
             [label, *header, "read ahead, and right"],
             [[way, *_experts(cell)] for way, cell in pack["ways"].items()],
