@@ -192,8 +192,8 @@ def experts(name: str, data: dict[str, Any]) -> Iterator[str]:
         f"Synthetic: {data['model']}, {data['dtype']}, routers random too. {data['new_tokens']} tokens in a memory "
         f"cgroup of {number(data['budget_gb'])} GiB, runs of each: {data['repeat']}, in turn. *blocks*: no cache; "
         f"leading blocks of the experts' tensors are pinned, the others read once a router names them. *By plain "
-        f"reads*: what a way's bytes allow for at the rate of plain reads, eight at once, just before the run. The machine's "
-        f"other work slows both, and plain reads more than flashrt's."
+        f"reads*: what a way's bytes allow for at the rate of plain reads, eight at once, just before the run. The "
+        f"machine's other work slows both, and plain reads more than flashrt's."
     )
     for label, pack in data["packs"].items():
         use = ", ".join(f"{share:.0%}" for share in pack["use_by_rank"])
