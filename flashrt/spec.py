@@ -28,7 +28,6 @@ from typing import Any
 
 from flashrt_kernels.rows import LONGEST_ROW, WIDEST_HEAD
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -111,7 +110,7 @@ class Ffn:
     """Feed-forward block of one layer: dense, or a mixture of `experts` of `neurons` neurons each."""
 
     neurons: int
-    activation: str
+    activation: str  # a name of flashrt_kernels.activations
     gated: bool = True
     bias: bool = False
     experts: int = 0

@@ -16,6 +16,7 @@ import torch
 
 VOCAB = 131
 BOS, EOS, USER = 0, 1, 2
+FATRELU_THRESHOLD = 0.4  # large enough to show: a third of the positive gates lie below
 SPECIAL = ("<s>", "</s>", "<|user|>")
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -54,6 +55,13 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaConfig",
         "LlamaForCausalLM",
         _LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=64),
+    ),
+    "llama-relu": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "hidden_act": "relu"}),
+    "llama-relu2": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "hidden_act": "relu2"}),
+    "llama-fatrelu": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {**_LLAMA, "hidden_act": "fatrelu", "hidden_act_param": FATRELU_THRESHOLD},
     ),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_LLAMA, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _COMMON),
@@ -131,6 +139,8 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random transformers model of a variant, float32, in evaluation mode. `overrides` are config fields."""
     import transformers
 
+    # ProSparse checkpoints (arXiv:2402.13516) bring code of their own for this activation.
+    transformers.activations.ACT2FN["fatrelu"] = (torch.nn.Threshold, {"threshold": FATRELU_THRESHOLD, "value": 0.0})
     config_class, model_class, fields = _VARIANTS[family]
     config = getattr(transformers, config_class)(**{**fields, **overrides})
     with torch.random.fork_rng(devices=[]):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import ACTIVATIONS, Rope
+from flashrt.spec import Rope
+from flashrt_kernels.activations import fatrelu
 
 _ACTIVATION_NAMES = {
     "silu": "silu",
@@ -62,12 +63,21 @@ class Config:
             raise UnsupportedModelError(f"{self.family} with {key}={value!r} is not supported")
 
     def activation(self, key: str, default: str) -> str:
+        """The activation, as `flashrt_kernels.activations` names it."""
         name = self.data.get(key) or default
+        if name == "fatrelu":
+            return fatrelu(self._threshold())
         if name not in _ACTIVATION_NAMES:
-            known = ", ".join(sorted(_ACTIVATION_NAMES))
+            known = ", ".join(sorted((*_ACTIVATION_NAMES, "fatrelu")))
             raise UnsupportedModelError(f"{self.family} with activation {name!r} is not supported; known: {known}")
-        assert _ACTIVATION_NAMES[name] in ACTIVATIONS
         return _ACTIVATION_NAMES[name]
+
+    def _threshold(self) -> float:
+        """FATReLU's, under the name that ProSparse and MiniCPM-S checkpoints give it."""
+        threshold = self.number("hidden_act_param")
+        if threshold <= 0:
+            raise CheckpointError(f"{self.family} config: hidden_act_param is {threshold}, expected a positive number")
+        return threshold
 
     def heads(self) -> tuple[int, int]:
         """(query heads, key/value heads)."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.predict.channels import ACTIVATIONS
+from flashrt.predict.channels import activation_function
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
 from flashrt_kernels.channels import CHANNELS
@@ -120,7 +120,7 @@ class ChannelFfn:
     def _hidden(self, i: int, sums: Tensor) -> Tensor:
         """Activations float32 [B, neurons] of block `i`."""
         ffn, vector = self.weights.spec.layers[i].ffn, self.weights.vector
-        act, values = ACTIVATIONS[ffn.activation], sums * vector(f"{i}.channels.scale")
+        act, values = activation_function(ffn.activation), sums * vector(f"{i}.channels.scale")
         if ffn.gated:
             half = values.shape[1] // 2
             return act(values[:, : ffn.neurons]) * values[:, half : half + ffn.neurons]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.spec import Ffn
+from flashrt_kernels.activations import parse
 from flashrt_kernels.channels import CHANNELS, Int4Parts, encode_channels, padded_columns, take_apart
 from flashrt_kernels.rows import Codec, row_bytes
 
@@ -163,7 +164,7 @@ def _norms(block: Block, trial: _Trial, samples: Samples, kernels: Any) -> tuple
 
     A channel's weights count as much as the neurons they feed: by the slope of h and the length of the row of down.
     """
-    act = ACTIVATIONS[block.ffn.activation]
+    act = activation_function(block.ffn.activation)
     neurons, hidden = block.ffn.neurons, block.hidden
     sensitivities = np.zeros((len(block.rows) - 1, neurons))
     for begin in range(0, len(samples.x), PROBE_TOKENS):
@@ -226,7 +227,7 @@ def _channel_choices(trial: _Trial, probe: Samples, counts: Array) -> list[Choic
 
 
 def _neuron_choices(trial: _Trial, probe: Samples, norms: Array) -> list[Choice]:
-    act = ACTIVATIONS[trial.block.ffn.activation]
+    act = activation_function(trial.block.ffn.activation)
     parts = trial.projections(probe.x)
     h = act(parts[0]) * parts[1] if trial.block.ffn.gated else act(parts[0])
     counts = np.abs(h) * norms
@@ -254,13 +255,18 @@ def _gelu(x: Array) -> Array:
     return 0.5 * x * (1 + erf)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: x / (1 + np.exp(-np.clip(x, -80, None))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))),
     "gelu": _gelu,
-    "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
+
+
+def activation_function(activation: str) -> Callable[[Array], Array]:
+    """What a name of `flashrt_kernels.activations` stands for, on arrays."""
+    name, threshold = parse(activation)
+    return (lambda x: np.where(x <= threshold, 0, x)) if name == "relu" else _FUNCTIONS[name]
 
 
 def cheapest(choices: Sequence[Choice], price: float) -> Choice:

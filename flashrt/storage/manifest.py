@@ -16,8 +16,9 @@ from typing import Any
 from flashrt.errors import PackError
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity
-from flashrt.spec import ACTIVATIONS, ROPE_KINDS, ModelSpec, Rope
+from flashrt.spec import ROPE_KINDS, ModelSpec, Rope
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
+from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
 
 FORMAT = "flashrt-pack"
@@ -200,8 +201,10 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
             raise PackError(f"{where}: {attention.heads} heads do not share {attention.kv_heads} KV heads evenly")
         if attention.window is not None:
             bounded("window", attention.window, 1, 1 << 31)
-        if ffn.activation not in ACTIVATIONS:
-            raise PackError(f"{where}: unknown activation {ffn.activation!r}")
+        try:
+            activations.parse(ffn.activation)
+        except ValueError as error:
+            raise PackError(f"{where}: {error}") from None
     if problem := spec.unsupported():
         raise PackError(f"{where}: {problem}")
     for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flashrt_kernels.activations import parse
 from flashrt_kernels.rows import INT4_GROUP, INT4_SPAN, INT8_GROUP, MATRIX_ROWS, Codec, align, row_bytes
 
 QUERIES = 64  # tokens whose attention scores exist at once
@@ -101,13 +102,14 @@ def gemm_scratch_bytes(tokens: int, k: int, neurons: int = 0) -> int:
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
+    function, threshold = parse(activation)
+    if function == "silu":
         return functional.silu(x)
-    if activation == "relu":
-        return functional.relu(x)
-    if activation == "relu2":
+    if function == "relu":
+        return x.masked_fill(x <= threshold, 0.0)
+    if function == "relu2":
         return functional.relu(x).square()
-    return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return functional.gelu(x, approximate="tanh" if function == "gelu_tanh" else "none")
 
 
 def _glu(

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from flashrt.arch import family_of
 from flashrt.arch.gguf import llama3_parameters
-from flashrt.errors import UnsupportedModelError
+from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import Rope
 from flashrt.storage.sources import open_checkpoint
 from tests.arch.test_forward import check
@@ -122,6 +122,33 @@ def test_gemma_as_published() -> None:
     assert (attentions[4].window, attentions[4].heads, attentions[4].kv_heads) == (1024, 8, 4)
     assert (spec.vocab, spec.context, spec.eos, spec.tied) == (262208, 131072, (1, 106), True)
     assert spec.embed_scale == 50.5  # sqrt(2560) = 50.596 as a bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "silu"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"hidden_act": "relu2"}, "relu2"),
+        ({"hidden_act": "fatrelu", "hidden_act_param": 0.01}, "fatrelu:0.01"),
+        ({"hidden_act": "silu", "hidden_act_param": 0.03}, "silu"),
+    ],
+)
+def test_activations_of_relufied_llamas(fields: dict[str, Any], expected: str) -> None:
+    assert family_of("llama").spec({**LLAMA, **fields}).layers[0].ffn.activation == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "reason"),
+    [
+        ({"hidden_act": "fatrelu"}, CheckpointError, "hidden_act_param is None"),
+        ({"hidden_act": "fatrelu", "hidden_act_param": -0.01}, CheckpointError, "hidden_act_param is -0.01"),
+        ({"hidden_act": "shiftrelu", "hidden_act_param": 0.1}, UnsupportedModelError, "activation 'shiftrelu'"),
+    ],
+)
+def test_activations_that_are_refused(fields: dict[str, Any], error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        family_of("llama").spec({**LLAMA, **fields})
 
 
 def test_mistral_windows() -> None:

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 
 from flashrt.spec import Attention, ModelSpec, Rope
 from flashrt.storage.sources import Checkpoint, open_checkpoint
-from tests.families import FAMILIES, GGUF_FAMILIES, VOCAB, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, FATRELU_THRESHOLD, GGUF_FAMILIES, VOCAB, tiny_checkpoint, tiny_gguf
 
 TOKENS = 40  # longer than every window
 
 _ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    f"fatrelu:{FATRELU_THRESHOLD}": lambda x: F.threshold(x, FATRELU_THRESHOLD, 0.0),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }

@@ -11,9 +11,8 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
 def expect(x, w, codec, activation, gated, y, **options):
     result = torch.from_numpy(y.copy())
-    reference.glu(
-        tensor(x), tensor(w), codec, activation, gated, result, **{name: tensor(v) for name, v in options.items()}
-    )
+    arrays = {name: tensor(v) for name, v in options.items()}
+    reference.glu(tensor(x), tensor(w), codec, activation, gated, result, **arrays)
     return result.numpy()
 
 
@@ -38,6 +37,26 @@ def test_activations(isa, call, activation, gated):
     expected = expect(x, w, codec, activation, gated, y, **options)
     call(x, w, codec, activation, gated, y, **options)
     assert rms_ratio(y, expected) < 2e-6
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("call", [cpu.glu, cpu.gemm_glu])
+def test_relu_with_a_threshold(isa, call, gated):
+    k, n, tokens, codec = 96, 37, 19, Codec.F32
+    w, x, y = neurons(1, n, k, codec, gated), normal(2, tokens, k), normal(3, tokens, k)
+    plain, expected = y.copy(), expect(x, w, codec, "fatrelu:7.0", gated, y)
+    call(x, w, codec, "relu", gated, plain)
+    call(x, w, codec, "fatrelu:7.0", gated, y)
+    assert rms_ratio(y, expected) < 2e-6
+    assert rms_ratio(plain, expected) > 1e-2
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_relu_does_not_hide_what_is_no_number(isa, activation):
+    w, x, y = neurons(1, 21, 48, Codec.F32), normal(2, 1, 48), normal(3, 1, 48)
+    x[0, 5] = np.nan
+    cpu.glu(x, w, Codec.F32, activation, True, y)
+    assert np.isnan(y).all()
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -138,6 +157,7 @@ def test_wrong_arguments_are_named():
         ("x", x[0]),
         ("bundles", w[:, :128]),
         ("activation", "tanh"),
+        ("activation", "fatrelu:none"),
         ("y", empty(2, 64)),
         ("y", x),
         ("up_bias", normal(1, 4)),

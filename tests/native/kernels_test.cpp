@@ -67,7 +67,7 @@ std::vector<float> linear_of(const Packed& w, const std::vector<float>& x, int t
 std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int tokens, bool gated, bool wide) {
     std::vector<float> y(x.size(), 0.25f);
     const GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
-                     nullptr, w.rows, nullptr, w.rows.bundles, Activation::SILU, gated, nullptr};
+                     nullptr, w.rows, nullptr, w.rows.bundles, {Function::SILU, 0.0f}, gated, nullptr};
     if (wide) {
         const int crew = threads();
         std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles, crew));

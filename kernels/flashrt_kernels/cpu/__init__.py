@@ -10,11 +10,12 @@ spread over calls (ascending; neurons in multiples of 128).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt_kernels.activations import parse
 from flashrt_kernels.cpu import _cpu
 from flashrt_kernels.rows import Codec
 
@@ -48,10 +49,9 @@ __all__ = [
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 
 _CODECS = {Codec.F32: 0, Codec.BF16: 1, Codec.INT8: 2, Codec.INT4: 3}
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
+_FUNCTIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
 
 def _codec(codec: Codec) -> int:
@@ -61,11 +61,9 @@ def _codec(codec: Codec) -> int:
     return number
 
 
-def _activation(activation: str) -> int:
-    number = _ACTIVATIONS.get(activation)
-    if number is None:
-        raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, found {activation!r}")
-    return number
+def _activation(activation: str) -> tuple[int, float]:
+    function, threshold = parse(activation)
+    return _FUNCTIONS[function], threshold
 
 
 def set_threads(n: int) -> None:
@@ -141,7 +139,7 @@ def glu(
     x: Floats,
     bundles: Bytes,
     codec: Codec,
-    activation: Activation,
+    activation: str,
     gated: bool,
     y: Floats,
     up_bias: Floats | None = None,
@@ -152,6 +150,7 @@ def glu(
     """y[b] += h * down for each neuron in ascending order, for a few tokens.
 
     h = act(gate·x) * (up·x) with bundles of (gate, up, down) rows; ungated h = act(up·x + up_bias) with (up, down).
+    activation is a name of `flashrt_kernels.activations`.
     x and y [B, K] may have a row stride and must not share memory. bundles uint8 [n, bytes], any stride. tokens int32
     [m] names the rows of x and y that take part, each at most once; weights [m] (or [B]) multiplies their h. slots
     int32 [s] names the bundles that take part, in that order (None: all), wherever rows are kept that are not
@@ -164,7 +163,7 @@ def gemm_glu(
     x: Floats,
     bundles: Bytes,
     codec: Codec,
-    activation: Activation,
+    activation: str,
     gated: bool,
     y: Floats,
     up_bias: Floats | None = None,
@@ -226,7 +225,7 @@ def down(
     sums: Floats,
     scale: Floats,
     norms: Floats,
-    activation: Activation,
+    activation: str,
     gated: bool,
     up_bias: Floats | None,
     rows: Bytes,
@@ -249,7 +248,7 @@ def gemm_down(
     sums: Floats,
     scale: Floats,
     norms: Floats,
-    activation: Activation,
+    activation: str,
     gated: bool,
     up_bias: Floats | None,
     rows: Bytes,

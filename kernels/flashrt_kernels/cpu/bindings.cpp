@@ -2,9 +2,11 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -16,6 +18,9 @@ namespace {
 
 using nb::handle;
 using Released = nb::gil_scoped_release;
+using Named = std::pair<int, float>;  // an activation as Python has it: function, threshold
+
+Activation activation_of(Named named) { return {static_cast<Function>(named.first), named.second}; }
 
 bool overlap(const Array<const float>& a, const Array<float>& b) {
     if (a.size() == 0 || b.size() == 0) return false;
@@ -67,7 +72,7 @@ const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
     return chosen.data;
 }
 
-GluJob glu_job(handle x_, handle bundles, int codec, int activation, bool gated, handle y_, handle up_bias,
+GluJob glu_job(handle x_, handle bundles, int codec, Named activation, bool gated, handle y_, handle up_bias,
                handle tokens, handle weights, handle slots) {
     const Array<const float> x("x", x_, 2);
     const Rows w = bundles_of(bundles, codec, gated ? 3 : 2, x.shape[1]);
@@ -80,7 +85,7 @@ GluJob glu_job(handle x_, handle bundles, int codec, int activation, bool gated,
     const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
     return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
             chosen, vector_or_null<float>("weights", weights, count), w, places, neurons,
-            static_cast<Activation>(activation), gated,
+            activation_of(activation), gated,
             vector_or_null<float>("up_bias", up_bias, w.bundles)};
 }
 
@@ -116,7 +121,7 @@ GateUpJob gate_up_job(handle x_, handle groups, int64_t first, int64_t fine, han
             vector_or_null<float>("ratio", ratio, sums.shape[1]), sums.data, static_cast<size_t>(sums.step[0])};
 }
 
-DownJob down_job(handle sums_, handle scale_, handle norms_, int activation, bool gated, handle up_bias, handle rows,
+DownJob down_job(handle sums_, handle scale_, handle norms_, Named activation, bool gated, handle up_bias, handle rows,
                  int codec, int64_t first, handle y_, float from) {
     const Array<const float> sums("sums", sums_, 2);
     const Array<float> y("y", y_, 2);
@@ -130,7 +135,7 @@ DownJob down_job(handle sums_, handle scale_, handle norms_, int activation, boo
     sums.expect(1, gated ? 2 * padded : padded);
     return {sums.data, static_cast<size_t>(sums.step[0]), static_cast<int>(sums.shape[0]), gated, padded,
             vector_or_null<float>("scale", scale_, sums.shape[1]),
-            vector_or_null<float>("up_bias", up_bias, norms.shape[0]), static_cast<Activation>(activation), norms.data,
+            vector_or_null<float>("up_bias", up_bias, norms.shape[0]), activation_of(activation), norms.data,
             from, w, first, y.data, static_cast<size_t>(y.step[0])};
 }
 
@@ -302,14 +307,14 @@ NB_MODULE(_cpu, m) {
         Released release;
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
-    m.def("glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
+    m.def("glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
                     handle tokens, handle weights, handle slots) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, slots);
         Released release;
         if (job.tokens && job.count) glu(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
        nb::arg().none(), nb::arg().none());
-    m.def("gemm_glu", [](handle x, handle bundles, int codec, int activation, bool gated, handle y, handle up_bias,
+    m.def("gemm_glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
                          handle tokens, handle weights, handle scratch) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, nb::none());
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
@@ -329,7 +334,7 @@ NB_MODULE(_cpu, m) {
         }
         return nb::make_tuple(count.coarse, count.fine);
     });
-    m.def("down", [](handle sums, handle scale, handle norms, int activation, bool gated, handle up_bias, handle rows,
+    m.def("down", [](handle sums, handle scale, handle norms, Named activation, bool gated, handle up_bias, handle rows,
                      int codec, int64_t first, handle y, float from) {
         const DownJob job = down_job(sums, scale, norms, activation, gated, up_bias, rows, codec, first, y, from);
         Released release;
@@ -345,7 +350,7 @@ NB_MODULE(_cpu, m) {
         Released release;
         gemm_gate_up(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
-    m.def("gemm_down", [](handle sums, handle scale, handle norms, int activation, bool gated, handle up_bias,
+    m.def("gemm_down", [](handle sums, handle scale, handle norms, Named activation, bool gated, handle up_bias,
                           handle rows, int codec, int64_t first, handle y, handle scratch) {
         const DownJob job = down_job(sums, scale, norms, activation, gated, up_bias, rows, codec, first, y, 0);
         if (job.tokens == 0 || job.rows.bundles == 0) return;

@@ -8,7 +8,12 @@
 
 namespace flashrt {
 
-enum class Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4 };
+enum class Function : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4 };
+
+struct Activation {
+    Function function;
+    float threshold;  // RELU passes what is more
+};
 
 // Up to 16 tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes `q`:
 // x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).

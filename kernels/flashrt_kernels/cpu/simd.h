@@ -33,6 +33,9 @@ FLASHRT_INLINE F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 FLASHRT_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FLASHRT_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 FLASHRT_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+FLASHRT_INLINE F above(F a, F t) {  // a where it is more than t or no number, else zero
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, t.v, _CMP_NLE_UQ), a.v)};
+}
 FLASHRT_INLINE F round(F a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 FLASHRT_INLINE F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 // a * 2^n for integral n that keeps the result normal.
@@ -187,6 +190,10 @@ FLASHRT_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(
 FLASHRT_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 FLASHRT_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 FLASHRT_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+FLASHRT_INLINE F above(F x, F t) {
+    return {_mm256_and_ps(x.a, _mm256_cmp_ps(x.a, t.a, _CMP_NLE_UQ)),
+            _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, t.b, _CMP_NLE_UQ))};
+}
 FLASHRT_INLINE F round(F x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
 FLASHRT_INLINE F abs(F x) {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -365,6 +372,7 @@ FLASHRT_INLINE F fma(F a, F b, F c) { LANES(a.v[i] * b.v[i] + c.v[i]); }
 #endif
 FLASHRT_INLINE F min(F a, F b) { LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 FLASHRT_INLINE F max(F a, F b) { LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+FLASHRT_INLINE F above(F a, F t) { LANES(a.v[i] <= t.v[i] ? 0.0f : a.v[i]); }
 FLASHRT_INLINE F round(F a) {  // adding 1.5 * 2^23 leaves no room for a fraction; larger numbers have none
     LANES(__builtin_fabsf(a.v[i]) < 4194304.0f ? (a.v[i] + 12582912.0f) - 12582912.0f : a.v[i]);
 }

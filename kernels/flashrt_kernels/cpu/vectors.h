@@ -65,12 +65,12 @@ FLASHRT_INLINE F gelu(F x) {
 inline void activate(Activation activation, float* gate, const float* up, int n) {
     each16(n, [&](int i, int lanes) {
         F v = load_n(gate + i, lanes);
-        switch (activation) {
-            case Activation::SILU: v = mul(v, sigmoid(v)); break;
-            case Activation::GELU_TANH: v = gelu_tanh(v); break;
-            case Activation::GELU: v = gelu(v); break;
-            case Activation::RELU: v = max(zero(), v); break;
-            case Activation::RELU2:
+        switch (activation.function) {
+            case Function::SILU: v = mul(v, sigmoid(v)); break;
+            case Function::GELU_TANH: v = gelu_tanh(v); break;
+            case Function::GELU: v = gelu(v); break;
+            case Function::RELU: v = above(v, splat(activation.threshold)); break;
+            case Function::RELU2:
                 v = max(zero(), v);
                 v = mul(v, v);
                 break;
