@@ -1,0 +1,326 @@
+#!/usr/bin/env python3
+"""Train a small OPT with ReLU on text found on this machine, so that sparsity can be measured on a model that learned.
+
+    python -m tools.train_relu_lm OUT --minutes 20
+    python -m tools.train_relu_lm OUT --minutes 1 --hidden 64 --layers 2 --heads 2 --text-dir flashrt docs
+
+OUT becomes a Hugging Face checkpoint (`flashrt pack OUT PACK`) with held-out.txt and calibration.txt beside it: text of
+the same kind, from files that training never saw. Without --text-dir the text is Python's library, the installed
+packages and /usr/share/doc. Model and batch are larger on a GPU.
+
+AdamW with linear warm-up and cosine decay over the minutes given, bfloat16 where tensors are multiplied, gradients
+clipped to norm 1. Neurons fall silent by themselves, but slowly; an L1 penalty on the activations, raised gradually as
+in ProSparse (arXiv:2402.13516, section 3), makes a short training as sparse as a long one. Its weight is not a constant
+but follows the share of zeros, which is to reach --zeros by three quarters of the training. --zeros 0: no penalty.
+
+On a CPU the minutes are processor time per thread, so that a busy machine takes longer and trains the same model. The
+last line of standard output is JSON: perplexity of the held-out text beside that of unigrams and bigrams, and the share
+of FFN neurons that are zero in each layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
+
+from tools.corpus import BETWEEN, Corpus, collect, default_roots
+
+BOUNDARY = "<|endoftext|>"  # stands before every document, and first in every window
+TOKENIZER_BYTES = 8 << 20  # of training text that the tokenizer is fitted to
+WARM_UP = 0.05  # share of the training in which the learning rate rises
+LAST_RATE = 0.05  # of the peak, at the end
+PENALTY_RISE = 0.75  # share of the training in which the wanted share of zeros rises
+PENALTY_GAIN = 0.5  # of the weight's logarithm per step, for each unit of what is lacking
+PENALTY_LEAST = 0.01  # weight, where nothing is lacking
+SMOOTHING = (1e-3, 1e-2, 1e-1)  # k of the bigram baseline; the best one counts
+REPORT_S = 20.0  # between lines of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    hidden: int
+    layers: int
+    heads: int
+    batch: int  # windows of a step
+
+
+SHAPES = {"cpu": Shape(256, 6, 4, 2), "cuda": Shape(768, 12, 12, 64)}
+FFN_RATIO = 8  # neurons per number of the hidden state
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    began = time.perf_counter()
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    corpus = collect(args.text_dir or default_roots(), int(args.megabytes * 1e6))
+    tokenizer = fit_tokenizer(corpus.train, args.vocab)
+    train, held_out = encode(tokenizer, corpus.train), encode(tokenizer, [BETWEEN.join(corpus.held_out)])[1:]
+    say(f"{len(train)} tokens to train on, {len(held_out)} held out; {time.perf_counter() - began:.0f} s")
+    if len(train) <= args.context:
+        raise SystemExit(f"{len(train)} tokens of text do not fill one window of {args.context}: name more text")
+    model = new_model(args, tokenizer)
+    seen = fit(model, train, args)
+    save(args.out, model, tokenizer, corpus)
+    perplexity, zeros = evaluate(model, held_out, args)
+    unigram, bigram = baselines(train, held_out, tokenizer.get_vocab_size())
+    result = {
+        "tool": "train_relu_lm",
+        "perplexity": perplexity,
+        "unigram_perplexity": unigram,
+        "bigram_perplexity": bigram,
+        "held_out_tokens": len(held_out),
+        "zero_share": zeros,
+        "train_tokens": len(train),
+        "tokens_seen": seen,
+        "seconds": time.perf_counter() - began,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "text_dir")},
+    }
+    print(json.dumps(result))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory of the checkpoint")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--ffn", type=int, help=f"neurons of a layer; {FFN_RATIO} times the hidden size by default")
+    parser.add_argument("--batch", type=int, help="windows of a step")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a window, and the most the model takes")
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--zeros", type=float, default=0.93, help="share of activations that the L1 penalty aims at")
+    parser.add_argument("--text-dir", type=Path, nargs="+", help="where to look for text")
+    parser.add_argument("--megabytes", type=float, default=32.0, help="of text, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", choices=SHAPES, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    shape = SHAPES[args.device]
+    for name in Shape.__slots__:
+        setattr(args, name, getattr(args, name) or getattr(shape, name))
+    args.ffn = args.ffn or FFN_RATIO * args.hidden
+    return args
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def fit_tokenizer(documents: Sequence[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE; encoding with special tokens puts BOUNDARY first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[BOUNDARY], initial_alphabet=alphabet, show_progress=False
+    )
+    sizes = np.cumsum([len(document) for document in documents])
+    tokenizer.train_from_iterator(documents[: int(np.searchsorted(sizes, TOKENIZER_BYTES)) + 1], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOUNDARY} $A", special_tokens=[(BOUNDARY, tokenizer.token_to_id(BOUNDARY))]
+    )
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Tensor:
+    """The ids of all documents, int32, each begun by BOUNDARY."""
+    ids = [np.asarray(tokenizer.encode(document).ids, np.int32) for document in documents]
+    return torch.from_numpy(np.concatenate(ids))
+
+
+def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> OPTForCausalLM:
+    boundary = tokenizer.token_to_id(BOUNDARY)
+    config = OPTConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=args.hidden,
+        word_embed_proj_dim=args.hidden,
+        ffn_dim=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        max_position_embeddings=args.context,
+        activation_function="relu",
+        dropout=0.0,
+        attention_dropout=0.0,
+        bos_token_id=boundary,
+        eos_token_id=boundary,
+        pad_token_id=None,
+    )
+    model = OPTForCausalLM(config)
+    for layer in model.model.decoder.layers:
+        # Each branch adds nothing at first (Fixup, arXiv:1901.09321), or its noise would drown the small embeddings.
+        torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
+        torch.nn.init.zeros_(layer.fc2.weight)
+    return model.to(args.device)
+
+
+def fit(model: OPTForCausalLM, ids: Tensor, args: argparse.Namespace) -> int:
+    """Train for the time given; the number of tokens trained on."""
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer, penalty, clock = new_optimizer(model, args.rate), Penalty(args.zeros), Clock(args.device)
+    seen, reported, losses = 0, 0.0, list[Tensor]()
+    model.train()
+    while (progress := clock.seconds() / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * rate_share(progress)
+        batch = windows(ids, args, generator).to(args.device)
+        losses.append(step(model, optimizer, penalty, batch, progress))
+        seen += batch.numel()
+        if clock.seconds() - reported > REPORT_S:
+            reported = clock.seconds()
+            line = f"{progress:4.0%}  {seen} tokens, {seen / reported:.0f}/s  loss {torch.stack(losses).mean():.3f}"
+            say(f"{line}  zeros {penalty.zeros:.3f}  penalty {penalty.weight:.3g}")
+            losses.clear()
+    return seen
+
+
+def step(
+    model: OPTForCausalLM, optimizer: torch.optim.Optimizer, penalty: Penalty, batch: Tensor, progress: float
+) -> Tensor:
+    """Train on one batch of windows; the loss without the penalty."""
+    with activations(model) as kept, torch.autocast(batch.device.type, torch.bfloat16):
+        loss = model(input_ids=batch, labels=batch).loss
+    penalty.follow(progress, float(torch.stack([zero_share(values) for values in kept]).mean()))
+    mean = torch.stack([values.mean(dtype=torch.float32) for values in kept]).mean()
+    (loss + penalty.weight * mean).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def new_optimizer(model: OPTForCausalLM, rate: float) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+
+class Clock:
+    """Seconds of training: of one thread's processor time on a CPU, of the wall on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._now = time.perf_counter if device == "cuda" else time.process_time
+        self._threads = 1 if device == "cuda" else torch.get_num_threads()
+        self._began = self._now()
+
+    def seconds(self) -> float:
+        return (self._now() - self._began) / self._threads
+
+
+def rate_share(progress: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine."""
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+class Penalty:
+    """The weight of the mean activation in the loss, moved step by step by what the share of zeros lacks."""
+
+    def __init__(self, target: float) -> None:
+        self.target, self.zeros, self.weight = target, 0.0, PENALTY_LEAST if target else 0.0
+
+    def follow(self, progress: float, zeros: float) -> None:
+        """`zeros` is the share of activations that are; the one wanted rises along a sine to the target."""
+        self.zeros = zeros
+        risen = (1 - math.cos(math.pi * min(progress / PENALTY_RISE, 1.0))) / 2
+        if self.target:
+            self.weight = max(self.weight * math.exp(PENALTY_GAIN * (self.target * risen - zeros)), PENALTY_LEAST)
+
+
+def windows(ids: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
+    """Random windows int64 [batch, context] of the training text, the first token of each replaced by BOUNDARY."""
+    begins = torch.randint(len(ids) - args.context + 1, (args.batch,), generator=generator)
+    result = torch.stack([ids[begin : begin + args.context] for begin in begins]).long()
+    result[:, 0] = ids[0]
+    return result
+
+
+@contextmanager
+def activations(model: OPTForCausalLM) -> Iterator[list[Tensor]]:
+    """The outputs [tokens, neurons] of the layers' ReLU, appended while the model runs."""
+    kept: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    hooks = [layer.activation_fn.register_forward_hook(keep) for layer in model.model.decoder.layers]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def zero_share(values: Tensor) -> Tensor:
+    return (values == 0).float().mean()
+
+
+@torch.no_grad()
+def evaluate(model: OPTForCausalLM, ids: Tensor, args: argparse.Namespace) -> tuple[float, list[float]]:
+    """Perplexity, in windows that start afresh, and the share of zero activations of each layer. In float32."""
+    model.eval()
+    step, total = args.context - 1, 0.0
+    zeros = torch.zeros(args.layers, dtype=torch.float64)
+    boundary = torch.tensor([model.config.bos_token_id])
+    with activations(model) as kept:
+        for part in ids.long().split(step):
+            window = torch.cat((boundary, part))[None].to(args.device)
+            kept.clear()
+            total += float(model(input_ids=window, labels=window).loss) * len(part)
+            zeros += torch.stack([zero_share(values) for values in kept]).double().cpu() * len(part)
+    return math.exp(total / len(ids)), (zeros / len(ids)).tolist()
+
+
+def baselines(train: Tensor, held_out: Tensor, vocab: int) -> tuple[float, float]:
+    """Perplexity of the held-out text by counts of single tokens and of pairs, add-k smoothed.
+
+    k is the best of SMOOTHING on the held-out text itself, which flatters the baseline.
+    """
+    before, after = held_out[:-1].long(), held_out[1:].long()
+    single = torch.bincount(train, minlength=vocab).double()
+    pairs, counts = torch.unique(train[:-1].long() * vocab + train[1:], return_counts=True)
+    wanted = before * vocab + after
+    at = torch.searchsorted(pairs, wanted).clamp(max=len(pairs) - 1)
+    found = torch.where(pairs[at] == wanted, counts[at], 0).double()
+    unigram = ((single[after] + 1) / (single.sum() + vocab)).log()
+    bigrams = [((found + k) / (single[before] + k * vocab)).log() for k in SMOOTHING]
+    return math.exp(-float(unigram.mean())), min(math.exp(-float(logs.mean())) for logs in bigrams)
+
+
+def save(out: Path, model: OPTForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """The checkpoint, its tokenizer, and the texts beside it."""
+    model.save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOUNDARY, "eos_token": BOUNDARY}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    for name, documents in (("held-out", corpus.held_out), ("calibration", corpus.calibration)):
+        (out / f"{name}.txt").write_text(BETWEEN.join(documents), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
