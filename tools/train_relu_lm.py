@@ -13,7 +13,7 @@ clipped to norm 1. Neurons fall silent by themselves, but slowly; an L1 penalty 
 in ProSparse (arXiv:2402.13516, section 3), makes a short training as sparse as a long one. Its weight is not a constant
 but follows the share of zeros, which is to reach --zeros by three quarters of the training. --zeros 0: no penalty.
 
-On a CPU the minutes are processor time per thread, so that a busy machine takes longer and trains the same model. The
+On a CPU the minutes are processor time per thread, so that a busy machine takes longer and trains as much. The
 last line of standard output is JSON: perplexity of the held-out text beside that of unigrams and bigrams, and the share
 of FFN neurons that are zero in each layer.
 """
