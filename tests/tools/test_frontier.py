@@ -13,7 +13,7 @@ from tools import frontier
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return tiny_checkpoint("llama", tmp_path / "checkpoint", hidden_size=64, intermediate_size=96, head_dim=8)[1]
+    return tiny_checkpoint("llama", tmp_path / "checkpoint", hidden_size=96, intermediate_size=160)[1]
 
 
 def test_frontier(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
