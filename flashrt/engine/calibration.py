@@ -3,9 +3,10 @@
     text       windows of tokens: from a file, or written by the model itself
     samples    inputs of every block, and what the model predicts on the tokens held out
     fits       for every block: order, norms, and what each choice saves and costs (flashrt.predict)
-    pack       the calibrated pack, with everything let through
-    weights    what an error of each block does to the predictions, measured block by block
+    trial      a pack by channel that stores everything
+    weights    what an error of each block does to the predictions, measured on it, block by block
     thresholds the choices that save the most within the loss allowed, checked on tokens that nothing was fitted to
+    pack       the calibrated pack
 
 Everything lies in a working directory inside the pack until it is done. What an interrupted calibration has finished is
 taken up again by the next one, if it is for the same pack, text and version; otherwise it starts afresh.
@@ -40,12 +41,14 @@ from flashrt.predict.channel_pack import ChannelPackSource, read_ffn, read_vecto
 from flashrt.predict.channels import ChannelFit, Choice, Samples, fit_channels
 from flashrt.sparsity import VERSION, ChannelSparsity, Sparsity
 from flashrt.spec import ModelSpec
-from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
+from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack, write_atomically
+from flashrt_kernels.channels import CHANNELS
 from flashrt_kernels.rows import Codec
 
 WORK_DIR = "sparse.partial"
+TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
 WINDOW = 128  # tokens of one piece of text
 TOKENS = 1536  # of text when nothing else is asked
 HELD_OUT = 3  # every third window is held out: half of those to set the price of loss by, half to check
@@ -109,11 +112,14 @@ class _Calibration:
             self._sample(exact, fitted)
             self._reference(exact, [*probe, *tuning, *checking])
         self._fit()
-        self._write()
-        with self._engine(self.work / SPARSE_DIR) as sparse:
-            weights = self._weights(sparse, probe)
-            sparsity = self._choose(sparse, weights, probe, tuning, checking)
-        self._finish(sparsity)
+        whole = ChannelSparsity(CHANNELS, -1.0, -1.0, -1.0)
+        self._write(TRIAL_DIR, Sparsity(self.base.manifest.hash, 0.0, 0.0, (whole,) * len(self.spec.layers)))
+        with self._engine(self.work / TRIAL_DIR) as trial:
+            weights = self._weights(trial, probe)
+            sparsity = self._choose(trial, weights, probe, tuning, checking)
+        shutil.rmtree(self.work / SPARSE_DIR, ignore_errors=True)  # of an earlier, killed run that chose otherwise
+        self._write(SPARSE_DIR, sparsity)
+        self._finish()
         return sparsity
 
     @contextlib.contextmanager
@@ -191,14 +197,12 @@ class _Calibration:
                 _save_fit(path, fit_channels(block, given, bias, self.runtime.ops))
             self.progress("fitting", i + 1, len(self.spec.layers))
 
-    def _write(self) -> None:
-        """The calibrated pack, letting everything through."""
-        out = self.work / SPARSE_DIR
+    def _write(self, folder: str, sparsity: Sparsity) -> None:
+        """A calibrated pack in the working directory."""
+        out = self.work / folder
         if (out / MANIFEST_FILE).exists():
             return
-        layers = tuple(ChannelSparsity(self._fitted(i).fine, -1.0, -1.0, -1.0) for i in range(len(self.spec.layers)))
-        sparsity = Sparsity(self.base.manifest.hash, 0.0, 0.0, layers)
-        source = ChannelPackSource(self.base, self._fitted)
+        source = ChannelPackSource(self.base, self._fitted, sparsity.layers)
         block_bytes = self.base.manifest.block_bytes
         pack(
             source,
@@ -219,7 +223,7 @@ class _Calibration:
         free = [Picked(fit.channels[0], fit.neurons[0]) for fit in fits]
 
         def nats(picked: Sequence[Picked]) -> float:
-            thresholds = [choice.sparsity(fit.fine) for choice, fit in zip(picked, fits, strict=True)]
+            thresholds = [choice.sparsity for choice in picked]
             return float(self._divergence(engine, thresholds, probe, 0).kl.mean())
 
         nothing, pairs = nats(free), []
@@ -252,12 +256,12 @@ class _Calibration:
         asked, best = aim, None
         for trial in range(TRIALS):
             picked = allocate(fits, weights, asked)
-            thresholds = [choice.sparsity(fit.fine) for choice, fit in zip(picked, fits, strict=True)]
+            thresholds = [choice.sparsity for choice in picked]
             found = self._divergence(engine, thresholds, tuning, first)
             self.progress("choosing", trial + 1, TRIALS)
             if found.loss <= aim:
                 check = self._divergence(engine, thresholds, checking, after)
-                if check.loss <= self.request.max_loss and (best is None or _nbytes(picked) < _nbytes(best[0])):
+                if check.loss <= self.request.max_loss and (best is None or _cost(picked) < _cost(best[0])):
                     best = picked, thresholds, check, self._figures(engine)
                 if found.loss > 0.85 * aim:
                     break
@@ -297,16 +301,12 @@ class _Calibration:
     def _fitted(self, i: int) -> ChannelFit:
         return _load_fit(self.work / f"fit-{i:03d}.npz")
 
-    def _finish(self, sparsity: Sparsity) -> None:
-        """Put the thresholds into the pack, and the pack where it is looked for."""
-        out = self.work / SPARSE_DIR
-        manifest = Manifest.from_bytes((out / MANIFEST_FILE).read_bytes(), str(out))
-        write_atomically(out / MANIFEST_FILE, replace(manifest, sparsity=sparsity).to_bytes())
-        target = self.path / SPARSE_DIR
-        old = self.work / "old"
+    def _finish(self) -> None:
+        """Put the pack where it is looked for."""
+        target, old = self.path / SPARSE_DIR, self.work / "old"
         if target.exists():
             os.rename(target, old)
-        os.rename(out, target)
+        os.rename(self.work / SPARSE_DIR, target)
 
 
 def _check_supported(base: Pack) -> None:
@@ -409,23 +409,23 @@ def _predicted(windows: list[list[int]]) -> int:
     return sum(len(window) - 1 for window in windows)
 
 
-def _nbytes(picked: Sequence[Picked]) -> float:
-    return sum(choice.nbytes for choice in picked)
+def _cost(picked: Sequence[Picked]) -> float:
+    return sum(choice.cost for choice in picked)
 
 
 def _save_fit(path: Path, fit: ChannelFit) -> None:
     choices = {name: [asdict(choice) for choice in getattr(fit, name)] for name in ("channels", "neurons")}
     arrays: dict[str, Any] = {"order": fit.order, "norms": fit.norms, "down_norms": fit.down_norms}
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, fine=fit.fine, choices=json.dumps(choices), **arrays)
+    np.savez(temporary, choices=json.dumps(choices), **arrays)
     os.replace(temporary, path)
 
 
 def _load_fit(path: Path) -> ChannelFit:
     with np.load(path) as saved:
         choices = {name: [_choice(c) for c in given] for name, given in json.loads(str(saved["choices"])).items()}
-        return ChannelFit(int(saved["fine"]), saved["order"], saved["norms"], saved["down_norms"], **choices)
+        return ChannelFit(saved["order"], saved["norms"], saved["down_norms"], **choices)
 
 
 def _choice(data: dict[str, Any]) -> Choice:
-    return Choice(tuple(data["thresholds"]), data["nbytes"], data["error"])
+    return Choice(**data | {"thresholds": tuple(data["thresholds"])})

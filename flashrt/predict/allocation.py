@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flashrt.predict.channels import ChannelFit, Choice, cheapest
+from flashrt.predict.channels import STORED, ChannelFit, Choice, cheapest
 from flashrt.sparsity import ChannelSparsity
 
 CHEAPEST, DEAREST = 1e-3, 1e15  # bytes that a loss of one nat may be worth
@@ -24,11 +24,12 @@ class Picked:
     neurons: Choice
 
     @property
-    def nbytes(self) -> float:
-        return self.channels.nbytes + self.neurons.nbytes
+    def cost(self) -> float:
+        return sum(choice.nbytes + STORED * choice.stored for choice in (self.channels, self.neurons))
 
-    def sparsity(self, fine: int) -> ChannelSparsity:
-        return ChannelSparsity(fine, *self.channels.thresholds, *self.neurons.thresholds)
+    @property
+    def sparsity(self) -> ChannelSparsity:
+        return ChannelSparsity(self.channels.fine, *self.channels.thresholds, *self.neurons.thresholds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def pick(fit: ChannelFit, weight: Weight, price: float) -> Picked:
 
 
 def allocate(fits: Sequence[ChannelFit], weights: Sequence[Weight], loss: float) -> list[Picked]:
-    """The choices with the fewest bytes whose predicted loss, in nats, is at most `loss`."""
+    """The cheapest choices whose predicted loss, in nats, is at most `loss`."""
 
     def at(price: float) -> list[Picked]:
         return [pick(fit, weight, price) for fit, weight in zip(fits, weights, strict=True)]

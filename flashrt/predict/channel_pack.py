@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from flashrt.errors import PackError
 from flashrt.predict.channels import Block, ChannelFit
+from flashrt.sparsity import ChannelSparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import Block as Piece
 from flashrt.storage.layout import TensorLayout
@@ -19,10 +20,13 @@ Array = np.ndarray
 
 
 class ChannelPackSource:
-    """What the packer asks of a checkpoint, and its encoder. `fit(i)` gives what was fitted to block i."""
+    """What the packer asks of a checkpoint, and its encoder.
 
-    def __init__(self, base: Pack, fit: Callable[[int], ChannelFit]) -> None:
-        self.base, self.fit = base, fit
+    `fit(i)` gives what was fitted to block i, `layers` how many of its channels are stored whole.
+    """
+
+    def __init__(self, base: Pack, fit: Callable[[int], ChannelFit], layers: Sequence[ChannelSparsity]) -> None:
+        self.base, self.fit, self.layers = base, fit, layers
         self.spec: ModelSpec = base.spec
         manifest = base.manifest
         self.name, self.source, self.fingerprint = manifest.name, manifest.source, manifest.hash
@@ -69,7 +73,7 @@ class ChannelPackSource:
         if self._at == i:
             return
         block, fit = read_ffn(self.base, i), self.fit(i)
-        self._groups, vectors = encode_channels(block.parts(), fit.order, fit.fine)
+        self._groups, vectors = encode_channels(block.parts(), fit.order, self.layers[i].fine)
         self._down = block.down
         self._vectors = _named(i, fit, vectors, self.spec.hidden)
         self._at = i

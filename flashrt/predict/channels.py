@@ -14,7 +14,14 @@ import numpy as np
 
 from flashrt.spec import Ffn
 from flashrt_kernels.activations import parse
-from flashrt_kernels.channels import CHANNELS, Int4Parts, encode_channels, padded_columns, take_apart
+from flashrt_kernels.channels import (
+    CHANNELS,
+    Int4Parts,
+    encode_channels,
+    group_bytes,
+    padded_columns,
+    take_apart,
+)
 from flashrt_kernels.rows import Codec, row_bytes
 
 # Shares of the channels that take part at all, and whole; each pair costs less than the one before.
@@ -34,9 +41,9 @@ CHANNEL_SHARES = (
     (0.35, 0.1),
 )
 NEURON_SHARES = (1.0, 0.85, 0.75, 0.65, 0.57, 0.5, 0.43, 0.36, 0.3, 0.24, 0.18, 0.12, 0.07, 0.04, 0.02)
-FINE_CHANNELS = (12, 16, 20, 24, 28)
-MIDDLE = 5  # of CHANNEL_SHARES: the choice beside which the loss by fine halves that are not stored must be small
-FINE_SHARE = 0.1  # of that choice's error
+FINE_CHANNELS = (32, 28, 24, 20, 16, 12)  # of a group that may be stored whole
+FINE_ROOM = 1.1  # by which they must exceed those that take part whole
+STORED = 1.0  # what a byte that must be kept, or streamed, is worth beside one that a token touches
 PROBE_TOKENS = 96  # samples on which the errors of choices are measured
 WEIGH_NEURONS = 1024  # decoded at a time
 SLOPE_STEP = 1e-2
@@ -46,18 +53,22 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Thresholds, the bytes of a block that a token touches under them, and its output's mean squared error."""
+    """Thresholds, the bytes of a block that a token touches under them, and its output's mean squared error.
+
+    `stored` are the bytes of the block that have to be kept for it, `fine` the channels of a group stored whole.
+    """
 
     thresholds: tuple[float, ...]
     nbytes: float
     error: float
+    stored: int
+    fine: int = CHANNELS
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelFit:
     """What calibration found out about one block."""
 
-    fine: int
     order: Array  # int32 [places]: the channel at each place, those beyond the input last in their group
     norms: Array  # float32 [hidden]
     down_norms: Array  # float32 [neurons]
@@ -107,32 +118,31 @@ class Samples:
 def fit_channels(block: Block, samples: Samples, up_bias: Array | None, kernels: Any) -> ChannelFit:
     """Fit one block to samples of its input. All of them count."""
     natural = np.arange(len(block.parts()[0].codes[0]), dtype=np.int32)
-    trial = _Trial(block, natural, CHANNELS, np.ones(block.hidden, np.float32), up_bias, kernels)
+    trial = _Trial(block, natural, np.ones(block.hidden, np.float32), up_bias, kernels)
     norms, down_norms = _norms(block, trial, samples, kernels)
     order = _hottest_first(norms**2 * (samples.x**2 * samples.weights[:, None]).mean(0))
     probe, counts = samples.some(PROBE_TOKENS), np.abs(samples.x) * norms
-    fine = _fine_channels(block, order, norms, up_bias, probe, counts, kernels)
-    trial = _Trial(block, order, fine, norms, up_bias, kernels)
+    trial = _Trial(block, order, norms, up_bias, kernels)
     channels = _channel_choices(trial, probe, counts)
     neurons = _neuron_choices(trial, probe, down_norms)
-    return ChannelFit(fine, order, norms, down_norms, channels, neurons)
+    return ChannelFit(order, norms, down_norms, channels, neurons)
 
 
 class _Trial:
-    """A block in its stored form, computed with any thresholds."""
+    """A block stored whole, computed with any thresholds."""
 
-    def __init__(
-        self, block: Block, order: Array, fine: int, norms: Array, up_bias: Array | None, kernels: Any
-    ) -> None:
-        self.block, self.fine, self.norms, self.up_bias, self.kernels = block, fine, norms, up_bias, kernels
-        self.groups, self.vectors = encode_channels(block.parts(), order, fine)
+    def __init__(self, block: Block, order: Array, norms: Array, up_bias: Array | None, kernels: Any) -> None:
+        self.block, self.norms, self.up_bias, self.kernels = block, norms, up_bias, kernels
+        self.groups, self.vectors = encode_channels(block.parts(), order, CHANNELS)
         self.order = np.where(order < block.hidden, order, -1).astype(np.int32)
 
-    def sums(self, x: Array, coarse_from: float = -1.0, fine_from: float = -1.0) -> tuple[Array, float]:
-        """Gate and up of x, and the bytes of channels that a token touches on average."""
+    def sums(
+        self, x: Array, fine: int = CHANNELS, coarse_from: float = -1.0, fine_from: float = -1.0
+    ) -> tuple[Array, float]:
+        """Gate and up of x as if `fine` channels of a group were stored whole; the bytes a token touches on average."""
         out = np.zeros((len(x), self.block.columns), np.float32)
         halves = self.kernels.gate_up(
-            x, self.groups, 0, self.fine, self.order, self.norms, self.vectors.ratio, out, coarse_from, fine_from
+            x, self.groups, 0, fine, self.order, self.norms, self.vectors.ratio, out, coarse_from, fine_from
         )
         fixed = 2 * self.block.columns * len(self.groups)
         return out, sum(halves) / len(x) * self.block.columns / 4 + fixed
@@ -150,7 +160,7 @@ class _Trial:
     def projections(self, x: Array) -> list[Array]:
         """Gate and up of x, or up with its bias: float32 [n, neurons] each."""
         sums = np.zeros((len(x), self.block.columns), np.float32)
-        self.kernels.gemm_gate_up(x, self.groups, 0, self.fine, self.order, self.vectors.ratio, sums)
+        self.kernels.gemm_gate_up(x, self.groups, 0, CHANNELS, self.order, self.vectors.ratio, sums)
         sums *= self.vectors.scale
         each = self.block.columns // (len(self.block.rows) - 1)
         parts = [sums[:, i : i + self.block.ffn.neurons] for i in range(0, self.block.columns, each)]
@@ -199,30 +209,20 @@ def _hottest_first(energy: Array) -> Array:
     return (ranks + np.arange(0, places, CHANNELS)[:, None]).reshape(-1).astype(np.int32)
 
 
-def _fine_channels(
-    block: Block, order: Array, norms: Array, up_bias: Array | None, probe: Samples, counts: Array, kernels: Any
-) -> int:
-    """How many channels of a group are stored whole: as few as cost little beside what will be left out anyway."""
-    ones = np.ones(block.ffn.neurons, np.float32)
-    whole = _Trial(block, order, CHANNELS, norms, up_bias, kernels)
-    exact, _ = whole.output(whole.sums(probe.x)[0], ones)
-    thresholds = (_threshold(counts, share) for share in CHANNEL_SHARES[MIDDLE])
-    allowed = FINE_SHARE * probe.error(whole.output(whole.sums(probe.x, *thresholds)[0], ones)[0], exact)
-    for fine in FINE_CHANNELS:
-        trial = _Trial(block, order, fine, norms, up_bias, kernels)
-        if probe.error(trial.output(trial.sums(probe.x)[0], ones)[0], exact) <= allowed:
-            return fine
-    return CHANNELS
-
-
 def _channel_choices(trial: _Trial, probe: Samples, counts: Array) -> list[Choice]:
+    """All pairs of shares, with all numbers of channels stored whole that leave room for them."""
     ones = np.ones(trial.block.ffn.neurons, np.float32)
     exact, _ = trial.output(trial.sums(probe.x)[0], ones)
     choices = []
     for shares in CHANNEL_SHARES:
         thresholds = tuple(_threshold(counts, share) for share in shares)
-        sums, nbytes = trial.sums(probe.x, *thresholds)
-        choices.append(Choice(thresholds, nbytes, probe.error(trial.output(sums, ones)[0], exact)))
+        for fine in FINE_CHANNELS:
+            if fine < CHANNELS and fine < FINE_ROOM * shares[1] * CHANNELS:
+                continue
+            sums, nbytes = trial.sums(probe.x, fine, *thresholds)
+            error = probe.error(trial.output(sums, ones)[0], exact)
+            stored = len(trial.groups) * group_bytes(trial.block.columns, fine)
+            choices.append(Choice(thresholds, nbytes, error, stored, fine))
     return choices
 
 
@@ -237,7 +237,7 @@ def _neuron_choices(trial: _Trial, probe: Samples, norms: Array) -> list[Choice]
     for share in NEURON_SHARES:
         threshold = _threshold(counts, share)
         found, nbytes = trial.output(sums, norms, threshold)
-        choices.append(Choice((threshold,), nbytes, probe.error(found, exact)))
+        choices.append(Choice((threshold,), nbytes, probe.error(found, exact), trial.block.down.nbytes))
     return choices
 
 
@@ -270,5 +270,5 @@ def activation_function(activation: str) -> Callable[[Array], Array]:
 
 
 def cheapest(choices: Sequence[Choice], price: float) -> Choice:
-    """The choice with the least bytes + price * error."""
-    return min(choices, key=lambda choice: choice.nbytes + price * choice.error)
+    """The choice that costs the least: bytes touched, bytes stored, and `price` for an error of one."""
+    return min(choices, key=lambda choice: choice.nbytes + STORED * choice.stored + price * choice.error)

@@ -53,7 +53,7 @@ def thinned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     places = np.arange(base.spec.hidden, dtype=np.int32)
     norms = np.ones(base.spec.hidden, np.float32), np.ones(SHAPE.neurons, np.float32)
     layers = tuple(ChannelSparsity(20, 0.4, 0.8, 0.05) for _ in base.spec.layers)
-    source = ChannelPackSource(base, lambda i: ChannelFit(20, places, *norms, [], []))
+    source = ChannelPackSource(base, lambda i: ChannelFit(places, *norms, [], []), layers)
     sparsity = Sparsity(base.manifest.hash, 0.02, 0.02, layers)
     pack(source, path / SPARSE_DIR, Codec.INT4, encoder=source, sparsity=sparsity)
     return path
