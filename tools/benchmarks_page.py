@@ -56,6 +56,8 @@ def section(name: str, data: dict[str, Any]) -> str:
         "bench_budgets": budgets,
         "bench_experts": experts,
         "bench_io": io,
+        "bench_sparse": sparse,
+        "frontier": frontier,
         "quality": quality,
     }
     parts = renderers.get(data.get("tool", ""), anything)(name, data)
@@ -229,6 +231,74 @@ def _experts(cell: dict[str, Any]) -> list[str]:
         f"{cached['hit_rate']:.0%}" if cached else NOTHING,
         NOTHING if ahead is None else f"{cached['prefetched']}, {ahead:.0%}",
     ]
+
+
+def sparse(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """Speed of both modes, then what sparse mode costs on each text."""
+    yield (
+        f"{data['model']}, {data['dtype']}, calibrated for a loss of {data['max_loss']:.1%}, "
+        f"{data['held_out_loss']:.2%} found on held-out tokens. Runs of {data['new_tokens']} tokens in turns, "
+        f"{data['repeat']} of each; ratios of neighbours, medians."
+    )
+    header = [
+        "budget",
+        "exact, tokens/s",
+        "sparse",
+        "ratio",
+        "exact reads per token",
+        "sparse",
+        "first token sooner by",
+    ]
+    yield table(
+        header,
+        [
+            [
+                cap_label(budget),
+                *(number(cell[mode]["decode_tok_per_s"]) for mode in ("exact", "sparse")),
+                times(cell["speedup"]),
+                *(megabytes(cell[mode]["bytes_read_per_token"]) for mode in ("exact", "sparse")),
+                times(cell["ttft"]),
+            ]
+            for budget, cell in data["speeds"].items()
+        ],
+    )
+    yield table(
+        [
+            "text",
+            "perplexity, exact",
+            "sparse",
+            "loss",
+            "mean KL, nats",
+            "worst",
+            "same first choice",
+            "FFN bytes",
+            "rows",
+        ],
+        [
+            [
+                text,
+                *(f"{found[key]:.3f}" for key in ("ppl_exact", "ppl_sparse")),
+                f"{found['loss']:+.2%}",
+                f"{found['kl_mean']:.4f}",
+                number(found["kl_max"]),
+                *(f"{found[key]:.1%}" for key in ("top1_agreement", "ffn_bytes_share", "rows_share")),
+            ]
+            for text, found in data["texts"].items()
+        ],
+    )
+
+
+def frontier(name: str, data: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"What a token touches of the feed-forward blocks against what it costs, by method, the same share in every "
+        f"layer: {data['model']}, simulated. The methods are described in `tools/frontier.py`."
+    )
+    rows = [
+        [row["method"], ", ".join(f"{share:.0%}" for share in row["point"]), f"{row['bytes']:.0%}",
+         *(f"{loss:+.1%}" for loss in row["losses"])]
+        for row in data["rows"]
+    ]  # fmt: skip
+    yield table(["method", "kept", "bytes", *(f"{text}, perplexity" for text in data["texts"])], rows)
 
 
 def quality(name: str, data: dict[str, Any]) -> Iterator[str]:

@@ -207,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
             seconds = time.perf_counter() - began
             print(f"{method:10} {point} {share:.0%} of the bytes: {figures} ({seconds:.0f} s)", file=sys.stderr)
     result = {
+        "tool": "frontier",
         "command": "python -m tools.frontier CHECKPOINT " + " ".join(path.name for path in given.texts),
         "model": given.checkpoint.name,
         "texts": [path.name for path in given.texts],
