@@ -37,14 +37,13 @@ CHANNEL_SHARES = (
     (0.77, 0.26),
     (0.7, 0.22),
     (0.62, 0.18),
-    (0.5, 0.14),
-    (0.35, 0.1),
+    (0.45, 0.12),
 )
 NEURON_SHARES = (1.0, 0.85, 0.75, 0.65, 0.57, 0.5, 0.43, 0.36, 0.3, 0.24, 0.18, 0.12, 0.07, 0.04, 0.02)
-FINE_CHANNELS = (32, 28, 24, 20, 16, 12)  # of a group that may be stored whole
+FINE_CHANNELS = (32, 24, 20, 16)  # of a group that may be stored whole
 FINE_ROOM = 1.1  # by which they must exceed those that take part whole
 STORED = 1.0  # what a byte that must be kept, or streamed, is worth beside one that a token touches
-PROBE_TOKENS = 96  # samples on which the errors of choices are measured
+PROBE_TOKENS = 64  # samples on which the errors of choices are measured
 WEIGH_NEURONS = 1024  # decoded at a time
 SLOPE_STEP = 1e-2
 
