@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from flashrt_kernels.activations import parse
+
 VERSION = 1
+LONGEST_CURVE = 64  # points of `RowSparsity.misses`
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +28,31 @@ class ChannelSparsity:
 
 
 @dataclass(frozen=True, slots=True)
+class RowSparsity:
+    """One feed-forward block whose neurons are mostly zero, and lie hot first; a predictor names those that are not.
+
+    The predictor is `flashrt.predict.low_rank`, of rank `rank`: a neuron takes part whose score is above `threshold`.
+    `misses` are the neurons that a token reads, on average, while shares of 0, 1/n, 2/n .. 1 of all neurons are in
+    memory, those used last: n + 1 numbers that fall, the first of them being the neurons of a token.
+    """
+
+    rank: int
+    threshold: float
+    misses: tuple[float, ...]
+
+    def missed(self, share: float) -> float:
+        """Neurons that a token reads while a share of all is in memory, interpolated."""
+        place = min(max(share, 0.0), 1.0) * (len(self.misses) - 1)
+        i = min(int(place), len(self.misses) - 2)
+        return self.misses[i] + (place - i) * (self.misses[i + 1] - self.misses[i])
+
+
+Layers = tuple[ChannelSparsity, ...] | tuple[RowSparsity, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Sparsity:
-    """How all blocks of a model are thinned out. `base` is the hash of the pack that it was calibrated for.
+    """How all blocks of a model are thinned out, in one way. `base` is the hash of the pack that it was calibrated for.
 
     Losses are increases of perplexity, 0.02 being 2%: `max_loss` was asked for, `held_out_loss` is what was found on
     tokens that nothing was fitted to. `figures` are those of the closing table, by layer and overall.
@@ -34,27 +61,67 @@ class Sparsity:
     base: str
     max_loss: float
     held_out_loss: float
-    layers: tuple[ChannelSparsity, ...]
+    layers: Layers
     figures: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
+    @property
+    def method(self) -> str:
+        """'channels' of the input are left out, or 'rows', which are neurons."""
+        return "rows" if self.rows else "channels"
+
+    @property
+    def rows(self) -> tuple[RowSparsity, ...]:
+        """The layers, where they are thinned out by row; else nothing."""
+        return tuple(layer for layer in self.layers if isinstance(layer, RowSparsity))
+
+    @property
+    def channels(self) -> tuple[ChannelSparsity, ...]:
+        """The layers, where they are thinned out by channel; else nothing."""
+        return tuple(layer for layer in self.layers if isinstance(layer, ChannelSparsity))
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers], "figures": dict(self.figures)}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"method": self.method} | asdict(self) | {"layers": layers, "figures": dict(self.figures)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sparsity:
         """The inverse of `to_json`. Raises TypeError, KeyError or ValueError when fields are missing or wrong."""
         given = dict(data)
-        layers = tuple(ChannelSparsity(**layer) for layer in given.pop("layers"))
-        for layer in layers:
-            _check(layer)
-        return cls(layers=layers, **given)
+        read = {"channels": _channels, "rows": _rows}[given.pop("method")]
+        return cls(layers=tuple(map(read, given.pop("layers"))), **given)  # type: ignore[arg-type]
 
 
-def _check(layer: ChannelSparsity) -> None:
-    if not isinstance(layer.fine, int) or not 0 <= layer.fine <= 32:
-        raise ValueError(f"fine is {layer.fine!r}, expected 0 to 32")
+def gives_zeros(activation: str) -> bool:
+    """Whether most neurons of a trained model with this activation are exactly zero: ReLU and its kin."""
+    return parse(activation)[0] in ("relu", "relu2")
+
+
+def _channels(data: Mapping[str, Any]) -> ChannelSparsity:
+    layer = ChannelSparsity(**data)
+    _check_whole("fine", layer.fine, 0, 32)
     for item in fields(layer):
-        value = getattr(layer, item.name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise ValueError(f"{item.name} is {value!r}, expected a number")
+        _check_number(item.name, getattr(layer, item.name))
+    return layer
+
+
+def _rows(data: Mapping[str, Any]) -> RowSparsity:
+    layer = RowSparsity(**{**data, "misses": tuple(data["misses"])})
+    _check_whole("rank", layer.rank, 1, 1 << 16)
+    _check_number("threshold", layer.threshold)
+    _check_whole("the length of misses", len(layer.misses), 2, LONGEST_CURVE)
+    for value in layer.misses:
+        _check_number("a number of misses", value)
+    if layer.misses[-1] != 0 or list(layer.misses) != sorted(layer.misses, reverse=True):
+        raise ValueError("misses do not fall to 0")
+    return layer
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, expected {low} to {high}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a number")

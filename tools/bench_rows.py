@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from flashrt.cache.rows import RowCache, least_slots
+from flashrt.budget.row_memory import least_slots
+from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
 from flashrt.predict.low_rank import LowRank, encode
 from flashrt.storage.cost import CostCurve

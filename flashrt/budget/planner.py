@@ -8,19 +8,23 @@ last, since a token needs one row of them.
 Experts of a mixture get slots of a whole expert each, for a cache, once everything else is resident: as many as fit,
 and at least those that a token needs in two layers, so that one can be read for while the other computes. Where fewer
 fit, leading blocks of experts are pinned instead and the rest streams.
+
+Where neurons are predicted, the predictors come first as well, and the FFN's memory is divided into hot rows and
+windows (`flashrt.budget.row_memory`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from flashrt.budget.row_memory import RowMemory, divide_windows, predictor_work_bytes
 from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
 from flashrt.errors import BudgetError
 from flashrt.spec import ModelSpec
-from flashrt.storage.layout import PAGE, PackLayout, TensorLayout
+from flashrt.storage.layout import PAGE, PREDICTOR, PackLayout, TensorLayout
 from flashrt.storage.reader import STAGING_BYTES
 from flashrt_kernels.rows import align
 
@@ -59,7 +63,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A feasible division of the budget. `owners` sums to `budget_bytes`; `pinned` maps tensor → leading blocks."""
+    """A feasible division of the budget. `owners` sums to `budget_bytes`; `pinned` maps tensor → leading blocks.
+
+    `windows` maps the FFNs whose neurons are cached one by one to the slots that they have beside pinned rows.
+    """
 
     budget_bytes: int
     context: int
@@ -75,6 +82,9 @@ class Plan:
     weight_bytes: int
     pinned_bytes: int  # of weights in memory, slots of experts included
     streamed_bytes_per_token: int
+    windows: Mapping[str, int] = field(default_factory=dict)
+    row_reads_per_token: float = 0.0
+    row_bytes_per_token: int = 0  # of the streamed ones, those of rows
 
     @property
     def resident(self) -> bool:
@@ -90,6 +100,8 @@ class Plan:
             "weight_bytes": self.weight_bytes,
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_token": self.streamed_bytes_per_token,
+            "row_reads_per_token": self.row_reads_per_token,
+            "row_window_slots": sum(self.windows.values()),
             "ring_slots": self.slots,
             "slot_bytes": self.slot_bytes,
             "expert_slots": self.expert_slots,
@@ -124,9 +136,11 @@ def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes
 class _Planner:
     def __init__(self, spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> None:
         self.spec, self.layout, self.workload, self.machine = spec, layout, workload, machine
-        self.tensors = list(layout.tensors.values())
+        self.predictors = [t for t in layout.tensors.values() if PREDICTOR in t.name]
+        self.tensors = [t for t in layout.tensors.values() if PREDICTOR not in t.name]
+        self.rows = [RowMemory(layout.tensors[f"{i}.ffn"], rows) for i, rows in enumerate(layout.rows)]
         self.weight_bytes = sum(t.nbytes for t in self.tensors)
-        self.slot_bytes = align(max(t.max_block_bytes for t in self.tensors), PAGE)
+        self.slot_bytes = align(max(t.max_block_bytes for t in layout.tensors.values()), PAGE)
         self.experts = [t for t in self.tensors if owner_of(spec, t) == "experts"]
         self.expert_bytes = max((t.run_stride * t.stride for t in self.experts), default=0)
 
@@ -143,13 +157,19 @@ class _Planner:
             )
             fixed["stream buffers"] = self._ring_bytes(slots)
             free -= fixed["stream buffers"]
+            if self.rows:
+                fixed["row index"] = self._index_bytes()
+                free -= fixed["row index"]
         cached = expert_slots * self.expert_bytes
-        pinned = self._pin(free - cached)
-        weights = self._weights_by_owner(pinned)
+        pinned, windows = self._pin(free - cached)
+        weights = self._weights_by_owner(pinned, windows)
         if cached:
             weights["experts"] = weights.get("experts", 0) + cached
         owners = fixed | weights
         owners["slack"] += budget - sum(owners.values())
+        reads = {r.tensor.name: self._row_reads(r, pinned, windows) for r in self.rows}
+        row_bytes = sum(r.read_bytes(reads[r.tensor.name]) for r in self.rows)
+        streamed = [t for t in self.tensors if t.name not in reads]
         return Plan(
             budget_bytes=budget,
             context=self.workload.context,
@@ -157,19 +177,22 @@ class _Planner:
             logit_rows=self.workload.logit_rows,
             scoring=self.workload.scoring,
             owners=owners,
-            pinned=pinned,
+            pinned=pinned | {t.name: t.blocks for t in self.predictors},
             slots=slots,
             slot_bytes=self.slot_bytes if slots else 0,
             expert_slots=expert_slots,
             expert_slot_bytes=self.expert_bytes if expert_slots else 0,
             weight_bytes=self.weight_bytes,
-            pinned_bytes=sum(weights.values()),
-            streamed_bytes_per_token=sum(self._streamed(t, pinned[t.name], expert_slots) for t in self.tensors),
+            pinned_bytes=cached + sum(prefix_bytes(t, pinned[t.name]) for t in self.tensors),
+            streamed_bytes_per_token=row_bytes + sum(self._streamed(t, pinned[t.name], expert_slots) for t in streamed),
+            windows=windows,
+            row_reads_per_token=sum(reads.values()),
+            row_bytes_per_token=row_bytes,
         )
 
     def smallest(self) -> int:
-        """Everything streamed through the smallest ring, in the smallest chunk."""
-        fixed = sum(self._fixed(CHUNKS[-1]).values()) + self._ring_bytes(RING_SLOTS[-1])
+        """Everything streamed through the smallest ring and windows, in the smallest chunk."""
+        fixed = sum(self._fixed(CHUNKS[-1]).values()) + self._least_moving()
         budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.machine.peak_bytes + SLACK_BASE)
         return align(budget + PEAK_JITTER, PAGE)
 
@@ -186,7 +209,8 @@ class _Planner:
         columns = self.layout.channel_columns
         buffers = working_set(spec, codec, chunk, workload.logit_rows, workload.scoring, columns)
         scratch = self.machine.scratch_bytes(chunk, workload.context)
-        return {
+        predictors = {"predictors": self._predictor_bytes()} if self.predictors else {}
+        return predictors | {
             "process": self.machine.runtime_bytes,
             "norms and biases": vector_bytes(self.layout),
             "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
@@ -204,7 +228,7 @@ class _Planner:
         within = [
             chunk
             for chunk, parts in fixed.items()
-            if self._ring_bytes(RING_SLOTS[-1]) <= free[chunk] and parts["activations"] <= limit
+            if self._least_moving() <= free[chunk] and parts["activations"] <= limit
         ]
         return max(resident or within, default=CHUNKS[-1])
 
@@ -225,27 +249,66 @@ class _Planner:
         slots = max(free - others, 0) // self.expert_bytes
         return slots if slots >= 2 * max(layer.ffn.experts_per_token for layer in self.spec.layers) else 0
 
-    def _pin(self, free: int) -> dict[str, int]:
+    def _pin(self, free: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Leading blocks of each tensor, and slots beside them of those whose rows are cached."""
         pinned: dict[str, int] = {}
-        for tier in self._tiers():
-            share = _spread(tier, free)
+        windows: dict[str, int] = {}
+        free -= self._least_windows()
+        for owner, tier in self._tiers():
+            if owner == "FFN":
+                free += self._least_windows()
+            share = _spread(tier, free - (self._wanted_windows(tier, free) if owner == "FFN" else 0))
             free -= sum(prefix_bytes(t, share[t.name]) for t in tier)
             pinned |= share
-        return pinned
+            if owner == "FFN" and self.rows:
+                windows = self._windows(pinned, free)
+                free -= sum(r.tensor.stride * windows.get(r.tensor.name, 0) for r in self.rows)
+        return pinned, windows
 
-    def _tiers(self) -> Iterable[list[TensorLayout]]:
-        """Tensors in order of claim."""
+    def _wanted_windows(self, tier: list[TensorLayout], free: int) -> int:
+        """Bytes of the windows that are worth more than pinned rows."""
+        if sum(t.nbytes for t in tier) <= free:
+            return 0
+        return min(sum(r.wanted * r.tensor.stride for r in self.rows), free)
+
+    def _windows(self, pinned: Mapping[str, int], free: int) -> dict[str, int]:
+        """Slots of windows in `free` bytes, for the layers that are not pinned whole."""
+        parts = [r for r in self.rows if pinned[r.tensor.name] < r.tensor.blocks]
+        held = {r.tensor.name: prefix_bytes(r.tensor, pinned[r.tensor.name]) for r in parts}
+        return divide_windows(parts, held, free)
+
+    def _row_reads(self, rows: RowMemory, pinned: Mapping[str, int], windows: Mapping[str, int]) -> float:
+        """Rows of a layer that one token reads, as calibration text did."""
+        return rows.missed(prefix_bytes(rows.tensor, pinned[rows.tensor.name]), windows.get(rows.tensor.name, 0))
+
+    def _least_moving(self) -> int:
+        """Bytes without which nothing can be read while decoding."""
+        return self._ring_bytes(RING_SLOTS[-1]) + self._index_bytes() + self._least_windows()
+
+    def _least_windows(self) -> int:
+        return sum(r.least * r.tensor.stride for r in self.rows)
+
+    def _index_bytes(self) -> int:
+        return sum(r.index_bytes for r in self.rows)
+
+    def _predictor_bytes(self) -> int:
+        work = sum(predictor_work_bytes(r.tensor.run_bundles, r.sparsity.rank) for r in self.rows)
+        return work + sum(t.nbytes for t in self.predictors)
+
+    def _tiers(self) -> Iterable[tuple[str, list[TensorLayout]]]:
+        """Owners and their tensors, in order of claim."""
         groups: dict[str, list[TensorLayout]] = {}
         for tensor in self.tensors:
             groups.setdefault(owner_of(self.spec, tensor), []).append(tensor)
         for owner in ("router", "attention", "head", "FFN", "experts", "embeddings"):
-            yield groups.get(owner, [])
+            yield owner, groups.get(owner, [])
 
-    def _weights_by_owner(self, pinned: Mapping[str, int]) -> dict[str, int]:
+    def _weights_by_owner(self, pinned: Mapping[str, int], windows: Mapping[str, int]) -> dict[str, int]:
         result: dict[str, int] = {}
         for tensor in self.tensors:
             owner = owner_of(self.spec, tensor)
-            result[owner] = result.get(owner, 0) + prefix_bytes(tensor, pinned[tensor.name])
+            nbytes = prefix_bytes(tensor, pinned[tensor.name]) + windows.get(tensor.name, 0) * tensor.stride
+            result[owner] = result.get(owner, 0) + nbytes
         return {owner: nbytes for owner, nbytes in result.items() if nbytes}
 
     def _streamed(self, tensor: TensorLayout, pinned: int, expert_slots: int) -> int:
@@ -266,6 +329,8 @@ class _Planner:
     def _refusal(self, budget: int) -> str:
         smallest = self.smallest()
         fixed = self._fixed(CHUNKS[-1]) | {"stream buffers": self._ring_bytes(RING_SLOTS[-1])}
+        if self.rows:
+            fixed["row windows"] = self._least_windows() + self._index_bytes()
         parts = ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in sorted(fixed.items(), key=_by_size))
         hint = "a shorter --context needs less" if fixed["KV"] > smallest // 10 else "use a larger --budget-gb"
         if self.machine.peak_bytes + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:
@@ -280,6 +345,8 @@ def owner_of(spec: ModelSpec, tensor: TensorLayout) -> str:
     """Under whose name the bytes of a tensor stand in the plan."""
     if tensor.name == spec.head:
         return "head"
+    if PREDICTOR in tensor.name:
+        return "predictors"
     kind = tensor.name.rpartition(".")[2]
     if kind == "ffn":
         return "experts" if tensor.runs > 1 else "FFN"

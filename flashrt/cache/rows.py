@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashrt.budget.row_memory import QUEUE_FACTOR, least_slots
 from flashrt.cache.verification import Verifier
 from flashrt.errors import BudgetError
 from flashrt.storage.layout import NEURON_STEP, TensorLayout
@@ -22,7 +23,6 @@ from flashrt.storage.reader import Reader, Ticket
 
 Array = np.ndarray
 
-QUEUE_FACTOR = 4  # entries of the queue for each slot of the window: most are outdated when it has to be compacted
 SEARCH = 8  # entries that are looked through at once for each slot that is needed
 
 
@@ -47,21 +47,12 @@ class RowStatistics:
     wait_s: float = 0.0
 
 
-def least_slots(neurons: int, pinned: int) -> int:
-    """Slots without which a cache of a layer with `pinned` of its `neurons` pinned cannot work."""
-    return pinned + min(NEURON_STEP, neurons - pinned)
-
-
-def index_bytes(neurons: int, slots: int, pinned: int, bias: bool) -> int:
-    """Bytes that a cache keeps beside its slots."""
-    return 4 * neurons + 4 + (9 + 4 * bias) * slots + 4 * QUEUE_FACTOR * (slots - pinned)
-
-
 class RowCache:
     """Bundles of the dense FFN `tensor` in `memory` (uint8 [slots, stride]); the first `pinned` rows stay.
 
-    `bias` (float32 [neurons]) is kept by slot in `slot_bias` (float32 [slots]), as `ops.glu` wants it. `load` must be
-    called before anything else. `statistics` counts. Raises BudgetError for fewer slots than `least_slots`.
+    `bias` (float32 [neurons]) is kept by slot in `slot_bias` (float32 [slots]), as `ops.glu` wants it. The pinned rows
+    must be in memory before anything else: `load` reads them. `statistics` counts. Raises BudgetError for fewer slots
+    than `least_slots`.
 
     The order in which rows are handed out depends on what is asked for only, never on what was in memory.
     """
@@ -80,6 +71,8 @@ class RowCache:
         self._require_room()
         self.statistics = RowStatistics()
         self.slot_bias = None if bias is None else np.zeros(len(memory), np.float32)
+        if self.slot_bias is not None and bias is not None:
+            self.slot_bias[:pinned] = bias[:pinned]
         self._bias, self._reader, self._verifier = bias, reader, verifier
         self._unverified = set(range(tensor.blocks))  # as far as is known here
         self._flying: deque[tuple[Ticket, Array]] = deque()  # reads under way, and the slots that they fill
@@ -106,8 +99,6 @@ class RowCache:
             ticket.wait()
         rest = np.arange(whole * tensor.block_bundles, self.pinned)
         self._submit(rest, rest).wait()
-        if self.slot_bias is not None and self._bias is not None:
-            self.slot_bias[: self.pinned] = self._bias[: self.pinned]
 
     def ensure(self, rows: Array) -> Iterator[Pass]:
         """Bring `rows` (int32, ascending) into memory; yields passes that together hold them all, in order.

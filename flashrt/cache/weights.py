@@ -11,6 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
 from flashrt.cache.device import Device, Tensor
 from flashrt.cache.experts import ExpertCache, Key
+from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
@@ -28,23 +30,36 @@ from flashrt_kernels.rows import align, row_bytes
 Array = np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A pass over the weights: with the head or without, of many tokens (`wide`) or few.
+
+    One of few tokens reads the rows that it needs, where the plan says so, instead of whole blocks of neurons.
+    """
+
+    head: bool
+    wide: bool
+
+
 class Weights:
     """Pinned and streamed weights of `pack` under `plan`. `load` must be called before anything else."""
 
     def __init__(self, pack: Pack, plan: Plan, device: Device, reader: Reader) -> None:
         self.pack, self.plan, self.device, self.reader = pack, plan, device, reader
         self.spec, self.layout = pack.spec, pack.layout
+        self._memory: dict[str, Tensor] = {}
         self._pinned: dict[str, Tensor] = {}
         for tensor in self.layout.tensors.values():
             bundles = prefix_bytes(tensor, plan.pinned[tensor.name]) // tensor.stride
-            owner = owner_of(self.spec, tensor)
-            self._pinned[tensor.name] = device.allocate(owner, (bundles, tensor.stride), np.uint8)
+            slots = bundles + plan.windows.get(tensor.name, 0)
+            memory = device.allocate(owner_of(self.spec, tensor), (slots, tensor.stride), np.uint8)
+            self._memory[tensor.name], self._pinned[tensor.name] = memory, memory[:bundles]
         self._vectors = _slices(device, self.layout)
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
         self._static = device.stream(plan.slots, plan.slot_bytes)
         self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
         self.experts = self._expert_cache() if plan.expert_slots else None
-        self._ahead: bool | None = None  # whether a pass is already expected, and if so, with the head or without
+        self._ahead: Walk | None = None  # the pass that is already expected
         self._window = device.window(window_bytes(self.layout))
         self._verifier = Verifier(reader, self._window)
         self._row_wait_s = 0.0
@@ -74,13 +89,15 @@ class Weights:
         """A norm weight or bias, float32 [length]."""
         return self._vectors[name]
 
-    def begin_pass(self, head: bool, next_head: bool) -> None:
-        """Start a pass over all layers, with the head or without; `next_head` guesses the pass after it."""
-        if self._ahead != head:
+    def begin_pass(self, walk: Walk, following: Walk) -> None:
+        """Start a pass over all layers; `following` guesses the one after it."""
+        if not self.plan.windows:  # then passes of few tokens read what others do
+            walk, following = replace(walk, wide=True), replace(following, wide=True)
+        if self._ahead != walk:
             self._static.flush()
-            self._expect_pass(head)
-        self._expect_pass(next_head)
-        self._ahead = next_head
+            self._expect_pass(walk)
+        self._expect_pass(following)
+        self._ahead = following
 
     def abandon_pass(self) -> None:
         """Forget what was read ahead, after a pass that was left half-way."""
@@ -124,6 +141,20 @@ class Weights:
             bundles = streamer.take(block).reshape(block.bundles, tensor.stride)
             yield first, bundles[: tensor.run_bundles - first]
         streamer.release()
+
+    def row_cache(self, name: str, bias: Array | None) -> RowCache | None:
+        """A cache of the rows of `name` in the slots that the plan gives it; None where all are pinned.
+
+        `bias` (float32 [neurons]) goes with them.
+        """
+        if name not in self.plan.windows:
+            return None
+        memory, pinned = self._memory[name], len(self._pinned[name])
+        return RowCache(self.reader, self._verifier, self.layout.tensors[name], memory, pinned, bias)
+
+    def whole(self, name: str) -> Tensor:
+        """All bundles of a tensor that is pinned whole, uint8 [bundles, stride]."""
+        return self._pinned[name]
 
     def rows(self, name: str, ids: Iterable[int], out: Tensor) -> None:
         """Copy the encoded rows `ids` of a matrix into `out` (uint8 [len(ids), row_bytes])."""
@@ -212,9 +243,10 @@ class Weights:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return crc
 
-    def _expect_pass(self, head: bool) -> None:
-        self._static.expect(self._streamed(_body_tensors(self.layout.tensors.values())))
-        if head:
+    def _expect_pass(self, walk: Walk) -> None:
+        tensors = _body_tensors(self.layout.tensors.values())
+        self._static.expect(self._streamed(t for t in tensors if walk.wide or t.name not in self.plan.windows))
+        if walk.head:
             self._static.expect(self._streamed([self.layout.tensors[self.spec.head]]))
 
     def _streamed(self, tensors: Iterable[TensorLayout]) -> Iterator[Block]:

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from flashrt.sparsity import Sparsity
 
 DEFAULT_TOKENS = 1536
+CHANNEL_COLUMNS = {
+    "channels": "channels",
+    "whole_channels": "of them whole",
+    "stored_whole": "stored whole",
+    "rows": "rows kept",
+    "bytes": "bytes",
+}
+ROW_COLUMNS = {"rows": "rows kept", "recall": "recall", "predictor": "predictor", "bytes": "bytes"}
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -77,14 +85,8 @@ def calibrate(
 
 
 def _table(sparsity: Sparsity) -> Any:
-    result = table("layer", "channels", "of them whole", "stored whole", "rows kept", "bytes")
-    for i, (layer, shares) in enumerate(zip(sparsity.layers, sparsity.figures["layers"], strict=True)):
-        result.add_row(
-            str(i),
-            f"{shares['channels']:.0%}",
-            f"{shares['whole_channels']:.0%}",
-            f"{layer.fine / 32:.0%}",
-            f"{shares['rows']:.0%}",
-            f"{shares['bytes']:.0%}",
-        )
+    columns = ROW_COLUMNS if sparsity.rows else CHANNEL_COLUMNS
+    result = table("layer", *columns.values())
+    for i, shares in enumerate(sparsity.figures["layers"]):
+        result.add_row(str(i), *(f"{shares[key]:.0%}" for key in columns))
     return result

@@ -17,6 +17,15 @@ from flashrt.errors import UsageError
 from flashrt_kernels.rows import Codec
 
 DEFAULT_TOKENS, DEFAULT_CTX = 1024, 256
+COLUMNS = {
+    "channels": "channels",
+    "whole_channels": "of them whole",
+    "rows": "rows",
+    "recall": "recall",
+    "precision": "precision",
+    "predictor": "predictor",
+    "bytes": "bytes",
+}
 
 
 def quality(
@@ -85,10 +94,10 @@ def quality(
 
 
 def _table(layers: list[dict[str, float]]) -> Any:
-    result = table("layer", "channels", "of them whole", "rows", "recall", "precision", "bytes")
+    shown = [key for key in COLUMNS if key in layers[0]]
+    result = table("layer", *(COLUMNS[key] for key in shown))
     for i, layer in enumerate(layers):
-        keys = ("channels", "whole_channels", "rows", "recall", "precision", "bytes")
-        result.add_row(str(i), *(f"{layer[key]:.0%}" for key in keys))
+        result.add_row(str(i), *(f"{layer[key]:.0%}" for key in shown))
     return result
 
 
@@ -99,7 +108,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"divergence        mean {result['kl_mean']:.4f}, worst {result['kl_max']:.3f} nats; "
         f"the same first choice for {result['top1_agreement']:.1%}",
         f"touched           {result['ffn_bytes_share']:.1%} of the feed-forward blocks' bytes, "
-        f"{result['rows_share']:.1%} of the rows of down",
+        f"{result['rows_share']:.1%} of the " + ("neurons" if result["method"] == "rows" else "rows of down"),
     ]
 
 
@@ -114,7 +123,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     importlib.import_module("matplotlib").use("agg")
     figure, axes = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 4), layout="constrained")
     labels = {"bytes": "bytes touched", "channels": "channels", "rows": "rows of down", "recall": "recall"}
-    for key, label in labels.items():
+    for key, label in ((key, label) for key, label in labels.items() if key in result["layers"][0]):
         axes.plot([layer[key] for layer in result["layers"]], label=label, marker="o", markersize=3)
     axes.set(xlabel="layer", ylabel="share", ylim=(0, 1.02))
     axes.set_title(f"perplexity {result['loss']:+.2%} at {result['ffn_bytes_share']:.0%} of the FFN's bytes")

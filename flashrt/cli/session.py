@@ -88,11 +88,15 @@ class Session:
         """Why sparse mode does not pay under this plan, as one line; None where it does, and in exact mode."""
         if self.settings.mode is ModeName.EXACT:
             return None
-        exact = self.prepared.exact_plan(self.exact, workload).streamed_bytes_per_token
-        sparse = the_plan.streamed_bytes_per_token
-        if sparse <= exact and (sparse < exact or the_plan.resident):
+        exact_plan = self.prepared.exact_plan(self.exact, workload)
+        exact, sparse = exact_plan.streamed_bytes_per_token, the_plan.streamed_bytes_per_token
+        exact_s, sparse_s = map(self.prepared.read_seconds, (exact_plan, the_plan))
+        longer = exact_s is not None and sparse_s is not None and sparse_s > exact_s
+        if sparse <= exact and (sparse < exact or the_plan.resident) and not longer:
             return None
+        rows = the_plan.row_reads_per_token
+        scattered = f" in {rows:.0f} scattered rows" if rows >= 1 else ""
         return (
-            f"note: at this budget sparse mode reads {size(sparse)} per token, exact mode {size(exact)}: "
+            f"note: at this budget sparse mode reads {size(sparse)} per token{scattered}, exact mode {size(exact)}: "
             "--mode exact is as fast, and loses nothing"
         )

@@ -33,7 +33,7 @@ from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.pack import Pack
-from flashrt.storage.reader import STAGING_BYTES, Reader
+from flashrt.storage.reader import CHUNK_BYTES, STAGING_BYTES, Reader
 from flashrt.text.files import TOKENIZER
 from flashrt.text.tokenizer import Tokenizer
 
@@ -88,6 +88,20 @@ class Prepared:
 
     def _machine(self) -> Machine:
         return self.runtime.machine(self.pack)
+
+    def read_seconds(self, the_plan: Plan) -> float | None:
+        """What a token's reads take under a plan, by what is known of the disk; None where nothing is known.
+
+        Each row is a read of its own, so it costs more than its bytes.
+        """
+        known = load_disk_profile(self.cache, self.disk_number)
+        curve = None if known is None else known.curve()
+        if curve is None:
+            return None
+        rows, row_bytes = the_plan.row_reads_per_token, the_plan.row_bytes_per_token
+        blocks = the_plan.streamed_bytes_per_token - row_bytes
+        whole = curve.seconds(CHUNK_BYTES) / CHUNK_BYTES
+        return blocks * whole + (rows * curve.seconds(int(row_bytes / rows)) if row_bytes else 0.0)
 
     def smallest_budget(self, workload: Workload) -> int:
         """Bytes of the smallest budget that `plan` accepts."""

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,18 @@ from flashrt.config import Sampling
 from flashrt.engine.build import Prepared
 from flashrt.engine.divergence import Divergence, diverge, logits_of, targets_of
 from flashrt.engine.engine import Engine
+from flashrt.engine.methods import Method, method_for
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
-from flashrt.predict.allocation import Picked, Weight, allocate
-from flashrt.predict.channel_pack import ChannelPackSource, read_ffn, read_vector
-from flashrt.predict.channels import ChannelFit, Choice, Samples, fit_channels
-from flashrt.sparsity import VERSION, ChannelSparsity, Sparsity
+from flashrt.predict.allocation import Fit, Picked, Weight, allocate, cost
+from flashrt.predict.channels import Samples
+from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack, write_atomically
-from flashrt_kernels.channels import CHANNELS
-from flashrt_kernels.rows import Codec
 
 WORK_DIR = "sparse.partial"
 TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
@@ -53,17 +51,16 @@ WINDOW = 128  # tokens of one piece of text
 TOKENS = 1536  # of text when nothing else is asked
 HELD_OUT = 3  # every third window is held out: half of those to set the price of loss by, half to check
 PROBED = 96  # tokens on which each block's weight is measured
-STRONG = 8  # of CHANNEL_SHARES: the choice by which blocks are weighed, far enough from nothing to be measured
+STRONG = 8  # of the choices of a part: the one by which blocks are weighed, far enough from nothing to be measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free
 TOP_P = 0.9  # of the probability that text written by the model is drawn from
 MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
-TRIALS = 7  # prices of loss that are tried at most
+TRIALS = 10  # prices of loss that are tried at most
 TEXT_FILE, WEIGHT_FILE = "text.json", "weights.json"
 SAMPLE_FILE, SQUARES_FILE, REFERENCE_FILE = "samples.npy", "squares.npy", "reference.npy"
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # what is going on, done, in all
-Thresholds = Sequence[ChannelSparsity]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +87,27 @@ def calibrate(path: Path, cache: Path, runtime: Runtime, request: Request, progr
     """
     base = Pack(path)
     _check_supported(base)
+    method = method_for(base, runtime.ops)
     with _work(path, _job(base, request)) as work:
-        return _Calibration(path, base, work, cache, runtime, request, progress).run()
+        return _Calibration(path, base, work, cache, runtime, request, progress, method).run()
 
 
 class _Calibration:
     def __init__(
-        self, path: Path, base: Pack, work: Path, cache: Path, runtime: Runtime, request: Request, progress: Progress
+        self,
+        path: Path,
+        base: Pack,
+        work: Path,
+        cache: Path,
+        runtime: Runtime,
+        request: Request,
+        progress: Progress,
+        method: Method,
     ) -> None:
         self.path, self.base, self.work, self.cache, self.runtime = path, base, work, cache, runtime
         self.request, self.progress = request, progress
         self.spec: ModelSpec = base.spec
+        self.method = method
 
     def run(self) -> Sparsity:
         with self._engine(self.path) as exact:
@@ -112,8 +119,9 @@ class _Calibration:
             self._sample(exact, fitted)
             self._reference(exact, [*probe, *tuning, *checking])
         self._fit()
-        whole = ChannelSparsity(CHANNELS, -1.0, -1.0, -1.0)
-        self._write(TRIAL_DIR, Sparsity(self.base.manifest.hash, 0.0, 0.0, (whole,) * len(self.spec.layers)))
+        fits = self._fits()
+        whole = _layers(fits, [_free(fit) for fit in fits])
+        self._write(TRIAL_DIR, Sparsity(self.base.manifest.hash, 0.0, 0.0, whole))
         with self._engine(self.work / TRIAL_DIR) as trial:
             weights = self._weights(trial, probe)
             sparsity = self._choose(trial, weights, probe, tuning, checking)
@@ -188,13 +196,11 @@ class _Calibration:
 
     def _fit(self) -> None:
         samples, squares = np.load(self.work / SAMPLE_FILE, mmap_mode="r"), np.load(self.work / SQUARES_FILE)
-        for i, layer in enumerate(self.spec.layers):
+        for i in range(len(self.spec.layers)):
             path = self.work / f"fit-{i:03d}.npz"
             if not path.exists():
-                bias = read_vector(self.base, f"{i}.up.bias") if layer.ffn.bias else None
-                block = read_ffn(self.base, i)
                 given = Samples(np.asarray(samples[i], np.float32), 1 / (self.spec.hidden * squares[i]))
-                _save_fit(path, fit_channels(block, given, bias, self.runtime.ops))
+                self.method.fit(i, given).save(path)
             self.progress("fitting", i + 1, len(self.spec.layers))
 
     def _write(self, folder: str, sparsity: Sparsity) -> None:
@@ -202,7 +208,7 @@ class _Calibration:
         out = self.work / folder
         if (out / MANIFEST_FILE).exists():
             return
-        source = ChannelPackSource(self.base, self._fitted, sparsity.layers)
+        source = self.method.source(self._fitted, sparsity.layers)
         block_bytes = self.base.manifest.block_bytes
         pack(
             source,
@@ -215,26 +221,27 @@ class _Calibration:
         )
 
     def _weights(self, engine: Engine, probe: list[list[int]]) -> list[Weight]:
-        """Nats of divergence for each unit of a block's error, measured one block, and one of its halves, at a time."""
+        """Nats of divergence for each unit of a block's error, measured one block, and one of its parts, at a time."""
         path = self.work / WEIGHT_FILE
         if path.exists():
-            return [Weight(*pair) for pair in json.loads(path.read_bytes())]
-        fits = [self._fitted(i) for i in range(len(self.spec.layers))]
-        free = [Picked(fit.channels[0], fit.neurons[0]) for fit in fits]
+            return list(map(tuple, json.loads(path.read_bytes())))
+        fits = self._fits()
+        free = [_free(fit) for fit in fits]
 
         def nats(picked: Sequence[Picked]) -> float:
-            thresholds = [choice.sparsity for choice in picked]
-            return float(self._divergence(engine, thresholds, probe, 0).kl.mean())
+            return float(self._divergence(engine, _layers(fits, picked), probe, 0).kl.mean())
 
-        nothing, pairs = nats(free), []
+        nothing, weights = nats(free), []
         for i, fit in enumerate(fits):
-            thinned = replace(free[i], channels=fit.channels[STRONG]), replace(free[i], neurons=fit.neurons[STRONG])
-            rises = [nats([*free[:i], one, *free[i + 1 :]]) - nothing for one in thinned]
-            errors = fit.channels[STRONG].error, fit.neurons[STRONG].error
-            pairs.append([max(rise, LEAST_RISE) / max(error, 1e-30) for rise, error in zip(rises, errors, strict=True)])
+            weight = []
+            for part, choices in enumerate(fit.parts):
+                thinned = (*free[i][:part], choices[STRONG], *free[i][part + 1 :])
+                rise = nats([*free[:i], thinned, *free[i + 1 :]]) - nothing
+                weight.append(max(rise, LEAST_RISE) / max(choices[STRONG].error, 1e-30))
+            weights.append(tuple(weight))
             self.progress("weighing", i + 1, len(fits))
-        write_atomically(path, json.dumps(pairs).encode())
-        return [Weight(*pair) for pair in pairs]
+        write_atomically(path, json.dumps(weights).encode())
+        return weights
 
     def _choose(
         self,
@@ -249,39 +256,38 @@ class _Calibration:
         The predicted loss is corrected by what is found on the windows for tuning until that fits; those for checking
         must agree.
         """
-        fits = [self._fitted(i) for i in range(len(weights))]
+        fits = self._fits()
         first = _predicted(probe)
         after = first + _predicted(tuning)
         aim = MARGIN * self.request.max_loss
         asked, best = aim, None
         for trial in range(TRIALS):
             picked = allocate(fits, weights, asked)
-            thresholds = [choice.sparsity for choice in picked]
+            thresholds = _layers(fits, picked)
             found = self._divergence(engine, thresholds, tuning, first)
             self.progress("choosing", trial + 1, TRIALS)
             if found.loss <= aim:
                 check = self._divergence(engine, thresholds, checking, after)
-                if check.loss <= self.request.max_loss and (best is None or _cost(picked) < _cost(best[0])):
-                    best = picked, thresholds, check, self._figures(engine)
-                if found.loss > 0.85 * aim:
+                if check.loss > self.request.max_loss:
+                    aim /= 2  # the windows for tuning were easier than others
+                elif best is None or cost(picked) < cost(best[0]):
+                    best = picked, thresholds, check, self._figures(engine, fits, picked)
+                if best is not None and found.loss > 0.85 * aim:
                     break
             asked *= float(np.clip(aim / max(found.loss, 1e-9), 0.1, 4.0)) * (0.97 if found.loss > aim else 1.0)
         if best is None:
             raise UsageError(
-                f"nothing can be left out at a loss of {self.request.max_loss:.2%}: storing these blocks by channel "
-                "alone costs more. Allow more with --max-loss"
+                f"nothing can be left out at a loss of {self.request.max_loss:.2%}: storing these blocks by "
+                f"{self.method.unit} alone costs more. Allow more with --max-loss"
             )
         _, thresholds, check, figures = best
         figures |= {"held_out_kl": float(check.kl.mean()), "top1_agreement": float(check.agree.mean())}
-        return Sparsity(
-            self.base.manifest.hash, self.request.max_loss, max(check.loss, 0.0), tuple(thresholds), figures
-        )
+        return Sparsity(self.base.manifest.hash, self.request.max_loss, max(check.loss, 0.0), thresholds, figures)
 
-    def _divergence(self, engine: Engine, thresholds: Thresholds, windows: list[list[int]], first: int) -> Divergence:
+    def _divergence(self, engine: Engine, thresholds: Layers, windows: list[list[int]], first: int) -> Divergence:
         """Of the tokens of `windows`, whose reference begins at row `first`."""
-        channels = engine.decoder.channels
-        assert channels is not None
-        channels.restart(thresholds)
+        sparse: Any = engine.decoder.sparse
+        sparse.restart(thresholds)
         reference = np.load(self.work / REFERENCE_FILE, mmap_mode="r")
 
         def expected() -> Iterator[Array]:
@@ -292,14 +298,20 @@ class _Calibration:
 
         return diverge(expected(), logits_of(engine, windows), targets_of(windows))
 
-    def _figures(self, engine: Engine) -> dict[str, Any]:
-        channels = engine.decoder.channels
-        assert channels is not None
-        layers = [channels.shares(i) for i in range(len(self.spec.layers))]
-        return {"tokens": self.request.tokens, "layers": layers, **(channels.mean_shares() or {})}
+    def _figures(self, engine: Engine, fits: Sequence[Fit], picked: Sequence[Picked]) -> dict[str, Any]:
+        sparse = engine.decoder.sparse
+        assert sparse is not None
+        layers = [
+            {**sparse.shares(i), **fit.figures(choices)}
+            for i, (fit, choices) in enumerate(zip(fits, picked, strict=True))
+        ]
+        return {"tokens": self.request.tokens, "layers": layers, **(sparse.mean_shares() or {})}
 
-    def _fitted(self, i: int) -> ChannelFit:
-        return _load_fit(self.work / f"fit-{i:03d}.npz")
+    def _fits(self) -> list[Fit]:
+        return [self._fitted(i) for i in range(len(self.spec.layers))]
+
+    def _fitted(self, i: int) -> Any:
+        return self.method.load(self.work / f"fit-{i:03d}.npz")
 
     def _finish(self) -> None:
         """Put the pack where it is looked for."""
@@ -314,11 +326,6 @@ def _check_supported(base: Pack) -> None:
         raise UsageError("this pack is a calibrated one: name the pack that it lies in")
     if any(layer.ffn.experts for layer in base.spec.layers):
         raise UnsupportedModelError("mixtures of experts need no calibration: their router says what a token needs")
-    if base.manifest.dtype is not Codec.INT4:
-        raise UnsupportedModelError(
-            f"sparse mode is built for int4 packs, this one is {base.manifest.dtype.value}: "
-            "pack the checkpoint with --dtype int4"
-        )
 
 
 def _job(base: Pack, request: Request) -> dict[str, Any]:
@@ -409,23 +416,10 @@ def _predicted(windows: list[list[int]]) -> int:
     return sum(len(window) - 1 for window in windows)
 
 
-def _cost(picked: Sequence[Picked]) -> float:
-    return sum(choice.cost for choice in picked)
+def _free(fit: Fit) -> Picked:
+    """The choices that let everything through."""
+    return tuple(choices[0] for choices in fit.parts)
 
 
-def _save_fit(path: Path, fit: ChannelFit) -> None:
-    choices = {name: [asdict(choice) for choice in getattr(fit, name)] for name in ("channels", "neurons")}
-    arrays: dict[str, Any] = {"order": fit.order, "norms": fit.norms, "down_norms": fit.down_norms}
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, choices=json.dumps(choices), **arrays)
-    os.replace(temporary, path)
-
-
-def _load_fit(path: Path) -> ChannelFit:
-    with np.load(path) as saved:
-        choices = {name: [_choice(c) for c in given] for name, given in json.loads(str(saved["choices"])).items()}
-        return ChannelFit(saved["order"], saved["norms"], saved["down_norms"], **choices)
-
-
-def _choice(data: dict[str, Any]) -> Choice:
-    return Choice(**data | {"thresholds": tuple(data["thresholds"])})
+def _layers(fits: Sequence[Fit], picked: Sequence[Picked]) -> Layers:
+    return tuple(fit.sparsity(choices) for fit, choices in zip(fits, picked, strict=True))

@@ -13,6 +13,7 @@ import numpy as np
 
 from flashrt.budget.planner import Plan
 from flashrt.budget.profile import DiskRoof
+from flashrt.cache.weights import Walk
 from flashrt.config import Sampling
 from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
@@ -80,7 +81,7 @@ class Engine:
     @property
     def wait_s(self) -> float:
         """Seconds that compute has waited for reads so far."""
-        return self._wait_s if self._decoder is None else self._decoder.weights.wait_s
+        return self._wait_s if self._decoder is None else self._decoder.wait_s
 
     @property
     def sparsity(self) -> Sparsity | None:
@@ -90,11 +91,16 @@ class Engine:
     def ffn_shares(self) -> dict[str, float] | None:
         """Shares of the feed-forward blocks that took part in narrow passes since the last request began.
 
-        See `ChannelFfn.shares`; None in exact mode, once closed, and before the first such pass.
+        See `ChannelFfn.shares`, `RowFfn.shares`; None in exact mode, once closed, and before the first such pass.
         """
-        if self._decoder is None or self._decoder.channels is None:
+        if self._decoder is None or self._decoder.sparse is None:
             return None
-        return self._decoder.channels.mean_shares()
+        return self._decoder.sparse.mean_shares()
+
+    def row_hit_rate(self) -> float | None:
+        """See `RowFfn.hit_rate`; None where neurons are not read one by one, and once closed."""
+        rows = None if self._decoder is None else self._decoder.rows
+        return None if rows is None else rows.hit_rate()
 
     @property
     def expert_counts(self) -> Counter[str]:
@@ -107,9 +113,9 @@ class Engine:
             return
         if self._current is not None:
             self._current.close()
-        self._decoder.weights.abandon_pass()
+        self._decoder.abandon_pass()
         self.reader.close()
-        self._wait_s = self._decoder.weights.wait_s
+        self._wait_s = self._decoder.wait_s
         self._decoder = None
 
     def generate(
@@ -138,8 +144,8 @@ class Engine:
         """Make `generation` the one that runs; without `reuse` it starts from an empty cache."""
         if not reuse:
             self.rewind(0)
-        if self.decoder.channels is not None:
-            self.decoder.channels.restart(self.decoder.channels.layers)
+        if self.decoder.sparse is not None:
+            self.decoder.sparse.restart()
         self._current = generation
 
     def check_current(self, generation: Generation) -> None:
@@ -192,7 +198,9 @@ class Engine:
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)
-                decoder.weights.begin_pass(head=last, next_head=last or begin + 2 * chunk >= len(new))
+                decoder.weights.begin_pass(
+                    Walk(last, wide), Walk(last or begin + 2 * chunk >= len(new), wide and not last)
+                )
                 states = self._hidden(decoder, new[begin : begin + chunk], wide)
             return decoder.device.get(decoder.logits(states[-1:]))[0]
 
@@ -208,7 +216,7 @@ class Engine:
         if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
             raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
         with self._pass_or_nothing() as decoder:
-            decoder.weights.begin_pass(head=True, next_head=True)
+            decoder.weights.begin_pass(Walk(head=True, wide=False), Walk(head=True, wide=False))
             return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False)))
 
     def rewind(self, length: int) -> None:
@@ -228,7 +236,7 @@ class Engine:
         try:
             yield decoder
         except BaseException:
-            decoder.weights.abandon_pass()
+            decoder.abandon_pass()
             raise
 
     def _hidden(self, decoder: Decoder, tokens: Sequence[int], wide: bool) -> Any:
@@ -270,7 +278,7 @@ class Engine:
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
-                decoder.weights.begin_pass(head=True, next_head=True)
+                decoder.weights.begin_pass(Walk(head=True, wide=wide), Walk(head=True, wide=wide))
                 states = self._hidden(decoder, tokens, wide)
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
                 total += float(decoder.scores(states, targets, wide).sum())

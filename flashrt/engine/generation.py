@@ -163,6 +163,7 @@ class Generation:
             ffn_bytes_share=shares["bytes"] if shares else None,
             ffn_rows_share=shares["rows"] if shares else None,
             expert_cache=expert_figures(decode.experts) if engine.plan.expert_slots else None,
+            row_hit_rate=engine.row_hit_rate(),
             plan=engine.plan.to_json(),
         )
 

@@ -65,30 +65,30 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
 
     Those that should take part are those whose exact activation reaches the block's threshold, given the same input.
     """
-    channels = engine.decoder.channels
-    assert channels is not None
-    tallies = channels.tallies
-    channels.restart(channels.layers)  # these passes are not part of what was measured
-    channels.selections = result = [Selection() for _ in engine.spec.layers]
+    sparse: Any = engine.decoder.sparse
+    tallies = sparse.tallies
+    sparse.restart()  # these passes are not part of what was measured
+    sparse.selections = result = [Selection() for _ in engine.spec.layers]
     try:
         for window in windows:
             engine.rewind(0)
             engine.step_batch(window[:NARROW])
     finally:
-        channels.selections, channels.tallies = None, tallies
+        sparse.selections, sparse.tallies = None, tallies
     return result
 
 
 def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) -> dict[str, Any]:
     """The figures of `flashrt eval quality`, for programs."""
-    channels, sparsity = engine.decoder.channels, engine.sparsity
-    assert channels is not None
+    sparse, sparsity = engine.decoder.sparse, engine.sparsity
+    assert sparse is not None
     assert sparsity is not None
     layers = [
-        {**channels.shares(i), "recall": s.recall, "precision": s.precision} for i, s in enumerate(selections)
+        {**sparse.shares(i), "recall": s.recall, "precision": s.precision} for i, s in enumerate(selections)
     ]  # fmt: skip
     mean = {key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}
     return {
+        "method": sparsity.method,
         "ppl_exact": math.exp(-found.reference.mean()),
         "ppl_sparse": math.exp(-found.found.mean()),
         "loss": math.expm1(float((found.reference - found.found).mean())),
@@ -98,9 +98,9 @@ def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) 
         "top1_agreement": float(found.agree.mean()),
         "tokens": len(found.kl),
         "rows_share": mean["rows"],
-        "channels_share": mean["channels"],
+        **({"channels_share": mean["channels"]} if "channels" in mean else {}),
         "ffn_bytes_share": mean["bytes"],
-        "predictor_bytes_share": channels.decision_share(),
+        "predictor_bytes_share": sparse.decision_share(),
         "recall": mean["recall"],
         "precision": mean["precision"],
         "layers": layers,

@@ -63,13 +63,13 @@ class ChannelFfn:
         self.layers: Sequence[ChannelSparsity] = ()
         self.tallies: list[Tally] = []
         self.selections: Sequence[Selection] | None = None
-        self.restart(sparsity.layers)
+        self.restart(sparsity.channels)
         self._orders = [_order(weights, i) for i in range(len(self.layers))]
 
-    def restart(self, layers: Sequence[ChannelSparsity]) -> None:
-        """Go on with other thresholds, counting from nothing."""
-        self.layers = layers
-        self.tallies = [Tally() for _ in layers]
+    def restart(self, layers: Sequence[ChannelSparsity] | None = None) -> None:
+        """Count from nothing, with other thresholds where they are given."""
+        self.layers = self.layers if layers is None else layers
+        self.tallies = [Tally() for _ in self.layers]
 
     def add(self, i: int, x: Tensor, sums: Tensor, y: Tensor) -> None:
         """y += block `i` of x for a few tokens, float32 [B, hidden]; sums float32 [B, columns] is scratch."""

@@ -17,6 +17,7 @@ from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
 from flashrt.model.channels import ChannelFfn
 from flashrt.model.router import route
+from flashrt.model.rows import RowFfn
 from flashrt.spec import Attention, Ffn, ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt_kernels.channels import channel_groups
@@ -39,8 +40,26 @@ class Decoder:
         self.observe: Callable[[int, Tensor, Tensor], None] | None = None
         pairs = ropes(self.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
-        self.channels = ChannelFfn(weights, self.ops) if weights.pack.manifest.sparsity else None
+        sparsity = weights.pack.manifest.sparsity
+        self.channels = ChannelFfn(weights, self.ops) if sparsity and sparsity.channels else None
+        self.rows = RowFfn(weights, self.ops, sparsity.rows) if sparsity and sparsity.rows else None
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
+
+    @property
+    def sparse(self) -> ChannelFfn | RowFfn | None:
+        """The feed-forward blocks of a calibrated pack."""
+        return self.channels or self.rows
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that compute has waited for reads."""
+        return self.weights.wait_s + (0.0 if self.rows is None else self.rows.wait_s)
+
+    def abandon_pass(self) -> None:
+        """Forget what was being read, after a pass that was left half-way."""
+        if self.rows is not None:
+            self.rows.abandon()
+        self.weights.abandon_pass()
 
     def hidden(self, ids: Sequence[int], wide: bool) -> Tensor:
         """Run `ids` through all layers at the end of the sequence. Returns the normed states, float32 [T, hidden].
@@ -161,6 +180,8 @@ class Decoder:
         y[:] = 0
         if self.channels is not None:
             self._sparse(i, self.channels, normed, y, wide)
+        elif self.rows is not None and not wide:
+            self.rows.add(i, normed, y)
         elif ffn.experts:
             self._experts(i, ffn, x, normed, y, wide)
         else:

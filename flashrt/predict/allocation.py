@@ -7,58 +7,53 @@ the price is what makes the sum of losses fit (Everett, Operations Research 11(3
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, Protocol
 
-from flashrt.predict.channels import STORED, ChannelFit, Choice, cheapest
-from flashrt.sparsity import ChannelSparsity
+from flashrt.predict.channels import Choice, cheapest
 
 CHEAPEST, DEAREST = 1e-3, 1e15  # bytes that a loss of one nat may be worth
 BISECTIONS = 60
 
+Picked = tuple[Choice, ...]  # of one block, one choice of each part
+Weight = tuple[float, ...]  # nats that an error of one costs in one block, by parts
 
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """The choices of one block."""
 
-    channels: Choice
-    neurons: Choice
-
-    @property
-    def cost(self) -> float:
-        return sum(choice.nbytes + STORED * choice.stored for choice in (self.channels, self.neurons))
+class Fit(Protocol):
+    """What was fitted to one block: the choices of each of its parts, and what they make of it."""
 
     @property
-    def sparsity(self) -> ChannelSparsity:
-        return ChannelSparsity(self.channels.fine, *self.channels.thresholds, *self.neurons.thresholds)
+    def parts(self) -> tuple[list[Choice], ...]: ...
+
+    def sparsity(self, picked: Picked) -> Any: ...
+
+    def figures(self, picked: Picked) -> dict[str, float]:
+        """What is known about the choices, by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """Nats that an error of one costs, in one block: by channels left out, and by neurons."""
-
-    channels: float
-    neurons: float
-
-    def loss(self, picked: Picked) -> float:
-        return self.channels * picked.channels.error + self.neurons * picked.neurons.error
-
-
-def pick(fit: ChannelFit, weight: Weight, price: float) -> Picked:
+def pick(fit: Fit, weight: Weight, price: float) -> Picked:
     """The choices of one block when a nat costs `price` bytes."""
-    channels = cheapest(fit.channels, price * weight.channels)
-    return Picked(channels, cheapest(fit.neurons, price * weight.neurons))
+    return tuple(cheapest(part, price * nats) for part, nats in zip(fit.parts, weight, strict=True))
 
 
-def allocate(fits: Sequence[ChannelFit], weights: Sequence[Weight], loss: float) -> list[Picked]:
+def allocate(fits: Sequence[Fit], weights: Sequence[Weight], loss: float) -> list[Picked]:
     """The cheapest choices whose predicted loss, in nats, is at most `loss`."""
 
     def at(price: float) -> list[Picked]:
         return [pick(fit, weight, price) for fit, weight in zip(fits, weights, strict=True)]
 
     def predicted(picked: Sequence[Picked]) -> float:
-        return sum(weight.loss(choice) for weight, choice in zip(weights, picked, strict=True))
+        return sum(
+            nats * choice.error
+            for weight, choices in zip(weights, picked, strict=True)
+            for nats, choice in zip(weight, choices, strict=True)
+        )
 
     return at(_lowest(lambda price: predicted(at(price)) <= loss))
+
+
+def cost(picked: Sequence[Picked]) -> float:
+    """Bytes touched and stored."""
+    return sum(choice.cost for choices in picked for choice in choices)
 
 
 def _lowest(fits: Callable[[float], bool]) -> float:

@@ -6,12 +6,16 @@ choices of all blocks are then weighed against each other (`flashrt.predict.allo
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flashrt.sparsity import ChannelSparsity
 from flashrt.spec import Ffn
 from flashrt_kernels.activations import parse
 from flashrt_kernels.channels import (
@@ -63,6 +67,10 @@ class Choice:
     stored: int
     fine: int = CHANNELS
 
+    @property
+    def cost(self) -> float:
+        return self.nbytes + STORED * self.stored
+
 
 @dataclass(frozen=True, slots=True)
 class ChannelFit:
@@ -73,6 +81,36 @@ class ChannelFit:
     down_norms: Array  # float32 [neurons]
     channels: list[Choice]
     neurons: list[Choice]
+
+    @property
+    def parts(self) -> tuple[list[Choice], list[Choice]]:
+        return self.channels, self.neurons
+
+    def sparsity(self, picked: tuple[Choice, ...]) -> ChannelSparsity:
+        channels, neurons = picked
+        return ChannelSparsity(channels.fine, *channels.thresholds, *neurons.thresholds)
+
+    def figures(self, picked: tuple[Choice, ...]) -> dict[str, float]:
+        return {"stored_whole": picked[0].fine / CHANNELS}
+
+    def save(self, path: Path) -> None:
+        """Write a file that is there whole or not at all."""
+        choices = {name: [asdict(choice) for choice in getattr(self, name)] for name in ("channels", "neurons")}
+        arrays: dict[str, Any] = {"order": self.order, "norms": self.norms, "down_norms": self.down_norms}
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, choices=json.dumps(choices), **arrays)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> ChannelFit:
+        with np.load(path) as saved:
+            choices = {name: list(map(choice_from, given)) for name, given in json.loads(str(saved["choices"])).items()}
+            return cls(saved["order"], saved["norms"], saved["down_norms"], **choices)
+
+
+def choice_from(data: dict[str, Any]) -> Choice:
+    """The inverse of `asdict`."""
+    return Choice(**data | {"thresholds": tuple(data["thresholds"])})
 
 
 class Block:
@@ -270,4 +308,4 @@ def activation_function(activation: str) -> Callable[[Array], Array]:
 
 def cheapest(choices: Sequence[Choice], price: float) -> Choice:
     """The choice that costs the least: bytes touched, bytes stored, and `price` for an error of one."""
-    return min(choices, key=lambda choice: choice.nbytes + STORED * choice.stored + price * choice.error)
+    return min(choices, key=lambda choice: choice.cost + price * choice.error)

@@ -40,11 +40,16 @@ def fit(samples: Samples, weights: Array, bias: Array | None, rank: int, recall:
     """
     if samples.count < LEAST_TOKENS:
         raise UsageError(f"a predictor takes {LEAST_TOKENS} tokens at least, found {samples.count}: use a longer text")
-    held = np.arange(samples.count) // STRETCH % HELD_OUT == HELD_OUT - 1
+    held = held_out(samples.count)
     start = closed_form(samples.inputs, weights, np.zeros(len(weights), np.float32) if bias is None else bias, rank)
     factors = refine(start, samples, np.flatnonzero(~held))
     threshold = find_threshold(factors, samples, np.flatnonzero(held), recall)
     return Factors(factors.down, factors.up, factors.bias - threshold)
+
+
+def held_out(count: int) -> Array:
+    """Which of `count` tokens nothing but the threshold is fitted to, bool [count]."""
+    return np.arange(count) // STRETCH % HELD_OUT == HELD_OUT - 1
 
 
 def closed_form(inputs: Array, weights: Array, bias: Array, rank: int) -> Factors:

@@ -50,12 +50,16 @@ class LowRank:
 
     def predict(self, hidden: Array) -> Array:
         """See `Predictor.predict`."""
+        np.max(self.scores(hidden), axis=0, out=self._top)
+        np.greater(self._top, 0, out=self._chosen)
+        return np.flatnonzero(self._chosen).astype(np.int32)
+
+    def scores(self, hidden: Array) -> Array:
+        """Of every neuron, float32 [B, neurons]; valid until the next call."""
         inner, scores = self._inner[: len(hidden)], self._scores[: len(hidden)]
         self._ops.linear(hidden, self._down, CODEC, inner, 0, inner.shape[1])
         self._ops.linear(inner, self._up, CODEC, scores, 0, scores.shape[1], self._bias)
-        np.max(scores, axis=0, out=self._top)
-        np.greater(self._top, 0, out=self._chosen)
-        return np.flatnonzero(self._chosen).astype(np.int32)
+        return scores
 
 
 def encode(ops: Any, matrix: Array) -> Array:

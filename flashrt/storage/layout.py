@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flashrt.sparsity import Sparsity
+from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
@@ -21,6 +21,7 @@ BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, 
 NEURON_STEP = 128  # neurons: kernels give the same bits however a run is cut at multiples of this
 MATRIX_STEP = 8  # bundles of eight rows, likewise
 DOWN_STEP = 512  # rows of down in a calibrated pack, likewise
+PREDICTOR = ".predictor."  # in the names of all that belongs to one
 RESIDENT_FILE = "resident.safetensors"
 
 
@@ -105,6 +106,7 @@ class PackLayout:
     tensors: dict[str, TensorLayout]
     vectors: dict[str, VectorLayout]
     file_bytes: dict[str, int]  # data plus header
+    rows: tuple[RowSparsity, ...] = ()  # of a pack that is thinned out by row, its layers
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +114,7 @@ class PackLayout:
 
     @property
     def channel_columns(self) -> int:
-        """The most columns of any layer's channel groups; 0 in a pack that is not calibrated."""
+        """The most columns of any layer's channel groups; 0 in a pack that has none."""
         return max((t.columns for t in self.tensors.values() if t.name.endswith(".channels")), default=0)
 
     def tensors_of(self, file: str) -> Iterator[TensorLayout]:
@@ -125,10 +127,13 @@ class PackLayout:
 def codec_of(name: str, dtype: Codec) -> Codec:
     """The codec of a tensor in a pack of `dtype`.
 
-    The router decides which experts run: an error there changes everything, and its bytes are negligible.
+    The router decides which experts run: an error there changes everything, and its bytes are negligible. Predictors
+    have 4 bits whatever the pack has: see `flashrt.predict.low_rank`.
     """
     if name.endswith(".router") and dtype is not Codec.F32:
         return Codec.BF16
+    if PREDICTOR in name:
+        return Codec.INT4
     return dtype
 
 
@@ -172,16 +177,20 @@ def _matrices(matrices: dict[str, tuple[int, int]], dtype: Codec) -> Iterator[_S
 
 
 def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> Iterator[_Shape]:
-    """Neurons as bundles; or, in a calibrated pack, gate and up by channel and the rows of down."""
+    """Neurons as bundles, in a calibrated pack behind their predictor; or gate and up by channel, and down by row."""
     ffn, hidden = spec.layers[i].ffn, spec.hidden
-    if sparsity is None:
-        stride = bundle_stride(dtype, hidden, ffn.bundle_rows)
-        yield _Shape(f"{i}.ffn", dtype, hidden, ffn.bundle_rows, ffn.neurons, stride, NEURON_STEP, ffn.runs)
+    layer = None if sparsity is None else sparsity.layers[i]
+    if isinstance(layer, ChannelSparsity):
+        columns = channel_columns(spec, i)
+        stride = group_bytes(columns, layer.fine)
+        yield _Shape(f"{i}.channels", dtype, columns, CHANNELS + layer.fine, channel_groups(hidden), stride, 1)
+        yield _Shape(f"{i}.down", dtype, hidden, 1, ffn.neurons, bundle_stride(dtype, hidden, 1), DOWN_STEP)
         return
-    fine, columns = sparsity.layers[i].fine, channel_columns(spec, i)
-    stride = group_bytes(columns, fine)
-    yield _Shape(f"{i}.channels", dtype, columns, CHANNELS + fine, channel_groups(hidden), stride, 1)
-    yield _Shape(f"{i}.down", dtype, hidden, 1, ffn.neurons, bundle_stride(dtype, hidden, 1), DOWN_STEP)
+    if isinstance(layer, RowSparsity):
+        factors = {f"{i}{PREDICTOR}down": (layer.rank, hidden), f"{i}{PREDICTOR}up": (ffn.neurons, layer.rank)}
+        yield from _matrices(factors, dtype)
+    stride = bundle_stride(dtype, hidden, ffn.bundle_rows)
+    yield _Shape(f"{i}.ffn", dtype, hidden, ffn.bundle_rows, ffn.neurons, stride, NEURON_STEP, ffn.runs)
 
 
 def channel_columns(spec: ModelSpec, i: int) -> int:
@@ -190,8 +199,10 @@ def channel_columns(spec: ModelSpec, i: int) -> int:
     return padded_columns(ffn.neurons) * (ffn.bundle_rows - 1)
 
 
-def sparse_vectors(spec: ModelSpec, i: int) -> dict[str, int]:
+def sparse_vectors(spec: ModelSpec, i: int, sparsity: Sparsity) -> dict[str, int]:
     """Logical name → length of the vectors that layer `i` has in a calibrated pack, beside those of the spec."""
+    if sparsity.rows:
+        return {f"{i}{PREDICTOR}bias": spec.layers[i].ffn.neurons}
     columns = channel_columns(spec, i)
     return {
         f"{i}.channels.scale": columns,
@@ -221,7 +232,7 @@ def pack_layout(
         if layer is not None:
             shapes_of += _ffn(spec, dtype, layer, sparsity)
             if sparsity is not None:
-                own_vectors |= sparse_vectors(spec, layer)
+                own_vectors |= sparse_vectors(spec, layer, sparsity)
         own = [shape.placed(file, block_bytes) for shape in shapes_of]
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in own}
         shapes |= {name: ("F32", (n,)) for name, n in own_vectors.items()}
@@ -233,4 +244,4 @@ def pack_layout(
             vectors[name] = VectorLayout(name, file, offset, length)
             offset += 4 * length
         file_bytes[file] = offset
-    return PackLayout(tensors, vectors, file_bytes)
+    return PackLayout(tensors, vectors, file_bytes, () if sparsity is None else sparsity.rows)

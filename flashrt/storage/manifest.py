@@ -15,7 +15,7 @@ from typing import Any
 
 from flashrt.errors import PackError
 from flashrt.sparsity import VERSION as CALIBRATION
-from flashrt.sparsity import Sparsity
+from flashrt.sparsity import Sparsity, gives_zeros
 from flashrt.spec import ROPE_KINDS, ModelSpec, Rope
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
 from flashrt_kernels import activations
@@ -215,8 +215,12 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
 def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: str) -> None:
     if len(sparsity.layers) != len(spec.layers):
         raise PackError(f"{where}: a calibration of {len(sparsity.layers)} layers, the model has {len(spec.layers)}")
-    if dtype is not Codec.INT4 or any(layer.ffn.experts for layer in spec.layers):
-        raise PackError(f"{where}: only dense models in int4 are stored by channel")
+    if any(layer.ffn.experts for layer in spec.layers):
+        raise PackError(f"{where}: a calibrated mixture of experts; only dense models are calibrated")
+    if sparsity.channels and dtype is not Codec.INT4:
+        raise PackError(f"{where}: weights stored by channel in {dtype.value}, expected int4")
+    if sparsity.rows and not all(gives_zeros(layer.ffn.activation) for layer in spec.layers):
+        raise PackError(f"{where}: neurons are predicted of an activation that is never zero")
 
 
 def _check_fields(part: Any, where: str) -> None:

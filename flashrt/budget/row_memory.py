@@ -1,0 +1,92 @@
+"""Memory of single neurons: what a cache of a layer's rows takes, and how a budget is divided among the layers.
+
+A layer has pinned rows, which calibration ordered hot first, and slots for rows that recent tokens needed. A window of
+a few tokens holds most of what the next one needs (LLM in a Flash, section 3.2), so windows come first, and what they
+leave pins rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flashrt.sparsity import RowSparsity
+from flashrt.storage.layout import NEURON_STEP, PAGE, TensorLayout
+
+QUEUE_FACTOR = 4  # entries of the queue for each slot of the window: most are outdated when it has to be compacted
+WINDOW_TOKENS = 4  # whose neurons a window holds, where there is room; more are better pinned
+
+
+def least_slots(neurons: int, pinned: int) -> int:
+    """Slots without which a cache of a layer with `pinned` of its `neurons` pinned cannot work."""
+    return pinned + min(NEURON_STEP, neurons - pinned)
+
+
+def index_bytes(neurons: int, slots: int, pinned: int, bias: bool) -> int:
+    """Bytes that a cache keeps beside its slots."""
+    return 4 * neurons + 4 + (9 + 4 * bias) * slots + 4 * QUEUE_FACTOR * (slots - pinned)
+
+
+def predictor_work_bytes(neurons: int, rank: int) -> int:
+    """Bytes that a predictor of one token at a time keeps beside its matrices."""
+    return 4 * rank + (3 * 4 + 1) * neurons
+
+
+@dataclass(frozen=True, slots=True)
+class RowMemory:
+    """The FFN of one layer, and what calibration knows about its rows."""
+
+    tensor: TensorLayout
+    sparsity: RowSparsity
+
+    @property
+    def least(self) -> int:
+        """Slots of the smallest window."""
+        return least_slots(self.tensor.run_bundles, 0)
+
+    @property
+    def wanted(self) -> int:
+        """Slots of a window that holds a few tokens' neurons."""
+        return min(max(int(WINDOW_TOKENS * self.sparsity.misses[0]), self.least), self.tensor.run_bundles)
+
+    @property
+    def index_bytes(self) -> int:
+        """The most that an index may take."""
+        neurons = self.tensor.run_bundles
+        return index_bytes(neurons, neurons, 0, bias=True)
+
+    def room(self, pinned_bytes: int) -> int:
+        """Slots that a window can use beside pinned rows."""
+        return max(self.tensor.run_bundles - pinned_bytes // self.tensor.stride, 0)
+
+    def missed(self, pinned_bytes: int, window: int) -> float:
+        """Rows that a token reads, by what was seen on calibration text."""
+        held = min(pinned_bytes // self.tensor.stride, self.tensor.run_bundles) + window
+        return self.sparsity.missed(held / self.tensor.run_bundles)
+
+    def read_bytes(self, rows: float) -> int:
+        """Bytes that come from the disk for so many rows: the rest of their pages too, but never more than all."""
+        return min(int(rows * (self.tensor.stride + PAGE)), self.tensor.nbytes)
+
+
+def divide_windows(layers: list[RowMemory], pinned_bytes: Mapping[str, int], free: int) -> dict[str, int]:
+    """Slots of every layer's window, together at most `free` bytes: each its least, the rest by its tokens' neurons.
+
+    Layers that can use less than their share leave it to the others.
+    """
+    windows = {layer.tensor.name: min(layer.least, layer.room(pinned_bytes[layer.tensor.name])) for layer in layers}
+    free -= sum(windows[layer.tensor.name] * layer.tensor.stride for layer in layers)
+    weights = {layer.tensor.name: max(layer.sparsity.misses[0], 1.0) * layer.tensor.stride for layer in layers}
+    left = sum(weights.values())
+
+    def want(layer: RowMemory) -> int:
+        name = layer.tensor.name
+        return (layer.room(pinned_bytes[name]) - windows[name]) * layer.tensor.stride
+
+    for layer in sorted(layers, key=lambda layer: want(layer) / weights[layer.tensor.name]):
+        name, stride = layer.tensor.name, layer.tensor.stride
+        more = max(min(want(layer), int(free * weights[name] / left)), 0) // stride
+        windows[name] += more
+        free -= more * stride
+        left -= weights[name]
+    return windows

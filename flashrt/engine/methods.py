@@ -1,0 +1,83 @@
+"""The ways in which a model is thinned out, and which of them a pack takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from flashrt.errors import UnsupportedModelError
+from flashrt.predict.channel_pack import ChannelPackSource, read_ffn
+from flashrt.predict.channels import ChannelFit, Samples, fit_channels
+from flashrt.predict.pack_copy import PackCopy, read_bundles, read_vector
+from flashrt.predict.row_fit import Neurons, RowFit, fit_rows
+from flashrt.predict.row_pack import RowPackSource
+from flashrt.sparsity import Layers, gives_zeros
+from flashrt.storage.pack import Pack
+from flashrt_kernels.rows import Codec
+
+
+class Method(Protocol):
+    """One way; `unit` is what it leaves out."""
+
+    unit: str
+
+    def fit(self, i: int, given: Samples) -> Any:
+        """What is found out about block `i` from samples of its input; it can be saved."""
+
+    def load(self, path: Path) -> Any:
+        """What was saved."""
+
+    def source(self, fitted: Callable[[int], Any], layers: Layers) -> PackCopy:
+        """The contents of a calibrated pack."""
+
+
+def method_for(base: Pack, kernels: Any) -> Method:
+    """By row where neurons are zero, else by channel. Raises UnsupportedModelError where neither will do."""
+    if all(gives_zeros(layer.ffn.activation) for layer in base.spec.layers):
+        return _Rows(base, kernels)
+    if base.manifest.dtype is not Codec.INT4:
+        raise UnsupportedModelError(
+            f"sparse mode is built for int4 packs, this one is {base.manifest.dtype.value}: "
+            "pack the checkpoint with --dtype int4"
+        )
+    return _Channels(base, kernels)
+
+
+class _Channels:
+    unit = "channel"
+
+    def __init__(self, base: Pack, kernels: Any) -> None:
+        self.base, self.kernels = base, kernels
+
+    def fit(self, i: int, given: Samples) -> ChannelFit:
+        return fit_channels(read_ffn(self.base, i), given, _up_bias(self.base, i), self.kernels)
+
+    def load(self, path: Path) -> ChannelFit:
+        return ChannelFit.load(path)
+
+    def source(self, fitted: Callable[[int], ChannelFit], layers: Any) -> PackCopy:
+        return ChannelPackSource(self.base, fitted, layers)
+
+
+class _Rows:
+    unit = "neuron"
+
+    def __init__(self, base: Pack, kernels: Any) -> None:
+        self.base, self.kernels = base, kernels
+
+    def fit(self, i: int, given: Samples) -> RowFit:
+        spec, bundles = self.base.spec, read_bundles(self.base, f"{i}.ffn")
+        codec, bias = self.base.manifest.dtype, _up_bias(self.base, i)
+        neurons = Neurons(spec.layers[i].ffn, spec.hidden, codec, bundles, bias, self.kernels)
+        return fit_rows(neurons, given, self.kernels)
+
+    def load(self, path: Path) -> RowFit:
+        return RowFit.load(path)
+
+    def source(self, fitted: Callable[[int], RowFit], layers: Layers) -> PackCopy:
+        return RowPackSource(self.base, fitted, self.kernels)
+
+
+def _up_bias(base: Pack, i: int) -> Any:
+    return read_vector(base, f"{i}.up.bias") if base.spec.layers[i].ffn.bias else None
