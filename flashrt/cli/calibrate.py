@@ -49,7 +49,16 @@ def calibrate(
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, metavar="N", help="Tokens of text to calibrate with.")
     ] = DEFAULT_TOKENS,
-    budget_gb: options.BudgetGb = None,
+    budget_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-gb",
+            metavar="GIB",
+            show_default=False,
+            help="Memory that this may take, and that runs will have. Where it is too small for the model, fewer bytes "
+            "are stored, so that fewer stream, rather than fewer computed.",
+        ),
+    ] = None,
     threads: options.Threads = None,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,

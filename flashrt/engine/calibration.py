@@ -38,7 +38,7 @@ from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
 from flashrt.predict.allocation import Fit, Picked, Weight, allocate, cost
-from flashrt.predict.channels import Samples
+from flashrt.predict.channels import Choice, Samples
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
@@ -51,9 +51,10 @@ WINDOW = 128  # tokens of one piece of text
 TOKENS = 1536  # of text when nothing else is asked
 HELD_OUT = 3  # every third window is held out: half of those to set the price of loss by, half to check
 PROBED = 96  # tokens on which each block's weight is measured
-STRONG = 8  # of the choices of a part: the one by which blocks are weighed, far enough from nothing to be measured
+STRONG = 0.55  # of the bytes of a part: the choice by which blocks are weighed, far enough from nothing to be measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free
 TOP_P = 0.9  # of the probability that text written by the model is drawn from
+RESIDENT, STREAMED = 0.25, 6.0  # what a byte stored is worth beside one touched: in memory, and where some stream
 MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
 TRIALS = 10  # prices of loss that are tried at most
 TEXT_FILE, WEIGHT_FILE = "text.json", "weights.json"
@@ -108,6 +109,7 @@ class _Calibration:
         self.request, self.progress = request, progress
         self.spec: ModelSpec = base.spec
         self.method = method
+        self.streams = False  # whether the model is larger than the budget given
 
     def run(self) -> Sparsity:
         with self._engine(self.path) as exact:
@@ -118,6 +120,7 @@ class _Calibration:
             probe = _cut(fitted, PROBED)
             self._sample(exact, fitted)
             self._reference(exact, [*probe, *tuning, *checking])
+            self.streams = not exact.plan.resident
         self._fit()
         fits = self._fits()
         whole = _layers(fits, [_free(fit) for fit in fits])
@@ -235,9 +238,10 @@ class _Calibration:
         for i, fit in enumerate(fits):
             weight = []
             for part, choices in enumerate(fit.parts):
-                thinned = (*free[i][:part], choices[STRONG], *free[i][part + 1 :])
+                strong = _strong(choices)
+                thinned = (*free[i][:part], strong, *free[i][part + 1 :])
                 rise = nats([*free[:i], thinned, *free[i + 1 :]]) - nothing
-                weight.append(max(rise, LEAST_RISE) / max(choices[STRONG].error, 1e-30))
+                weight.append(max(rise, LEAST_RISE) / max(strong.error, 1e-30))
             weights.append(tuple(weight))
             self.progress("weighing", i + 1, len(fits))
         write_atomically(path, json.dumps(weights).encode())
@@ -256,13 +260,13 @@ class _Calibration:
         The predicted loss is corrected by what is found on the windows for tuning until that fits; those for checking
         must agree.
         """
-        fits = self._fits()
+        fits, stored = self._fits(), STREAMED if self.streams else RESIDENT
         first = _predicted(probe)
         after = first + _predicted(tuning)
         aim = MARGIN * self.request.max_loss
         asked, best = aim, None
         for trial in range(TRIALS):
-            picked = allocate(fits, weights, asked)
+            picked = allocate(fits, weights, asked, stored)
             thresholds = _layers(fits, picked)
             found = self._divergence(engine, thresholds, tuning, first)
             self.progress("choosing", trial + 1, TRIALS)
@@ -270,7 +274,7 @@ class _Calibration:
                 check = self._divergence(engine, thresholds, checking, after)
                 if check.loss > self.request.max_loss:
                     aim /= 2  # the windows for tuning were easier than others
-                elif best is None or cost(picked) < cost(best[0]):
+                elif best is None or cost(picked, stored) < cost(best[0], stored):
                     best = picked, thresholds, check, self._figures(engine, fits, picked)
                 if best is not None and found.loss > 0.85 * aim:
                     break
@@ -409,6 +413,11 @@ def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:
     """The beginnings of a few windows, about `tokens` tokens in all."""
     each = 2 * NARROW + 1
     return [window[:each] for window in windows[: max(tokens // (2 * NARROW), 1)]]
+
+
+def _strong(choices: Sequence[Choice]) -> Choice:
+    """The choice by which a part is weighed."""
+    return min(choices, key=lambda choice: (abs(choice.nbytes - STRONG * choices[0].nbytes), choice.error))
 
 
 def _predicted(windows: list[list[int]]) -> int:

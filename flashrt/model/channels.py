@@ -18,6 +18,7 @@ from flashrt.predict.channels import activation_function
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
 from flashrt_kernels.channels import CHANNELS
+from flashrt_kernels.rows import bundle_stride
 
 Tensor = Any
 WIDE_NEURONS = 512  # neurons of one wide call, as in the decoder
@@ -128,13 +129,15 @@ class ChannelFfn:
 
     def decision_share(self) -> float:
         """Bytes that are read only to decide what takes part, over those of the blocks that were calibrated."""
-        spec, layout = self.weights.spec, self.weights.layout
+        spec = self.weights.spec
         norms = sum(4 * (spec.hidden + layer.ffn.neurons) for layer in spec.layers)
-        dense = sum(
-            layout.tensors[f"{i}.down"].stride * layer.ffn.bundle_rows * layer.ffn.neurons
-            for i, layer in enumerate(spec.layers)
-        )
-        return norms / dense
+        return norms / sum(map(self._dense_bytes, range(len(spec.layers))))
+
+    def _dense_bytes(self, i: int) -> int:
+        """Bytes of block `i` in the pack that was calibrated."""
+        spec = self.weights.spec
+        codec, ffn = self.weights.layout.tensors[f"{i}.down"].codec, spec.layers[i].ffn
+        return bundle_stride(codec, spec.hidden, ffn.bundle_rows) * ffn.neurons
 
     def mean_shares(self) -> dict[str, float] | None:
         """`shares` averaged over the blocks; None before the first narrow pass."""
@@ -157,12 +160,11 @@ class ChannelFfn:
         groups = layout.tensors[f"{i}.channels"].run_bundles
         touched = half * (tally.coarse + tally.fine) / tokens + 2 * columns * groups + row * tally.neurons / tokens
         touched += 4 * (2 * columns + spec.hidden + groups * CHANNELS + ffn.neurons)
-        dense = row * ffn.bundle_rows * ffn.neurons
         return {
             "channels": tally.coarse / tokens / spec.hidden,
             "whole_channels": tally.fine / tokens / spec.hidden,
             "rows": tally.neurons / tokens / ffn.neurons,
-            "bytes": touched / dense,
+            "bytes": touched / self._dense_bytes(i),
         }
 
 

@@ -30,16 +30,19 @@ class Fit(Protocol):
         """What is known about the choices, by name."""
 
 
-def pick(fit: Fit, weight: Weight, price: float) -> Picked:
+def pick(fit: Fit, weight: Weight, price: float, stored: float) -> Picked:
     """The choices of one block when a nat costs `price` bytes."""
-    return tuple(cheapest(part, price * nats) for part, nats in zip(fit.parts, weight, strict=True))
+    return tuple(cheapest(part, price * nats, stored) for part, nats in zip(fit.parts, weight, strict=True))
 
 
-def allocate(fits: Sequence[Fit], weights: Sequence[Weight], loss: float) -> list[Picked]:
-    """The cheapest choices whose predicted loss, in nats, is at most `loss`."""
+def allocate(fits: Sequence[Fit], weights: Sequence[Weight], loss: float, stored: float) -> list[Picked]:
+    """The cheapest choices whose predicted loss, in nats, is at most `loss`.
+
+    `stored` is what a byte that has to be stored is worth beside one that a token touches.
+    """
 
     def at(price: float) -> list[Picked]:
-        return [pick(fit, weight, price) for fit, weight in zip(fits, weights, strict=True)]
+        return [pick(fit, weight, price, stored) for fit, weight in zip(fits, weights, strict=True)]
 
     def predicted(picked: Sequence[Picked]) -> float:
         return sum(
@@ -51,9 +54,9 @@ def allocate(fits: Sequence[Fit], weights: Sequence[Weight], loss: float) -> lis
     return at(_lowest(lambda price: predicted(at(price)) <= loss))
 
 
-def cost(picked: Sequence[Picked]) -> float:
-    """Bytes touched and stored."""
-    return sum(choice.cost for choices in picked for choice in choices)
+def cost(picked: Sequence[Picked], stored: float) -> float:
+    """Bytes touched and stored, in bytes touched."""
+    return sum(choice.cost(stored) for choices in picked for choice in choices)
 
 
 def _lowest(fits: Callable[[float], bool]) -> float:

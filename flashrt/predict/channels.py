@@ -46,7 +46,6 @@ CHANNEL_SHARES = (
 NEURON_SHARES = (1.0, 0.85, 0.75, 0.65, 0.57, 0.5, 0.43, 0.36, 0.3, 0.24, 0.18, 0.12, 0.07, 0.04, 0.02)
 FINE_CHANNELS = (32, 24, 20, 16)  # of a group that may be stored whole
 FINE_ROOM = 1.1  # by which they must exceed those that take part whole
-STORED = 1.0  # what a byte that must be kept, or streamed, is worth beside one that a token touches
 PROBE_TOKENS = 64  # samples on which the errors of choices are measured
 WEIGH_NEURONS = 1024  # decoded at a time
 SLOPE_STEP = 1e-2
@@ -67,9 +66,9 @@ class Choice:
     stored: int
     fine: int = CHANNELS
 
-    @property
-    def cost(self) -> float:
-        return self.nbytes + STORED * self.stored
+    def cost(self, stored: float) -> float:
+        """Bytes touched, and bytes stored, of which each is worth `stored` of the former."""
+        return self.nbytes + stored * self.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +305,6 @@ def activation_function(activation: str) -> Callable[[Array], Array]:
     return (lambda x: np.where(x <= threshold, 0, x)) if name == "relu" else _FUNCTIONS[name]
 
 
-def cheapest(choices: Sequence[Choice], price: float) -> Choice:
-    """The choice that costs the least: bytes touched, bytes stored, and `price` for an error of one."""
-    return min(choices, key=lambda choice: choice.cost + price * choice.error)
+def cheapest(choices: Sequence[Choice], price: float, stored: float) -> Choice:
+    """The choice that costs the least: bytes touched and stored, and `price` for an error of one."""
+    return min(choices, key=lambda choice: choice.cost(stored) + price * choice.error)
