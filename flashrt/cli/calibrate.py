@@ -16,7 +16,7 @@ from flashrt.cli.run import read_text
 if TYPE_CHECKING:
     from flashrt.sparsity import Sparsity
 
-DEFAULT_TOKENS = 1536
+DEFAULT_TOKENS = 2048
 CHANNEL_COLUMNS = {
     "channels": "channels",
     "whole_channels": "of them whole",

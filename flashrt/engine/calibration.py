@@ -48,8 +48,8 @@ from flashrt.storage.packer import pack, write_atomically
 WORK_DIR = "sparse.partial"
 TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
 WINDOW = 128  # tokens of one piece of text
-TOKENS = 1536  # of text when nothing else is asked
-HELD_OUT = 3  # every third window is held out: half of those to set the price of loss by, half to check
+TOKENS = 2048  # of text when nothing else is asked
+HELD_OUT = 2  # every second window is held out: half of those to set the price of loss by, half to check
 PROBED = 96  # tokens on which each block's weight is measured
 STRONG = 0.55  # of the bytes of a part: the choice by which blocks are weighed, far enough from nothing to be measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free

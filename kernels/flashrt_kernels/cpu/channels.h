@@ -86,11 +86,7 @@ inline void add_channels(const ChannelGroup& g, const ActiveChannels& a, const C
         add_quads(g.half[0] + at, g.step, a.channel[0], a.x[0], a.count[0], acc);
         for (I& sum_of_codes : acc) sum_of_codes = left<2>(sum_of_codes);
         add_quads(g.half[1] + at, g.step, a.channel[1], a.x[1], a.count[1], acc);
-        for (int p = 0; p < 4; ++p) {
-            acc[4 + p] = settle<2>(acc[4 + p]);
-            acc[8 + p] = settle<4>(acc[8 + p]);
-            acc[12 + p] = settle<6>(acc[12 + p]);
-        }
+        settle(acc);
         for (int i = 0; i < 16; ++i) {
             const size_t column = 4 * at + 16 * static_cast<size_t>(i);
             const F codes = to_float(add(left<1>(acc[i]), middle));

@@ -139,9 +139,18 @@ FLASHRT_INLINE B hold(B a) {
 FLASHRT_INLINE void store_bytes(void* p, B a) { _mm512_storeu_si512(p, a.v); }
 FLASHRT_INLINE B low_nibbles(B a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 FLASHRT_INLINE B high_nibbles(B a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
-// Bits N and N + 1 of each byte, where they are; sums of products with them are put right by `settle`.
-template <int N> FLASHRT_INLINE B two_bits(B a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(3 << N)))}; }
-template <int N> FLASHRT_INLINE I settle(I sum) { return right<N>(sum); }
+// Bits N and N + 1 of each byte, those below them included; `settle` takes these out of sums of products.
+template <int N> FLASHRT_INLINE B two_bits(B a) {
+    return N == 6 ? a : B{_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>((4 << N) - 1)))};
+}
+// sums[4 k + p] of products with two_bits<2 k> become those with these bits alone, as numbers of 0 to 3.
+FLASHRT_INLINE void settle(I sums[16]) {
+    for (int p = 0; p < 4; ++p) {
+        sums[12 + p] = {_mm512_srai_epi32(_mm512_sub_epi32(sums[12 + p].v, sums[8 + p].v), 6)};
+        sums[8 + p] = {_mm512_srai_epi32(_mm512_sub_epi32(sums[8 + p].v, sums[4 + p].v), 4)};
+        sums[4 + p] = {_mm512_srai_epi32(_mm512_sub_epi32(sums[4 + p].v, sums[p].v), 2)};
+    }
+}
 FLASHRT_INLINE B splat_quad(int32_t a) { return {_mm512_set1_epi32(a)}; }  // four bytes, in every lane
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {  // 8 bytes, each in two lanes
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -309,7 +318,7 @@ template <int N> FLASHRT_INLINE B two_bits(B x) {  // moved down, as products ar
     const __m256i mask = _mm256_set1_epi8(3);
     return {_mm256_and_si256(_mm256_srli_epi16(x.a, N), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, N), mask)};
 }
-template <int N> FLASHRT_INLINE I settle(I sum) { return sum; }
+FLASHRT_INLINE void settle(I*) {}
 FLASHRT_INLINE B splat_quad(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -483,7 +492,7 @@ FLASHRT_INLINE void store_bytes(void* p, B a) { std::memcpy(p, a.v, sizeof a.v);
 FLASHRT_INLINE B low_nibbles(B a) { LANES(a.v[i] & 15); }
 FLASHRT_INLINE B high_nibbles(B a) { LANES(a.v[i] >> 4); }
 template <int N> FLASHRT_INLINE B two_bits(B a) { LANES(a.v[i] >> N & 3); }
-template <int N> FLASHRT_INLINE I settle(I sum) { return sum; }
+FLASHRT_INLINE void settle(I*) {}
 FLASHRT_INLINE B splat_quad(int32_t a) {
     B r;
     for (int i = 0; i < 64; i += 4) std::memcpy(r.v + i, &a, 4);
