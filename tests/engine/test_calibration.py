@@ -124,7 +124,7 @@ def test_every_sample_counts(tmp_path):
     make_pack(checkpoint, path, Codec.INT4)
     text = [np.random.default_rng(i).integers(3, 120, 128).tolist() for i in range(6)]
     found = []
-    for changed in (None, 1, 3, 4, 5):  # fitted to, but for 3, which the result is checked on
+    for changed in (None, 1, 3, 5, 2):  # fitted to, but for 2, which the result is checked on
         copy = tmp_path / f"pack-{changed}"
         shutil.copytree(path, copy)
         windows = [w[::-1] if i == changed else w for i, w in enumerate(text)]
