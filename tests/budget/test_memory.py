@@ -16,14 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashrt.engine.runtime import runtime_for
 from flashrt.predict.channel_pack import ChannelPackSource
 from flashrt.predict.channels import ChannelFit
-from flashrt.sparsity import ChannelSparsity, Sparsity
+from flashrt.predict.low_rank import Factors
+from flashrt.predict.row_fit import RowFit
+from flashrt.predict.row_pack import RowPackSource
+from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt_kernels.rows import Codec
-from tools.make_synthetic_pack import PRESETS, make
+from tools.make_synthetic_pack import PRESETS, SyntheticSource, TiledEncoder, make
 from tools.run_in_cgroup import Result, run_limited
 
 pytestmark = pytest.mark.budget
@@ -54,6 +58,24 @@ def thinned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     norms = np.ones(base.spec.hidden, np.float32), np.ones(SHAPE.neurons, np.float32)
     layers = tuple(ChannelSparsity(20, 0.4, 0.8, 0.05) for _ in base.spec.layers)
     source = ChannelPackSource(base, lambda i: ChannelFit(places, *norms, [], []), layers)
+    sparsity = Sparsity(base.manifest.hash, 0.02, 0.02, layers)
+    pack(source, path / SPARSE_DIR, Codec.INT4, encoder=source, sparsity=sparsity)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int4 ReLU model whose calibrated pack names about a fifth of the neurons, by predictors that nobody fitted."""
+    path = tmp_path_factory.mktemp("memory") / "relu.pack"
+    spec = SHAPE.spec()
+    layer = replace(spec.layers[0], ffn=replace(spec.layers[0].ffn, activation="relu"))
+    synthetic = SyntheticSource("a predicted model", replace(spec, layers=(layer,) * len(spec.layers)), 0)
+    pack(synthetic, path, Codec.INT4, encoder=TiledEncoder(synthetic))
+    base, rank, draw = Pack(path), 64, np.random.default_rng(0)
+    down, up = (draw.standard_normal(s).astype(np.float32) for s in ((rank, spec.hidden), (SHAPE.neurons, rank)))
+    order, bias = np.arange(SHAPE.neurons, dtype=np.int32), np.full(SHAPE.neurons, -300, np.float32)
+    source = RowPackSource(base, lambda i: RowFit(order, Factors(down, up, bias), [], []), runtime_for("cpu", 1).ops)
+    layers = (RowSparsity(rank, 0.0, (1200.0, 600.0, 0.0)),) * len(spec.layers)
     sparsity = Sparsity(base.manifest.hash, 0.02, 0.02, layers)
     pack(source, path / SPARSE_DIR, Codec.INT4, encoder=source, sparsity=sparsity)
     return path
@@ -126,6 +148,15 @@ def test_sparse_mode(thinned: Path, tmp_path: Path, budget_gb: float) -> None:
     assert 0.1 < report["ffn_bytes_share"] < 0.9
     result, report = run(thinned, budget_gb, tmp_path, 700, PROMPT * 30, mode="sparse")
     check(result, report, budget_gb)
+
+
+@pytest.mark.parametrize("budget_gb", [0.15, 0.2])
+def test_rows_that_are_predicted(predicted: Path, tmp_path: Path, budget_gb: float) -> None:
+    for context, prompt in ((256, PROMPT), (700, PROMPT * 30)):
+        result, report = run(predicted, budget_gb, tmp_path, context, prompt, mode="sparse")
+        check(result, report, budget_gb)
+        assert 0.05 < report["ffn_rows_share"] < 0.6
+        assert report["row_hit_rate"] < 1
 
 
 def test_a_long_prompt(model: Path, tmp_path: Path) -> None:
