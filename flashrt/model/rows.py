@@ -47,7 +47,7 @@ class RowFfn:
         self.selections: Sequence[Selection] | None = None
         count = range(len(layers))
         self._thresholded = [np.empty_like(weights.vector(f"{i}{PREDICTOR}bias")) for i in count]
-        self._predictors = [self._predictor(i) for i in count]
+        self.predictors = [self._predictor(i) for i in count]
         self._caches = [weights.row_cache(f"{i}.ffn", self._up_bias(i)) for i in count]
         self._before: list[RowStatistics] = []
         self.restart(layers)
@@ -102,7 +102,7 @@ class RowFfn:
         return sum(map(self._predictor_bytes, layers)) / sum(map(self._dense_bytes, layers))
 
     def _add(self, i: int, x: Array, y: Array) -> None:
-        rows = self._predictors[i].predict(x)
+        rows = self.predictors[i].predict(x)
         self.tallies[i].tokens += 1
         self.tallies[i].neurons += len(rows)
         if self.selections is not None:

@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""What each part of sparse mode by row saves: LLM in a Flash's ablation (section 4), on a calibrated pack.
+
+    python -m tools.ablation PACK --text-file FILE [--resident 0.5] [--tokens 200] [--out FILE]
+
+The engine decodes the text once, and says which neurons every token asks for. Their reads are then carried out again,
+layer by layer, in each of these ways, the memory of all but the first being a share `--resident` of the FFN:
+
+    naive      the whole FFN, every token, in long reads
+    resident   the part that is not in memory, likewise
+    predictor  of the neurons not in memory, those that are predicted, each by a read of its own
+    window     the same, memory being a window of the neurons used last
+    order      memory planned as the engine does, neurons in the order that was fitted, neighbours read together
+
+A neuron's rows lie together in all of them, as packs are written that way. Reads go around the page cache. Tokens per
+second are those of computing, measured with everything resident, and reading one after the other. JSON is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashrt.budget.planner import Workload
+from flashrt.budget.row_memory import RowMemory, divide_windows, least_slots
+from flashrt.cache.rows import RowCache
+from flashrt.cache.verification import Verifier
+from flashrt.engine.build import Prepared
+from flashrt.engine.engine import Engine
+from flashrt.engine.open import sparse_pack
+from flashrt.engine.runtime import runtime_for
+from flashrt.predict.pack_copy import read_bundles
+from flashrt.storage.cost import CostCurve
+from flashrt.storage.meter import Meter
+from flashrt.storage.names import default_cache
+from flashrt.storage.pack import Pack
+from flashrt.storage.reader import DEPTH, Reader
+from tools.bench_rows import make_cache, pages
+from tools.machine import facts
+
+WARM_UP = 0.25  # of the tokens: what is not yet in memory then says nothing of the others
+
+Array = np.ndarray
+Trace = list[list[Array]]  # of each token and layer, the neurons asked for: int32 ascending
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One way of reading, per token: means over the tokens after the warm-up."""
+
+    name: str
+    io_ms: float
+    bytes_read: float
+    hit_rate: float | None
+    tok_per_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", type=Path, help="a pack that is calibrated by row")
+    parser.add_argument("--text-file", type=Path, required=True)
+    parser.add_argument("--resident", type=float, default=0.5, help="share of the FFN that memory has room for")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    result = ablate(args.pack, args.text_file.read_text(), args.resident, args.tokens, args.threads)
+    result |= {"command": "python -m tools.ablation PACK " + " ".join(sys.argv[2:]), "machine": facts()}
+    text = json.dumps(result)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text)
+
+
+def ablate(path: Path, text: str, resident: float, tokens: int, threads: int | None = None) -> dict[str, Any]:
+    """The figures. Raises UsageError when the pack is not calibrated."""
+    base, ordered = Pack(path), Pack(sparse_pack(path))
+    trace, sparse_s = decode(ordered.path, text, tokens, threads)
+    _, exact_s = decode(path, text, tokens, threads)
+    natural = [order_of(base, ordered, i) for i in range(len(base.spec.layers))]
+    plain = [[np.sort(order[rows]) for order, rows in zip(natural, token, strict=True)] for token in trace]
+    curve, dense = curve_of(base), [everything(base)] * tokens
+    whole, reader, merging = Reader(base, curve=curve), Reader(base), Reader(ordered, curve=curve)
+    try:
+        steps = [
+            measure("naive", row_reads(base, whole, dense, 0.0), whole, exact_s),
+            measure("resident", row_reads(base, whole, dense, resident), whole, exact_s),
+            measure("predictor", row_reads(base, reader, plain, resident), reader, sparse_s),
+            replay("window", plain, windows(base, reader, resident), reader, sparse_s),
+            replay("order", trace, planned(ordered, merging, resident), merging, sparse_s),
+        ]
+    finally:
+        for opened in (whole, reader, merging):
+            opened.close()
+    for step in steps:
+        say(f"{step.name:10} {step.io_ms:8.2f} ms {step.bytes_read / 1e6:8.3f} MB {step.tok_per_s:7.1f} tokens/s")
+    return {
+        "tool": "ablation",
+        "ffn_bytes": sum(base.layout.tensors[f"{i}.ffn"].nbytes for i in range(len(base.spec.layers))),
+        "resident": resident,
+        "tokens": tokens,
+        "rows_per_token": float(np.mean([sum(map(len, token)) for token in trace])),
+        "steps": [asdict(step) for step in steps],
+    }
+
+
+def decode(path: Path, text: str, tokens: int, threads: int | None) -> tuple[Trace, float]:
+    """What each of the first tokens of a text asks for, and the median seconds of one, with everything resident."""
+    prepared = Prepared(path, default_cache(), runtime_for("cpu", threads))
+    ids = prepared.tokenizer.encode(text)[:tokens]
+    if len(ids) < tokens:
+        raise SystemExit(f"the text has {len(ids)} tokens, fewer than --tokens {tokens}")
+    window = min(tokens, prepared.spec.context)
+    trace: Trace = []
+    seconds = []
+    with prepared.engine(prepared.plan(Workload(window, prompt=window))) as engine:
+        watch(engine, trace)
+        for n, token in enumerate(ids):
+            if n % window == 0:
+                engine.rewind(0)
+            trace.append([])
+            began = time.perf_counter()
+            engine.step(token)
+            seconds.append(time.perf_counter() - began)
+    return trace, statistics.median(seconds)
+
+
+def watch(engine: Engine, trace: Trace) -> None:
+    """Have every layer's predictions noted in the last entry of `trace`."""
+    for predictor in engine.decoder.rows.predictors if engine.decoder.rows else ():
+        predict = predictor.predict
+
+        def noted(hidden: Array, predict: Callable[[Array], Array] = predict) -> Array:
+            rows = predict(hidden)
+            trace[-1].append(rows)
+            return rows
+
+        predictor.predict = noted  # type: ignore[method-assign]
+
+
+def order_of(base: Pack, ordered: Pack, i: int) -> Array:
+    """The base pack's neuron at each place of a calibrated pack's layer, found by their bytes."""
+    name, neurons = f"{i}.ffn", base.spec.layers[i].ffn.neurons
+    places = {bundle.tobytes(): n for n, bundle in enumerate(read_bundles(base, name)[:neurons])}
+    return np.array([places[bundle.tobytes()] for bundle in read_bundles(ordered, name)[:neurons]], np.int32)
+
+
+def curve_of(pack: Pack) -> CostCurve:
+    with Meter(pack.largest_file) as meter:
+        return CostCurve(meter.curve(DEPTH))
+
+
+def everything(pack: Pack) -> list[Array]:
+    """All neurons of every layer."""
+    return [np.arange(layer.ffn.neurons, dtype=np.int32) for layer in pack.spec.layers]
+
+
+def row_reads(pack: Pack, reader: Reader, trace: Trace, share: float) -> list[Callable[[], None]]:
+    """For every token, read the rows that it asks for beyond the leading ones, which are in memory."""
+    tensors = [pack.layout.tensors[f"{i}.ffn"] for i in range(len(pack.spec.layers))]
+    memory = pages(max(t.nbytes for t in tensors))
+
+    def run(token: Sequence[Array]) -> None:
+        for tensor, rows in zip(tensors, token, strict=True):
+            absent = rows[rows >= share * tensor.run_bundles].astype(np.int64)
+            out = memory[: tensor.nbytes].reshape(-1, tensor.stride)
+            offsets = tensor.offset + absent * tensor.stride
+            reader.submit_rows(tensor.file, offsets, out, np.arange(len(absent))).wait()
+
+    return [lambda token=token: run(token) for token in trace]  # type: ignore[misc]
+
+
+def windows(pack: Pack, reader: Reader, share: float) -> list[RowCache]:
+    """Caches without pinned rows."""
+    tensors = [pack.layout.tensors[f"{i}.ffn"] for i in range(len(pack.spec.layers))]
+    return [make_cache(reader, tensor, 0.0, share) for tensor in tensors]
+
+
+def planned(pack: Pack, reader: Reader, share: float) -> list[RowCache]:
+    """Caches that divide the same memory as the planner would, were there no blocks: hot rows and windows."""
+    layers = [RowMemory(pack.layout.tensors[f"{i}.ffn"], rows) for i, rows in enumerate(pack.layout.rows)]
+    total = share * sum(r.tensor.run_bundles for r in layers)
+    spare = max(total - sum(r.wanted for r in layers), 0) / sum(r.tensor.run_bundles for r in layers)
+    pinned = {r.tensor.name: int(spare * r.tensor.run_bundles) * r.tensor.stride for r in layers}
+    free = int(total * layers[0].tensor.stride) - sum(pinned.values())
+    window = divide_windows(layers, pinned, free)
+    caches = []
+    for r in layers:
+        held = pinned[r.tensor.name] // r.tensor.stride
+        slots = max(held + window[r.tensor.name], least_slots(r.tensor.run_bundles, held))
+        memory = pages(slots * r.tensor.stride).reshape(-1, r.tensor.stride)
+        verifier = Verifier(reader, pages(r.tensor.max_block_bytes))
+        verifier.check(r.tensor, range(r.tensor.blocks))
+        cache = RowCache(reader, verifier, r.tensor, memory, held)
+        cache.load()
+        caches.append(cache)
+    return caches
+
+
+def replay(name: str, trace: Trace, caches: list[RowCache], reader: Reader, compute_s: float) -> Step:
+    """Bring every token's rows through the caches."""
+
+    def run(token: Sequence[Array]) -> None:
+        for cache, rows in zip(caches, token, strict=True):
+            for _ in cache.ensure(rows):
+                pass
+
+    first = int(WARM_UP * len(trace))
+    for token in trace[:first]:
+        run(token)
+    before = [(c.statistics.asked, c.statistics.misses) for c in caches]
+    step = measure(name, [lambda token=token: run(token) for token in trace[first:]], reader, compute_s, 0)  # type: ignore[misc]
+    asked, misses = (sum(getattr(c.statistics, key) for c in caches) for key in ("asked", "misses"))
+    asked, misses = asked - sum(b[0] for b in before), misses - sum(b[1] for b in before)
+    return Step(name, step.io_ms, step.bytes_read, 1 - misses / max(asked, 1), step.tok_per_s)
+
+
+def measure(
+    name: str, runs: Sequence[Callable[[], None]], reader: Reader, compute_s: float, warm_up: float = WARM_UP
+) -> Step:
+    """Time the reads of one token after the other."""
+    runs = runs[int(warm_up * len(runs)) :]
+    read, began = reader.bytes_read, time.perf_counter()
+    for run in runs:
+        run()
+    io_s = (time.perf_counter() - began) / len(runs)
+    return Step(name, 1e3 * io_s, (reader.bytes_read - read) / len(runs), None, 1 / (io_s + compute_s))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
