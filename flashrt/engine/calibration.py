@@ -38,7 +38,7 @@ from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
 from flashrt.predict.allocation import Fit, Picked, Weight, allocate, cost
-from flashrt.predict.channels import Choice, Samples
+from flashrt.predict.channels import Samples
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
@@ -51,7 +51,6 @@ WINDOW = 128  # tokens of one piece of text
 TOKENS = 2048  # of text when nothing else is asked
 HELD_OUT = 2  # every second window is held out: half of those to set the price of loss by, half to check
 PROBED = 96  # tokens on which each block's weight is measured
-STRONG = 0.55  # of the bytes of a part: the choice by which blocks are weighed, far enough from nothing to be measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free
 TOP_P = 0.9  # of the probability that text written by the model is drawn from
 RESIDENT, STREAMED = 0.25, 6.0  # what a byte stored is worth beside one touched: in memory, and where some stream
@@ -237,8 +236,7 @@ class _Calibration:
         nothing, weights = nats(free), []
         for i, fit in enumerate(fits):
             weight = []
-            for part, choices in enumerate(fit.parts):
-                strong = _strong(choices)
+            for part, strong in enumerate(fit.strong):
                 thinned = (*free[i][:part], strong, *free[i][part + 1 :])
                 rise = nats([*free[:i], thinned, *free[i + 1 :]]) - nothing
                 weight.append(max(rise, LEAST_RISE) / max(strong.error, 1e-30))
@@ -413,11 +411,6 @@ def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:
     """The beginnings of a few windows, about `tokens` tokens in all."""
     each = 2 * NARROW + 1
     return [window[:each] for window in windows[: max(tokens // (2 * NARROW), 1)]]
-
-
-def _strong(choices: Sequence[Choice]) -> Choice:
-    """The choice by which a part is weighed."""
-    return min(choices, key=lambda choice: (abs(choice.nbytes - STRONG * choices[0].nbytes), choice.error))
 
 
 def _predicted(windows: list[list[int]]) -> int:

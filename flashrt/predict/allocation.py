@@ -24,6 +24,10 @@ class Fit(Protocol):
     @property
     def parts(self) -> tuple[list[Choice], ...]: ...
 
+    @property
+    def strong(self) -> tuple[Choice, ...]:
+        """The choices by which the parts are weighed: what they leave out can be measured."""
+
     def sparsity(self, picked: Picked) -> Any: ...
 
     def figures(self, picked: Picked) -> dict[str, float]:
