@@ -32,7 +32,14 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
 
 
 def calibrate(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", show_default=False, help="A pack of a dense model: of ReLU and its kin in any dtype, else in int4.")],
+    pack: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PACK",
+            show_default=False,
+            help="A pack of a dense model: of ReLU and its kin in any dtype, else in int4.",
+        ),
+    ],
     text_file: Annotated[
         Path | None,
         typer.Option(

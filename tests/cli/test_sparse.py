@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.conftest import Cli, check_failure
 from tests.cli.test_commands import parsed
+from tests.families import tiny_checkpoint
 
 TEXT = "the thing and the ring are in the inn, and another thing is in the ring. " * 40
 
@@ -87,6 +88,26 @@ def test_eval_quality_compares(cli: Cli, calibrated: Path, text: Path) -> None:
     assert 0 < result["recall"] <= 1
     assert result["ppl_sparse"] / result["ppl_exact"] - 1 == pytest.approx(result["loss"])
     for word in ("recall", "perplexity", "divergence", "touched"):
+        assert word in cli(*arguments).stdout
+
+
+def test_relu_models_are_read_row_by_row(cli: Cli, text: Path, tmp_path: Path) -> None:
+    _, checkpoint = tiny_checkpoint("opt", tmp_path / "opt", ffn_dim=700)
+    pack = tmp_path / "pack"
+    assert cli("pack", checkpoint, pack, "--dtype", "int8").returncode == 0
+    result = cli("calibrate", pack, "--text-file", text, "--max-loss", 0.9)
+    assert result.returncode == 0, result.stderr
+    for word in ("rows kept", "recall", "predictor", "predicted loss"):
+        assert word in result.stdout
+    report = parsed(cli("run", pack, "--mode", "sparse", "--prompt", "hello", "-n", 6, "--ignore-eos", "--json"))
+    assert 0 < report["ffn_rows_share"] < report["ffn_bytes_share"]
+    assert report["row_hit_rate"] == 1
+    assert report["plan"]["owners"]["predictors"] > 0
+    arguments = ("eval", "quality", pack, "--text-file", text, "--max-tokens", 200, "--ctx", 64)
+    quality = parsed(cli(*arguments, "--json"))
+    assert quality["method"] == "rows"
+    assert 0 < quality["predictor_bytes_share"] < quality["ffn_bytes_share"]
+    for word in ("recall", "predictor", "of the neurons"):
         assert word in cli(*arguments).stdout
 
 
