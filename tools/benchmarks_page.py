@@ -52,6 +52,7 @@ def page(folder: Path) -> str:
 
 def section(name: str, data: dict[str, Any]) -> str:
     renderers = {
+        "ablation": ablation,
         "bench_peers": peers,
         "bench_budgets": budgets,
         "bench_experts": experts,
@@ -346,6 +347,31 @@ def _kib(nbytes: float) -> str:
 def _beside(point: dict[str, Any]) -> list[str]:
     rates = [f"{number(point[key] / 1e6)} MB/s" for key in ("bytes_per_s", "reference_bytes_per_s")]
     return [*rates, *(f"{point[key]:.2f}" for key in ("ratio", "cores", "reference_cores"))]
+
+
+def ablation(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """What each part of sparse mode by row saves."""
+    naive = data["steps"][0]
+    yield (
+        f"{data['tokens']} tokens, each asking for {number(data['rows_per_token'])} neurons of feed-forward blocks of "
+        f"{size(data['ffn_bytes'])} in all; from the second line on {data['resident']:.0%} of them are in memory. The "
+        "steps are those of `tools/ablation.py`."
+    )
+    yield table(
+        ["reading", "I/O, ms per token", "less by", "read per token", "less by", "in memory", "tokens/s"],
+        [
+            [
+                step["name"],
+                number(step["io_ms"]),
+                times(naive["io_ms"] / step["io_ms"]),
+                f"{step['bytes_read'] / 1e3:,.0f} kB",
+                times(naive["bytes_read"] / step["bytes_read"]),
+                "–" if step["hit_rate"] is None else f"{step['hit_rate']:.0%}",
+                number(step["tok_per_s"]),
+            ]
+            for step in data["steps"]
+        ],
+    )
 
 
 def anything(name: str, data: dict[str, Any]) -> Iterator[str]:
