@@ -16,7 +16,6 @@ from flashrt.cli.run import read_text
 if TYPE_CHECKING:
     from flashrt.sparsity import Sparsity
 
-DEFAULT_TOKENS = 2048
 CHANNEL_COLUMNS = {
     "channels": "channels",
     "whole_channels": "of them whole",
@@ -54,8 +53,15 @@ def calibrate(
         typer.Option("--max-loss", metavar="SHARE", help="How much perplexity may rise: 0.02 is 2%."),
     ] = 0.02,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=1, metavar="N", help="Tokens of text to calibrate with.")
-    ] = DEFAULT_TOKENS,
+        int | None,
+        typer.Option(
+            "--tokens",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Tokens of text to calibrate with. Omitted: 2048, or 8192 where neurons are to be predicted (ReLU).",
+        ),
+    ] = None,
     budget_gb: Annotated[
         float | None,
         typer.Option(

@@ -48,7 +48,6 @@ from flashrt.storage.packer import pack, write_atomically
 WORK_DIR = "sparse.partial"
 TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
 WINDOW = 128  # tokens of one piece of text
-TOKENS = 2048  # of text when nothing else is asked
 HELD_OUT = 2  # every second window is held out: half of those to set the price of loss by, half to check
 PROBED = 96  # tokens on which each block's weight is measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free
@@ -65,17 +64,17 @@ Progress = Callable[[str, int, int], None]  # what is going on, done, in all
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a calibration is asked for. text None: the model writes its own."""
+    """What is asked of a calibration. text None: the model writes its own; tokens None: as many as the method takes."""
 
     max_loss: float = 0.02
     text: str | None = None
-    tokens: int = TOKENS
+    tokens: int | None = None
     budget_gb: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.max_loss <= 1:
             raise UsageError(f"the loss allowed is {self.max_loss}, expected more than 0 and at most 1 (0.02 is 2%)")
-        if self.tokens < 6 * WINDOW:
+        if self.tokens is not None and self.tokens < 6 * WINDOW:
             raise UsageError(f"{self.tokens} tokens are too few to calibrate with, expected {6 * WINDOW} or more")
 
 
@@ -88,7 +87,7 @@ def calibrate(path: Path, cache: Path, runtime: Runtime, request: Request, progr
     base = Pack(path)
     _check_supported(base)
     method = method_for(base, runtime.ops)
-    with _work(path, _job(base, request)) as work:
+    with _work(path, _job(base, request, method)) as work:
         return _Calibration(path, base, work, cache, runtime, request, progress, method).run()
 
 
@@ -106,6 +105,7 @@ class _Calibration:
     ) -> None:
         self.path, self.base, self.work, self.cache, self.runtime = path, base, work, cache, runtime
         self.request, self.progress = request, progress
+        self.tokens = request.tokens or method.tokens
         self.spec: ModelSpec = base.spec
         self.method = method
         self.streams = False  # whether the model is larger than the budget given
@@ -150,10 +150,10 @@ class _Calibration:
             return [list(map(int, window)) for window in json.loads(path.read_bytes())]
         length = min(WINDOW, self.spec.context)
         if self.request.text is not None:
-            windows = _windows(engine.tokenizer.encode(self.request.text, special=False), length, self.request.tokens)
+            windows = _windows(engine.tokenizer.encode(self.request.text, special=False), length, self.tokens)
         else:
             windows = []
-            count = self.request.tokens // length
+            count = self.tokens // length
             for n in range(count):
                 windows.append(_written(engine, n, length))
                 self.progress("writing text", n + 1, count)
@@ -307,7 +307,7 @@ class _Calibration:
             {**sparse.shares(i), **fit.figures(choices)}
             for i, (fit, choices) in enumerate(zip(fits, picked, strict=True))
         ]
-        return {"tokens": self.request.tokens, "layers": layers, **(sparse.mean_shares() or {})}
+        return {"tokens": self.tokens, "layers": layers, **(sparse.mean_shares() or {})}
 
     def _fits(self) -> list[Fit]:
         return [self._fitted(i) for i in range(len(self.spec.layers))]
@@ -330,10 +330,10 @@ def _check_supported(base: Pack) -> None:
         raise UnsupportedModelError("mixtures of experts need no calibration: their router says what a token needs")
 
 
-def _job(base: Pack, request: Request) -> dict[str, Any]:
+def _job(base: Pack, request: Request, method: Method) -> dict[str, Any]:
     """What makes two calibrations the same one. The loss allowed is not part of it: it is asked of the last step."""
     digest = None if request.text is None else hashlib.sha256(request.text.encode()).hexdigest()
-    return {"version": VERSION, "base": base.manifest.hash, "text": digest, "tokens": request.tokens}
+    return {"version": VERSION, "base": base.manifest.hash, "text": digest, "tokens": request.tokens or method.tokens}
 
 
 @contextlib.contextmanager

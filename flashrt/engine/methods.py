@@ -18,9 +18,10 @@ from flashrt_kernels.rows import Codec
 
 
 class Method(Protocol):
-    """One way; `unit` is what it leaves out."""
+    """One way; `unit` is what it leaves out, `tokens` are those of text that it takes when nothing else is asked."""
 
     unit: str
+    tokens: int
 
     def fit(self, i: int, given: Samples) -> Any:
         """What is found out about block `i` from samples of its input; it can be saved."""
@@ -45,7 +46,7 @@ def method_for(base: Pack, kernels: Any) -> Method:
 
 
 class _Channels:
-    unit = "channel"
+    unit, tokens = "channel", 2048
 
     def __init__(self, base: Pack, kernels: Any) -> None:
         self.base, self.kernels = base, kernels
@@ -61,7 +62,7 @@ class _Channels:
 
 
 class _Rows:
-    unit = "neuron"
+    unit, tokens = "neuron", 8192  # predictors have more to learn than thresholds
 
     def __init__(self, base: Pack, kernels: Any) -> None:
         self.base, self.kernels = base, kernels
