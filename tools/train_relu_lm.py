@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a small OPT with ReLU on text found on this machine, so that sparsity can be measured on a model that learned.
+"""Train a small OPT with ReLU on text found on this machine, for sparsity that is no accident of random weights.
 
     python -m tools.train_relu_lm OUT --minutes 20
     python -m tools.train_relu_lm OUT --minutes 1 --hidden 64 --layers 2 --heads 2 --text-dir flashrt docs
@@ -10,7 +10,7 @@ packages and /usr/share/doc. Model and batch are larger on a GPU.
 
 AdamW with linear warm-up and cosine decay over the minutes given, bfloat16 where tensors are multiplied, gradients
 clipped to norm 1. Neurons fall silent by themselves, but slowly; an L1 penalty on the activations, raised gradually as
-in ProSparse (arXiv:2402.13516, section 3), makes a short training as sparse as a long one. Its weight is not a constant
+in ProSparse (arXiv:2402.13516, section 3), helps them. Its weight is not a constant
 but follows the share of zeros, which is to reach --zeros by three quarters of the training. --zeros 0: no penalty.
 
 On a CPU the minutes are processor time per thread, so that a busy machine takes longer and trains as much. The
