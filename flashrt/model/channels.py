@@ -8,7 +8,7 @@ decided by the activations, which are known by then. Nothing is predicted, so no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from flashrt_kernels.channels import CHANNELS
 from flashrt_kernels.rows import bundle_stride
 
 Tensor = Any
+# Tokens at the start of a sequence that leave nothing out: all later tokens attend to them, and activations a thousand
+# times larger than any other token's, which must come out right, arise in them (Xiao et al., arXiv:2309.17453).
+SINKS = 4
 WIDE_NEURONS = 512  # neurons of one wide call, as in the decoder
 
 
@@ -72,24 +75,40 @@ class ChannelFfn:
         self.layers = self.layers if layers is None else layers
         self.tallies = [Tally() for _ in self.layers]
 
-    def add(self, i: int, x: Tensor, sums: Tensor, y: Tensor) -> None:
-        """y += block `i` of x for a few tokens, float32 [B, hidden]; sums float32 [B, columns] is scratch."""
-        layer, tally, vector = self.layers[i], self.tallies[i], self.weights.vector
-        norms, ratio = vector(f"{i}.channels.norms"), vector(f"{i}.channels.ratio")
+    def add(self, i: int, x: Tensor, start: int, sums: Tensor, y: Tensor) -> None:
+        """y += block `i` of x for a few tokens from position `start` on, float32 [B, hidden].
+
+        sums float32 [B, columns] is scratch.
+        """
+        layer, tally = self.layers[i], self.tallies[i]
+        sinks = min(max(SINKS - start, 0), len(x))
+        everything = replace(layer, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
+        parts = [(slice(sinks, None), layer, tally)]
+        if sinks:
+            parts.append((slice(sinks), everything, Tally()))
         all_sums = None if self.selections is None else np.zeros_like(sums)
         sums[:] = 0
         for first, groups in self.weights.runs(f"{i}.channels"):
-            stored = (x, groups, first, layer.fine, self._orders[i], norms, ratio)
-            coarse, fine = self.ops.gate_up(*stored, sums, layer.coarse_from, layer.fine_from)
-            tally.coarse += coarse
-            tally.fine += fine
+            for tokens, thresholds, counts in parts:
+                self._gate_up(i, x[tokens], groups, first, sums[tokens], thresholds, counts)
             if all_sums is not None:
-                self.ops.gate_up(*stored, all_sums, -1.0, -1.0)
-        if self.selections is not None:
-            self._compare(i, sums, all_sums, self.selections[i])
+                self._gate_up(i, x, groups, first, all_sums, everything, Tally())
+        if self.selections is not None and all_sums is not None:
+            self._compare(i, sums[sinks:], all_sums[sinks:], self.selections[i])
         for first, rows in self.weights.runs(f"{i}.down"):
-            tally.neurons += self.ops.down(*self._down(i, sums, rows, first, y), layer.neurons_from)
-        tally.tokens += len(x)
+            for tokens, thresholds, counts in parts:
+                arguments = self._down(i, sums[tokens], rows, first, y[tokens])
+                counts.neurons += self.ops.down(*arguments, thresholds.neurons_from)
+        tally.tokens += len(x) - sinks
+
+    def _gate_up(
+        self, i: int, x: Tensor, groups: Tensor, first: int, sums: Tensor, thresholds: ChannelSparsity, counts: Tally
+    ) -> None:
+        norms, ratio = (self.weights.vector(f"{i}.channels.{name}") for name in ("norms", "ratio"))
+        stored = groups, first, thresholds.fine, self._orders[i], norms, ratio
+        coarse, fine = self.ops.gate_up(x, *stored, sums, thresholds.coarse_from, thresholds.fine_from)
+        counts.coarse += coarse
+        counts.fine += fine
 
     def add_wide(self, i: int, x: Tensor, sums: Tensor, y: Tensor, scratch: Tensor) -> None:
         """`add` for many tokens, of everything that is stored."""

@@ -74,7 +74,7 @@ class Decoder:
         self._rotations(start, count)
         for i in range(len(self.spec.layers)):
             self._attention(i, x, start, wide)
-            self._ffn(i, x, wide)
+            self._ffn(i, x, start, wide)
         self.kv.length = start + count
         normed = self._view("normed", count, self.spec.hidden)
         self._norm("norm.final", x, normed)
@@ -171,7 +171,7 @@ class Decoder:
         ops.kv_append(key, value, kv, start)
         ops.attention(query, kv, start, attention.window, attention.scale, None, out, self.scratch)
 
-    def _ffn(self, i: int, x: Tensor, wide: bool) -> None:
+    def _ffn(self, i: int, x: Tensor, start: int, wide: bool) -> None:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.ffn", x, normed)
@@ -179,7 +179,7 @@ class Decoder:
             self.observe(i, x, normed)
         y[:] = 0
         if self.channels is not None:
-            self._sparse(i, self.channels, normed, y, wide)
+            self._sparse(i, self.channels, normed, start, y, wide)
         elif self.rows is not None and not wide:
             self.rows.add(i, normed, y)
         elif ffn.experts:
@@ -192,12 +192,12 @@ class Decoder:
             self._norm(f"{i}.norm.ffn_post", y, y)
         x += y
 
-    def _sparse(self, i: int, channels: ChannelFfn, x: Tensor, y: Tensor, wide: bool) -> None:
+    def _sparse(self, i: int, channels: ChannelFfn, x: Tensor, start: int, y: Tensor, wide: bool) -> None:
         sums = self._view("sums", len(x), self.layout.tensors[f"{i}.channels"].columns)
         if wide:
             channels.add_wide(i, x, sums, y, self.scratch)
         else:
-            channels.add(i, x, sums, y)
+            channels.add(i, x, start, sums, y)
 
     def _experts(self, i: int, ffn: Ffn, x: Tensor, normed: Tensor, y: Tensor, wide: bool) -> None:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""

@@ -14,6 +14,7 @@ from flashrt.engine.calibration import Request, calibrate
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
+from flashrt.model.channels import SINKS
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
@@ -199,3 +200,14 @@ def test_two_at_once_are_refused(case, tmp_path):
 
 def test_the_figures_are_json(case):
     json.dumps(case[1].to_json())
+
+
+def test_the_first_tokens_leave_nothing_out(case, tokens):
+    with tiny_engine(Pack(case[0] / SPARSE_DIR), 1.0) as engine:
+        found = logits_of(engine, tokens[:1], tokens[1:9])
+        shares = engine.ffn_shares()
+        with_thresholds(engine, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
+        everything = logits_of(engine, tokens[:1], tokens[1:9])
+    assert np.array_equal(found[:SINKS], everything[:SINKS])
+    assert not np.array_equal(found[SINKS], everything[SINKS])
+    assert shares["rows"] < 1
