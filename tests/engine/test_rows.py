@@ -21,7 +21,7 @@ from flashrt_kernels.rows import Codec
 from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 
-REQUEST = Request(max_loss=0.3, tokens=1024)
+REQUEST = Request(max_loss=0.3, tokens=2048)
 FAMILIES = {
     "opt": {"ffn_dim": 700},  # biases, no gate
     "llama": {"intermediate_size": 540, "hidden_act": "relu"},
