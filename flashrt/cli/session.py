@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flashrt.cli.console import Progress, say, size
 from flashrt.cli.options import DeviceName, ModeName
 from flashrt.config import budget_bytes
-from flashrt.engine.open import check_mode, resolve, sparse_pack
+from flashrt.engine.open import check_mode, pack_for, resolve
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
@@ -62,8 +62,7 @@ class Session:
         with Progress() as progress:
             path = resolve(settings.where, settings.cache, settings.dtype.value, progress, settings.context)
         self.exact = path
-        if settings.mode is ModeName.SPARSE:
-            path = sparse_pack(path, settings.max_loss)
+        path = pack_for(path, settings.mode.value, settings.max_loss)
         # A bar that is drawn while loading must be there when the process is measured.
         self._loading = Progress()
         self.prepared: Prepared = Prepared(path, settings.cache, runtime, settings.budget_gb)

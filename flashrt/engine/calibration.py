@@ -3,7 +3,7 @@
     text       windows of tokens: from a file, or written by the model itself
     samples    inputs of every block, and what the model predicts on the tokens held out
     fits       for every block: order, norms, and what each choice saves and costs (flashrt.predict)
-    trial      a pack by channel that stores everything
+    trial      a calibrated pack that stores everything
     weights    what an error of each block does to the predictions, measured on it, block by block
     thresholds the choices that save the most within the loss allowed, checked on tokens that nothing was fitted to
     pack       the calibrated pack
@@ -30,7 +30,7 @@ import numpy as np
 from flashrt.budget.planner import Workload
 from flashrt.config import Sampling
 from flashrt.engine.build import Prepared
-from flashrt.engine.divergence import Divergence, diverge, logits_of, targets_of
+from flashrt.engine.divergence import Divergence, diverge, logits_of, predicted, record, replay, targets_of
 from flashrt.engine.engine import Engine
 from flashrt.engine.methods import Method, method_for
 from flashrt.engine.runtime import Runtime
@@ -38,12 +38,13 @@ from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
 from flashrt.predict.allocation import Fit, Picked, Weight, allocate, cost
-from flashrt.predict.channels import Samples
+from flashrt.predict.channels import Inputs
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack, write_atomically
+from flashrt.text.tokenizer import Tokenizer
 
 WORK_DIR = "sparse.partial"
 TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
@@ -56,7 +57,7 @@ RESIDENT, STREAMED = 0.25, 6.0  # what a byte stored is worth beside one touched
 MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
 TRIALS = 10  # prices of loss that are tried at most
 TEXT_FILE, WEIGHT_FILE = "text.json", "weights.json"
-SAMPLE_FILE, SQUARES_FILE, REFERENCE_FILE = "samples.npy", "squares.npy", "reference.npy"
+SAMPLE_FILE, SQUARES_FILE, REFERENCE_FILE = "samples.npy", "squares.npy", "reference.f16"
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # what is going on, done, in all
@@ -150,7 +151,7 @@ class _Calibration:
             return [list(map(int, window)) for window in json.loads(path.read_bytes())]
         length = min(WINDOW, self.spec.context)
         if self.request.text is not None:
-            windows = _windows(engine.tokenizer.encode(self.request.text, special=False), length, self.tokens)
+            windows = _windows(engine.tokenizer, self.request.text, length, self.tokens)
         else:
             windows = []
             count = self.tokens // length
@@ -168,18 +169,19 @@ class _Calibration:
         layers, total = len(self.spec.layers), sum(len(window) for window in windows)
         squares = np.empty((layers, total), np.float32)
         with _array(path, (layers, total, self.spec.hidden), np.float16) as samples:
-            at = 0
+            seen = [0] * layers  # tokens; a window may take several passes
 
             def observe(i: int, residual: Array, x: Array) -> None:
-                samples[i, at : at + len(x)] = np.clip(x, -65504, 65504)
-                squares[i, at : at + len(x)] = (residual**2).mean(1)
+                own = slice(seen[i], seen[i] + len(x))
+                samples[i, own] = np.clip(x, -65504, 65504)
+                squares[i, own] = (residual**2).mean(1)
+                seen[i] = own.stop
 
             engine.decoder.observe = observe
             for window in windows:
                 engine.prefill(window)
                 engine.rewind(0)
-                at += len(window)
-                self.progress("sampling", at, total)
+                self.progress("sampling", seen[0], total)
             engine.decoder.observe = None
             np.save(self.work / SQUARES_FILE, squares)
 
@@ -188,20 +190,18 @@ class _Calibration:
         path = self.work / REFERENCE_FILE
         if path.exists():
             return
-        total = sum(len(window) - 1 for window in windows)
-        with _array(path, (total, self.spec.vocab), np.float16) as reference:
-            at = 0
-            for logits in logits_of(engine, windows):
-                reference[at : at + len(logits)] = logits - logits.max(1, keepdims=True)
-                at += len(logits)
-                self.progress("predicting", at, total)
+        _check_room(path.parent, 2 * predicted(windows) * self.spec.vocab)
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            record(engine, windows, file, lambda done, total: self.progress("predicting", done, total))
+        os.replace(temporary, path)
 
     def _fit(self) -> None:
         samples, squares = np.load(self.work / SAMPLE_FILE, mmap_mode="r"), np.load(self.work / SQUARES_FILE)
         for i in range(len(self.spec.layers)):
             path = self.work / f"fit-{i:03d}.npz"
             if not path.exists():
-                given = Samples(np.asarray(samples[i], np.float32), 1 / (self.spec.hidden * squares[i]))
+                given = Inputs(np.asarray(samples[i], np.float32), 1 / (self.spec.hidden * squares[i]))
                 self.method.fit(i, given).save(path)
             self.progress("fitting", i + 1, len(self.spec.layers))
 
@@ -259,8 +259,8 @@ class _Calibration:
         must agree.
         """
         fits, stored = self._fits(), STREAMED if self.streams else RESIDENT
-        first = _predicted(probe)
-        after = first + _predicted(tuning)
+        first = predicted(probe)
+        after = first + predicted(tuning)
         aim = MARGIN * self.request.max_loss
         asked, best = aim, None
         for trial in range(TRIALS):
@@ -290,15 +290,9 @@ class _Calibration:
         """Of the tokens of `windows`, whose reference begins at row `first`."""
         sparse: Any = engine.decoder.sparse
         sparse.restart(thresholds)
-        reference = np.load(self.work / REFERENCE_FILE, mmap_mode="r")
-
-        def expected() -> Iterator[Array]:
-            at = first
-            for targets in targets_of(windows):
-                yield reference[at : at + len(targets)]
-                at += len(targets)
-
-        return diverge(expected(), logits_of(engine, windows), targets_of(windows))
+        with open(self.work / REFERENCE_FILE, "rb") as file:
+            expected = replay(file, self.spec.vocab, windows, first)
+            return diverge(expected, logits_of(engine, windows), targets_of(windows))
 
     def _figures(self, engine: Engine, fits: Sequence[Fit], picked: Sequence[Picked]) -> dict[str, Any]:
         sparse = engine.decoder.sparse
@@ -362,28 +356,32 @@ def _work(path: Path, job: dict[str, Any]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _array(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[Array]:
-    """An array on disk, there whole or not at all. Raises DiskError when there is no room."""
+    """An array on disk, there whole or not at all."""
     temporary = path.with_suffix(".tmp.npy")
-    needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(path.parent).free
-    if free < needed + (64 << 20):
-        raise DiskError(f"calibration needs {needed / 1e9:.2f} GB more in {path.parent}, {free / 1e9:.2f} GB are free")
+    _check_room(path.parent, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
     yield array
     array.flush()
     os.replace(temporary, path)
 
 
-def _windows(ids: list[int], length: int, tokens: int) -> list[list[int]]:
-    """Pieces of a text, spread evenly over it. Raises UsageError when it is too short."""
-    whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    wanted = tokens // length
+def _check_room(folder: Path, needed: int) -> None:
+    """Raises DiskError when so many bytes do not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + (64 << 20):
+        raise DiskError(f"calibration needs {needed / 1e9:.2f} GB more in {folder}, {free / 1e9:.2f} GB are free")
+
+
+def _windows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> list[list[int]]:
+    """Pieces spread evenly over a text, each beginning as texts do. Raises UsageError when it is too short."""
+    ids, prefix = tokenizer.encode(text, special=False), tokenizer.encode("")
+    step = length - len(prefix)
+    whole = [[*prefix, *ids[i : i + step]] for i in range(0, len(ids) - step + 1, step)]
     if len(whole) < 6:
         raise UsageError(
-            f"the text has {len(ids)} tokens, calibration takes {6 * length} or more: give a longer file, or none"
+            f"the text has {len(ids)} tokens, calibration takes {6 * step} or more: give a longer file, or none"
         )
-    if len(whole) <= wanted:
-        return whole
+    wanted = min(tokens // length, len(whole))
     return [whole[i] for i in np.linspace(0, len(whole) - 1, wanted).astype(int)]
 
 
@@ -411,11 +409,6 @@ def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:
     """The beginnings of a few windows, about `tokens` tokens in all."""
     each = 2 * NARROW + 1
     return [window[:each] for window in windows[: max(tokens // (2 * NARROW), 1)]]
-
-
-def _predicted(windows: list[list[int]]) -> int:
-    """Tokens that are predicted."""
-    return sum(len(window) - 1 for window in windows)
 
 
 def _free(fit: Fit) -> Picked:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
@@ -51,6 +52,32 @@ def targets_of(windows: Iterable[Sequence[int]]) -> Iterator[Array]:
     for window in windows:
         for begin in range(0, len(window) - 1, NARROW):
             yield np.asarray(window[begin + 1 : min(begin + NARROW, len(window) - 1) + 1])
+
+
+def record(
+    engine: Engine, windows: Sequence[Sequence[int]], file: IO[bytes], progress: Callable[[int, int], None]
+) -> None:
+    """Write `logits_of` the windows to a file, float16 [predicted, vocab], the largest at 0, where it is finest.
+
+    A file rather than a mapped array: it counts as nobody's memory.
+    """
+    done, total = 0, predicted(windows)
+    for logits in logits_of(engine, windows):
+        file.write((logits - logits.max(1, keepdims=True)).astype(np.float16).tobytes())
+        done += len(logits)
+        progress(done, total)
+
+
+def replay(file: IO[bytes], vocab: int, windows: Iterable[Sequence[int]], first: int = 0) -> Iterator[Array]:
+    """What was recorded from row `first` on, pass by pass."""
+    file.seek(2 * vocab * first)
+    for targets in targets_of(windows):
+        yield np.frombuffer(file.read(2 * vocab * len(targets)), np.float16).reshape(len(targets), vocab)
+
+
+def predicted(windows: Iterable[Sequence[int]]) -> int:
+    """Tokens that are predicted."""
+    return sum(len(window) - 1 for window in windows)
 
 
 def diverge(reference: Iterable[Array], found: Iterable[Array], targets: Iterable[Array]) -> Divergence:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from flashrt.errors import UnsupportedModelError
 from flashrt.predict.channel_pack import ChannelPackSource, read_ffn
-from flashrt.predict.channels import ChannelFit, Samples, fit_channels
+from flashrt.predict.channels import ChannelFit, Inputs, fit_channels
 from flashrt.predict.pack_copy import PackCopy, read_bundles, read_vector
 from flashrt.predict.row_fit import Neurons, RowFit, fit_rows
 from flashrt.predict.row_pack import RowPackSource
@@ -23,7 +23,7 @@ class Method(Protocol):
     unit: str
     tokens: int
 
-    def fit(self, i: int, given: Samples) -> Any:
+    def fit(self, i: int, given: Inputs) -> Any:
         """What is found out about block `i` from samples of its input; it can be saved."""
 
     def load(self, path: Path) -> Any:
@@ -51,7 +51,7 @@ class _Channels:
     def __init__(self, base: Pack, kernels: Any) -> None:
         self.base, self.kernels = base, kernels
 
-    def fit(self, i: int, given: Samples) -> ChannelFit:
+    def fit(self, i: int, given: Inputs) -> ChannelFit:
         return fit_channels(read_ffn(self.base, i), given, _up_bias(self.base, i), self.kernels)
 
     def load(self, path: Path) -> ChannelFit:
@@ -67,7 +67,7 @@ class _Rows:
     def __init__(self, base: Pack, kernels: Any) -> None:
         self.base, self.kernels = base, kernels
 
-    def fit(self, i: int, given: Samples) -> RowFit:
+    def fit(self, i: int, given: Inputs) -> RowFit:
         spec, bundles = self.base.spec, read_bundles(self.base, f"{i}.ffn")
         codec, bias = self.base.manifest.dtype, _up_bias(self.base, i)
         neurons = Neurons(spec.layers[i].ffn, spec.hidden, codec, bundles, bias, self.kernels)

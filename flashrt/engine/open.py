@@ -61,7 +61,7 @@ def load(
     runtime = runtime_for(device, threads, host_budget_gb)
     cache = Path(cache_dir) if cache_dir else default_cache()
     found = resolve(path, cache, dtype, context=context)
-    prepared = Prepared(sparse_pack(found, max_loss) if mode == "sparse" else found, cache, runtime, budget_gb)
+    prepared = Prepared(pack_for(found, mode, max_loss), cache, runtime, budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
     return prepared.engine(prepared.plan(Workload(length)))
 
@@ -74,6 +74,17 @@ def check_mode(mode: str, max_loss: float | None) -> None:
         raise UsageError("--max-loss needs --mode sparse: exact mode loses nothing")
     if max_loss is not None and not 0 < max_loss <= 1:
         raise UsageError(f"the loss allowed is {max_loss}, expected more than 0 and at most 1 (0.02 is 2%)")
+
+
+def pack_for(found: Path, mode: str, max_loss: float | None) -> Path:
+    """The pack that a mode runs, for the pack that a user names. Raises UsageError or PackError; see `sparse_pack`."""
+    from flashrt.storage.pack import Pack
+
+    if mode == "sparse":
+        return sparse_pack(found, max_loss)
+    if Pack(found).manifest.sparsity is not None:
+        raise UsageError(f"{found} is a calibrated pack, which leaves out: name {found.parent} and --mode sparse")
+    return found
 
 
 def sparse_pack(base: Path, max_loss: float | None = None) -> Path:

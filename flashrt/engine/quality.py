@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from flashrt.engine.divergence import Divergence, diverge, logits_of, targets_of
+from flashrt.engine.divergence import Divergence, diverge, logits_of, predicted, record, replay, targets_of
 from flashrt.engine.engine import Engine
-from flashrt.model.channels import Selection
 from flashrt.model.decoder import NARROW
+from flashrt.model.thinned import Selection
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -24,15 +24,9 @@ class Reference:
 
     def __init__(self, engine: Engine, windows: Sequence[Sequence[int]], folder: Path, progress: Progress) -> None:
         self.windows, self._vocab = windows, engine.spec.vocab
-        total = sum(len(window) - 1 for window in windows)
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
-        done = 0
-        for logits in logits_of(engine, windows):
-            # The largest at 0, where float16 is finest.
-            self._file.write((logits - logits.max(1, keepdims=True)).astype(np.float16).tobytes())
-            done += len(logits)
-            progress("exact", done, total)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed on the way out
+        record(engine, windows, self._file, lambda done, total: progress("exact", done, total))
 
     def __enter__(self) -> Reference:
         return self
@@ -40,15 +34,9 @@ class Reference:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _logits(self) -> Iterator[Array]:
-        self._file.seek(0)
-        for targets in targets_of(self.windows):
-            data = self._file.read(2 * len(targets) * self._vocab)
-            yield np.frombuffer(data, np.float16).reshape(len(targets), self._vocab)
-
     def divergence(self, engine: Engine, progress: Progress) -> Divergence:
         """How far `engine` is from the reference on its windows, computing as it decodes."""
-        total = sum(len(window) - 1 for window in self.windows)
+        total = predicted(self.windows)
 
         def found() -> Iterator[Array]:
             done = 0
@@ -57,7 +45,7 @@ class Reference:
                 done += len(logits)
                 progress("sparse", done, total)
 
-        return diverge(self._logits(), found(), targets_of(self.windows))
+        return diverge(replay(self._file, self._vocab, self.windows), found(), targets_of(self.windows))
 
 
 def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:

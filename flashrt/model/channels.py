@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.predict.channels import activation_function
+from flashrt.model.thinned import Selection, Thinned
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
+from flashrt_kernels.activations import function
 from flashrt_kernels.channels import CHANNELS
 from flashrt_kernels.rows import bundle_stride
 
@@ -37,24 +38,12 @@ class Tally:
     neurons: int = 0
 
 
-@dataclass(slots=True)
-class Selection:
-    """Of one block, neurons that should have taken part, that did, and that are both."""
-
-    wanted: int = 0
-    taken: int = 0
-    both: int = 0
-
-    @property
-    def recall(self) -> float:
-        return self.both / max(self.wanted, 1)
-
-    @property
-    def precision(self) -> float:
-        return self.both / max(self.taken, 1)
+def everything(layer: ChannelSparsity) -> ChannelSparsity:
+    """Thresholds that let everything through."""
+    return replace(layer, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
 
 
-class ChannelFfn:
+class ChannelFfn(Thinned[ChannelSparsity]):
     """The blocks of a calibrated pack. `weights` are loaded.
 
     While `selections` are given, narrow passes also compute what all channels would have given, and compare.
@@ -66,7 +55,6 @@ class ChannelFfn:
         self.weights, self.ops = weights, ops
         self.layers: Sequence[ChannelSparsity] = ()
         self.tallies: list[Tally] = []
-        self.selections: Sequence[Selection] | None = None
         self.restart(sparsity.channels)
         self._orders = [_order(weights, i) for i in range(len(self.layers))]
 
@@ -82,17 +70,16 @@ class ChannelFfn:
         """
         layer, tally = self.layers[i], self.tallies[i]
         sinks = min(max(SINKS - start, 0), len(x))
-        everything = replace(layer, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
         parts = [(slice(sinks, None), layer, tally)]
         if sinks:
-            parts.append((slice(sinks), everything, Tally()))
+            parts.append((slice(sinks), everything(layer), Tally()))
         all_sums = None if self.selections is None else np.zeros_like(sums)
         sums[:] = 0
         for first, groups in self.weights.runs(f"{i}.channels"):
             for tokens, thresholds, counts in parts:
                 self._gate_up(i, x[tokens], groups, first, sums[tokens], thresholds, counts)
             if all_sums is not None:
-                self._gate_up(i, x, groups, first, all_sums, everything, Tally())
+                self._gate_up(i, x, groups, first, all_sums, everything(layer), Tally())
         if self.selections is not None and all_sums is not None:
             self._compare(i, sums[sinks:], all_sums[sinks:], self.selections[i])
         for first, rows in self.weights.runs(f"{i}.down"):
@@ -140,7 +127,7 @@ class ChannelFfn:
     def _hidden(self, i: int, sums: Tensor) -> Tensor:
         """Activations float32 [B, neurons] of block `i`."""
         ffn, vector = self.weights.spec.layers[i].ffn, self.weights.vector
-        act, values = activation_function(ffn.activation), sums * vector(f"{i}.channels.scale")
+        act, values = function(ffn.activation), sums * vector(f"{i}.channels.scale")
         if ffn.gated:
             half = values.shape[1] // 2
             return act(values[:, : ffn.neurons]) * values[:, half : half + ffn.neurons]
@@ -158,12 +145,9 @@ class ChannelFfn:
         codec, ffn = self.weights.layout.tensors[f"{i}.down"].codec, spec.layers[i].ffn
         return bundle_stride(codec, spec.hidden, ffn.bundle_rows) * ffn.neurons
 
-    def mean_shares(self) -> dict[str, float] | None:
-        """`shares` averaged over the blocks; None before the first narrow pass."""
-        if not any(tally.tokens for tally in self.tallies):
-            return None
-        layers = [self.shares(i) for i in range(len(self.tallies))]
-        return {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+    @property
+    def counted(self) -> int:
+        return max(tally.tokens for tally in self.tallies)
 
     def shares(self, i: int) -> dict[str, float]:
         """Shares of block `i` that took part per token: of channels (at all, and whole), of rows, and of bytes.

@@ -14,11 +14,11 @@ import numpy as np
 
 from flashrt.cache.rows import Pass, RowStatistics
 from flashrt.cache.weights import Weights
-from flashrt.model.channels import Selection
-from flashrt.predict.channels import activation_function
+from flashrt.model.thinned import Selection, Thinned
 from flashrt.predict.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
 from flashrt.storage.layout import PREDICTOR
+from flashrt_kernels.activations import function
 from flashrt_kernels.rows import row_bytes
 
 Array = np.ndarray
@@ -34,7 +34,7 @@ class RowTally:
     neurons: int = 0
 
 
-class RowFfn:
+class RowFfn(Thinned[RowSparsity]):
     """The blocks of a pack calibrated by row. `weights` are loaded.
 
     While `selections` are given, narrow passes also compute which neurons are active, and compare.
@@ -44,7 +44,6 @@ class RowFfn:
         self.weights, self.ops = weights, ops
         self.layers = layers
         self.tallies: list[RowTally] = []
-        self.selections: Sequence[Selection] | None = None
         count = range(len(layers))
         self._thresholded = [np.empty_like(weights.vector(f"{i}{PREDICTOR}bias")) for i in count]
         self.predictors = [self._predictor(i) for i in count]
@@ -82,12 +81,9 @@ class RowFfn:
             return None
         return 1 - self._counted("misses") / sum(tally.neurons for tally in self.tallies)
 
-    def mean_shares(self) -> dict[str, float] | None:
-        """`shares` averaged over the blocks; None before the first narrow pass."""
-        if not any(tally.tokens for tally in self.tallies):
-            return None
-        layers = [self.shares(i) for i in range(len(self.layers))]
-        return {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+    @property
+    def counted(self) -> int:
+        return max(tally.tokens for tally in self.tallies)
 
     def shares(self, i: int) -> dict[str, float]:
         """Shares of block `i` that took part per token: of rows, and of bytes, the predictor's included."""
@@ -158,8 +154,8 @@ class RowFfn:
             self.ops.dequantize(memory[slots, r * size : (r + 1) * size], codec, hidden, weights)
             products.append(weights @ x[0])
         if ffn.gated:
-            return activation_function(ffn.activation)(products[0]) * products[1]
-        return activation_function(ffn.activation)(products[0] + (0 if bias is None else bias[slots]))
+            return function(ffn.activation)(products[0]) * products[1]
+        return function(ffn.activation)(products[0] + (0 if bias is None else bias[slots]))
 
     def _counted(self, name: str) -> int:
         """A count of the caches since the last restart."""

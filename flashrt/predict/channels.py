@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from flashrt.sparsity import ChannelSparsity
 from flashrt.spec import Ffn
-from flashrt_kernels.activations import parse
+from flashrt_kernels.activations import function
 from flashrt_kernels.channels import (
     CHANNELS,
     Int4Parts,
@@ -140,7 +140,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class Inputs:
     """Inputs of one block, float32 [n, hidden], and what an error of 1 in its output counts for each, float32 [n].
 
     An error counts by the residual stream that it is added to. Without that, a few tokens with activations a thousand
@@ -150,17 +150,17 @@ class Samples:
     x: Array
     weights: Array
 
-    def some(self, count: int) -> Samples:
+    def some(self, count: int) -> Inputs:
         """`count` of them, or all, spread evenly."""
         chosen = np.linspace(0, len(self.x) - 1, min(count, len(self.x))).astype(int)
-        return Samples(self.x[chosen], self.weights[chosen])
+        return Inputs(self.x[chosen], self.weights[chosen])
 
     def error(self, found: Array, exact: Array) -> float:
         squares = ((found - exact).astype(np.float64) ** 2).sum(1)
         return float((squares * self.weights).mean())
 
 
-def fit_channels(block: Block, samples: Samples, up_bias: Array | None, kernels: Any) -> ChannelFit:
+def fit_channels(block: Block, samples: Inputs, up_bias: Array | None, kernels: Any) -> ChannelFit:
     """Fit one block to samples of its input. All of them count."""
     natural = np.arange(len(block.parts()[0].codes[0]), dtype=np.int32)
     trial = _Trial(block, natural, np.ones(block.hidden, np.float32), up_bias, kernels)
@@ -214,12 +214,12 @@ class _Trial:
         return parts
 
 
-def _norms(block: Block, trial: _Trial, samples: Samples, kernels: Any) -> tuple[Array, Array]:
+def _norms(block: Block, trial: _Trial, samples: Inputs, kernels: Any) -> tuple[Array, Array]:
     """What a unit of each channel's x, and of each neuron's h, does to the output, to first order: root mean squares.
 
     A channel's weights count as much as the neurons they feed: by the slope of h and the length of the row of down.
     """
-    act = activation_function(block.ffn.activation)
+    act = function(block.ffn.activation)
     neurons, hidden = block.ffn.neurons, block.hidden
     sensitivities = np.zeros((len(block.rows) - 1, neurons))
     for begin in range(0, len(samples.x), PROBE_TOKENS):
@@ -254,7 +254,7 @@ def _hottest_first(energy: Array) -> Array:
     return (ranks + np.arange(0, places, CHANNELS)[:, None]).reshape(-1).astype(np.int32)
 
 
-def _channel_choices(trial: _Trial, probe: Samples, counts: Array) -> list[Choice]:
+def _channel_choices(trial: _Trial, probe: Inputs, counts: Array) -> list[Choice]:
     """All pairs of shares, with all numbers of channels stored whole that leave room for them."""
     ones = np.ones(trial.block.ffn.neurons, np.float32)
     exact, _ = trial.output(trial.sums(probe.x)[0], ones)
@@ -271,8 +271,8 @@ def _channel_choices(trial: _Trial, probe: Samples, counts: Array) -> list[Choic
     return choices
 
 
-def _neuron_choices(trial: _Trial, probe: Samples, norms: Array) -> list[Choice]:
-    act = activation_function(trial.block.ffn.activation)
+def _neuron_choices(trial: _Trial, probe: Inputs, norms: Array) -> list[Choice]:
+    act = function(trial.block.ffn.activation)
     parts = trial.projections(probe.x)
     h = act(parts[0]) * parts[1] if trial.block.ffn.gated else act(parts[0])
     counts = np.abs(h) * norms
@@ -289,29 +289,6 @@ def _neuron_choices(trial: _Trial, probe: Samples, norms: Array) -> list[Choice]
 def _threshold(counts: Array, share: float) -> float:
     """What `share` of all counts reach; below 0 for all of them."""
     return -1.0 if share >= 1 else float(np.quantile(counts, 1 - share))
-
-
-def _gelu(x: Array) -> Array:
-    """By Abramowitz and Stegun's formula 7.1.26 for erf, good to 1.5e-7."""
-    z = np.abs(x) / np.sqrt(2)
-    t = 1 / (1 + 0.3275911 * z)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    erf = np.sign(x) * (1 - series * np.exp(-z * z))
-    return 0.5 * x * (1 + erf)
-
-
-_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": lambda x: x / (1 + np.exp(-np.clip(x, -80, None))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))),
-    "gelu": _gelu,
-    "relu2": lambda x: np.maximum(x, 0) ** 2,
-}
-
-
-def activation_function(activation: str) -> Callable[[Array], Array]:
-    """What a name of `flashrt_kernels.activations` stands for, on arrays."""
-    name, threshold = parse(activation)
-    return (lambda x: np.where(x <= threshold, 0, x)) if name == "relu" else _FUNCTIONS[name]
 
 
 def cheapest(choices: Sequence[Choice], price: float, stored: float) -> Choice:

@@ -31,12 +31,6 @@ class PackCopy:
     def vector(self, key: str) -> Array:
         return read_vector(self.base, key)
 
-    def matrix_rows(self, key: str, start: int, stop: int) -> Array:
-        raise NotImplementedError("a calibrated pack takes its matrices as they are encoded")
-
-    def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]:
-        raise NotImplementedError("a calibrated pack takes its neurons as they are encoded")
-
     def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
         """See `flashrt.storage.packer.Encoder`."""
         known = self.base.layout.tensors[tensor.name]

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from flashrt.predict import channels
-from flashrt.predict.channels import Choice, activation_function, choice_from
+from flashrt.predict.channels import Choice, choice_from
 from flashrt.predict.fit import fit, held_out
 from flashrt.predict.low_rank import Factors, LowRank, encode
 from flashrt.predict.order import neuron_order
 from flashrt.predict.samples import Samples
 from flashrt.sparsity import RowSparsity
 from flashrt.spec import Ffn
+from flashrt_kernels.activations import function
 from flashrt_kernels.rows import Codec, row_bytes
 
 RANKS = (64, 128, 256, 512, 1024)  # of predictors, as far as they are smaller than the hidden size
@@ -116,13 +117,13 @@ class Neurons:
     def h(self, x: Array) -> Array:
         """Activations float32 [n, neurons] of inputs [n, hidden]."""
         decided = x @ self.deciding.T
-        act = activation_function(self.ffn.activation)
+        act = function(self.ffn.activation)
         if self.ffn.gated:
             return act(decided) * (x @ self.rows[1].T)
         return act(decided if self.bias is None else decided + self.bias)
 
 
-def fit_rows(neurons: Neurons, given: channels.Samples, kernels: Any) -> RowFit:
+def fit_rows(neurons: Neurons, given: channels.Inputs, kernels: Any) -> RowFit:
     """Fit one block to samples of its input. All of them count, by the residual stream that they are added to."""
     samples = Samples(len(given.x), given.x.shape[1], np.linalg.norm(neurons.down, axis=1))
     for begin in range(0, len(given.x), CHUNK):
@@ -139,7 +140,7 @@ def fit_rows(neurons: Neurons, given: channels.Samples, kernels: Any) -> RowFit:
         best = trial
     assert best is not None
     thresholds = [EVERYTHING, *(best.threshold(recall) for recall in RECALLS)]
-    probe = channels.Samples(given.x[held], given.weights[held])
+    probe = channels.Inputs(given.x[held], given.weights[held])
     rows = [Choice((t,), best.touched(t), best.error(t, probe), best.stored) for t in thresholds]
     factors = Factors(best.factors.down, best.factors.up[order], best.factors.bias[order])
     return RowFit(order, factors, rows, [best.outcome(t) for t in thresholds])
@@ -178,7 +179,7 @@ class _Trial:
         """Bytes of a token: the predictor, and the neurons that it names."""
         return self.factors.nbytes + self.neurons.stride * float((self.scores > threshold).sum(1).mean())
 
-    def error(self, threshold: float, probe: channels.Samples) -> float:
+    def error(self, threshold: float, probe: channels.Inputs) -> float:
         """Mean squared error of the block's output by the neurons that are left out."""
         missing = np.where(self.scores > threshold, 0, self.neurons.h(probe.x))
         found = (missing @ self.neurons.down).astype(np.float32)

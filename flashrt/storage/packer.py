@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, cast
 
 import numpy as np
 
@@ -39,8 +39,8 @@ Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
 
-class WeightSource(Protocol):
-    """What the packer needs of a checkpoint; see `flashrt.storage.sources`."""
+class Contents(Protocol):
+    """What the packer needs of where a pack comes from, beside an encoder of its tensors."""
 
     spec: ModelSpec
     name: str
@@ -48,9 +48,14 @@ class WeightSource(Protocol):
     fingerprint: str
 
     def vector(self, key: str) -> Array: ...
+    def text_files(self) -> dict[str, bytes]: ...
+
+
+class WeightSource(Contents, Protocol):
+    """A checkpoint, whose weights are encoded; see `flashrt.storage.sources`."""
+
     def matrix_rows(self, key: str, start: int, stop: int) -> Array: ...
     def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]: ...
-    def text_files(self) -> dict[str, bytes]: ...
 
 
 class Encoder(Protocol):
@@ -61,7 +66,7 @@ class Encoder(Protocol):
 
 
 def pack(
-    source: WeightSource,
+    source: Contents,
     out: Path,
     dtype: Codec,
     *,
@@ -72,8 +77,8 @@ def pack(
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
 
-    `encoder` is where encoded bundles come from, when not from the weights of `source`; `sparsity` makes it a
-    calibrated pack.
+    `encoder` is where encoded bundles come from; without one it is the weights of `source`, then a WeightSource.
+    `sparsity` makes it a calibrated pack.
 
     Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
     DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
@@ -87,7 +92,7 @@ def pack(
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
-            files, texts = _write_all(source, encoder or RowEncoder(source), out, layout, progress)
+            files, texts = _write_all(source, encoder or RowEncoder(cast(WeightSource, source)), out, layout, progress)
             manifest = Manifest(
                 source.name, source.source, source.fingerprint, dtype, source.spec, files, texts, block_bytes, sparsity
             )
@@ -98,7 +103,7 @@ def pack(
 
 
 def _write_all(
-    source: WeightSource,
+    source: Contents,
     encoder: Encoder,
     out: Path,
     layout: PackLayout,
@@ -123,7 +128,7 @@ def _write_all(
 
 @contextlib.contextmanager
 def _job(
-    out: Path, source: WeightSource, dtype: Codec, block_bytes: int, layout: PackLayout, sparsity: Sparsity | None
+    out: Path, source: Contents, dtype: Codec, block_bytes: int, layout: PackLayout, sparsity: Sparsity | None
 ) -> Iterator[None]:
     """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
 
@@ -218,7 +223,7 @@ class _FileWriter:
 
     def __init__(
         self,
-        source: WeightSource,
+        source: Contents,
         encoder: Encoder,
         out: Path,
         file: str,
@@ -393,7 +398,7 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _source_errors(source: WeightSource) -> Iterator[None]:
+def _source_errors(source: Contents) -> Iterator[None]:
     try:
         yield
     except OSError as error:

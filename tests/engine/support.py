@@ -21,8 +21,11 @@ from flashrt.budget.planner import (
 )
 from flashrt.cache.torch_device import TorchDevice, arena_bytes
 from flashrt.engine.build import build_engine, load_tokenizer
+from flashrt.engine.calibration import Request, calibrate
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
+from flashrt.sparsity import Sparsity
+from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt.storage.reader import Reader
@@ -71,6 +74,22 @@ def logits_of(engine: Engine, prompt: list[int], tokens: list[int]) -> np.ndarra
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
     error = np.sqrt(np.mean((actual.astype(np.float64) - expected) ** 2))
     return float(error / np.sqrt(np.mean(np.asarray(expected, np.float64) ** 2)))
+
+
+def killed_once_at_every_stage(path: Path, cache: Path, request: Request) -> tuple[Sparsity, set[str]]:
+    """Calibrate, interrupted when each stage first reports, and started again; the result, and the stages."""
+    seen: set[str] = set()
+
+    def killing(stage: str, done: int, total: int) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            raise KeyboardInterrupt
+
+    while True:
+        try:
+            return calibrate(path, cache, runtime_for("cpu", threads=2), request, killing), seen
+        except KeyboardInterrupt:
+            assert not (path / SPARSE_DIR).exists()
 
 
 class TorchRuntime:

@@ -18,7 +18,7 @@ from flashrt.predict.row_fit import EVERYTHING
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
-from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
+from tests.engine.support import killed_once_at_every_stage, logits_of, make_pack, relative_rms, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 
 REQUEST = Request(max_loss=0.3, tokens=2048)
@@ -171,18 +171,6 @@ def test_killed_at_any_stage_it_goes_on(case, tmp_path):
     path, sparsity = case
     copy = tmp_path / "pack"
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(SPARSE_DIR))
-    seen = []
-
-    def killing(stage, done, total):
-        if stage not in seen:
-            seen.append(stage)
-            raise KeyboardInterrupt
-
-    for _ in range(20):
-        try:
-            found = calibrated(copy, tmp_path / "cache", progress=killing)
-            break
-        except KeyboardInterrupt:
-            assert not (copy / SPARSE_DIR).exists()
+    found, seen = killed_once_at_every_stage(copy, tmp_path / "cache", REQUEST)
     assert {"fitting", "weighing", "choosing"} <= set(seen)
     assert found == sparsity

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashrt.predict.channels import activation_function
-from flashrt_kernels.activations import FUNCTIONS
+from flashrt_kernels.activations import FUNCTIONS, function
 from flashrt_kernels.reference import _activate
 
 
@@ -15,5 +14,5 @@ from flashrt_kernels.reference import _activate
 def test_activations(activation: str) -> None:
     x = np.random.default_rng(0).standard_normal((3, 41)).astype(np.float32) * 3
     expected = _activate(torch.from_numpy(x), activation).numpy()
-    found = activation_function(activation)(x)
+    found = function(activation)(x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -34,7 +34,7 @@ def neurons(seed: int = 0) -> tuple[Neurons, np.ndarray]:
 def fitted() -> RowFit:
     block, _ = neurons()
     x = text(3, TOKENS, HIDDEN)
-    return fit_rows(block, channels.Samples(x, np.ones(TOKENS, np.float32)), cpu)
+    return fit_rows(block, channels.Inputs(x, np.ones(TOKENS, np.float32)), cpu)
 
 
 def test_a_block_is_taken_apart_exactly() -> None:
