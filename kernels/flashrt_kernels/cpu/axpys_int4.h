@@ -87,6 +87,13 @@ FLASHRT_INLINE void add_half(const Int4Factors& f, int g, Codes&& codes, float* 
     }
 }
 
+// Prefetches what some rows hold after their codes: with each span, a share of the rows.
+FLASHRT_INLINE void fetch_scales(const uint8_t* const* rows, int kp, int g) {
+    const int groups = kp / INT4_GROUP, then = g + INT4_SPAN < groups ? g + INT4_SPAN : groups;
+    for (int i = NEURONS * g / groups; i < NEURONS * then / groups; ++i)
+        for (int line = 0; line < 2 * groups + 8; line += 64) prefetch(rows[i] + kp / 2 + line);
+}
+
 // y[t * y_step + ...] += h[t * h_step + i] * row i, in the interleaved order. There are 32 rows to read; those from
 // `count` on have factors of 0.
 inline void axpys_int4(const uint8_t* const* row, const uint8_t* const* next, int count, int k, const float* h,
@@ -97,15 +104,18 @@ inline void axpys_int4(const uint8_t* const* row, const uint8_t* const* next, in
         if (g % 16 == 0)
             for (int t = 0; t < tokens; ++t) fill_factors(row, count, kp, g, h + t * h_step, factors[t]);
         const int half = 8 * span_groups(groups, g);
+        fetch_scales(next, kp, g);
         for (int z = 0; z < 2; ++z) {
             const size_t at = 16 * static_cast<size_t>(g) + z * half;
             float* to = y + INT4_GROUP * g + z * SPAN / 2;
-            for (int i = 0; i < count; ++i) prefetch(next[i] + at);
             if (tokens == 1) {
-                add_half(factors[0], g % 16, [&](int q, B* c) FLASHRT_LAMBDA { load_quad(row + 4 * q, at, half, c); },
-                         to);
+                add_half(factors[0], g % 16, [&](int quad, B* c) FLASHRT_LAMBDA {
+                    for (int i = 4 * quad; i < 4 * quad + 4; ++i) prefetch(next[i] + at);
+                    load_quad(row + 4 * quad, at, half, c);
+                }, to);
                 continue;
             }
+            for (int i = 0; i < count; ++i) prefetch(next[i] + at);
             alignas(64) uint8_t block[QUADS][8][64];  // taken apart once for all tokens
             for (int quad = 0; quad < QUADS; ++quad) {
                 B c[8];

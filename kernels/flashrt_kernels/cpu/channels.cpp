@@ -52,48 +52,74 @@ void gate_up_batch(const GateUpJob& job, int first, int tokens, ChannelCount& to
             total.coarse += a.count[0];
             total.fine += a.count[1];
         }
-    const int tiles = static_cast<int>(w.columns / TILE_COLUMNS);
-    const int each = tiles / (ITEMS * threads()) + 1;
-    parallel_for((tiles + each - 1) / each, [&](int64_t item, int) {
-        const int from = static_cast<int>(item) * each, to = tiles - from < each ? tiles : from + each;
+    const int tiles = static_cast<int>(w.columns / TILE_COLUMNS), crew = threads();
+    const int items = tiles < ITEMS * crew ? tiles : ITEMS * crew;
+    const auto begin = [&](int64_t item) { return static_cast<int>(item * tiles / items); };
+    parallel_for(items, [&](int64_t item, int) {
+        const int from = begin(item), to = begin(item + 1);
+        const int then = item + crew < items ? begin(item + crew) : from;  // where this thread will probably go on
         for (int64_t g = 0; g < w.count; ++g) {
-            const ChannelGroup group = w.at(g), next = w.at(g + 1 < w.count ? g + 1 : g);
+            const bool more = g + 1 < w.count;
+            const ChannelGroup group = w.at(g), next = more ? w.at(g + 1) : w.at(0).from_tile(then - from);
             for (int t = 0; t < tokens; ++t) {
-                const ActiveChannels* a = active + t * w.count + g;
-                if (a->count[0] == 0) continue;
-                const bool more = g + 1 < w.count;
-                kernels().add_channels(group, *a, more ? &next : nullptr, more ? a + 1 : nullptr, from, to, job.ratio,
+                const ActiveChannels* a = active + t * w.count;
+                if (a[g].count[0] == 0) continue;
+                kernels().add_channels(group, a[g], next, a[more ? g + 1 : 0], from, to, job.ratio,
                                        job.sums + (first + t) * job.sums_step);
             }
         }
-    });
+    }, crew);
 }
 
-// Adds the neurons of [first, last) whose |h| * norm reaches the threshold to sums; how many that were.
-int down_unit(const DownJob& job, int token, int64_t first, int64_t last, float* sums) {
-    float h[UNIT], up[UNIT];
-    int16_t chosen[UNIT];
-    const int count = static_cast<int>(last - first);
-    hidden(job, token, job.first + first, count, h, up);
+// The neurons of one token that take part, unit by unit: `chosen` has those of unit i from i * UNIT on, ascending.
+struct Chosen {
+    float* h;         // [bundles], of all neurons
+    int32_t* neuron;  // [bundles]
+    int32_t* count;   // [units]
+
+    static size_t bytes(int64_t bundles) { return sizeof(int32_t) * (2 * bundles + bundles / UNIT + 1); }
+};
+
+Chosen chosen_in(void* memory, int64_t bundles) {
+    auto* h = static_cast<float*>(memory);
+    auto* neuron = reinterpret_cast<int32_t*>(h + bundles);
+    return {h, neuron, neuron + bundles};
+}
+
+// Computes h, and finds the neurons of a unit whose |h| * norm reaches the threshold.
+void choose(const DownJob& job, int token, int64_t unit, const Chosen& out) {
+    const int64_t first = unit * UNIT, left = job.rows.bundles - first;
+    const int count = static_cast<int>(left < UNIT ? left : UNIT);
+    float up[UNIT];
+    hidden(job, token, job.first + first, count, out.h + first, up);
     int kept = 0;
-    for (int i = 0; i < count; ++i) {
-        chosen[kept] = static_cast<int16_t>(i);
-        kept += !(std::fabs(h[i]) * job.norms[job.first + first + i] < job.from);
+    for (int64_t i = first; i < first + count; ++i) {
+        out.neuron[first + kept] = static_cast<int32_t>(i);
+        kept += !(std::fabs(out.h[i]) * job.norms[job.first + i] < job.from);
     }
+    out.count[unit] = kept;
+}
+
+// sums += the chosen neurons of a unit; those of unit `then`, or of none if it is beyond the last, are fetched ahead.
+void down_unit(const DownJob& job, const Chosen& chosen, int64_t unit, int64_t then, float* sums) {
+    const int32_t *neuron = chosen.neuron + unit * UNIT, *after = chosen.neuron + then * UNIT;
+    const int kept = chosen.count[unit], others = then * UNIT < job.rows.bundles ? chosen.count[then] : 0;
+    const auto row = [&](int32_t i) { return job.rows.data + i * job.rows.stride; };
     for (int begin = 0; begin < kept; begin += GATHER) {
         const int n = kept - begin < GATHER ? kept - begin : GATHER;
         const uint8_t *at[GATHER], *next[GATHER];
         float factors[GATHER];
         for (int i = 0; i < n; ++i) {
-            const int neuron = chosen[begin + i], then = chosen[begin + GATHER + i < kept ? begin + GATHER + i : begin + i];
-            at[i] = job.rows.data + (first + neuron) * job.rows.stride;
-            next[i] = job.rows.data + (first + then) * job.rows.stride;
-            factors[i] = h[neuron];
+            const int ahead = begin + GATHER + i, beyond = ahead - (kept + GATHER - 1) / GATHER * GATHER;
+            at[i] = row(neuron[begin + i]);
+            next[i] = ahead < kept                       ? row(neuron[ahead])
+                      : beyond >= 0 && beyond < others ? row(after[beyond])
+                                                         : at[i];
+            factors[i] = chosen.h[neuron[begin + i]];
         }
         kernels().axpys(job.rows.codec, {at, next, n, 1}, 0, job.rows.k, factors, GATHER, 1, sums,
                         sums_step(job.rows.k));
     }
-    return kept;
 }
 
 }  // namespace
@@ -107,20 +133,22 @@ ChannelCount gate_up(const GateUpJob& job) {
 
 int64_t down(const DownJob& job) {
     const int k = job.rows.k, crew = threads();
+    const int64_t units = (job.rows.bundles + UNIT - 1) / UNIT;
+    const Chosen chosen = chosen_in(scratch(0, Chosen::bytes(job.rows.bundles)), job.rows.bundles);
     const size_t step = sums_step(k);
     float* all_sums = static_cast<float*>(scratch(1, sizeof(float) * step * crew));
     int64_t kept = 0;
     for (int token = 0; token < job.tokens; ++token) {
+        parallel_for(units, [&](int64_t unit, int) { choose(job, token, unit, chosen); }, crew);
         Turnstile turnstile;
-        parallel_for((job.rows.bundles + UNIT - 1) / UNIT, [&](int64_t item, int thread) {
-            const int64_t from = item * UNIT, to = job.rows.bundles - from < UNIT ? job.rows.bundles : from + UNIT;
+        parallel_for(units, [&](int64_t unit, int thread) {
             float* sums = all_sums + thread * step;
             std::memset(sums, 0, sizeof(float) * step);
-            const int count = down_unit(job, token, from, to, sums);
-            turnstile.enter(item);
-            if (count) kernels().collect(job.rows.codec, sums, k, job.y + token * job.y_step);
-            kept += count;
-            turnstile.leave(item);
+            down_unit(job, chosen, unit, unit + crew, sums);
+            turnstile.enter(unit);
+            if (chosen.count[unit]) kernels().collect(job.rows.codec, sums, k, job.y + token * job.y_step);
+            kept += chosen.count[unit];
+            turnstile.leave(unit);
         }, crew);
     }
     return kept;

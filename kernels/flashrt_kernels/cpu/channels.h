@@ -48,12 +48,28 @@ inline void choose_channels(const float* x, const uint8_t* wanted, ActiveChannel
     a.sum = static_cast<float>(total) * a.scale;
 }
 
-// acc[4 k + p] += the codes of columns 64 k + 16 p.. of some channels, times their x.
-FLASHRT_INLINE void add_quads(const uint8_t* rows, size_t step, const uint8_t* channel, const int32_t* x, int count,
-                              I acc[16]) {
-    for (int i = 0; i < count; i += 4) {
+// One half of the channels of a group, at one tile.
+struct HalfTile {
+    const uint8_t* data;
+    size_t step;
+    const uint8_t* channel;
+    int count;
+
+    HalfTile(const ChannelGroup& g, const ActiveChannels& a, int half, size_t at)
+        : data(g.half[half] + at), step(g.step), channel(a.channel[half]), count(a.count[half]) {}
+    FLASHRT_INLINE void fetch(int quad) const {
+        if (quad >= count) return;
+        for (int j = 0; j < 4; ++j) prefetch(data + channel[quad + j] * step);
+    }
+};
+
+// acc[4 k + p] += the codes of columns 64 k + 16 p.. of some channels, times their x. `next` is fetched little by little:
+// a core has few misses in flight, and loads of what is in its cache already wait behind a burst of them.
+FLASHRT_INLINE void add_quads(const HalfTile& half, const int32_t* x, const HalfTile& next, I acc[16]) {
+    for (int i = 0; i < half.count; i += 4) {
         B r[4];
-        for (int j = 0; j < 4; ++j) r[j] = load_bytes(rows + channel[i + j] * step);
+        for (int j = 0; j < 4; ++j) r[j] = load_bytes(half.data + half.channel[i + j] * half.step);
+        next.fetch(i);
         interleave(r);
         const B xs = splat_quad(x[i / 4]);
         for (int p = 0; p < 4; ++p) {
@@ -63,32 +79,26 @@ FLASHRT_INLINE void add_quads(const uint8_t* rows, size_t step, const uint8_t* c
             acc[12 + p] = dot(acc[12 + p], two_bits<6>(r[p]), xs);
         }
     }
+    for (int i = (half.count + 3) / 4 * 4; i < next.count; i += 4) next.fetch(i);
 }
 
 // sums[c] += the channels of one group for the columns c of tiles [from, to); `next` is fetched meanwhile.
-inline void add_channels(const ChannelGroup& g, const ActiveChannels& a, const ChannelGroup* next,
-                         const ActiveChannels* after, int from, int to, const float* ratio, float* sums) {
+inline void add_channels(const ChannelGroup& g, const ActiveChannels& a, const ChannelGroup& next,
+                         const ActiveChannels& after, int from, int to, const float* ratio, float* sums) {
     const F scale = splat(0.5f * a.scale), sum = splat(-a.sum);
     const I middle = splat_i(a.middle);
     for (int tile = from; tile < to; ++tile) {
         const size_t at = static_cast<size_t>(tile) * 64;
-        if (next) {
-            for (int half = 0; half < 2; ++half)
-                for (int i = 0; i < after->count[half]; ++i)
-                    prefetch(next->half[half] + after->channel[half][i] * next->step + at);
-            for (int line = 0; line < 256; line += 64) {
-                prefetch(next->a + 4 * at + line);
-                prefetch(next->b + 4 * at + line);
-            }
-        }
         I acc[16];
         for (I& sum_of_codes : acc) sum_of_codes = zero_i();
-        add_quads(g.half[0] + at, g.step, a.channel[0], a.x[0], a.count[0], acc);
+        add_quads({g, a, 0, at}, a.x[0], {next, after, 0, at}, acc);
         for (I& sum_of_codes : acc) sum_of_codes = left<2>(sum_of_codes);
-        add_quads(g.half[1] + at, g.step, a.channel[1], a.x[1], a.count[1], acc);
+        add_quads({g, a, 1, at}, a.x[1], {next, after, 1, at}, acc);
         settle(acc);
         for (int i = 0; i < 16; ++i) {
             const size_t column = 4 * at + 16 * static_cast<size_t>(i);
+            if (i % 4 == 0) prefetch(next.a + column);
+            if (i % 4 == 2) prefetch(next.b + column - 32);
             const F codes = to_float(add(left<1>(acc[i]), middle));
             const F offset = mul(load_u8(g.b + column), load(ratio + column));
             F total = fma(mul(load_u8(g.a + column), scale), codes, load(sums + column));

@@ -46,6 +46,10 @@ struct ChannelGroup {
     const uint8_t *a, *b;    // [columns]: codes of scales and offsets
     const uint8_t* half[2];  // coarse [32, step], fine [fine channels, step]
     size_t step;             // bytes from one channel to the next
+
+    ChannelGroup from_tile(int64_t tile) const {
+        return {a + 256 * tile, b + 256 * tile, {half[0] + 64 * tile, half[1] + 64 * tile}, step};
+    }
 };
 
 struct ActiveChannels {  // of one token and group
@@ -94,8 +98,8 @@ struct Kernels {
     // A token's x and what it wants of each channel, both [CHANNELS].
     void (*choose_channels)(const float* x, const uint8_t* wanted, ActiveChannels&);
     // sums[c] += group · token for the columns of tiles [from, to); `next`, to be fetched meanwhile, may be null.
-    void (*add_channels)(const ChannelGroup&, const ActiveChannels&, const ChannelGroup* next,
-                         const ActiveChannels* after, int from, int to, const float* ratio, float* sums);
+    void (*add_channels)(const ChannelGroup&, const ActiveChannels&, const ChannelGroup& next,
+                         const ActiveChannels& after, int from, int to, const float* ratio, float* sums);
     // gate[i] = act(gate[i]) * up[i]; up may be null
     void (*activate)(Activation, float* gate, const float* up, int n);
 
