@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from flashrt.spec import Attention
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
-from tests.engine.support import logits_of, make_pack, tiny_engine
+from tests.engine.support import killed_once_at_every_stage, logits_of, make_pack, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 
 REQUEST = Request(max_loss=0.9, tokens=1280)
@@ -182,6 +183,16 @@ def test_small_heads_do_not_pay(tmp_path):
     assert all(layer.heads_from is None for layer in sparsity.layers)
     assert sparsity.figures["heads"] == 1
     assert not any("heads" in name for name in Pack(tmp_path / "pack" / SPARSE_DIR).layout.tensors)
+
+
+def test_killed_at_any_stage_it_goes_on(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(head_fit, "SPLIT_BYTES", 0)
+    path, sparsity = case
+    copy = tmp_path / "pack"
+    shutil.copytree(path, copy, ignore=shutil.ignore_patterns(SPARSE_DIR))
+    found, seen = killed_once_at_every_stage(copy, tmp_path / "cache", REQUEST)
+    assert {"sampling", "fitting", "weighing"} <= seen
+    assert found == sparsity
 
 
 def test_runs_of_heads_are_rows_of_queries():
