@@ -16,7 +16,7 @@ from flashrt.budget.working_set import SCORE_ROWS, ropes
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
 from flashrt.model.channels import ChannelFfn
-from flashrt.model.heads import computed_rows, spans
+from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.router import route
 from flashrt.model.rows import RowFfn
 from flashrt.spec import Attention, Ffn, ModelSpec
@@ -150,7 +150,7 @@ class Decoder:
         self._norm(f"{i}.norm.attention", x, normed)
         chosen = None if self.rows is None or wide else self.rows.choose_heads(i, normed, start)
         qkv = self._view("qkv", count, attention.qkv_rows)
-        rows = None if chosen is None else computed_rows(chosen, attention)
+        rows = None if chosen is None else computed_rows(chosen.spans, attention)
         self._linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
         attended = self._view("attended", count, attention.heads * attention.head_dim)
         self._attend(i, attention, qkv, start, attended, chosen)
@@ -163,11 +163,11 @@ class Decoder:
         x += y
 
     def _attend(
-        self, i: int, attention: Attention, qkv: Tensor, start: int, out: Tensor, chosen: Tensor | None = None
+        self, i: int, attention: Attention, qkv: Tensor, start: int, out: Tensor, chosen: Chosen | None
     ) -> None:
-        """Attention of the heads that `chosen` (bool [T, heads]) names, or of all, into `out` [T, heads * head_dim].
+        """Attention of the chosen heads (None: all) into `out`, float32 [T, heads * head_dim].
 
-        The others give zeros; what their queries hold then means nothing.
+        The others give zeros, whatever their queries hold.
         """
         ops, count, dim, kv = self.ops, len(qkv), attention.head_dim, self.kv.layers[i]
         heads = qkv.reshape(count, -1, dim)
@@ -185,11 +185,10 @@ class Decoder:
         if chosen is None:
             ops.attention(query, kv, start, attention.window, attention.scale, None, out, self.scratch)
             return
-        for first, end in spans(chosen):
-            part = out[:, first * dim : end * dim]
-            own = kv[first:end]
+        for first, end in chosen.spans:
+            part, own = out[:, first * dim : end * dim], kv[first:end]
             ops.attention(query[:, first:end], own, start, attention.window, attention.scale, None, part, self.scratch)
-        out.reshape(count, -1, dim)[~chosen] = 0
+        out.reshape(count, -1, dim)[~chosen.each] = 0
 
     def _ffn(self, i: int, x: Tensor, start: int, wide: bool) -> None:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden

@@ -6,8 +6,7 @@ so the KV cache has no holes: queries, scores and sums of values are left out, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +17,14 @@ from flashrt.spec import Attention
 from flashrt.storage.layout import PREDICTOR
 
 Array = np.ndarray
+Span = tuple[int, int]  # the first of some neighbours, and the end of them
+
+
+class Chosen(NamedTuple):
+    """Heads that take part in a pass."""
+
+    each: Array  # bool [B, heads]: for every token
+    spans: list[Span]  # of heads, for any of them
 
 
 class Heads:
@@ -31,24 +38,26 @@ class Heads:
         name = f"{i}{PREDICTOR}heads"
         self._predictor = HeadPredictor(ops, weights.whole(name), weights.vector(f"{name}.bias"))
 
-    def choose(self, x: Array, start: int, threshold: float) -> Array:
-        """Heads that score above `threshold`, bool [B, heads].
-
-        x float32 [B, hidden] are inputs of the attention from position `start` on.
-        """
-        chosen: Array = self._predictor.scores(x) > threshold
-        chosen[: max(SINKS - start, 0)] = True
-        return chosen
+    def choose(self, x: Array, start: int, threshold: float) -> Chosen:
+        """Heads that score above `threshold`, for inputs x of the attention, float32 [B, hidden], from `start` on."""
+        each = self._predictor.scores(x) > threshold
+        each[: max(SINKS - start, 0)] = True
+        return Chosen(each, runs(each))
 
 
-def spans(chosen: Array) -> Iterator[tuple[int, int]]:
-    """Runs (first, end) of heads that any token chose, of bool [B, heads]."""
-    edges = np.flatnonzero(np.diff(chosen.any(axis=0), prepend=False, append=False)).tolist()
-    yield from zip(edges[::2], edges[1::2], strict=True)
+def runs(chosen: Array) -> list[Span]:
+    """Runs of heads that any token chose, of bool [B, heads]. A loop: numpy takes longer for so few."""
+    found, first = [], -1
+    for head, taken in enumerate([*chosen.any(axis=0).tolist(), False]):
+        if taken and first < 0:
+            first = head
+        elif first >= 0 and not taken:
+            found.append((first, head))
+            first = -1
+    return found
 
 
-def computed_rows(chosen: Array, attention: Attention) -> list[tuple[int, int]]:
-    """Rows (first, end) of the projection to queries, keys and values that a pass computes."""
+def computed_rows(spans: list[Span], attention: Attention) -> list[Span]:
+    """Rows of the projection to queries, keys and values that a pass computes."""
     dim = attention.head_dim
-    queries = [(first * dim, end * dim) for first, end in spans(chosen)]
-    return [*queries, (attention.heads * dim, attention.qkv_rows)]
+    return [*((first * dim, end * dim) for first, end in spans), (attention.heads * dim, attention.qkv_rows)]

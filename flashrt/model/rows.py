@@ -14,7 +14,7 @@ import numpy as np
 
 from flashrt.cache.rows import Pass, RowStatistics
 from flashrt.cache.weights import Weights
-from flashrt.model.heads import Heads
+from flashrt.model.heads import Chosen, Heads
 from flashrt.model.thinned import Selection, Thinned
 from flashrt.predict.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
@@ -62,13 +62,13 @@ class RowFfn(Thinned[RowSparsity]):
         for i, (layer, bias) in enumerate(zip(self.layers, self._thresholded, strict=True)):
             np.subtract(self.weights.vector(f"{i}{PREDICTOR}bias"), layer.threshold, out=bias)
 
-    def choose_heads(self, i: int, x: Array, start: int) -> Array | None:
-        """See `Heads.choose`; None, too, where heads are not predicted."""
+    def choose_heads(self, i: int, x: Array, start: int) -> Chosen | None:
+        """See `Heads.choose`; None, which is all of them, where heads are not predicted."""
         heads, threshold = self._heads[i], self.layers[i].heads_from
         if heads is None or threshold is None:
             return None
         chosen = heads.choose(x, start, threshold)
-        self.tallies[i].idle_heads += chosen.size - np.count_nonzero(chosen)
+        self.tallies[i].idle_heads += chosen.each.size - np.count_nonzero(chosen.each)
         return chosen
 
     def add(self, i: int, x: Array, y: Array) -> None:

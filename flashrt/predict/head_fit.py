@@ -20,9 +20,9 @@ from flashrt.predict.low_rank import encode
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the heads that choices keep, beside all of them
 STRONG = 0.5  # the share by which layers are weighed
 RIDGE = 0.03  # of the inputs' variance, when there are as many tokens as weights
-# What it costs to compute heads apart, in bytes of weights: the time of the prediction, and of calls for parts of what
-# is otherwise one. Layers whose queries are smaller keep all their heads.
-SPLIT_BYTES = 1 << 20
+# What it costs to compute heads apart, in bytes of weights that memory gives in the time: 30 microseconds for the
+# prediction, and 6 for every run of neighbouring heads, which takes calls of its own.
+SPLIT_BYTES, RUN_BYTES = 1 << 20, 200_000
 EVERYTHING = -1e30  # a threshold that every score is above
 
 Array = np.ndarray
@@ -78,10 +78,17 @@ def fit_heads(given: Inputs, attended: Attended, query_bytes: int, kernels: Any)
     for share in SHARES:
         threshold = float(np.quantile(scores, 1 - share))
         chosen = scores > threshold
-        nbytes = SPLIT_BYTES + predictor.nbytes + query_bytes * float(chosen.sum(1).mean())
+        nbytes = SPLIT_BYTES + RUN_BYTES * _runs(chosen) + predictor.nbytes + query_bytes * float(chosen.sum(1).mean())
         error = probe.error(attended.added(tokens, ~chosen), nothing)
         choices.append(Choice((threshold,), nbytes, error, predictor.nbytes))
     return HeadFit(weights, bias, choices)
+
+
+def _runs(chosen: Array) -> float:
+    """Runs of neighbouring heads in a token's, on average, of bool [n, heads]."""
+    begins = chosen.copy()
+    begins[:, 1:] &= ~chosen[:, :-1]
+    return float(begins.sum(1).mean())
 
 
 def _ridge(x: Array, wanted: Array) -> tuple[Array, Array]:

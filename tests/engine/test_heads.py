@@ -13,7 +13,7 @@ from flashrt.engine.quality import Reference, figures, select
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import PackError
 from flashrt.model.decoder import NARROW
-from flashrt.model.heads import computed_rows, spans
+from flashrt.model.heads import computed_rows, runs
 from flashrt.model.thinned import SINKS
 from flashrt.predict import head_fit
 from flashrt.predict.head_fit import EVERYTHING
@@ -47,7 +47,8 @@ def case(request, tmp_path_factory):
     _, checkpoint = tiny_checkpoint(family, root / "checkpoint", seed=3, **FAMILIES[family])
     make_pack(checkpoint, root / "pack", codec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_fit, "SPLIT_BYTES", 0)
+        for name in ("SPLIT_BYTES", "RUN_BYTES"):
+            patch.setattr(head_fit, name, 0)
         return root / "pack", calibrated(root / "pack", root / "cache")
 
 
@@ -130,7 +131,7 @@ def test_a_head_left_out_gives_nothing_and_the_others_all(case, tokens):
         found = attended(engine, prompt, batch)[first]
         cache = engine.decoder.kv.layers[first][:, :20].copy()
         exact = attended(with_heads_from(engine, None), prompt, batch)[first]
-        chosen = chosen[-1]
+        chosen = chosen[-1].each
         assert np.array_equal(cache, engine.decoder.kv.layers[first][:, :20])  # no holes
     assert 0 < chosen.sum() < chosen.size
     assert exact.all()
@@ -186,7 +187,8 @@ def test_small_heads_do_not_pay(tmp_path):
 
 
 def test_killed_at_any_stage_it_goes_on(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(head_fit, "SPLIT_BYTES", 0)
+    for name in ("SPLIT_BYTES", "RUN_BYTES"):
+        monkeypatch.setattr(head_fit, name, 0)
     path, sparsity = case
     copy = tmp_path / "pack"
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(SPARSE_DIR))
@@ -197,9 +199,10 @@ def test_killed_at_any_stage_it_goes_on(case, tmp_path, monkeypatch):
 
 def test_runs_of_heads_are_rows_of_queries():
     chosen = np.array([[1, 0, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1]], bool)
-    assert list(spans(chosen)) == [(0, 2), (3, 4), (6, 7)]
-    assert list(spans(np.zeros((3, 7), bool))) == []
-    rows = computed_rows(chosen, Attention(7, 7, 24, 0.2))
+    assert runs(chosen) == [(0, 2), (3, 4), (6, 7)]
+    assert runs(np.zeros((3, 7), bool)) == []
+    assert runs(np.ones((1, 7), bool)) == [(0, 7)]
+    rows = computed_rows(runs(chosen), Attention(7, 7, 24, 0.2))
     assert rows == [(0, 48), (72, 96), (144, 168), (168, 504)]
 
 
