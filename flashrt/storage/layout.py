@@ -187,9 +187,9 @@ def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> It
         yield _Shape(f"{i}.down", dtype, hidden, 1, ffn.neurons, bundle_stride(dtype, hidden, 1), DOWN_STEP)
         return
     if isinstance(layer, RowSparsity):
-        factors = {f"{i}{PREDICTOR}down": (layer.rank, hidden), f"{i}{PREDICTOR}up": (ffn.neurons, layer.rank)}
         if layer.heads_from is not None:
-            factors[f"{i}{PREDICTOR}heads"] = spec.layers[i].attention.heads, hidden
+            yield from _matrices({f"{i}{PREDICTOR}heads": (spec.layers[i].attention.heads, hidden)}, dtype)
+        factors = {f"{i}{PREDICTOR}down": (layer.rank, hidden), f"{i}{PREDICTOR}up": (ffn.neurons, layer.rank)}
         yield from _matrices(factors, dtype)
     stride = bundle_stride(dtype, hidden, ffn.bundle_rows)
     yield _Shape(f"{i}.ffn", dtype, hidden, ffn.bundle_rows, ffn.neurons, stride, NEURON_STEP, ffn.runs)
