@@ -48,7 +48,7 @@ class Heads:
 def runs(chosen: Array) -> list[Span]:
     """Runs of heads that any token chose, of bool [B, heads]. A loop: numpy takes longer for so few."""
     found, first = [], -1
-    for head, taken in enumerate([*chosen.any(axis=0).tolist(), False]):
+    for head, taken in enumerate([*np.logical_or.reduce(chosen).tolist(), False]):
         if taken and first < 0:
             first = head
         elif first >= 0 and not taken:
