@@ -9,7 +9,7 @@ from typing import Any
 
 from flashrt_kernels.activations import parse
 
-VERSION = 1
+VERSION = 2
 LONGEST_CURVE = 64  # points of `RowSparsity.misses`
 
 
@@ -34,11 +34,15 @@ class RowSparsity:
     The predictor is `flashrt.predict.low_rank`, of rank `rank`: a neuron takes part whose score is above `threshold`.
     `misses` are the neurons that a token reads, on average, while shares of 0, 1/n, 2/n .. 1 of all neurons are in
     memory, those used last: n + 1 numbers that fall, the first of them being the neurons of a token.
+
+    A head of the attention before the block takes part whose score (`flashrt.predict.heads`) is above `heads_from`;
+    where that is None all do, and no predictor of them is stored.
     """
 
     rank: int
     threshold: float
     misses: tuple[float, ...]
+    heads_from: float | None = None
 
     def missed(self, share: float) -> float:
         """Neurons that a token reads while a share of all is in memory, interpolated."""
@@ -109,6 +113,8 @@ def _rows(data: Mapping[str, Any]) -> RowSparsity:
     layer = RowSparsity(**{**data, "misses": tuple(data["misses"])})
     _check_whole("rank", layer.rank, 1, 1 << 16)
     _check_number("threshold", layer.threshold)
+    if layer.heads_from is not None:
+        _check_number("heads_from", layer.heads_from)
     _check_whole("the length of misses", len(layer.misses), 2, LONGEST_CURVE)
     for value in layer.misses:
         _check_number("a number of misses", value)

@@ -17,7 +17,9 @@ ROWS = RowSparsity(64, 1.5, (40.0, 12.5, 0.5, 0.0))
 CHANNELS = ChannelSparsity(20, 0.1, 0.2, 0.3)
 
 
-@pytest.mark.parametrize(("method", "layer"), [("rows", ROWS), ("channels", CHANNELS)])
+@pytest.mark.parametrize(
+    ("method", "layer"), [("rows", ROWS), ("rows", replace(ROWS, heads_from=-0.5)), ("channels", CHANNELS)]
+)
 def test_round_trip(method: str, layer: Any) -> None:
     sparsity = Sparsity("base", 0.02, 0.01, (layer, layer), {"tokens": 5})
     data = json.loads(json.dumps(sparsity.to_json()))
@@ -33,6 +35,8 @@ def test_round_trip(method: str, layer: Any) -> None:
         {"rank": True},
         {"threshold": float("nan")},
         {"threshold": "1"},
+        {"heads_from": float("inf")},
+        {"heads_from": True},
         {"misses": []},
         {"misses": [1.0]},
         {"misses": [1.0, 2.0, 0.0]},
@@ -78,5 +82,11 @@ def test_layout_by_row(codec: Codec) -> None:
     assert found.tensors["1.predictor.up"].columns == 13
     assert found.tensors["1.predictor.up"].codec is Codec.INT4
     assert found.vectors["1.predictor.bias"].length == 300
+    heads = pack_layout(spec, codec, sparsity=Sparsity("base", 0.02, 0.01, (ROWS, replace(ROWS, heads_from=0.5))))
+    assert set(heads.tensors) - set(found.tensors) == {"1.predictor.heads"}
+    assert heads.tensors["1.predictor.heads"].run_bundles == 1
+    assert heads.tensors["1.predictor.heads"].columns == 40
+    assert heads.tensors["1.predictor.heads"].codec is Codec.INT4
+    assert heads.vectors["1.predictor.heads.bias"].length == 2
     for name, tensor in exact.tensors.items():
         assert replace(found.tensors[name], offset=tensor.offset) == tensor

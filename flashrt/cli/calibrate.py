@@ -23,7 +23,13 @@ CHANNEL_COLUMNS = {
     "rows": "rows kept",
     "bytes": "bytes",
 }
-ROW_COLUMNS = {"rows": "rows kept", "recall": "recall", "predictor": "predictor", "bytes": "bytes"}
+ROW_COLUMNS = {
+    "rows": "rows kept",
+    "recall": "recall",
+    "predictor": "predictor",
+    "bytes": "bytes",
+    "heads": "heads kept",
+}
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:

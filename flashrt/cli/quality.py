@@ -25,6 +25,7 @@ COLUMNS = {
     "precision": "precision",
     "predictor": "predictor",
     "bytes": "bytes",
+    "heads": "heads",
 }
 
 

@@ -57,7 +57,7 @@ RESIDENT, STREAMED = 0.25, 6.0  # what a byte stored is worth beside one touched
 MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
 TRIALS = 10  # prices of loss that are tried at most
 TEXT_FILE, WEIGHT_FILE = "text.json", "weights.json"
-SAMPLE_FILE, SQUARES_FILE, REFERENCE_FILE = "samples.npy", "squares.npy", "reference.f16"
+REFERENCE_FILE = "reference.f16"
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # what is going on, done, in all
@@ -123,7 +123,7 @@ class _Calibration:
             self.streams = not exact.plan.resident
         self._fit()
         fits = self._fits()
-        whole = _layers(fits, [_free(fit) for fit in fits])
+        whole: Any = tuple(fit.whole for fit in fits)
         self._write(TRIAL_DIR, Sparsity(self.base.manifest.hash, 0.0, 0.0, whole))
         with self._engine(self.work / TRIAL_DIR) as trial:
             weights = self._weights(trial, probe)
@@ -162,28 +162,43 @@ class _Calibration:
         return windows
 
     def _sample(self, engine: Engine, windows: list[list[int]]) -> None:
-        """Inputs of every block as float16 [layers, tokens, hidden], and the mean square of the residual stream."""
-        path = self.work / SAMPLE_FILE
-        if path.exists():
+        """What the method asks for of every block, and the mean square of the residual stream before it.
+
+        Files of float16 [layers, tokens, numbers] and float32 [layers, tokens].
+        """
+        asked = self.method.samples
+        if all(self._sample_file(kind).exists() for kind in asked):
             return
         layers, total = len(self.spec.layers), sum(len(window) for window in windows)
-        squares = np.empty((layers, total), np.float32)
-        with _array(path, (layers, total, self.spec.hidden), np.float16) as samples:
-            seen = [0] * layers  # tokens; a window may take several passes
+        squares = {kind: np.empty((layers, total), np.float32) for kind in asked}
+        seen = {kind: [0] * layers for kind in asked}  # tokens; a window may take several passes
+        with contextlib.ExitStack() as files:
+            samples = {
+                kind: files.enter_context(_array(self._sample_file(kind), (layers, total, numbers), np.float16))
+                for kind, numbers in asked.items()
+            }
 
-            def observe(i: int, residual: Array, x: Array) -> None:
-                own = slice(seen[i], seen[i] + len(x))
-                samples[i, own] = np.clip(x, -65504, 65504)
-                squares[i, own] = (residual**2).mean(1)
-                seen[i] = own.stop
+            def observe(kind: str, i: int, residual: Array, values: Array) -> None:
+                if kind in asked:
+                    own = slice(seen[kind][i], seen[kind][i] + len(values))
+                    samples[kind][i, own, : values.shape[1]] = np.clip(values, -65504, 65504)
+                    squares[kind][i, own] = (residual**2).mean(1)
+                    seen[kind][i] = own.stop
 
             engine.decoder.observe = observe
             for window in windows:
                 engine.prefill(window)
                 engine.rewind(0)
-                self.progress("sampling", seen[0], total)
+                self.progress("sampling", seen["ffn"][0], total)
             engine.decoder.observe = None
-            np.save(self.work / SQUARES_FILE, squares)
+            for kind in asked:
+                np.save(self._squares_file(kind), squares[kind])
+
+    def _sample_file(self, kind: str) -> Path:
+        return self.work / f"{kind}.npy"
+
+    def _squares_file(self, kind: str) -> Path:
+        return self.work / f"{kind}-squares.npy"
 
     def _reference(self, engine: Engine, windows: list[list[int]]) -> None:
         """What the model predicts, float16 [tokens, vocab]."""
@@ -197,13 +212,15 @@ class _Calibration:
         os.replace(temporary, path)
 
     def _fit(self) -> None:
-        samples, squares = np.load(self.work / SAMPLE_FILE, mmap_mode="r"), np.load(self.work / SQUARES_FILE)
         for i in range(len(self.spec.layers)):
             path = self.work / f"fit-{i:03d}.npz"
             if not path.exists():
-                given = Inputs(np.asarray(samples[i], np.float32), 1 / (self.spec.hidden * squares[i]))
-                self.method.fit(i, given).save(path)
+                self.method.fit(i, {kind: self._inputs(kind, i) for kind in self.method.samples}).save(path)
             self.progress("fitting", i + 1, len(self.spec.layers))
+
+    def _inputs(self, kind: str, i: int) -> Inputs:
+        samples, squares = np.load(self._sample_file(kind), mmap_mode="r"), np.load(self._squares_file(kind))
+        return Inputs(np.asarray(samples[i], np.float32), 1 / (self.spec.hidden * squares[i]))
 
     def _write(self, folder: str, sparsity: Sparsity) -> None:
         """A calibrated pack in the working directory."""

@@ -162,6 +162,7 @@ class Generation:
             loss=engine.sparsity.max_loss if engine.sparsity else None,
             ffn_bytes_share=shares["bytes"] if shares else None,
             ffn_rows_share=shares["rows"] if shares else None,
+            heads_share=shares.get("heads") if shares else None,
             expert_cache=expert_figures(decode.experts) if engine.plan.expert_slots else None,
             row_hit_rate=engine.row_hit_rate(),
             plan=engine.plan.to_json(),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from flashrt.errors import UnsupportedModelError
 from flashrt.predict.channel_pack import ChannelPackSource, read_ffn
 from flashrt.predict.channels import ChannelFit, Inputs, fit_channels
-from flashrt.predict.pack_copy import PackCopy, read_bundles, read_vector
+from flashrt.predict.head_fit import Attended, HeadFit, fit_heads
+from flashrt.predict.pack_copy import PackCopy, read_bundles, read_matrix, read_vector
 from flashrt.predict.row_fit import Neurons, RowFit, fit_rows
 from flashrt.predict.row_pack import RowPackSource
 from flashrt.sparsity import Layers, gives_zeros
+from flashrt.storage.layout import heads_apart
 from flashrt.storage.pack import Pack
-from flashrt_kernels.rows import Codec
+from flashrt_kernels.rows import MATRIX_ROWS, Codec
 
 
 class Method(Protocol):
@@ -23,8 +26,12 @@ class Method(Protocol):
     unit: str
     tokens: int
 
-    def fit(self, i: int, given: Inputs) -> Any:
-        """What is found out about block `i` from samples of its input; it can be saved."""
+    @property
+    def samples(self) -> dict[str, int]:
+        """What is to be sampled of every block, as `Decoder.observe` names it: how many numbers a token has."""
+
+    def fit(self, i: int, given: Mapping[str, Inputs]) -> Any:
+        """What is found out about block `i` from those samples; it can be saved."""
 
     def load(self, path: Path) -> Any:
         """What was saved."""
@@ -51,8 +58,12 @@ class _Channels:
     def __init__(self, base: Pack, kernels: Any) -> None:
         self.base, self.kernels = base, kernels
 
-    def fit(self, i: int, given: Inputs) -> ChannelFit:
-        return fit_channels(read_ffn(self.base, i), given, _up_bias(self.base, i), self.kernels)
+    @property
+    def samples(self) -> dict[str, int]:
+        return {"ffn": self.base.spec.hidden}
+
+    def fit(self, i: int, given: Mapping[str, Inputs]) -> ChannelFit:
+        return fit_channels(read_ffn(self.base, i), given["ffn"], _up_bias(self.base, i), self.kernels)
 
     def load(self, path: Path) -> ChannelFit:
         return ChannelFit.load(path)
@@ -67,11 +78,26 @@ class _Rows:
     def __init__(self, base: Pack, kernels: Any) -> None:
         self.base, self.kernels = base, kernels
 
-    def fit(self, i: int, given: Inputs) -> RowFit:
+    @property
+    def samples(self) -> dict[str, int]:
+        hidden, attentions = self.base.spec.hidden, [layer.attention for layer in self.base.spec.layers]
+        widths = [attention.heads * attention.head_dim for attention in attentions if heads_apart(attention)]
+        return {"ffn": hidden} | ({"attention": hidden, "heads": max(widths)} if widths else {})
+
+    def fit(self, i: int, given: Mapping[str, Inputs]) -> RowFit:
         spec, bundles = self.base.spec, read_bundles(self.base, f"{i}.ffn")
         codec, bias = self.base.manifest.dtype, _up_bias(self.base, i)
         neurons = Neurons(spec.layers[i].ffn, spec.hidden, codec, bundles, bias, self.kernels)
-        return fit_rows(neurons, given, self.kernels)
+        fitted = fit_rows(neurons, given["ffn"], self.kernels)
+        return replace(fitted, heads=self._heads(i, given)) if heads_apart(spec.layers[i].attention) else fitted
+
+    def _heads(self, i: int, given: Mapping[str, Inputs]) -> HeadFit:
+        attention, tensors = self.base.spec.layers[i].attention, self.base.layout.tensors
+        width = attention.heads * attention.head_dim
+        out = read_matrix(self.base, f"{i}.out", self.base.spec.hidden, self.kernels)
+        query_bytes = attention.head_dim // MATRIX_ROWS * tensors[f"{i}.qkv"].stride
+        attended = Attended(given["heads"].x[:, :width], out, attention.heads)
+        return fit_heads(given["attention"], attended, query_bytes, self.kernels)
 
     def load(self, path: Path) -> RowFit:
         return RowFit.load(path)

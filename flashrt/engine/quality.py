@@ -86,7 +86,7 @@ def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) 
         "top1_agreement": float(found.agree.mean()),
         "tokens": len(found.kl),
         "rows_share": mean["rows"],
-        **({"channels_share": mean["channels"]} if "channels" in mean else {}),
+        **{f"{key}_share": mean[key] for key in ("channels", "heads") if key in mean},
         "ffn_bytes_share": mean["bytes"],
         "predictor_bytes_share": sparse.decision_share(),
         "recall": mean["recall"],

@@ -22,6 +22,7 @@ class Report:
     loss                  the rise of perplexity that sparse mode was calibrated to stay below; None in exact mode
     ffn_bytes_share       of the feed-forward blocks' bytes, what a decoded token touched; None in exact mode
     ffn_rows_share        of their neurons, those that took part in the down projection, likewise
+    heads_share           of the attention heads, those that took part, likewise; None where calibration is by channel
     row_hit_rate          of the neurons that were asked for, those in memory; None where none are read one by one
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it
     expert_cache          how the cache of experts did in the passes after the first token (see `expert_figures`); None
@@ -50,6 +51,7 @@ class Report:
     loss: float | None
     ffn_bytes_share: float | None
     ffn_rows_share: float | None
+    heads_share: float | None
     expert_cache: dict[str, float | None] | None
     row_hit_rate: float | None
     plan: dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.model.thinned import Selection, Thinned
+from flashrt.model.thinned import SINKS, Selection, Thinned
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
 from flashrt_kernels.activations import function
@@ -22,9 +22,6 @@ from flashrt_kernels.channels import CHANNELS
 from flashrt_kernels.rows import bundle_stride
 
 Tensor = Any
-# Tokens at the start of a sequence that leave nothing out: all later tokens attend to them, and activations a thousand
-# times larger than any other token's, which must come out right, arise in them (Xiao et al., arXiv:2309.17453).
-SINKS = 4
 WIDE_NEURONS = 512  # neurons of one wide call, as in the decoder
 
 

@@ -16,6 +16,7 @@ from flashrt.budget.working_set import SCORE_ROWS, ropes
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
 from flashrt.model.channels import ChannelFfn
+from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.router import route
 from flashrt.model.rows import RowFfn
 from flashrt.spec import Attention, Ffn, ModelSpec
@@ -36,8 +37,9 @@ class Decoder:
         self.spec, self.layout = weights.spec, weights.layout
         self.device, self.ops = weights.device, weights.device.ops
         self.weights, self.kv, self.buffers, self.scratch = weights, kv, buffers, scratch
-        # Is shown every feed-forward block's index, the residual stream before it, and its input.
-        self.observe: Callable[[int, Tensor, Tensor], None] | None = None
+        # Is shown, of every block, what ('attention' and 'ffn' are their inputs, 'heads' what heads give), the layer,
+        # the residual stream before the block, and the values.
+        self.observe: Callable[[str, int, Tensor, Tensor], None] | None = None
         pairs = ropes(self.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         sparsity = weights.pack.manifest.sparsity
@@ -146,16 +148,27 @@ class Decoder:
         attention, count, hidden = self.spec.layers[i].attention, len(x), self.spec.hidden
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.attention", x, normed)
+        chosen = None if self.rows is None or wide else self.rows.choose_heads(i, normed, start)
         qkv = self._view("qkv", count, attention.qkv_rows)
-        self._linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None)
+        rows = None if chosen is None else computed_rows(chosen.spans, attention)
+        self._linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
         attended = self._view("attended", count, attention.heads * attention.head_dim)
-        self._attend(i, attention, qkv, start, attended)
+        self._attend(i, attention, qkv, start, attended, chosen)
+        if self.observe is not None:
+            self.observe("attention", i, x, normed)
+            self.observe("heads", i, x, attended)
         self._linear(f"{i}.out", attended, y, wide, f"{i}.out.bias" if attention.out_bias else None)
         if self.spec.post_norms:
             self._norm(f"{i}.norm.attention_post", y, y)
         x += y
 
-    def _attend(self, i: int, attention: Attention, qkv: Tensor, start: int, out: Tensor) -> None:
+    def _attend(
+        self, i: int, attention: Attention, qkv: Tensor, start: int, out: Tensor, chosen: Chosen | None
+    ) -> None:
+        """Attention of the chosen heads (None: all) into `out`, float32 [T, heads * head_dim].
+
+        The others give zeros, whatever their queries hold.
+        """
         ops, count, dim, kv = self.ops, len(qkv), attention.head_dim, self.kv.layers[i]
         heads = qkv.reshape(count, -1, dim)
         query = heads[:, : attention.heads]
@@ -169,14 +182,20 @@ class Decoder:
             cos, sin = (self._view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
             ops.rope(heads[:, : attention.heads + attention.kv_heads], cos, sin)
         ops.kv_append(key, value, kv, start)
-        ops.attention(query, kv, start, attention.window, attention.scale, None, out, self.scratch)
+        if chosen is None:
+            ops.attention(query, kv, start, attention.window, attention.scale, None, out, self.scratch)
+            return
+        for first, end in chosen.spans:
+            part, own = out[:, first * dim : end * dim], kv[first:end]
+            ops.attention(query[:, first:end], own, start, attention.window, attention.scale, None, part, self.scratch)
+        out.reshape(count, -1, dim)[~chosen.each] = 0
 
     def _ffn(self, i: int, x: Tensor, start: int, wide: bool) -> None:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.ffn", x, normed)
         if self.observe is not None:
-            self.observe(i, x, normed)
+            self.observe("ffn", i, x, normed)
         y[:] = 0
         if self.channels is not None:
             self._sparse(i, self.channels, normed, start, y, wide)
@@ -251,14 +270,26 @@ class Decoder:
                 else:
                     ops.glu(*arguments)
 
-    def _linear(self, name: str, x: Tensor, out: Tensor, wide: bool, bias: str | None = None) -> None:
+    def _linear(
+        self,
+        name: str,
+        x: Tensor,
+        out: Tensor,
+        wide: bool,
+        bias: str | None = None,
+        rows: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """out = x W^T + bias; only the rows between the pairs `rows`, which are whole bundles, where they are given."""
         codec, total = self.layout.tensors[name].codec, out.shape[1]
         vector = None if bias is None else self.weights.vector(bias)
         for first, bundles in self.weights.runs(name):
             row0 = first * MATRIX_ROWS
-            rows = min(len(bundles) * MATRIX_ROWS, total - row0)
-            share = None if vector is None else vector[row0 : row0 + rows]
-            self._multiply(x, bundles, codec, out, row0, rows, share, wide)
+            for begin, end in rows or [(0, total)]:
+                begin, end = max(begin, row0), min(end, row0 + len(bundles) * MATRIX_ROWS)
+                if begin < end:
+                    share = None if vector is None else vector[begin:end]
+                    part = bundles[(begin - row0) // MATRIX_ROWS :]
+                    self._multiply(x, part, codec, out, begin, end - begin, share, wide)
 
     def _multiply(
         self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool

@@ -14,6 +14,7 @@ import numpy as np
 
 from flashrt.cache.rows import Pass, RowStatistics
 from flashrt.cache.weights import Weights
+from flashrt.model.heads import Chosen, Heads
 from flashrt.model.thinned import Selection, Thinned
 from flashrt.predict.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
@@ -32,6 +33,7 @@ class RowTally:
 
     tokens: int = 0
     neurons: int = 0
+    idle_heads: int = 0  # that were left out of the attention before it
 
 
 class RowFfn(Thinned[RowSparsity]):
@@ -47,6 +49,7 @@ class RowFfn(Thinned[RowSparsity]):
         count = range(len(layers))
         self._thresholded = [np.empty_like(weights.vector(f"{i}{PREDICTOR}bias")) for i in count]
         self.predictors = [self._predictor(i) for i in count]
+        self._heads = [None if layer.heads_from is None else Heads(weights, ops, i) for i, layer in enumerate(layers)]
         self._caches = [weights.row_cache(f"{i}.ffn", self._up_bias(i)) for i in count]
         self._before: list[RowStatistics] = []
         self.restart(layers)
@@ -58,6 +61,15 @@ class RowFfn(Thinned[RowSparsity]):
         self._before = [replace(cache.statistics) for cache in self._caches if cache is not None]
         for i, (layer, bias) in enumerate(zip(self.layers, self._thresholded, strict=True)):
             np.subtract(self.weights.vector(f"{i}{PREDICTOR}bias"), layer.threshold, out=bias)
+
+    def choose_heads(self, i: int, x: Array, start: int) -> Chosen | None:
+        """See `Heads.choose`; None, which is all of them, where heads are not predicted."""
+        heads, threshold = self._heads[i], self.layers[i].heads_from
+        if heads is None or threshold is None:
+            return None
+        chosen = heads.choose(x, start, threshold)
+        self.tallies[i].idle_heads += chosen.each.size - np.count_nonzero(chosen.each)
+        return chosen
 
     def add(self, i: int, x: Array, y: Array) -> None:
         """y += block `i` of x for a few tokens, float32 [B, hidden]."""
@@ -86,11 +98,15 @@ class RowFfn(Thinned[RowSparsity]):
         return max(tally.tokens for tally in self.tallies)
 
     def shares(self, i: int) -> dict[str, float]:
-        """Shares of block `i` that took part per token: of rows, and of bytes, the predictor's included."""
-        tally, ffn = self.tallies[i], self.weights.spec.layers[i].ffn
-        rows = tally.neurons / max(tally.tokens, 1) / ffn.neurons
+        """Shares of block `i` that took part per token: of rows, and of bytes, the predictor's included.
+
+        'heads' are those of the attention before it.
+        """
+        tally, layer = self.tallies[i], self.weights.spec.layers[i]
+        rows = tally.neurons / max(tally.tokens, 1) / layer.ffn.neurons
+        idle = tally.idle_heads / max(tally.tokens, 1) / layer.attention.heads
         predictor = self._predictor_bytes(i) / self._dense_bytes(i)
-        return {"rows": rows, "bytes": rows + predictor, "predictor": predictor}
+        return {"rows": rows, "bytes": rows + predictor, "predictor": predictor, "heads": 1 - idle}
 
     def decision_share(self) -> float:
         """Bytes that are read only to decide what takes part, over those of the blocks."""

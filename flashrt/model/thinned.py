@@ -9,6 +9,10 @@ from typing import Generic, TypeVar
 
 Layer = TypeVar("Layer")
 
+# Tokens at the start of a sequence that leave nothing out: all later tokens attend to them, and activations a thousand
+# times larger than any other token's, which must come out right, arise in them (Xiao et al., arXiv:2309.17453).
+SINKS = 4
+
 
 @dataclass(slots=True)
 class Selection:

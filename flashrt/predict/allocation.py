@@ -28,6 +28,10 @@ class Fit(Protocol):
     def strong(self) -> tuple[Choice, ...]:
         """The choices by which the parts are weighed: what they leave out can be measured."""
 
+    @property
+    def whole(self) -> Any:
+        """What a pack is made of on which every choice can be tried: all is stored, and let through."""
+
     def sparsity(self, picked: Picked) -> Any: ...
 
     def figures(self, picked: Picked) -> dict[str, float]:

@@ -90,6 +90,10 @@ class ChannelFit:
     def strong(self) -> tuple[Choice, Choice]:
         return _strong(self.channels), _strong(self.neurons)
 
+    @property
+    def whole(self) -> ChannelSparsity:
+        return self.sparsity(tuple(choices[0] for choices in self.parts))
+
     def sparsity(self, picked: tuple[Choice, ...]) -> ChannelSparsity:
         channels, neurons = picked
         return ChannelSparsity(channels.fine, *channels.thresholds, *neurons.thresholds)

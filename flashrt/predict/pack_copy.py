@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from flashrt.errors import PackError
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import Block, TensorLayout
 from flashrt.storage.pack import Pack
+from flashrt_kernels.rows import MATRIX_ROWS, row_bytes
 
 Array = np.ndarray
 
@@ -42,6 +44,16 @@ def read_bundles(pack: Pack, name: str) -> Array:
     """A tensor, uint8 [bundles, stride]. Raises PackError where it is damaged."""
     tensor = pack.layout.tensors[name]
     return np.concatenate([read_block(pack, tensor.block(n)) for n in range(tensor.blocks)]).reshape(-1, tensor.stride)
+
+
+def read_matrix(pack: Pack, name: str, rows: int, kernels: Any) -> Array:
+    """A matrix as float32 [rows, columns]. Raises PackError where it is damaged."""
+    tensor = pack.layout.tensors[name]
+    size = row_bytes(tensor.codec, tensor.columns)
+    encoded = read_bundles(pack, name)[:, : MATRIX_ROWS * size].reshape(-1, size)[:rows]
+    matrix = np.empty((rows, tensor.columns), np.float32)
+    kernels.dequantize(encoded, tensor.codec, tensor.columns, matrix)
+    return matrix
 
 
 def read_block(pack: Pack, piece: Block) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from flashrt.predict import channels
 from flashrt.predict.channels import Choice, choice_from
 from flashrt.predict.fit import fit, held_out
+from flashrt.predict.head_fit import EVERYTHING, HeadFit
 from flashrt.predict.low_rank import Factors, LowRank, encode
 from flashrt.predict.order import neuron_order
 from flashrt.predict.samples import Samples
@@ -30,7 +31,6 @@ RECALL = 0.98  # of importance, at which predictors are compared by the bytes th
 # Shares of importance that choices keep, beside that of everything; each costs less than the one before.
 RECALLS = (0.9999, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5)
 STRONG = 0.9  # the share by which blocks are weighed: what is left out at the others is hard to measure
-EVERYTHING = -1e30  # a threshold that every score is above
 POINTS = 16  # of the curve of misses, beside that of nothing in memory
 CHUNK = 512  # tokens looked at together
 
@@ -54,17 +54,28 @@ class RowFit:
     factors: Factors  # of neurons in that order
     rows: list[Choice]
     outcomes: list[Outcome]
+    heads: HeadFit | None = None  # of the attention before it, where they can be left out
 
     @property
-    def parts(self) -> tuple[list[Choice]]:
-        return (self.rows,)
+    def parts(self) -> tuple[list[Choice], ...]:
+        return (self.rows,) if self.heads is None else (self.rows, self.heads.choices)
 
     @property
-    def strong(self) -> tuple[Choice]:
-        return (self.rows[1 + RECALLS.index(STRONG)],)
+    def strong(self) -> tuple[Choice, ...]:
+        rows = self.rows[1 + RECALLS.index(STRONG)]
+        return (rows,) if self.heads is None else (rows, self.heads.strong)
+
+    @property
+    def whole(self) -> RowSparsity:
+        everything = self.sparsity(tuple(choices[0] for choices in self.parts))
+        return everything if self.heads is None else replace(everything, heads_from=EVERYTHING)
 
     def sparsity(self, picked: tuple[Choice, ...]) -> RowSparsity:
-        return RowSparsity(len(self.factors.down), picked[0].thresholds[0], self._outcome(picked).misses)
+        heads_from = None
+        if self.heads is not None and picked[1] != self.heads.choices[0]:
+            heads_from = picked[1].thresholds[0]
+        rank, threshold = len(self.factors.down), picked[0].thresholds[0]
+        return RowSparsity(rank, threshold, self._outcome(picked).misses, heads_from)
 
     def figures(self, picked: tuple[Choice, ...]) -> dict[str, float]:
         """Recall of importance and precision of what the predictor names."""
@@ -78,6 +89,9 @@ class RowFit:
         """Write a file that is there whole or not at all."""
         noted = {"rows": [asdict(c) for c in self.rows], "outcomes": [asdict(o) for o in self.outcomes]}
         arrays: dict[str, Any] = asdict(self.factors) | {"order": self.order}
+        if self.heads is not None:
+            noted["heads"] = [asdict(c) for c in self.heads.choices]
+            arrays |= {"head_weights": self.heads.weights, "head_bias": self.heads.bias}
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, noted=json.dumps(noted), **arrays)
         os.replace(temporary, path)
@@ -88,7 +102,11 @@ class RowFit:
             noted = json.loads(str(saved["noted"]))
             rows = list(map(choice_from, noted["rows"]))
             outcomes = [Outcome(o["recall"], o["precision"], tuple(o["misses"])) for o in noted["outcomes"]]
-            return cls(saved["order"], Factors(saved["down"], saved["up"], saved["bias"]), rows, outcomes)
+            heads = None
+            if "heads" in noted:
+                choices = list(map(choice_from, noted["heads"]))
+                heads = HeadFit(saved["head_weights"], saved["head_bias"], choices)
+            return cls(saved["order"], Factors(saved["down"], saved["up"], saved["bias"]), rows, outcomes, heads)
 
 
 class Neurons:

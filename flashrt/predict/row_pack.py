@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flashrt.predict.head_fit import HeadFit
 from flashrt.predict.low_rank import encode
 from flashrt.predict.pack_copy import PackCopy, read_bundles
 from flashrt.predict.row_fit import RowFit
@@ -30,7 +31,8 @@ class RowPackSource(PackCopy):
         if kind == "up.bias":
             return super().vector(key)[self.fit(int(layer)).order]
         if PREDICTOR in key:
-            return self.fit(int(layer)).factors.bias
+            fit = self.fit(int(layer))
+            return _heads(fit).bias if kind.startswith("predictor.heads") else fit.factors.bias
         return super().vector(key)
 
     def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
@@ -47,4 +49,10 @@ class RowPackSource(PackCopy):
         fit = self.fit(int(layer))
         if kind == "ffn":
             return read_bundles(self.base, name)[fit.order]
-        return encode(self.kernels, fit.factors.down if kind.endswith("down") else fit.factors.up)
+        factors = {"predictor.down": fit.factors.down, "predictor.up": fit.factors.up}
+        return encode(self.kernels, _heads(fit).weights if kind == "predictor.heads" else factors[kind])
+
+
+def _heads(fit: RowFit) -> HeadFit:
+    assert fit.heads is not None
+    return fit.heads

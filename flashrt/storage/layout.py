@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
-from flashrt.spec import ModelSpec
+from flashrt.spec import Attention, ModelSpec
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride
@@ -187,10 +187,17 @@ def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> It
         yield _Shape(f"{i}.down", dtype, hidden, 1, ffn.neurons, bundle_stride(dtype, hidden, 1), DOWN_STEP)
         return
     if isinstance(layer, RowSparsity):
+        if layer.heads_from is not None:
+            yield from _matrices({f"{i}{PREDICTOR}heads": (spec.layers[i].attention.heads, hidden)}, dtype)
         factors = {f"{i}{PREDICTOR}down": (layer.rank, hidden), f"{i}{PREDICTOR}up": (ffn.neurons, layer.rank)}
         yield from _matrices(factors, dtype)
     stride = bundle_stride(dtype, hidden, ffn.bundle_rows)
     yield _Shape(f"{i}.ffn", dtype, hidden, ffn.bundle_rows, ffn.neurons, stride, NEURON_STEP, ffn.runs)
+
+
+def heads_apart(attention: Attention) -> bool:
+    """Whether a head can be computed alone: its queries are whole bundles, its keys and values no other's."""
+    return attention.kv_heads == attention.heads and attention.head_dim % MATRIX_ROWS == 0
 
 
 def channel_columns(spec: ModelSpec, i: int) -> int:
@@ -202,7 +209,10 @@ def channel_columns(spec: ModelSpec, i: int) -> int:
 def sparse_vectors(spec: ModelSpec, i: int, sparsity: Sparsity) -> dict[str, int]:
     """Logical name → length of the vectors that layer `i` has in a calibrated pack, beside those of the spec."""
     if sparsity.rows:
-        return {f"{i}{PREDICTOR}bias": spec.layers[i].ffn.neurons}
+        result = {f"{i}{PREDICTOR}bias": spec.layers[i].ffn.neurons}
+        if sparsity.rows[i].heads_from is not None:
+            result[f"{i}{PREDICTOR}heads.bias"] = spec.layers[i].attention.heads
+        return result
     columns = channel_columns(spec, i)
     return {
         f"{i}.channels.scale": columns,

@@ -17,7 +17,7 @@ from flashrt.errors import PackError
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
 from flashrt.spec import ROPE_KINDS, ModelSpec, Rope
-from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
+from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
 
@@ -221,6 +221,9 @@ def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: st
         raise PackError(f"{where}: weights stored by channel in {dtype.value}, expected int4")
     if sparsity.rows and not all(gives_zeros(layer.ffn.activation) for layer in spec.layers):
         raise PackError(f"{where}: neurons are predicted of an activation that is never zero")
+    for found, layer in zip(sparsity.rows, spec.layers, strict=False):
+        if found.heads_from is not None and not heads_apart(layer.attention):
+            raise PackError(f"{where}: heads are predicted of an attention whose heads cannot be computed one by one")
 
 
 def _check_fields(part: Any, where: str) -> None:

@@ -63,7 +63,7 @@ def test_run_reports_what_was_traded(cli: Cli, calibrated: Path) -> None:
     assert "sparse: loss below 50.0%" in cli(*arguments, "--mode", "sparse").stderr
     exact = parsed(cli(*arguments, "--json"))
     assert exact["mode"] == "exact"
-    assert exact["loss"] is exact["ffn_bytes_share"] is None
+    assert exact["loss"] is exact["ffn_bytes_share"] is exact["heads_share"] is report["heads_share"] is None
 
 
 def test_a_smaller_loss_than_calibrated_is_refused(cli: Cli, calibrated: Path) -> None:
@@ -97,15 +97,16 @@ def test_relu_models_are_read_row_by_row(cli: Cli, text: Path, tmp_path: Path) -
     assert cli("pack", checkpoint, pack, "--dtype", "int8").returncode == 0
     result = cli("calibrate", pack, "--text-file", text, "--max-loss", 0.9)
     assert result.returncode == 0, result.stderr
-    for word in ("rows kept", "recall", "predictor", "predicted loss"):
+    for word in ("rows kept", "heads kept", "recall", "predictor", "predicted loss"):
         assert word in result.stdout
     report = parsed(cli("run", pack, "--mode", "sparse", "--prompt", "hello", "-n", 6, "--ignore-eos", "--json"))
     assert 0 < report["ffn_rows_share"] < report["ffn_bytes_share"]
-    assert report["row_hit_rate"] == 1
+    assert report["heads_share"] == report["row_hit_rate"] == 1
     assert report["plan"]["owners"]["predictors"] > 0
     arguments = ("eval", "quality", pack, "--text-file", text, "--max-tokens", 200, "--ctx", 64)
     quality = parsed(cli(*arguments, "--json"))
     assert quality["method"] == "rows"
+    assert quality["heads_share"] == 1
     assert 0 < quality["predictor_bytes_share"] < quality["ffn_bytes_share"]
     for word in ("recall", "predictor", "of the neurons"):
         assert word in cli(*arguments).stdout
