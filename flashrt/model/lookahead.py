@@ -13,7 +13,7 @@ Array = np.ndarray
 RATE = 1 / 8  # weight of the last token in a running mean
 ROUND = 32  # tokens after which it is tried again whether guessing pays
 TRIED = 4  # of these, with and without guessing in turns
-KEPT = 8  # times that are remembered of either way: one read that takes long must not decide
+KEPT = 16  # times that are remembered of either way: one read that takes long must not decide
 
 
 class Lookahead:
