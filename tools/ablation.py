@@ -11,9 +11,12 @@ layer by layer, in each of these ways, the memory of all but the first being a s
     predictor  of the neurons not in memory, those that are predicted, each by a read of its own
     window     the same, memory being a window of the neurons used last
     order      memory planned as the engine does, neurons in the order that was fitted, neighbours read together
+    lookahead  the same, but what is guessed before a layer's attention is read while attention runs
 
 A neuron's rows lie together in all of them, as packs are written that way. Reads go around the page cache. Tokens per
-second are those of computing, measured with everything resident, and reading one after the other. JSON is printed last.
+second are those of computing, measured with everything resident, and reading one after the other. In the last step a
+wait as long as attention takes stands for it, and is not counted as reading; what guessing takes is. JSON is printed
+last.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ from flashrt.engine.build import Prepared
 from flashrt.engine.engine import Engine
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.runtime import runtime_for
+from flashrt.model.lookahead import Lookahead
 from flashrt.predict.pack_copy import read_bundles
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.meter import Meter
@@ -62,6 +67,17 @@ class Step:
     bytes_read: float
     hit_rate: float | None
     tok_per_s: float
+    recall: float | None = None  # of the neurons that had to be read, those that were guessed
+    precision: float | None = None  # of the neurons that were read for a guess, those that were then asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What is guessed before attention, and the median seconds of a guess and of the attention that it runs beside."""
+
+    guessed: Trace
+    guess_s: float
+    attention_s: float
 
 
 def main() -> None:
@@ -86,6 +102,7 @@ def ablate(path: Path, text: str, resident: float, tokens: int, threads: int | N
     base, ordered = Pack(path), Pack(sparse_pack(path))
     trace, sparse_s = decode(ordered.path, text, tokens, threads)
     _, exact_s = decode(path, text, tokens, threads)
+    ahead = foresee(ordered.path, text, tokens, threads)
     natural = [order_of(base, ordered, i) for i in range(len(base.spec.layers))]
     plain = [[np.sort(order[rows]) for order, rows in zip(natural, token, strict=True)] for token in trace]
     curve, dense = curve_of(base), [everything(base)] * tokens
@@ -97,6 +114,7 @@ def ablate(path: Path, text: str, resident: float, tokens: int, threads: int | N
             measure("predictor", row_reads(base, reader, plain, resident), reader, sparse_s),
             replay("window", plain, windows(base, reader, resident), reader, sparse_s),
             replay("order", trace, planned(ordered, merging, resident), merging, sparse_s),
+            replay("lookahead", trace, planned(ordered, merging, resident), merging, sparse_s, ahead),
         ]
     finally:
         for opened in (whole, reader, merging):
@@ -115,27 +133,45 @@ def ablate(path: Path, text: str, resident: float, tokens: int, threads: int | N
 
 def decode(path: Path, text: str, tokens: int, threads: int | None) -> tuple[Trace, float]:
     """What each of the first tokens of a text asks for, and the median seconds of one, with everything resident."""
+    trace: Trace = []
+    return trace, run_text(path, text, tokens, threads, lambda engine: watch(engine, trace))
+
+
+def foresee(path: Path, text: str, tokens: int, threads: int | None) -> Foresight:
+    """What would be guessed while a text is decoded."""
+    guessed: Trace = []
+    seconds: list[tuple[float, float]] = []
+    run_text(path, text, tokens, threads, lambda engine: watch_guesses(engine, guessed, seconds))
+    return Foresight(guessed, *map(statistics.median, zip(*seconds, strict=True)))
+
+
+def run_text(
+    path: Path, text: str, tokens: int, threads: int | None, prepare: Callable[[Engine], Callable[[], None]]
+) -> float:
+    """Decode the first tokens of a text with everything resident; the median seconds of one.
+
+    `prepare` is given the engine, and gives what is called before each token.
+    """
     prepared = Prepared(path, default_cache(), runtime_for("cpu", threads))
     ids = prepared.tokenizer.encode(text)[:tokens]
     if len(ids) < tokens:
         raise SystemExit(f"the text has {len(ids)} tokens, fewer than --tokens {tokens}")
     window = min(tokens, prepared.spec.context)
-    trace: Trace = []
     seconds = []
     with prepared.engine(prepared.plan(Workload(window, prompt=window))) as engine:
-        watch(engine, trace)
+        begin = prepare(engine)
         for n, token in enumerate(ids):
             if n % window == 0:
                 engine.rewind(0)
-            trace.append([])
+            begin()
             began = time.perf_counter()
             engine.step(token)
             seconds.append(time.perf_counter() - began)
-    return trace, statistics.median(seconds)
+    return statistics.median(seconds)
 
 
-def watch(engine: Engine, trace: Trace) -> None:
-    """Have every layer's predictions noted in the last entry of `trace`."""
+def watch(engine: Engine, trace: Trace) -> Callable[[], None]:
+    """Have every layer's predictions noted in the last entry of `trace`; what makes room for another token."""
     for predictor in engine.decoder.rows.predictors if engine.decoder.rows else ():
         predict = predictor.predict
 
@@ -145,6 +181,27 @@ def watch(engine: Engine, trace: Trace) -> None:
             return rows
 
         predictor.predict = noted  # type: ignore[method-assign]
+    return lambda: trace.append([])
+
+
+def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Callable[[], None]:
+    """Have guesses made and noted likewise, and the seconds of each guess and of the attention after it."""
+    decoder, lookaheads = engine.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
+    attention = decoder._attention
+
+    def noted(i: int, x: Array, start: int, wide: bool) -> None:
+        began = time.perf_counter()
+        normed = np.empty_like(x)
+        decoder._norm(f"{i}.norm.ffn", x, normed)
+        assert decoder.rows is not None
+        trace[-1].append(decoder.rows.predictors[i].predict(lookaheads[i].guess(normed)))
+        guessed = time.perf_counter()
+        attention(i, x, start, wide)
+        seconds.append((guessed - began, time.perf_counter() - guessed))
+
+    decoder._attention = noted  # type: ignore[method-assign]
+    decoder.observe = lambda i, x, normed: lookaheads[i].learn(normed)
+    return lambda: trace.append([])
 
 
 def order_of(base: Pack, ordered: Pack, i: int) -> Array:
@@ -206,22 +263,50 @@ def planned(pack: Pack, reader: Reader, share: float) -> list[RowCache]:
     return caches
 
 
-def replay(name: str, trace: Trace, caches: list[RowCache], reader: Reader, compute_s: float) -> Step:
-    """Bring every token's rows through the caches."""
+def replay(
+    name: str, trace: Trace, caches: list[RowCache], reader: Reader, compute_s: float, ahead: Foresight | None = None
+) -> Step:
+    """Bring every token's rows through the caches, after those that were guessed, where they are given."""
 
-    def run(token: Sequence[Array]) -> None:
-        for cache, rows in zip(caches, token, strict=True):
+    def run(n: int) -> None:
+        for i, (cache, rows) in enumerate(zip(caches, trace[n], strict=True)):
+            if ahead is not None:
+                cache.prefetch(ahead.guessed[n][i])
+                wait(ahead.attention_s)
             for _ in cache.ensure(rows):
                 pass
 
     first = int(WARM_UP * len(trace))
-    for token in trace[:first]:
-        run(token)
-    before = [(c.statistics.asked, c.statistics.misses) for c in caches]
-    step = measure(name, [lambda token=token: run(token) for token in trace[first:]], reader, compute_s, 0)  # type: ignore[misc]
-    asked, misses = (sum(getattr(c.statistics, key) for c in caches) for key in ("asked", "misses"))
-    asked, misses = asked - sum(b[0] for b in before), misses - sum(b[1] for b in before)
-    return Step(name, step.io_ms, step.bytes_read, 1 - misses / max(asked, 1), step.tok_per_s)
+    for n in range(first):
+        run(n)
+    before = counts(caches)
+    step = measure(name, [lambda n=n: run(n) for n in range(first, len(trace))], reader, compute_s, 0)  # type: ignore[misc]
+    count = counts(caches)
+    count.subtract(before)
+    read = count["misses"] + count["useful"]
+    step = replace(step, hit_rate=1 - read / max(count["asked"], 1))
+    if ahead is None:
+        return step
+    io_s = step.io_ms / 1e3 + len(caches) * (ahead.guess_s - ahead.attention_s)
+    return replace(
+        step,
+        io_ms=1e3 * io_s,
+        tok_per_s=1 / (io_s + compute_s),
+        recall=count["useful"] / max(read, 1),
+        precision=count["useful"] / max(count["prefetched"], 1),
+    )
+
+
+def counts(caches: list[RowCache]) -> Counter[str]:
+    """The statistics of all layers."""
+    return sum((Counter(asdict(cache.statistics)) for cache in caches), Counter())
+
+
+def wait(seconds: float) -> None:
+    """Keep the processor busy, as computing would."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def measure(

@@ -372,6 +372,11 @@ def ablation(name: str, data: dict[str, Any]) -> Iterator[str]:
             for step in data["steps"]
         ],
     )
+    if (last := data["steps"][-1]).get("recall") is not None:
+        yield (
+            f"Of the neurons that had to be read, {last['recall']:.0%} were guessed before attention; of those read "
+            f"for a guess, {last['precision']:.0%} were used."
+        )
 
 
 def anything(name: str, data: dict[str, Any]) -> Iterator[str]:

@@ -292,7 +292,7 @@ class _Planner:
         return sum(r.index_bytes for r in self.rows)
 
     def _predictor_bytes(self) -> int:
-        work = sum(predictor_work_bytes(r.tensor.run_bundles, r.sparsity.rank) for r in self.rows)
+        work = sum(predictor_work_bytes(r.tensor.run_bundles, r.sparsity.rank, self.spec.hidden) for r in self.rows)
         return work + sum(t.nbytes for t in self.predictors)
 
     def _tiers(self) -> Iterable[tuple[str, list[TensorLayout]]]:

@@ -24,12 +24,12 @@ def least_slots(neurons: int, pinned: int) -> int:
 
 def index_bytes(neurons: int, slots: int, pinned: int, bias: bool) -> int:
     """Bytes that a cache keeps beside its slots."""
-    return 4 * neurons + 4 + (9 + 4 * bias) * slots + 4 * QUEUE_FACTOR * (slots - pinned)
+    return 4 * neurons + 4 + (10 + 4 * bias) * slots + 4 * QUEUE_FACTOR * (slots - pinned)
 
 
-def predictor_work_bytes(neurons: int, rank: int) -> int:
-    """Bytes that a predictor of one token at a time keeps beside its matrices."""
-    return 4 * rank + (3 * 4 + 1) * neurons
+def predictor_work_bytes(neurons: int, rank: int, hidden: int) -> int:
+    """Bytes that a predictor of one token at a time keeps beside its matrices, and those of guesses at its input."""
+    return 4 * rank + (3 * 4 + 1) * neurons + 3 * 4 * hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,14 @@ class Pass(NamedTuple):
 
 @dataclass(slots=True)
 class RowStatistics:
-    """Counts since the cache was made: asked = pinned_hits + hits + misses."""
+    """Counts since the cache was made: asked = pinned_hits + hits + misses; useful <= prefetched."""
 
     asked: int = 0  # rows
     pinned_hits: int = 0
     hits: int = 0  # in the window, or already on their way
     misses: int = 0
     prefetched: int = 0  # rows that were read because somebody guessed them
+    useful: int = 0  # of these, those that were asked for before they left
     bytes_wanted: int = 0  # of the rows that were read
     bytes_read: int = 0  # what came from the disk for them: rest of pages and gaps included
     wait_s: float = 0.0
@@ -81,6 +82,7 @@ class RowCache:
         self._row_in = np.full(len(memory), -1, np.int32)
         self._row_in[:pinned] = np.arange(pinned)
         self._arriving = np.zeros(len(memory), bool)
+        self._guessed = np.zeros(len(memory), bool)  # and not asked for yet
         # Slots of the window in the order of use. Used again, a slot gets a new entry; `_place` says which one counts.
         self._queue = np.zeros(QUEUE_FACTOR * self.window, np.int32)
         self._place = np.full(len(memory), -1, np.int32)
@@ -109,8 +111,8 @@ class RowCache:
         that the layer has not, PackError and DiskError; what could not be read is then absent.
         """
         for part in self._parts(self._checked(rows)):
-            slots, misses = self._request(part)
-            self._count(slots, misses)
+            slots, absent = self._request(part)
+            self._count(slots, len(absent))
             ready = self._ready(slots)
             if ready > 0:
                 yield Pass(part[:ready], slots[:ready])
@@ -124,8 +126,9 @@ class RowCache:
         They count as used, so they stay until the next `ensure`. Invalidates the pass handed out last.
         """
         for part in self._parts(self._checked(rows)):
-            _, started = self._request(part)
-            self.statistics.prefetched += started
+            slots, started = self._request(part)
+            self.statistics.prefetched += len(started)
+            self._guessed[slots[started]] = True
             break
 
     def abandon(self) -> None:
@@ -151,6 +154,7 @@ class RowCache:
         assert sorted(flying) == np.flatnonzero(self._arriving).tolist(), "a slot waits for a read that nobody made"
         count = self.statistics
         assert count.asked == count.pinned_hits + count.hits + count.misses, "the counts do not add up"
+        assert count.useful + np.count_nonzero(self._guessed) <= count.prefetched, "a guess counts twice"
         assert count.bytes_wanted == (count.misses + count.prefetched) * self.tensor.stride, "rows were read uncounted"
 
     def _require_room(self) -> None:
@@ -178,8 +182,8 @@ class RowCache:
             yield rows[begin:end]
             begin = end
 
-    def _request(self, rows: Array) -> tuple[Array, int]:
-        """Slots of rows that fit, and how many of the rows have just been asked of the disk."""
+    def _request(self, rows: Array) -> tuple[Array, Array]:
+        """Slots of rows that fit, and the places among them of those that have just been asked of the disk."""
         try:
             self._land(wait=False)
             slots, pinned = self._slot_of[rows], self._pinned_among(rows)
@@ -197,13 +201,13 @@ class RowCache:
         except BaseException:
             self.abandon()
             raise
-        return slots, len(absent)
+        return slots, absent + pinned
 
     def _read(self, rows: Array, slots: Array) -> None:
         """Start to read rows into slots, whatever was there. At no point is a slot taken for what it does not hold."""
         if self._flying and self._arriving[slots].any():
             self._land(wait=True)  # a guess that was not used is still being read into one of them
-        self._arriving[slots] = True
+        self._arriving[slots], self._guessed[slots] = True, False
         self._slot_of[self._row_in[slots]] = -1
         self._row_in[slots] = rows
         self._slot_of[rows] = slots
@@ -251,6 +255,9 @@ class RowCache:
         count.pinned_hits += pinned
         count.hits += len(slots) - pinned - misses
         count.misses += misses
+        guessed = int(np.count_nonzero(self._guessed[slots]))
+        self._guessed[slots] = False
+        count.useful += guessed
 
     def _pinned_among(self, rows: Array) -> int:
         """How many of ascending rows are pinned: they come first."""
@@ -294,7 +301,7 @@ class RowCache:
         Nothing else is relied on: an interrupt may have struck between any two steps.
         """
         self._row_in[self._arriving] = -1
-        self._arriving[:] = False
+        self._guessed[self._arriving] = self._arriving[:] = False
         self._slot_of[:] = -1
         held = np.flatnonzero(self._row_in >= 0)
         self._slot_of[self._row_in[held]] = held

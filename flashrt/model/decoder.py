@@ -75,6 +75,8 @@ class Decoder:
         self._embed(ids, start, x)
         self._rotations(start, count)
         for i in range(len(self.spec.layers)):
+            if self.rows is not None and not wide:
+                self._look_ahead_rows(i, x, self.rows)
             self._attention(i, x, start, wide)
             self._ffn(i, x, start, wide)
         self.kv.length = start + count
@@ -210,6 +212,13 @@ class Decoder:
         if self.spec.post_norms:
             self._norm(f"{i}.norm.ffn_post", y, y)
         x += y
+
+    def _look_ahead_rows(self, i: int, x: Tensor, rows: RowFfn) -> None:
+        """Read ahead the rows that block `i` would need if attention moved x as it did of late."""
+        if rows.looks_ahead(i, len(x)):
+            normed = self._view("normed", len(x), self.spec.hidden)
+            self._norm(f"{i}.norm.ffn", x, normed)
+            rows.look_ahead(i, normed)
 
     def _sparse(self, i: int, channels: ChannelFfn, x: Tensor, start: int, y: Tensor, wide: bool) -> None:
         sums = self._view("sums", len(x), self.layout.tensors[f"{i}.channels"].columns)

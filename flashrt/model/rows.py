@@ -15,6 +15,7 @@ import numpy as np
 from flashrt.cache.rows import Pass, RowStatistics
 from flashrt.cache.weights import Weights
 from flashrt.model.heads import Chosen, Heads
+from flashrt.model.lookahead import Lookahead
 from flashrt.model.thinned import Selection, Thinned
 from flashrt.predict.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
@@ -51,6 +52,7 @@ class RowFfn(Thinned[RowSparsity]):
         self.predictors = [self._predictor(i) for i in count]
         self._heads = [None if layer.heads_from is None else Heads(weights, ops, i) for i, layer in enumerate(layers)]
         self._caches = [weights.row_cache(f"{i}.ffn", self._up_bias(i)) for i in count]
+        self._lookaheads = [None if cache is None else Lookahead(weights.spec.hidden) for cache in self._caches]
         self._before: list[RowStatistics] = []
         self.restart(layers)
 
@@ -71,10 +73,27 @@ class RowFfn(Thinned[RowSparsity]):
         self.tallies[i].idle_heads += chosen.each.size - np.count_nonzero(chosen.each)
         return chosen
 
+    def looks_ahead(self, i: int, tokens: int) -> bool:
+        """Whether to call `look_ahead` before the attention of layer `i`, in a pass of so many tokens."""
+        ahead = self._lookaheads[i]
+        return tokens == 1 and ahead is not None and ahead.begin()
+
+    def look_ahead(self, i: int, before: Array) -> None:
+        """Start to read what block `i` will probably need, whose input would be `before` were there no attention.
+
+        float32 [1, hidden]. What is computed does not depend on it.
+        """
+        ahead, cache = self._lookaheads[i], self._caches[i]
+        if ahead is not None and cache is not None:
+            cache.prefetch(self.predictors[i].predict(ahead.guess(before)))
+
     def add(self, i: int, x: Array, y: Array) -> None:
         """y += block `i` of x for a few tokens, float32 [B, hidden]."""
         for token in range(len(x)):
             self._add(i, x[token : token + 1], y[token : token + 1])
+        ahead = self._lookaheads[i]
+        if len(x) == 1 and ahead is not None:
+            ahead.end(x)
 
     def abandon(self) -> None:
         """Forget what is being read, after a failure or an interrupt."""
@@ -88,10 +107,14 @@ class RowFfn(Thinned[RowSparsity]):
         return sum(cache.statistics.wait_s for cache in self._caches if cache is not None)
 
     def hit_rate(self) -> float | None:
-        """Share of the rows asked for since the last restart that were in memory; None before the first."""
+        """Share of the rows asked for since the last restart that were in memory; None before the first.
+
+        A row that was guessed and is being read for the first time was not.
+        """
         if not any(tally.neurons for tally in self.tallies):
             return None
-        return 1 - self._counted("misses") / sum(tally.neurons for tally in self.tallies)
+        read = self._counted("misses") + self._counted("useful")
+        return 1 - read / sum(tally.neurons for tally in self.tallies)
 
     @property
     def counted(self) -> int:

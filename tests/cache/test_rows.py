@@ -235,9 +235,32 @@ def test_a_guess_is_read_early_and_counted() -> None:
     taken(cache, np.arange(95, 205, dtype=np.int32))
     assert [len(request) for request in reader.requests] == [100, 5]
     count = cache.statistics
-    assert (count.prefetched, count.pinned_hits, count.hits, count.misses) == (100, 5, 100, 5)
+    assert (count.prefetched, count.useful, count.pinned_hits, count.hits, count.misses) == (100, 100, 5, 100, 5)
     assert count.bytes_read == 4096 * 105
     assert count.bytes_wanted == cache.tensor.stride * 105
+
+
+def test_a_guess_is_useful_once_and_only_while_it_is_there() -> None:
+    cache, _ = fake_cache(1000, 2 * UNIT, 0)
+    cache.prefetch(np.arange(50, dtype=np.int32))
+    taken(cache, np.arange(40, 60, dtype=np.int32))
+    taken(cache, np.arange(40, 60, dtype=np.int32))
+    assert (cache.statistics.prefetched, cache.statistics.useful) == (50, 10)
+    taken(cache, np.arange(500, 500 + 2 * UNIT, dtype=np.int32))  # the other guesses have to go
+    taken(cache, np.arange(50, dtype=np.int32))
+    assert (cache.statistics.prefetched, cache.statistics.useful) == (50, 10)
+    cache.check_integrity()
+
+
+def test_guesses_lost_on_the_way_are_not_useful() -> None:
+    cache, reader = fake_cache(1000, 400, 0)
+    cache.prefetch(np.arange(30, dtype=np.int32))
+    reader.flying[0].arrive()
+    cache.prefetch(np.arange(100, dtype=np.int32))
+    cache.abandon()  # the second read is under way, the first is over
+    taken(cache, np.arange(100, dtype=np.int32))
+    assert (cache.statistics.prefetched, cache.statistics.useful, cache.statistics.misses) == (100, 30, 70)
+    cache.check_integrity()
 
 
 def test_a_guess_still_being_read_is_not_overwritten() -> None:

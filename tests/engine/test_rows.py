@@ -14,6 +14,7 @@ from flashrt.engine.open import sparse_pack
 from flashrt.engine.quality import Reference, figures, select
 from flashrt.engine.runtime import runtime_for
 from flashrt.model.decoder import NARROW
+from flashrt.model.lookahead import Lookahead
 from flashrt.predict.row_fit import EVERYTHING
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -128,6 +129,51 @@ def test_a_pass_that_fails_leaves_nothing_behind(case, tokens):
         with pytest.raises(KeyboardInterrupt):
             engine.step(5)
         cache.ensure = ensure
+        assert np.array_equal(logits_of(engine, tokens[:9], tokens[9:]), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 1.0])
+def test_results_do_not_depend_on_guesses(case, tokens, share, monkeypatch):
+    packed, results = Pack(case[0] / SPARSE_DIR), {}
+    for guessing in (False, True):
+        monkeypatch.setattr(Lookahead, "begin", lambda self, guessing=guessing: began(self, guessing))
+        with tiny_engine(packed, share) as engine:
+            results[guessing] = logits_of(engine, tokens[:9], tokens[9:])
+            rows = engine.decoder.rows
+            caches = [cache for cache in rows._caches if cache is not None]
+            for cache in caches:
+                cache.check_integrity()
+            assert any(cache.statistics.useful > 0 for cache in caches) == (guessing and share < 1)
+            read = sum(cache.statistics.misses + cache.statistics.useful for cache in caches)
+            assert rows.hit_rate() == 1 - read / sum(tally.neurons for tally in rows.tallies)
+    assert np.array_equal(results[False], results[True])
+
+
+def began(ahead, guessing):
+    """Guess for every token, or for none."""
+    ahead._guessing = guessing
+    return guessing
+
+
+def test_a_guess_that_nobody_came_for(case, tokens, monkeypatch):
+    """A pass that is left during attention, while guessed rows are being read."""
+    monkeypatch.setattr(Lookahead, "begin", lambda self: began(self, True))
+    packed = Pack(case[0] / SPARSE_DIR)
+    with tiny_engine(packed, 0.1) as engine:
+        expected = logits_of(engine, tokens[:9], tokens[9:])
+        attention = engine.decoder._attention
+
+        def interrupted(i, *rest):
+            if i == 1:
+                raise KeyboardInterrupt
+            attention(i, *rest)
+
+        engine.decoder._attention = interrupted
+        for token in tokens[:5]:
+            with pytest.raises(KeyboardInterrupt):
+                engine.step(token)
+            engine.decoder.rows._caches[1].check_integrity()
+        engine.decoder._attention = attention
         assert np.array_equal(logits_of(engine, tokens[:9], tokens[9:]), expected)
 
 

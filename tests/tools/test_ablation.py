@@ -31,12 +31,16 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_steps(pack: Path) -> None:
     result = ablate(pack, TEXT, 0.5, 24, 1)
     steps = {step["name"]: step for step in result["steps"]}
-    assert list(steps) == ["naive", "resident", "predictor", "window", "order"]
+    assert list(steps) == ["naive", "resident", "predictor", "window", "order", "lookahead"]
     neurons = 3 * 700 * Pack(pack).layout.tensors["0.ffn"].stride
     assert neurons <= steps["naive"]["bytes_read"] < 1.1 * neurons
     assert steps["resident"]["bytes_read"] < 0.6 * steps["naive"]["bytes_read"]
     assert 0 < steps["window"]["hit_rate"] < 1
     assert 0 < steps["order"]["hit_rate"] <= 1
+    assert steps["lookahead"]["hit_rate"] == pytest.approx(steps["order"]["hit_rate"], abs=0.1)
+    assert steps["lookahead"]["bytes_read"] > 0.8 * steps["order"]["bytes_read"]
+    assert 0 < steps["lookahead"]["recall"] <= 1
+    assert 0 < steps["lookahead"]["precision"] <= 1
     assert all(step["io_ms"] > 0 and step["tok_per_s"] > 0 for step in steps.values())
 
 
