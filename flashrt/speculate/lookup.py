@@ -4,8 +4,9 @@ Prompt lookup decoding (Saxena 2023) and its kin take one continuation; here sev
 confidence learned from the text so far: how often a match of this length was right. Longer matches come first, of those
 equally long the latest.
 
-Earlier places are found through chains of those that end in the same two tokens, latest first, as in DEFLATE (RFC
-1951, section 4). Work per token is bounded, by TRIED places of LONGEST tokens.
+Earlier places are found through chains of those that end in the same tokens, latest first, as in DEFLATE (RFC 1951,
+section 4): in the same two, so that long matches are found among many short ones, and in the same one. Work per token
+is bounded, by TRIED places of each chain and LONGEST tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 from flashrt.speculate.drafter import Candidate
 
-SHORTEST, LONGEST = 2, 16  # tokens of a match; of longer ones only as many are compared
-TRIED = 16  # places that are looked at
+CHAINED = (2, 1)  # tokens in which the places of a chain agree
+LONGEST = 16  # tokens of a match that are compared
+TRIED = 16  # places of a chain that are looked at
 WIDTH = 3  # continuations
 DEPTH = 15  # tokens of each
 MEMORY = 0.99  # of how matches fared, per match of the same rank and length
@@ -32,16 +34,48 @@ class Match(NamedTuple):
     next: int
 
 
+class _Chains:
+    """For each place of a text of up to `context` tokens, the last one before it where the same `order` tokens end.
+
+    Chains are kept by hash, so that other places may be among them.
+    """
+
+    def __init__(self, tokens: array[int], order: int) -> None:
+        self._tokens, self._order = tokens, order
+        self._earlier = array("i", bytes(4 * len(tokens)))  # -1: none
+        self._latest = array("i", [-1]) * (1 << max(len(tokens) - 1, 0).bit_length())  # by hash
+        self.nbytes = 4 * (len(self._earlier) + len(self._latest))
+
+    def append(self, place: int) -> None:
+        """The text goes on at `place`."""
+        slot = self._slot(place)
+        self._earlier[place] = self._latest[slot]
+        self._latest[slot] = place
+
+    def before(self, place: int) -> Iterator[int]:
+        """Earlier places, latest first, TRIED at most."""
+        for _ in range(TRIED):
+            place = self._earlier[place]
+            if place < 0:
+                break
+            yield place
+
+    def _slot(self, place: int) -> int:
+        mixed = 0
+        for token in self._tokens[max(place + 1 - self._order, 0) : place + 1]:
+            mixed = (mixed + token + 1) * 0x9E3779B1 & 0xFFFFFFFF
+        return (mixed >> 7) % len(self._latest)
+
+
 class Lookup:
-    """A `Drafter` for one sequence of up to `context` tokens, in `nbytes` bytes: at most 16 for each of them."""
+    """A `Drafter` for one sequence of up to `context` tokens, in `nbytes` bytes: at most 28 for each of them."""
 
     name = "lookup"
 
     def __init__(self, context: int) -> None:
         self._tokens = array("i", bytes(4 * context))
-        self._earlier = array("i", bytes(4 * context))  # the last place before this one that ends alike; -1: none
-        self._latest = array("i", [-1]) * (1 << max(context - 1, 1).bit_length())  # by hash
-        self.nbytes = 4 * (2 * context + len(self._latest))
+        self._chains = [_Chains(self._tokens, order) for order in CHAINED]
+        self.nbytes = 4 * context + sum(chains.nbytes for chains in self._chains)
         self._count = 0
         self._matches: list[Match] = []
         self._right = [[PRIOR_WEIGHT * share] * (LONGEST + 1) for share in PRIOR_RIGHT]
@@ -72,21 +106,14 @@ class Lookup:
             tried[match.length] = MEMORY * tried[match.length] + 1
 
     def _append(self, token: int) -> None:
-        place = self._count
-        self._tokens[place] = token
+        self._tokens[self._count] = token
+        for chains in self._chains:
+            chains.append(self._count)
         self._count += 1
-        if place > 0:
-            slot = self._slot(place)
-            self._earlier[place] = self._latest[slot]
-            self._latest[slot] = place
-
-    def _slot(self, place: int) -> int:
-        pair = self._tokens[place - 1] * 0x9E3779B1 + self._tokens[place]
-        return (pair * 0x85EBCA6B >> 15) % len(self._latest)
 
     def _find(self) -> list[Match]:
         """The best matches, each with another next token."""
-        matches = sorted(self._candidates(), key=lambda match: -match.length)
+        matches = sorted(self._candidates(), key=lambda match: (-match.length, -match.next))
         by_next: dict[int, Match] = {}
         for match in matches:
             by_next.setdefault(self._tokens[match.next], match)
@@ -94,14 +121,11 @@ class Lookup:
 
     def _candidates(self) -> Iterator[Match]:
         last = self._count - 1
-        place = self._earlier[last] if last > 0 else -1
-        for _ in range(TRIED):
-            if place < 0:
-                break
-            length = self._common(place, last)
-            if length >= SHORTEST:  # not so where hashes collide
-                yield Match(length, place + 1)
-            place = self._earlier[place]
+        for chains in self._chains:
+            for place in chains.before(last):
+                length = self._common(place, last)
+                if length > 0:  # not so where hashes collide
+                    yield Match(length, place + 1)
 
     def _common(self, place: int, last: int) -> int:
         """How many tokens up to both places are the same."""
