@@ -6,10 +6,11 @@ drafted, nor on the measured times by which trees are shaped: the same seed give
 off` too.
 
 Speculative sampling with residuals (Leviathan et al. 2023; Chen et al. 2023; for trees SpecInfer, Miao et al. 2023, and
-Sequoia, Chen et al. 2024) keeps the distribution only: a sample would change with every draft. It accepts more where
-the drafter draws its tokens by itself. A drafter that chooses by a copy of the sequence's sampler, and so by the same
-random numbers, gets most of that back (`tools/bench_acceptance.py`); the idea is that of Daliri et al. 2024, "Coupling
-without communication and drafter-invariant speculative decoding".
+Sequoia, Chen et al. 2024) keeps the distribution only: a sample would change with every draft. It accepts more of
+single tokens that the drafter has drawn, and hardly more where several are drafted side by side or the target is
+fairly sure (`tools/bench_acceptance.py`). A drafter may also draw by the same random numbers, with a copy of the
+sequence's sampler; the idea is that of Daliri et al. 2024, "Coupling without communication and drafter-invariant
+speculative decoding".
 """
 
 from __future__ import annotations

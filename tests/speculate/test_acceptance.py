@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -53,6 +54,16 @@ def test_a_perfect_draft_stands_as_a_whole() -> None:
     steps = list(walk(tree, target.verify(tree, tokens), Sampler(Sampling(), PROMPT)))
     assert [step.node for step in steps] == tree.path(node)
     assert [step.token for step in steps] == plain(target, PROMPT, Sampling(), 7)
+
+
+def test_a_copy_of_the_sampler_drafts_what_is_sampled() -> None:
+    target, sampler = Target(7, 6), Sampler(SAMPLINGS[3], PROMPT)
+    drafter, tokens, tree, node = copy.deepcopy(sampler), list(PROMPT), TokenTree(PROMPT[-1]), ROOT
+    for _ in range(9):
+        tokens.append(drafter.choose(target.logits(tokens)))
+        node = tree.add(node, tokens[-1])
+    steps = list(walk(tree, target.verify(tree, PROMPT), sampler))
+    assert [step.token for step in steps[:-1]] == tokens[len(PROMPT) :]
 
 
 def test_nothing_is_drawn_beyond_the_last_step_asked_for() -> None:
