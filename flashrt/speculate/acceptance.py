@@ -6,11 +6,11 @@ drafted, nor on the measured times by which trees are shaped: the same seed give
 off` too.
 
 Speculative sampling with residuals (Leviathan et al. 2023; Chen et al. 2023; for trees SpecInfer, Miao et al. 2023, and
-Sequoia, Chen et al. 2024) keeps the distribution only: a sample would change with every draft. It accepts more of
-single tokens that the drafter has drawn, and hardly more where several are drafted side by side or the target is
-fairly sure (`tools/bench_acceptance.py`). A drafter may also draw by the same random numbers, with a copy of the
-sequence's sampler; the idea is that of Daliri et al. 2024, "Coupling without communication and drafter-invariant
-speculative decoding".
+Sequoia, Chen et al. 2024) keeps the distribution only: a sample would change with every draft. It accepts more
+where the target is unsure and the drafter draws at random, nothing more of tokens that are drafted because they are the
+likeliest. A drafter here gets part of that back by drawing with a copy of the sequence's sampler, by the same random
+numbers (`tools/bench_acceptance.py`; Daliri et al. 2024, "Coupling without communication and drafter-invariant
+speculative decoding").
 """
 
 from __future__ import annotations
