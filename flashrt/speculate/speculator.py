@@ -1,0 +1,65 @@
+"""One sequence's speculation: asks the drafters, shapes the tree of each pass, and learns from what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from flashrt.speculate.accuracy import Accuracy
+from flashrt.speculate.control import best_nodes, worth_a_step
+from flashrt.speculate.costs import PassCost, StepCosts
+from flashrt.speculate.drafter import Drafter
+from flashrt.speculate.proposals import Proposals
+from flashrt.speculate.tree import ROOT, TokenTree
+
+
+class Speculator:
+    """Trees for the passes of one sequence, from `drafters`, the cheapest first.
+
+    For each pass `draft` gives the tree to verify, and `learn` takes what came of it. The first pass is of one
+    position: what a pass costs is known only then. Times shape the trees, so these differ from run to run; what stands
+    does not depend on them (`acceptance.walk`).
+    """
+
+    def __init__(
+        self, drafters: Sequence[Drafter], tokens: Sequence[int], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`tokens` are all so far, the last one not yet computed; `clock` returns seconds."""
+        self._drafters, self._clock = drafters, clock
+        self._accuracy, self._pass_cost, self._step_costs = Accuracy(), PassCost(), StepCosts()
+        self._proposals = Proposals(tokens[-1], self._accuracy)
+        self._tell(tokens)
+
+    def draft(self, limit: int) -> TokenTree:
+        """The tree to verify next, of `limit` positions at most. Its root is the last token told."""
+        tree = self._proposals.tree
+        if not self._pass_cost.measured or limit == 1:
+            return tree
+        began, pass_seconds = self._clock(), self._pass_cost.seconds(limit)
+        for drafter in self._drafters:
+            self._ask(drafter, pass_seconds, began)
+        return tree.select(best_nodes(self._proposals.chances(), pass_seconds, self._clock() - began))
+
+    def learn(self, tokens: Sequence[int], positions: int, seconds: float) -> None:
+        """A pass over `positions` took `seconds`, and `tokens` are what stands after the root: one at least."""
+        self._pass_cost.record(positions, seconds)
+        self._proposals.learn(tokens)
+        self._proposals = Proposals(tokens[-1], self._accuracy)
+        self._tell(tokens)
+
+    def _tell(self, tokens: Sequence[int]) -> None:
+        for drafter in self._drafters:
+            drafter.accept(tokens)
+
+    def _ask(self, drafter: Drafter, pass_seconds: Sequence[float], began: float) -> None:
+        """Have a drafter propose while it pays."""
+        frontier, steps = [ROOT], drafter.propose()
+        while frontier:
+            gains = self._proposals.outlook(drafter.name, frontier, len(pass_seconds) - 1)
+            spent, step_seconds = self._clock() - began, self._step_costs.seconds(drafter.name)
+            if not worth_a_step(self._proposals.chances(), gains, step_seconds, pass_seconds, spent):
+                break
+            asked = self._clock()
+            candidates = next(steps, [])
+            self._step_costs.record(drafter.name, self._clock() - asked)
+            frontier = self._proposals.add(drafter.name, candidates)

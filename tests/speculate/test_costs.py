@@ -1,0 +1,56 @@
+"""The line through measured times: near the numbers in use, and never stuck."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flashrt.speculate.costs import PassCost, StepCosts
+
+
+def measured(*pairs: tuple[int, float]) -> PassCost:
+    cost = PassCost()
+    for positions, seconds in pairs:
+        cost.record(positions, seconds)
+    return cost
+
+
+def test_more_positions_cost_nothing_until_that_was_seen() -> None:
+    assert not PassCost().measured
+    assert measured((1, 0.5)).seconds(4) == pytest.approx([0.5] * 4)
+    assert measured((1, 0.5), (1, 0.7)).seconds(2) == pytest.approx([0.6] * 2, rel=0.02)
+
+
+def test_a_line_is_found() -> None:
+    random = np.random.default_rng(0)
+    sizes = random.integers(1, 17, 60).tolist()
+    cost = measured(*((n, 0.4 + 0.05 * n + 0.01 * random.standard_normal()) for n in sizes))
+    assert cost.seconds(16) == pytest.approx([0.4 + 0.05 * n for n in range(1, 17)], abs=0.02)
+
+
+def test_more_positions_are_never_thought_cheaper() -> None:
+    assert measured((1, 1.0), (8, 0.5)).seconds(8) == pytest.approx([0.74] * 8, abs=0.02)
+
+
+def test_the_line_is_that_of_the_numbers_in_use() -> None:
+    """Flat up to eight positions, steep beyond: among 6 to 8, the rise at 16 is forgotten."""
+    cost = measured((16, 9.0), *((6 + n % 3, 1.0) for n in range(200)))
+    assert cost.seconds(8)[-1] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_hiccup_is_forgotten() -> None:
+    cost = measured((1, 1.0), (2, 30.0))
+    assert cost.seconds(2)[1] > 10
+    for _ in range(200):
+        cost.record(1, 1.0)
+    assert cost.seconds(2) == pytest.approx([1.0, 1.0], abs=0.05)
+
+
+def test_steps_by_drafter() -> None:
+    costs = StepCosts()
+    assert costs.seconds("a") == 0
+    for seconds in [4.0] + [1.0] * 200:
+        costs.record("a", seconds)
+    costs.record("b", 7.0)
+    assert costs.seconds("a") == pytest.approx(1, abs=0.01)
+    assert costs.seconds("b") == 7

@@ -1,0 +1,65 @@
+"""Candidates of several drafters in one tree, judged together."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashrt.speculate.accuracy import Accuracy, Claim
+from flashrt.speculate.drafter import Candidate
+from flashrt.speculate.proposals import STEP, STEP_CONFIDENCE, Proposals
+
+
+class Told(Accuracy):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[Claim, bool]] = []
+
+    def record(self, claim: Claim, right: bool) -> None:
+        self.told.append((claim, right))
+        super().record(claim, right)
+
+
+def test_drafters_share_nodes() -> None:
+    proposals = Proposals(9, Accuracy())
+    assert proposals.add("a", [Candidate((1,), 0.5), Candidate((1, 2), 0.6), Candidate((3,), 0.2)]) == [2, 3]
+    assert proposals.add("b", [Candidate((1,), 0.8), Candidate((1, 4), 0.1)]) == [4]
+    assert proposals.tree.tokens == [9, 1, 2, 3, 4]
+    assert proposals.chances() == pytest.approx([1, 0.8, 0.8 * 0.6, 0.2, 0.8 * 0.1])
+
+
+def test_a_path_from_nowhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a proposes \(1, 2\)"):
+        Proposals(9, Accuracy()).add("a", [Candidate((1, 2), 0.5)])
+
+
+def test_everything_that_was_reached_is_judged() -> None:
+    accuracy = Told()
+    proposals = Proposals(9, accuracy)
+    proposals.add("a", [Candidate((1,), 0.5), Candidate((3,), 0.3), Candidate((3, 5), 0.6), Candidate((1, 2), 0.9)])
+    proposals.add("b", [Candidate((4,), 0.1)])
+    proposals.learn([3, 6, 7])
+    assert accuracy.told == [
+        (Claim("a", 0, 1, 0.5), False),
+        (Claim("a", 1, 1, 0.3), True),
+        (Claim("b", 0, 1, 0.1), False),
+        (Claim("a", STEP, 1, STEP_CONFIDENCE), True),
+        (Claim("b", STEP, 1, STEP_CONFIDENCE), False),
+        (Claim("a", 0, 2, 0.6), False),
+        (Claim("a", STEP, 2, STEP_CONFIDENCE), False),
+    ]
+
+
+def test_outlook_is_what_steps_have_brought() -> None:
+    accuracy = Accuracy()
+    for _ in range(200):
+        proposals = Proposals(9, accuracy)
+        proposals.add("a", [Candidate((1,), 0.5), Candidate((2,), 0.5)])
+        proposals.learn([2])
+    proposals = Proposals(9, accuracy)
+    assert proposals.outlook("a", [0], 3) == pytest.approx([0.98, 0.98 * 0.8, 0.98 * 0.8**2], abs=0.02)
+    frontier = proposals.add("a", [Candidate((1,), 0.5), Candidate((2,), 0.25)])
+    reached = sum(proposals.chances()[1:])
+    assert proposals.outlook("a", frontier, 3) == pytest.approx([reached * 0.8, reached * 0.8**2], abs=0.02)
+    assert proposals.outlook("a", frontier, 1) == []
