@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
 """Train a small OPT with ReLU on text found on this machine, for sparsity that is no accident of random weights.
 
-    python -m tools.train_relu_lm OUT --minutes 20
+    OMP_WAIT_POLICY=passive python -m tools.train_relu_lm OUT --minutes 50
     python -m tools.train_relu_lm OUT --minutes 1 --hidden 64 --layers 2 --heads 2 --text-dir flashrt docs
 
 OUT becomes a Hugging Face checkpoint (`flashrt pack OUT PACK`) with held-out.txt and calibration.txt beside it: text of
 the same kind, from files that training never saw. Without --text-dir the text is Python's library, the installed
 packages and /usr/share/doc. Model and batch are larger on a GPU.
 
-AdamW with linear warm-up and cosine decay over the minutes given, bfloat16 where tensors are multiplied, gradients
-clipped to norm 1. Neurons fall silent by themselves, but slowly; an L1 penalty on the activations, raised gradually as
-in ProSparse (arXiv:2402.13516, section 3), helps them. Its weight is not a constant
-but follows the share of zeros, which is to reach --zeros by three quarters of the training. --zeros 0: no penalty.
+Matrices are trained with Muon (orthogonalised momentum; Jordan et al. 2024, its steps scaled to AdamW's as in
+arXiv:2502.16982, section 2.2), which takes a fraction of AdamW's tokens to learn as much; embeddings and vectors with
+AdamW. The learning rate warms up and then falls linearly over the minutes given; bfloat16 where tensors are multiplied,
+gradients clipped to norm 1. An L1 penalty on the activations, raised gradually as in ProSparse (arXiv:2402.13516,
+section 3), silences neurons. Its weight is not a constant but follows the share of zeros, which is to reach --zeros at
+three fifths of the training. --zeros 0: no penalty.
 
-On a CPU the minutes are processor time per thread, so that a busy machine takes longer and trains as much. The
-last line of standard output is JSON: perplexity of the held-out text beside that of unigrams and bigrams, and the share
-of FFN neurons that are zero in each layer.
+On a CPU the minutes are processor time per thread, so that a busy machine takes longer and trains as much. Threads that
+wait by spinning would count that as training, hence OMP_WAIT_POLICY. The last line of standard output is JSON:
+perplexity and bits per byte of the held-out text beside those of unigrams and bigrams (bits per byte compare across
+vocabularies, perplexities do not), and the share of FFN neurons that are zero in each layer.
 """
 
 from __future__ import annotations
@@ -25,11 +28,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +42,11 @@ from tools.corpus import BETWEEN, Corpus, collect, default_roots
 
 BOUNDARY = "<|endoftext|>"  # stands before every document, and first in every window
 TOKENIZER_BYTES = 8 << 20  # of training text that the tokenizer is fitted to
-WARM_UP = 0.05  # share of the training in which the learning rate rises
-LAST_RATE = 0.05  # of the peak, at the end
-PENALTY_RISE = 0.75  # share of the training in which the wanted share of zeros rises
-PENALTY_GAIN = 0.5  # of the weight's logarithm per step, for each unit of what is lacking
+WARM_UP = 0.02  # share of the training in which the learning rate rises
+LAST_RATE = 0.02  # of the peak, at the end
+DECAY = 0.1  # of weights, relative to the learning rate
+PENALTY_RISE = 0.6  # share of the training in which the wanted share of zeros rises
+PENALTY_GAIN = 0.2  # of the weight's logarithm per step, for each unit of what is lacking
 PENALTY_LEAST = 0.01  # weight, where nothing is lacking
 SMOOTHING = (1e-3, 1e-2, 1e-1)  # k of the bigram baseline; the best one counts
 REPORT_S = 20.0  # between lines of progress
@@ -58,8 +60,8 @@ class Shape:
     batch: int  # windows of a step
 
 
-SHAPES = {"cpu": Shape(256, 6, 4, 2), "cuda": Shape(768, 12, 12, 64)}
-FFN_RATIO = 8  # neurons per number of the hidden state
+SHAPES = {"cpu": Shape(256, 4, 4, 8), "cuda": Shape(768, 12, 12, 64)}
+FFN_RATIO = 12  # neurons per number of the hidden state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,13 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = new_model(args, tokenizer)
     seen = fit(model, train, args)
     save(args.out, model, tokenizer, corpus)
-    perplexity, zeros = evaluate(model, held_out, args)
+    loss, zeros = evaluate(model, held_out, args)
     unigram, bigram = baselines(train, held_out, tokenizer.get_vocab_size())
+    losses = {"": loss, "unigram_": unigram, "bigram_": bigram}
+    tokens_per_byte = len(held_out) / len(BETWEEN.join(corpus.held_out).encode())
     result = {
         "tool": "train_relu_lm",
-        "perplexity": perplexity,
-        "unigram_perplexity": unigram,
-        "bigram_perplexity": bigram,
+        **{f"{name}perplexity": math.exp(loss) for name, loss in losses.items()},
+        **{f"{name}bits_per_byte": loss / math.log(2) * tokens_per_byte for name, loss in losses.items()},
         "held_out_tokens": len(held_out),
         "zero_share": zeros,
         "train_tokens": len(train),
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory of the checkpoint")
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, default=50.0)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--heads", type=int)
@@ -107,10 +110,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="windows of a step")
     parser.add_argument("--context", type=int, default=512, help="tokens of a window, and the most the model takes")
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--zeros", type=float, default=0.93, help="share of activations that the L1 penalty aims at")
     parser.add_argument("--text-dir", type=Path, nargs="+", help="where to look for text")
-    parser.add_argument("--megabytes", type=float, default=32.0, help="of text, at most")
+    parser.add_argument("--megabytes", type=float, default=64.0, help="of text, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", choices=SHAPES, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -168,23 +171,52 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> OPTForCausalLM:
     )
     model = OPTForCausalLM(config)
     for layer in model.model.decoder.layers:
+        layer.activation_fn = WatchedReLU()
         # Each branch adds nothing at first (Fixup, arXiv:1901.09321), or its noise would drown the small embeddings.
         torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
         torch.nn.init.zeros_(layer.fc2.weight)
     return model.to(args.device)
 
 
+class WatchedReLU(torch.nn.Module):
+    """ReLU that counts its zeros, and pulls on what is not zero as an L1 penalty does."""
+
+    pull = 0.0  # the penalty's weight on the mean activation
+    zeros: Tensor  # share of zeros in the last outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.relu(x)
+        self.zeros = 1 - torch.count_nonzero(result) / result.numel()
+        if self.pull and result.requires_grad:
+            slope = self.pull / result.numel()
+            result.register_hook(lambda gradient: gradient + slope)
+        return result
+
+
+def activations(model: OPTForCausalLM) -> list[WatchedReLU]:
+    return [layer.activation_fn for layer in model.model.decoder.layers]
+
+
+def zero_shares(model: OPTForCausalLM) -> Tensor:
+    """The share of zeros of each layer in the last outputs, float32 [layers]."""
+    return torch.stack([activation.zeros for activation in activations(model)])
+
+
 def fit(model: OPTForCausalLM, ids: Tensor, args: argparse.Namespace) -> int:
     """Train for the time given; the number of tokens trained on."""
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer, penalty, clock = new_optimizer(model, args.rate), Penalty(args.zeros), Clock(args.device)
+    optimizers, penalty, clock = new_optimizers(model), Penalty(args.zeros), Clock(args.device)
     seen, reported, losses = 0, 0.0, list[Tensor]()
     model.train()
     while (progress := clock.seconds() / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * rate_share(progress)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.rate * rate_share(progress)
+        for activation in activations(model):
+            activation.pull = penalty.weight / args.layers
         batch = windows(ids, args, generator).to(args.device)
-        losses.append(step(model, optimizer, penalty, batch, progress))
+        losses.append(step(model, optimizers, batch))
+        penalty.follow(progress, float(zero_shares(model).mean()))
         seen += batch.numel()
         if clock.seconds() - reported > REPORT_S:
             reported = clock.seconds()
@@ -194,29 +226,29 @@ def fit(model: OPTForCausalLM, ids: Tensor, args: argparse.Namespace) -> int:
     return seen
 
 
-def step(
-    model: OPTForCausalLM, optimizer: torch.optim.Optimizer, penalty: Penalty, batch: Tensor, progress: float
-) -> Tensor:
+def step(model: OPTForCausalLM, optimizers: Sequence[torch.optim.Optimizer], batch: Tensor) -> Tensor:
     """Train on one batch of windows; the loss without the penalty."""
-    with activations(model) as kept, torch.autocast(batch.device.type, torch.bfloat16):
-        loss = model(input_ids=batch, labels=batch).loss
-    penalty.follow(progress, float(torch.stack([zero_share(values) for values in kept]).mean()))
-    mean = torch.stack([values.mean(dtype=torch.float32) for values in kept]).mean()
-    (loss + penalty.weight * mean).backward()
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.detach()
 
 
-def new_optimizer(model: OPTForCausalLM, rate: float) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+def new_optimizers(model: OPTForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the others; vectors do not decay."""
+    matrices = [p for p in model.model.decoder.layers.parameters() if p.ndim == 2]
+    inner = set(map(id, matrices))
+    embeddings = [p for p in model.parameters() if p.ndim == 2 and id(p) not in inner]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": embeddings, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
     ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 class Clock:
@@ -232,10 +264,10 @@ class Clock:
 
 
 def rate_share(progress: float) -> float:
-    """Learning rate as a share of its peak: linear warm-up, then a cosine."""
+    """Learning rate as a share of its peak: a line up, then a line down."""
     if progress < WARM_UP:
         return progress / WARM_UP
-    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
+    return LAST_RATE + (1 - LAST_RATE) * (1 - progress) / (1 - WARM_UP)
 
 
 class Penalty:
@@ -260,44 +292,22 @@ def windows(ids: Tensor, args: argparse.Namespace, generator: torch.Generator) -
     return result
 
 
-@contextmanager
-def activations(model: OPTForCausalLM) -> Iterator[list[Tensor]]:
-    """The outputs [tokens, neurons] of the layers' ReLU, appended while the model runs."""
-    kept: list[Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Tensor) -> None:
-        kept.append(output)
-
-    hooks = [layer.activation_fn.register_forward_hook(keep) for layer in model.model.decoder.layers]
-    try:
-        yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def zero_share(values: Tensor) -> Tensor:
-    return (values == 0).float().mean()
-
-
 @torch.no_grad()
 def evaluate(model: OPTForCausalLM, ids: Tensor, args: argparse.Namespace) -> tuple[float, list[float]]:
-    """Perplexity, in windows that start afresh, and the share of zero activations of each layer. In float32."""
+    """Nats per token, in windows that start afresh, and the share of zero activations of each layer. In float32."""
     model.eval()
     step, total = args.context - 1, 0.0
     zeros = torch.zeros(args.layers, dtype=torch.float64)
     boundary = torch.tensor([model.config.bos_token_id])
-    with activations(model) as kept:
-        for part in ids.long().split(step):
-            window = torch.cat((boundary, part))[None].to(args.device)
-            kept.clear()
-            total += float(model(input_ids=window, labels=window).loss) * len(part)
-            zeros += torch.stack([zero_share(values) for values in kept]).double().cpu() * len(part)
-    return math.exp(total / len(ids)), (zeros / len(ids)).tolist()
+    for part in ids.long().split(step):
+        window = torch.cat((boundary, part))[None].to(args.device)
+        total += float(model(input_ids=window, labels=window).loss) * len(part)
+        zeros += zero_shares(model).double().cpu() * len(part)
+    return total / len(ids), (zeros / len(ids)).tolist()
 
 
 def baselines(train: Tensor, held_out: Tensor, vocab: int) -> tuple[float, float]:
-    """Perplexity of the held-out text by counts of single tokens and of pairs, add-k smoothed.
+    """Nats per token of the held-out text by counts of single tokens and of pairs, add-k smoothed.
 
     k is the best of SMOOTHING on the held-out text itself, which flatters the baseline.
     """
@@ -309,7 +319,7 @@ def baselines(train: Tensor, held_out: Tensor, vocab: int) -> tuple[float, float
     found = torch.where(pairs[at] == wanted, counts[at], 0).double()
     unigram = ((single[after] + 1) / (single.sum() + vocab)).log()
     bigrams = [((found + k) / (single[before] + k * vocab)).log() for k in SMOOTHING]
-    return math.exp(-float(unigram.mean())), min(math.exp(-float(logs.mean())) for logs in bigrams)
+    return -float(unigram.mean()), min(-float(logs.mean()) for logs in bigrams)
 
 
 def save(out: Path, model: OPTForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> None:

@@ -105,8 +105,9 @@ def calibrate(
         return
     show(_table(sparsity))
     figures = sparsity.figures
+    source = "text of the model's own; other text may lose more" if text is None else "tokens of the text held out"
     print(
-        f"predicted loss    {sparsity.held_out_loss:.2%} on tokens held out, {sparsity.max_loss:.2%} allowed\n"
+        f"predicted loss    {sparsity.held_out_loss:.2%}, {sparsity.max_loss:.2%} allowed; on {source}\n"
         f"bytes touched     {figures['bytes']:.1%} of the feed-forward blocks' per token\n"
         f"calibrated in     {duration(seconds)}; use it with `flashrt run {pack} --mode sparse`"
     )

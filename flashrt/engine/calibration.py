@@ -283,17 +283,17 @@ class _Calibration:
         for trial in range(TRIALS):
             picked = allocate(fits, weights, asked, stored)
             thresholds = _layers(fits, picked)
-            found = self._divergence(engine, thresholds, tuning, first)
+            found = self._loss(self._divergence(engine, thresholds, tuning, first))
             self.progress("choosing", trial + 1, TRIALS)
-            if found.loss <= aim:
+            if found <= aim:
                 check = self._divergence(engine, thresholds, checking, after)
-                if check.loss > self.request.max_loss:
+                if self._loss(check) > self.request.max_loss:
                     aim /= 2  # the windows for tuning were easier than others
                 elif best is None or cost(picked, stored) < cost(best[0], stored):
                     best = picked, thresholds, check, self._figures(engine, fits, picked)
-                if best is not None and found.loss > 0.85 * aim:
+                if best is not None and found > 0.85 * aim:
                     break
-            asked *= float(np.clip(aim / max(found.loss, 1e-9), 0.1, 4.0)) * (0.97 if found.loss > aim else 1.0)
+            asked *= float(np.clip(aim / max(found, 1e-9), 0.1, 4.0)) * (0.97 if found > aim else 1.0)
         if best is None:
             raise UsageError(
                 f"nothing can be left out at a loss of {self.request.max_loss:.2%}: storing these blocks by "
@@ -301,7 +301,13 @@ class _Calibration:
             )
         _, thresholds, check, figures = best
         figures |= {"held_out_kl": float(check.kl.mean()), "top1_agreement": float(check.agree.mean())}
-        return Sparsity(self.base.manifest.hash, self.request.max_loss, max(check.loss, 0.0), thresholds, figures)
+        return Sparsity(
+            self.base.manifest.hash, self.request.max_loss, max(self._loss(check), 0.0), thresholds, figures
+        )
+
+    def _loss(self, found: Divergence) -> float:
+        """The increase of perplexity, which the model's own text tells by divergence, people's text by itself, too."""
+        return found.loss if self.request.text is None else max(found.loss, found.rise)
 
     def _divergence(self, engine: Engine, thresholds: Layers, windows: list[list[int]], first: int) -> Divergence:
         """Of the tokens of `windows`, whose reference begins at row `first`."""

@@ -79,7 +79,7 @@ def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) 
         "method": sparsity.method,
         "ppl_exact": math.exp(-found.reference.mean()),
         "ppl_sparse": math.exp(-found.found.mean()),
-        "loss": math.expm1(float((found.reference - found.found).mean())),
+        "loss": found.rise,
         "max_loss": sparsity.max_loss,
         "kl_mean": float(found.kl.mean()),
         "kl_max": float(found.kl.max()),

@@ -12,6 +12,7 @@ import pytest
 from flashrt.budget import planner
 from flashrt.engine import calibration
 from flashrt.engine.calibration import Request, calibrate
+from flashrt.engine.divergence import Divergence
 from flashrt.engine.open import pack_for, sparse_pack
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
@@ -153,6 +154,16 @@ def test_every_sample_counts(tmp_path):
             found.append(calibrated(copy, tmp_path / "cache"))
     for other in found[1:]:
         assert other.layers != found[0].layers or other.held_out_loss != found[0].held_out_loss
+
+
+def test_text_that_is_given_counts_by_its_own_loss(case, tmp_path, monkeypatch):
+    path, sparsity = case
+    assert sparsity.held_out_loss == pytest.approx(np.expm1(sparsity.figures["held_out_kl"]))
+    copy, text = tmp_path / "pack", "".join(np.random.default_rng(2).choice([*"abcdefgh "], 800))
+    shutil.copytree(path, copy, ignore=shutil.ignore_patterns(SPARSE_DIR))
+    monkeypatch.setattr(Divergence, "rise", property(lambda found: found.loss + 0.1))
+    given = calibrated(copy, tmp_path / "cache", replace(REQUEST, text=text))
+    assert given.held_out_loss == pytest.approx(np.expm1(given.figures["held_out_kl"]) + 0.1)
 
 
 def test_another_packs_calibration_is_refused(case, tmp_path):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tools.train_relu_lm import Penalty, main, rate_share
+from tools.train_relu_lm import Penalty, WatchedReLU, main, rate_share
 
 ROOT = Path(__file__).parents[2]
 TOY = "--hidden 32 --layers 2 --heads 2 --ffn 100 --vocab 400 --context 64 --batch 8 --rate 1e-2 --device cpu"
@@ -27,6 +29,10 @@ def test_a_toy_model_learns_and_packs(tmp_path: Path, capsys: pytest.CaptureFixt
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 1 < result["bigram_perplexity"] < result["unigram_perplexity"]
     assert 1 < result["perplexity"] < result["unigram_perplexity"]
+    size = len((out / "held-out.txt").read_bytes())
+    bits = result["held_out_tokens"] * math.log2(result["perplexity"]) / size
+    assert result["bits_per_byte"] == pytest.approx(bits)
+    assert result["bits_per_byte"] < result["unigram_bits_per_byte"]
     assert len(result["zero_share"]) == 2
     assert all(0.4 < share < 1 for share in result["zero_share"])
     held_out, calibration = (out / f"{name}.txt" for name in ("held-out", "calibration"))
@@ -47,6 +53,20 @@ def test_the_penalty_follows_what_is_lacking() -> None:
     none = Penalty(0.0)
     none.follow(1.0, 0.0)
     assert none.weight == 0
+
+
+def test_the_pull_is_the_slope_of_a_penalty_on_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(7, 33, generator=generator), torch.randn(7, 33, generator=generator)
+    watched, slopes = WatchedReLU(), []
+    watched.pull = 0.7
+    for penalised in (True, False):
+        given = x.clone().requires_grad_()
+        result = watched(given) if penalised else torch.relu(given)
+        ((result * weights).sum() + (0 if penalised else 0.7 * result.mean())).backward()
+        slopes.append(given.grad)
+    torch.testing.assert_close(*slopes)
+    assert float(watched.zeros) == pytest.approx(float((x <= 0).float().mean()))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
