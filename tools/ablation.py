@@ -200,7 +200,12 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
         seconds.append((guessed - began, time.perf_counter() - guessed))
 
     decoder._attention = noted  # type: ignore[method-assign]
-    decoder.observe = lambda i, x, normed: lookaheads[i].learn(normed)
+
+    def learn(kind: str, i: int, residual: Array, values: Array) -> None:
+        if kind == "ffn":
+            lookaheads[i].learn(values)
+
+    decoder.observe = learn
     return lambda: trace.append([])
 
 
