@@ -57,8 +57,8 @@ inline void axpys(Codec codec, const Bundles& b, int row, int k, const float* h,
     with_codec(codec, [&](auto c) { axpy_neurons<c.value>(rows, next, b.count, k, h, h_step, tokens, y, y_step); });
 }
 
-inline void collect(Codec codec, const float* sums, int k, float* y) {
-    if (codec == Codec::INT4) return collect_int4(sums, k, y);
+inline void collect(Codec codec, int tokens, const float* sums, int k, float* y) {
+    if (codec == Codec::INT4 && tokens == 1) return collect_int4(sums, k, y);
     for (int i = 0; i < k; ++i) y[i] += sums[i];
 }
 

@@ -146,7 +146,7 @@ int64_t down(const DownJob& job) {
             std::memset(sums, 0, sizeof(float) * step);
             down_unit(job, chosen, unit, unit + crew, sums);
             turnstile.enter(unit);
-            if (chosen.count[unit]) kernels().collect(job.rows.codec, sums, k, job.y + token * job.y_step);
+            if (chosen.count[unit]) kernels().collect(job.rows.codec, 1, sums, k, job.y + token * job.y_step);
             kept += chosen.count[unit];
             turnstile.leave(unit);
         }, crew);

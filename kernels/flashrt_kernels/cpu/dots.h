@@ -7,6 +7,15 @@
 
 namespace flashrt::FLASHRT_ISA {
 
+// `out`: where each row's product with the first token goes.
+template <int R, int T>
+FLASHRT_INLINE void store_sums(const F acc[R][T], float* const* out, size_t token_step) {
+    float sums[R * T];
+    sum_each<R * T>(acc[0], sums);
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < T; ++i) out[r][i * token_step] = sums[r * T + i];
+}
+
 template <int R, int T>
 FLASHRT_INLINE void dot_int8(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t, int token,
                              float* const* out, size_t token_step) {
@@ -73,9 +82,7 @@ FLASHRT_INLINE void dot(const uint8_t* const* rows, const uint8_t* const* next, 
                         float* const* out, size_t token_step) {
     float* to[R];
     for (int r = 0; r < R; ++r) to[r] = out[r] + token * token_step;
-    if constexpr (codec == Codec::INT4) {
-        dot_int4<R, T>(rows, next, t, token, to, token_step);
-    } else if constexpr (codec == Codec::INT8) {
+    if constexpr (codec == Codec::INT8) {
         dot_int8<R, T>(rows, next, t, token, to, token_step);
     } else {
         for (int r = 0; r < R; ++r) dot_float<codec, T>(rows[r], next[r], t, token, to[r], token_step);
@@ -87,7 +94,7 @@ FLASHRT_INLINE void dot_tokens(const uint8_t* const* rows, const uint8_t* const*
                                float* const* out, size_t token_step) {
     int i = 0;
 #if defined(__AVX512F__)
-    if constexpr (codec == Codec::INT4 || codec == Codec::INT8)  // one sum per token and row: there is room for eight
+    if constexpr (codec == Codec::INT8)  // one sum per token and row: there is room for eight
         for (; i + 8 <= t.count; i += 8) dot<codec, R, 8>(rows, next, t, i, out, token_step);
     for (; i + 4 <= t.count; i += 4) dot<codec, R, 4>(rows, next, t, i, out, token_step);
 #endif
@@ -95,13 +102,23 @@ FLASHRT_INLINE void dot_tokens(const uint8_t* const* rows, const uint8_t* const*
     for (; i < t.count; ++i) dot<codec, R, 1>(rows, next, t, i, out, token_step);
 }
 
-// Rows share the loads of the activations: four of them when there is one token, else two.
+// The products of R rows with all tokens.
+template <Codec codec, int R>
+FLASHRT_INLINE void dot_rows(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t,
+                             float* const* out, size_t token_step) {
+    if constexpr (codec != Codec::INT4) dot_tokens<codec, R>(rows, next, t, out, token_step);
+    else if (t.count == 1) dot_int4<R, 1>(rows, next, t, out, token_step);
+    else dot_int4<R, BATCH>(rows, next, t, out, token_step);
+}
+
+// Rows share the loads of the activations.
 template <Codec codec>
 void dot_bundles(const Bundles& b, const Tokens& t, const DotOut& out) {
+    constexpr int R = codec == Codec::INT4 ? 4 : 2;
     const size_t bytes = row_bytes(codec, t.k);
     const int total = b.count * b.rows;
-    const uint8_t *rows[4], *next[4];
-    float* to[4];
+    const uint8_t *rows[R], *next[R];
+    float* to[R];
     auto gather = [&](int first, int n) {
         for (int i = 0; i < n; ++i) {
             const int bundle = (first + i) / b.rows, row = (first + i) % b.rows;
@@ -111,18 +128,13 @@ void dot_bundles(const Bundles& b, const Tokens& t, const DotOut& out) {
         }
     };
     int at = 0;
-    if (codec == Codec::INT4 && t.count == 1)
-        for (; at + 4 <= total; at += 4) {
-            gather(at, 4);
-            dot<codec, 4, 1>(rows, next, t, 0, to, out.token_step);
-        }
-    for (; at + 2 <= total; at += 2) {
-        gather(at, 2);
-        dot_tokens<codec, 2>(rows, next, t, to, out.token_step);
+    for (; at + R <= total; at += R) {
+        gather(at, R);
+        dot_rows<codec, R>(rows, next, t, to, out.token_step);
     }
-    if (at < total) {
+    for (; at < total; ++at) {
         gather(at, 1);
-        dot_tokens<codec, 1>(rows, next, t, to, out.token_step);
+        dot_rows<codec, 1>(rows, next, t, to, out.token_step);
     }
 }
 

@@ -81,7 +81,7 @@ void glu_batch(const GluJob& job, int first, int count) {
         std::memset(sums, 0, sizeof(float) * count * step);
         unit(job, tokens, weights, from, to, from + crew * UNIT, sums);
         turnstile.enter(item);
-        for (int t = 0; t < count; ++t) kernel.collect(w.codec, sums + t * step, w.k, y[t]);
+        for (int t = 0; t < count; ++t) kernel.collect(w.codec, count, sums + t * step, w.k, y[t]);
         turnstile.leave(item);
     }, crew);
 }

@@ -15,7 +15,9 @@ struct Activation {
     float threshold;  // RELU passes what is more
 };
 
-// Up to 16 tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes `q`:
+constexpr int BATCH = 16;  // tokens that share one reading of the weights
+
+// Up to BATCH tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes `q`:
 // x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).
 struct Tokens {
     int count, k, kp;
@@ -91,10 +93,10 @@ struct Kernels {
     // Row r of bundle b · token t.
     void (*dots)(Codec, const Bundles&, const Tokens&, const DotOut&);
     // y[t * y_step + ...] += h[t * h_step + i] * row `row` of bundle i. y has room for whole spans and an order of its
-    // own, which `collect` knows: out[0..k) += y.
+    // own, which `collect` knows when it is told how many tokens there were: out[0..k) += y of one of them.
     void (*axpys)(Codec, const Bundles&, int row, int k, const float* h, size_t h_step, int tokens, float* y,
                   size_t y_step);
-    void (*collect)(Codec, const float* y, int k, float* out);
+    void (*collect)(Codec, int tokens, const float* y, int k, float* out);
     // A token's x and what it wants of each channel, both [CHANNELS].
     void (*choose_channels)(const float* x, const uint8_t* wanted, ActiveChannels&);
     // sums[c] += group · token for the columns of tiles [from, to); `next`, to be fetched meanwhile, may be null.

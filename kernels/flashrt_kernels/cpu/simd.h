@@ -122,10 +122,7 @@ FLASHRT_INLINE void store_i(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 FLASHRT_INLINE I nearest(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 FLASHRT_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FLASHRT_INLINE I splat_i(int32_t a) { return {_mm512_set1_epi32(a)}; }
-FLASHRT_INLINE I bits_or(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
-FLASHRT_INLINE I bits_and(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int N> FLASHRT_INLINE I left(I a) { return {_mm512_slli_epi32(a.v, N)}; }
-template <int N> FLASHRT_INLINE I right(I a) { return {_mm512_srai_epi32(a.v, N)}; }
 
 FLASHRT_INLINE B load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 FLASHRT_INLINE B load_bytes(const void* p, int n) {  // the first n of 64, then zeros
@@ -152,6 +149,24 @@ FLASHRT_INLINE void settle(I sums[16]) {
     }
 }
 FLASHRT_INLINE B splat_quad(int32_t a) { return {_mm512_set1_epi32(a)}; }  // four bytes, in every lane
+// r[i] becomes quarter i of each of the four.
+FLASHRT_INLINE void transpose_quarters(B r[4]) {
+    const __m512i a = _mm512_shuffle_i32x4(r[0].v, r[1].v, 0x44), b = _mm512_shuffle_i32x4(r[0].v, r[1].v, 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(r[2].v, r[3].v, 0x44), d = _mm512_shuffle_i32x4(r[2].v, r[3].v, 0xee);
+    r[0] = {_mm512_shuffle_i32x4(a, c, 0x88)};
+    r[1] = {_mm512_shuffle_i32x4(a, c, 0xdd)};
+    r[2] = {_mm512_shuffle_i32x4(b, d, 0x88)};
+    r[3] = {_mm512_shuffle_i32x4(b, d, 0xdd)};
+}
+// Numbers of 16 bits = 256 * coarse + fine, both signed bytes: lane i has those of lane i of the four.
+FLASHRT_INLINE void split_words(const I m[4], I& coarse, I& fine) {
+    const __m512i half = _mm512_set1_epi16(128);  // so that the upper byte is rounded
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 2, 10, 4, 12, 6, 14, 1, 9, 3, 11, 5, 13, 7, 15));
+    const __m512i a = _mm512_shuffle_epi8(_mm512_add_epi16(_mm512_packs_epi32(m[0].v, m[1].v), half), order);
+    const __m512i b = _mm512_shuffle_epi8(_mm512_add_epi16(_mm512_packs_epi32(m[2].v, m[3].v), half), order);
+    fine = {_mm512_xor_si512(_mm512_unpacklo_epi16(a, b), _mm512_set1_epi8(-128))};
+    coarse = {_mm512_unpackhi_epi16(a, b)};
+}
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {  // 8 bytes, each in two lanes
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes)))};
@@ -291,10 +306,7 @@ FLASHRT_INLINE void store_i(int32_t* p, I x) {
 FLASHRT_INLINE I nearest(F x) { return EACH(_mm256_cvtps_epi32); }
 FLASHRT_INLINE I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 FLASHRT_INLINE I splat_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-FLASHRT_INLINE I bits_or(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-FLASHRT_INLINE I bits_and(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 template <int N> FLASHRT_INLINE I left(I x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
-template <int N> FLASHRT_INLINE I right(I x) { return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)}; }
 
 FLASHRT_INLINE B load_bytes(const void* p) { return {load256(p), load256(static_cast<const char*>(p) + 32)}; }
 FLASHRT_INLINE B load_bytes(const void* p, int n) {
@@ -320,6 +332,29 @@ template <int N> FLASHRT_INLINE B two_bits(B x) {  // moved down, as products ar
 }
 FLASHRT_INLINE void settle(I*) {}
 FLASHRT_INLINE B splat_quad(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+FLASHRT_INLINE void transpose_quarters(B r[4]) {
+    const B from[4] = {r[0], r[1], r[2], r[3]};
+    auto join = [](__m256i x, __m256i y, bool high) FLASHRT_LAMBDA {
+        return high ? _mm256_permute2x128_si256(x, y, 0x31) : _mm256_permute2x128_si256(x, y, 0x20);
+    };
+    for (int i = 0; i < 2; ++i) {
+        r[i] = {join(from[0].a, from[1].a, i), join(from[2].a, from[3].a, i)};
+        r[2 + i] = {join(from[0].b, from[1].b, i), join(from[2].b, from[3].b, i)};
+    }
+}
+FLASHRT_INLINE void split_words(__m256i m0, __m256i m1, __m256i m2, __m256i m3, __m256i& coarse, __m256i& fine) {
+    const __m256i half = _mm256_set1_epi16(128);
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 8, 2, 10, 4, 12, 6, 14, 1, 9, 3, 11, 5, 13, 7, 15));
+    const __m256i a = _mm256_shuffle_epi8(_mm256_add_epi16(_mm256_packs_epi32(m0, m1), half), order);
+    const __m256i b = _mm256_shuffle_epi8(_mm256_add_epi16(_mm256_packs_epi32(m2, m3), half), order);
+    fine = _mm256_xor_si256(_mm256_unpacklo_epi16(a, b), _mm256_set1_epi8(-128));
+    coarse = _mm256_unpackhi_epi16(a, b);
+}
+FLASHRT_INLINE void split_words(const I m[4], I& coarse, I& fine) {
+    split_words(m[0].a, m[1].a, m[2].a, m[3].a, coarse.a, fine.a);
+    split_words(m[0].b, m[1].b, m[2].b, m[3].b, coarse.b, fine.b);
+}
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const __m128i both = _mm_unpacklo_epi8(bytes, bytes);
@@ -473,10 +508,7 @@ FLASHRT_INLINE I nearest(F a) {
 }
 FLASHRT_INLINE I add(I a, I b) { LANES(a.v[i] + b.v[i]); }
 FLASHRT_INLINE I splat_i(int32_t a) { LANES(a); }
-FLASHRT_INLINE I bits_or(I a, I b) { LANES(a.v[i] | b.v[i]); }
-FLASHRT_INLINE I bits_and(I a, I b) { LANES(a.v[i] & b.v[i]); }
 template <int N> FLASHRT_INLINE I left(I a) { LANES(static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N)); }
-template <int N> FLASHRT_INLINE I right(I a) { LANES(a.v[i] >> N); }
 FLASHRT_INLINE I dot(I s, B a, B b) {
     for (int i = 0; i < 64; ++i) s.v[i / 4] += a.v[i] * static_cast<int8_t>(b.v[i]);
     return s;
@@ -497,6 +529,22 @@ FLASHRT_INLINE B splat_quad(int32_t a) {
     B r;
     for (int i = 0; i < 64; i += 4) std::memcpy(r.v + i, &a, 4);
     return r;
+}
+FLASHRT_INLINE void transpose_quarters(B r[4]) {
+    const B from[4] = {r[0], r[1], r[2], r[3]};
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) std::memcpy(r[i].v + 16 * j, from[j].v + 16 * i, 16);
+}
+FLASHRT_INLINE void split_words(const I m[4], I& coarse, I& fine) {
+    for (int i = 0; i < 16; ++i) {
+        int8_t high[4], low[4];
+        for (int j = 0; j < 4; ++j) {
+            high[j] = static_cast<int8_t>((m[j].v[i] + 128) >> 8);
+            low[j] = static_cast<int8_t>(m[j].v[i] - 256 * high[j]);
+        }
+        std::memcpy(coarse.v + i, high, 4);
+        std::memcpy(fine.v + i, low, 4);
+    }
 }
 #undef LANES
 FLASHRT_INLINE F load_doubled_u8(const uint8_t* p) {

@@ -6,8 +6,6 @@
 
 namespace flashrt {
 
-constexpr int BATCH = 16;  // tokens that share one reading of the weights
-
 // Sizes and steps, without memory.
 inline Tokens tokens_of(int count, int k) {
     const int kp = padded(k);
