@@ -19,6 +19,7 @@ from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
 from flashrt.model.decoder import NARROW, Decoder
+from flashrt.model.thinned import SINKS
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader
@@ -52,6 +53,7 @@ class Engine:
         experts = decoder.weights.experts
         self._expert_counts: Counter[str] = experts.counts if experts else Counter()
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
+        self._tree: list[int] = []  # tokens of the tree behind them
         self._current: Generation | None = None
 
     def __enter__(self) -> Engine:
@@ -213,11 +215,28 @@ class Engine:
 
         The plan's `logit_rows` bounds B. `rewind` takes tokens back.
         """
-        if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
-            raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
-        with self._pass_or_nothing() as decoder:
-            decoder.weights.begin_pass(Walk(head=True, wide=False), Walk(head=True, wide=False))
-            return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False)))
+        return self._narrow(tokens)
+
+    def step_tree(self, tokens: Sequence[int], parents: Sequence[int]) -> Array:
+        """Compute 1 to 16 tokens in one pass, each after its own past; logits after each, float32 [B, vocab].
+
+        Token i follows token parents[i] < i, or the sequence where that is -1; its logits are those that `step` would
+        give there, bit for bit on the CPU. The sequence stays as it is until `keep` takes some of the tokens into it;
+        the next pass forgets the others. The plan's `logit_rows` bounds B. Raises UsageError for what is no tree.
+        """
+        if len(parents) != len(tokens) or any(not -1 <= parent < i for i, parent in enumerate(parents)):
+            raise UsageError(f"parents are {list(parents)}, expected -1 or an earlier token for each of {len(tokens)}")
+        if self.decoder.sparse is not None and self.length < SINKS:
+            raise UsageError(f"the sequence has {self.length} tokens, a tree in sparse mode needs {SINKS} before it")
+        return self._narrow(tokens, parents)
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Append tokens of the last `step_tree`, by their indices: a path from its beginning, possibly an empty one.
+
+        Raises ValueError for what is no such path, and when another pass or `rewind` has come between.
+        """
+        self.decoder.kv.keep(path)
+        self._cached.extend(self._tree[i] for i in path)
 
     def rewind(self, length: int) -> None:
         """Cut the sequence back to its first `length` tokens."""
@@ -239,9 +258,20 @@ class Engine:
             decoder.abandon_pass()
             raise
 
-    def _hidden(self, decoder: Decoder, tokens: Sequence[int], wide: bool) -> Any:
-        states = decoder.hidden(tokens, wide)
-        self._cached.extend(tokens)
+    def _narrow(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Array:
+        """Logits of a narrow pass, after each of its tokens."""
+        if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
+            raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
+        with self._pass_or_nothing() as decoder:
+            decoder.weights.begin_pass(Walk(head=True, wide=False), Walk(head=True, wide=False))
+            return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False, parents=parents)))
+
+    def _hidden(self, decoder: Decoder, tokens: Sequence[int], wide: bool, parents: Sequence[int] | None = None) -> Any:
+        states = decoder.hidden(tokens, wide, parents)
+        if parents is None:
+            self._cached.extend(tokens)
+        else:
+            self._tree = list(tokens)
         return states
 
     def _check_ids(self, ids: Sequence[int]) -> None:

@@ -63,23 +63,31 @@ class Decoder:
             self.rows.abandon()
         self.weights.abandon_pass()
 
-    def hidden(self, ids: Sequence[int], wide: bool) -> Tensor:
+    def hidden(self, ids: Sequence[int], wide: bool, parents: Sequence[int] | None = None) -> Tensor:
         """Run `ids` through all layers at the end of the sequence. Returns the normed states, float32 [T, hidden].
 
-        The result is a view of a buffer that the next pass overwrites. `weights.begin_pass` comes first.
+        The result is a view of a buffer that the next pass overwrites. `weights.begin_pass` comes first. `parents`
+        makes the tokens of a narrow pass a tree (see `KVCache.tree`): each follows its parent, and is no part of the
+        sequence until `kv.keep` says so.
         """
         start, count = self.kv.length, len(ids)
         if start + count > self.kv.capacity:
             raise ValueError(f"{start} + {count} tokens do not fit in a KV cache of {self.kv.capacity}")
+        self.kv.tree = ()  # its tokens are about to be overwritten
+        positions = start + (np.arange(count) if parents is None else depths(parents))
+        tree = None if parents is None else self.device.make(np.asarray(parents, np.int32))
         x = self._view("x", count, self.spec.hidden)
-        self._embed(ids, start, x)
-        self._rotations(start, count)
+        self._embed(ids, positions, x)
+        self._rotations(positions)
         for i in range(len(self.spec.layers)):
             if self.rows is not None and not wide:
                 self._look_ahead_rows(i, x, self.rows)
-            self._attention(i, x, start, wide)
+            self._attention(i, x, start, wide, tree)
             self._ffn(i, x, start, wide)
-        self.kv.length = start + count
+        if parents is None:
+            self.kv.append(count)
+        else:
+            self.kv.tree = tuple(parents)
         normed = self._view("normed", count, self.spec.hidden)
         self._norm("norm.final", x, normed)
         return normed
@@ -122,14 +130,13 @@ class Decoder:
         """The leading part of a flat buffer as a contiguous [rows, width] matrix."""
         return self.buffers[name][: rows * width].reshape(rows, width)
 
-    def _embed(self, ids: Sequence[int], start: int, x: Tensor) -> None:
+    def _embed(self, ids: Sequence[int], positions: np.ndarray, x: Tensor) -> None:
         self._lookup("embed", ids, x)
         if self.spec.embed_scale != 1.0:
             x *= self.spec.embed_scale
         if self.spec.positions:
-            first = start + self.spec.position_offset
             y = self._view("y", len(ids), self.spec.hidden)
-            self._lookup("positions", range(first, first + len(ids)), y)
+            self._lookup("positions", (positions + self.spec.position_offset).tolist(), y)
             x += y
 
     def _lookup(self, name: str, ids: Sequence[int], out: Tensor) -> None:
@@ -138,15 +145,15 @@ class Decoder:
         self.weights.rows(name, ids, encoded)
         self.ops.dequantize(encoded, tensor.codec, tensor.columns, out)
 
-    def _rotations(self, start: int, count: int) -> None:
+    def _rotations(self, positions: np.ndarray) -> None:
         """Cosines and sines of the pass's positions, for every distinct rope."""
-        positions = np.arange(start, start + count, dtype=np.float64)[:, None]
+        count = len(positions)
         for (rope, dim), i in self._rope_index.items():
-            angles = positions * self._frequencies[i]
+            angles = positions[:, None].astype(np.float64) * self._frequencies[i]
             for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
                 self.device.put((values * rope.attention_factor).astype(np.float32), self._view(name, count, dim // 2))
 
-    def _attention(self, i: int, x: Tensor, start: int, wide: bool) -> None:
+    def _attention(self, i: int, x: Tensor, start: int, wide: bool, tree: Tensor | None) -> None:
         attention, count, hidden = self.spec.layers[i].attention, len(x), self.spec.hidden
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.attention", x, normed)
@@ -155,7 +162,7 @@ class Decoder:
         rows = None if chosen is None else computed_rows(chosen.spans, attention)
         self._linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
         attended = self._view("attended", count, attention.heads * attention.head_dim)
-        self._attend(i, attention, qkv, start, attended, chosen)
+        self._attend(i, attention, qkv, start, attended, chosen, tree)
         if self.observe is not None:
             self.observe("attention", i, x, normed)
             self.observe("heads", i, x, attended)
@@ -165,7 +172,14 @@ class Decoder:
         x += y
 
     def _attend(
-        self, i: int, attention: Attention, qkv: Tensor, start: int, out: Tensor, chosen: Chosen | None
+        self,
+        i: int,
+        attention: Attention,
+        qkv: Tensor,
+        start: int,
+        out: Tensor,
+        chosen: Chosen | None,
+        tree: Tensor | None,
     ) -> None:
         """Attention of the chosen heads (None: all) into `out`, float32 [T, heads * head_dim].
 
@@ -184,12 +198,13 @@ class Decoder:
             cos, sin = (self._view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
             ops.rope(heads[:, : attention.heads + attention.kv_heads], cos, sin)
         ops.kv_append(key, value, kv, start)
+        options = (start, attention.window, attention.scale, None)
         if chosen is None:
-            ops.attention(query, kv, start, attention.window, attention.scale, None, out, self.scratch)
+            ops.attention(query, kv, *options, out, self.scratch, tree)
             return
         for first, end in chosen.spans:
             part, own = out[:, first * dim : end * dim], kv[first:end]
-            ops.attention(query[:, first:end], own, start, attention.window, attention.scale, None, part, self.scratch)
+            ops.attention(query[:, first:end], own, *options, part, self.scratch, tree)
         out.reshape(count, -1, dim)[~chosen.each] = 0
 
     def _ffn(self, i: int, x: Tensor, start: int, wide: bool) -> None:
@@ -320,6 +335,15 @@ class Decoder:
             self.ops.rms_norm(x, weight, self.spec.norm_eps, out)
         else:
             self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), self.spec.norm_eps, out)
+
+
+def depths(parents: Sequence[int]) -> np.ndarray:
+    """How many tokens of its tree each token follows, int64 [T]; parents as in `KVCache.tree`."""
+    result = np.zeros(len(parents), np.int64)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            result[i] = result[parent] + 1
+    return result
 
 
 def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) -> int:

@@ -97,8 +97,11 @@ class Ops(Protocol):
         softcap: float | None,
         out: Any,
         scratch: Any = None,
+        parents: Any = None,
     ) -> None:
-        """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D]; out [B, H * D]."""
+        """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D]; out [B, H * D].
+
+        parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence."""
 
     def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
         """Scratch of `attention` for q [tokens, heads, dim], whatever the context."""

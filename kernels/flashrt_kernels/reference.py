@@ -197,6 +197,15 @@ def kv_append(k: Tensor, v: Tensor, kv: Tensor, start: int) -> None:
     kv[:, start : start + k.shape[0]] = torch.stack((k, v), 2).transpose(0, 1).to(kv.dtype)
 
 
+def _tokens_before(parents: Tensor) -> Tensor:
+    """Bool [B, B]: which tokens of a tree each token follows, itself included."""
+    before = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
+    for i, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            before[i] |= before[parent]
+    return before
+
+
 def attention(
     q: Tensor,
     kv: Tensor,
@@ -206,8 +215,12 @@ def attention(
     softcap: float | None,
     out: Tensor,
     scratch: Tensor | None = None,
+    parents: Tensor | None = None,
 ) -> None:
-    """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D] into out [B, H * D]."""
+    """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D] into out [B, H * D].
+
+    parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence.
+    """
     tokens, heads, dim = q.shape
     grouped = q.reshape(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)  # [KVH, group, B, D]
     for first in range(0, tokens, QUERIES):  # scores of a whole prefill chunk would take gigabytes
@@ -221,6 +234,11 @@ def attention(
         token = torch.arange(begin, end, device=q.device)[:, None]
         position = torch.arange(low, end, device=q.device)[None]
         hidden = position > token
+        if parents is not None:
+            before = _tokens_before(parents)
+            hidden[:, start - low :] = ~before
+            token = start - 1 + before.sum(1, keepdim=True)
+            position = torch.cat((position[:, : start - low], token.T), 1)
         if window is not None:
             hidden = hidden | (position <= token - window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(3)

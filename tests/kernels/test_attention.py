@@ -102,3 +102,66 @@ def test_wrong_arguments_are_named():
         cpu.kv_append(normal(1, 2, 2, 16), normal(1, 2, 2, 15), kv, 0)
     with pytest.raises(ValueError, match="^start"):
         cpu.kv_append(normal(1, 2, 2, 16), normal(1, 2, 2, 16), kv, 31)
+
+
+def paths(parents):
+    """For each token of a tree, those that it follows and itself."""
+    result = []
+    for i, parent in enumerate(parents):
+        result.append([*(result[parent] if parent >= 0 else []), i])
+    return result
+
+
+TREES = {
+    "one": [-1],
+    "roots": [-1, -1, -1],
+    "chain": list(range(-1, 15)),
+    "wide": [-1, -1, 0, 0, 1, 2, 2, 2, 4, 5, 8, 3, 9, 12, -1, 13],
+}
+
+
+@HALF
+@pytest.mark.parametrize("parents", TREES.values(), ids=TREES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "softcap"),
+    [(4, 2, 40, None, None), (9, 1, 64, 5, None), (6, 6, 10, 300, 20.0), (8, 1, 32, 1, None)],
+)
+def test_a_tree_has_the_bits_of_its_paths(isa, half, parents, heads, kv_heads, dim, window, softcap):
+    """Wherever the tree begins: in the middle of a segment, before or across its end, at nothing."""
+    context, count = 600, len(parents)
+    q, k, v = normal(3, count, heads, dim), normal(4, count, kv_heads, dim), normal(5, count, kv_heads, dim)
+    for start, threads in ((0, 1), (37, 2), (250, 3), (255, 2), (256, 1), (509, 2)):
+        cpu.set_threads(threads)
+        kv, _ = cache(1, kv_heads, context, dim, half)
+        cpu.kv_append(k, v, kv, start)
+        out = empty(count, heads * dim)
+        options = {"parents": np.array(parents, np.int32)}
+        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, **options)
+        for i, path in enumerate(paths(parents)):
+            kv, _ = cache(1, kv_heads, context, dim, half)
+            cpu.kv_append(k[path], v[path], kv, start)
+            row = empty(len(path), heads * dim)
+            cpu.attention(q[path], kv, start, window, dim**-0.5, softcap, row)
+            assert same(out[i : i + 1], row[-1:])
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_a_tree_matches_the_reference(isa, window):
+    parents, heads, kv_heads, dim = TREES["wide"], 6, 2, 24
+    q, start = normal(3, len(parents), heads, dim), 250
+    kv, tensor = cache(1, kv_heads, 300, dim, half=True)
+    out, expected = empty(len(parents), heads * dim), torch.empty(len(parents), heads * dim)
+    tree = np.array(parents, np.int32)
+    cpu.attention(q, kv, start, window, 0.2, None, out, parents=tree)
+    reference.attention(torch.from_numpy(q), tensor, start, window, 0.2, None, expected, parents=torch.from_numpy(tree))
+    assert rms_ratio(out, expected) < 5e-6
+
+
+@pytest.mark.parametrize("parents", [[0, 0, 1], [-1, 1, 0], [-2, 0, 1], [-1, 0], list(range(-1, 16))])
+def test_what_is_no_tree_is_refused(parents):
+    kv, _ = cache(1, 2, 64, 16, False)
+    tokens = max(len(parents), 3)
+    with pytest.raises(ValueError, match="^parents"):
+        cpu.attention(
+            normal(1, tokens, 4, 16), kv, 0, None, 1.0, None, empty(tokens, 64), parents=np.array(parents, np.int32)
+        )

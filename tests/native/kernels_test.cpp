@@ -123,18 +123,23 @@ void check_attention(bool half) {
     const std::vector<float> q = normal(TOKENS * HEADS * DIM, 1), k = normal(CONTEXT * KV_HEADS * DIM, 2);
     std::vector<uint8_t> cache(KV_HEADS * CONTEXT * 2 * DIM * (half ? 2 : 4));
     kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, cache.data(), half, CONTEXT, 0);
-    auto run = [&] {
+    auto run = [&](const Tree* tree) {
         std::vector<float> out(TOKENS * HEADS * DIM);
         const int crew = threads();
         std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
         attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, cache.data(), half, CONTEXT, START, 100, 0.1f,
-                   30.0f, out.data(), HEADS * DIM, scratch.data(), crew});
+                   30.0f, out.data(), HEADS * DIM, scratch.data(), crew, tree});
         return out;
     };
+    const int32_t row[TOKENS] = {-1, 0, 1, 2, 3}, fork[TOKENS] = {-1, -1, 0, 1, 1};
+    const Tree chain(row, TOKENS), tree(fork, TOKENS);
     set_threads(1);
-    const std::vector<float> alone = run();
+    const std::vector<float> alone = run(nullptr), forked = run(&tree);
     set_threads(4);
-    CHECK(run() == alone);
+    CHECK(run(nullptr) == alone);
+    CHECK(run(&chain) == alone);
+    CHECK(run(&tree) == forked);
+    CHECK(forked != alone);
 }
 
 void check_elementwise() {

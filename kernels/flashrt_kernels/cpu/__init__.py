@@ -297,15 +297,19 @@ def attention(
     softcap: float | None,
     out: Floats,
     scratch: Bytes | None = None,
+    parents: NDArray[np.int32] | None = None,
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
     q [B, H, D], stride allowed in the first dimension; kv [KVH, context, 2, D]; out [B, H * D]. Token b at position
     p = start + b attends to max(0, p - window + 1)..p. scratch uint8 [attention_scratch_bytes(...)]; None allocates.
+    parents int32 [B], at most 16, makes the tokens a tree: token b follows token parents[b] < b, or with -1 the
+    sequence before start. Its keys and values stay at start + b, its position is start plus the number of tokens that
+    it follows; of the tree it attends to these and itself, with the bits that they would give in a row.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected a positive number of tokens or None, found {window}")
-    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch)
+    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents)
 
 
 def attention_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:

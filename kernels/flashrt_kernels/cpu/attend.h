@@ -126,10 +126,36 @@ inline void multiply(int queries, const float* a, size_t a_step, const float* pa
     }
 }
 
+// Calls f(lane, node) for a query's token and those of the tree that it follows, whose positions the segment has.
+template <typename Fn>
+FLASHRT_INLINE void each_above(const Segment& s, int query, Fn&& f) {
+    const int node = s.token + query / s.group;
+    for (int d = 0; d <= s.tree->depth[node]; ++d) {
+        const int lane = s.start + d - s.origin;
+        if (lane >= 0 && lane < s.lanes) f(lane, s.tree->above[node][d]);
+    }
+}
+
+// Scores of a tree's nodes move from their slots to their positions, so that sums have the order of a plain sequence.
+FLASHRT_INLINE void to_positions(const Segment& s, int query) {
+    float* row = s.scores + static_cast<size_t>(query) * SCORES;
+    float nodes[BATCH];
+    std::memcpy(nodes, row + s.start - s.begin, 4 * static_cast<size_t>(s.tree->nodes));
+    each_above(s, query, [&](int lane, int node) { row[lane] = nodes[node]; });
+}
+
+// And back: a node comes after those that it follows, so their values are summed in the order of positions too.
+FLASHRT_INLINE void to_slots(const Segment& s, int query) {
+    float* row = s.scores + static_cast<size_t>(query) * SCORES;
+    float nodes[BATCH] = {};
+    each_above(s, query, [&](int lane, int node) { nodes[node] = row[lane]; });
+    std::memcpy(row + s.start - s.begin, nodes, 4 * static_cast<size_t>(s.tree->nodes));
+}
+
 // Scores → exp(score - best) in place; invisible positions become zero.
 FLASHRT_INLINE void soften(const Segment& s, int query, int n16) {
-    float* row = s.scores + static_cast<size_t>(query) * SEGMENT;
-    const int low = s.first[query] - s.begin, high = s.last[query] - s.begin;  // visible, inclusive
+    float* row = s.scores + static_cast<size_t>(query) * SCORES;
+    const int low = s.first[query] - s.origin, high = s.last[query] - s.origin;  // visible, inclusive
     const float never = -__builtin_inff();
     F most = splat(never);
     for (int p = 0; p < n16; p += 16) {
@@ -169,13 +195,17 @@ inline void attend(const Segment& s) {
         const int count = n16 - p < POSITIONS ? n16 - p : POSITIONS;
         pack_keys(s, s.begin + p, count);
         multiply(s.queries, s.q, s.dim, s.panel, 64 * static_cast<size_t>(dim16), count / 16, s.dim, s.scores + p,
-                 SEGMENT, false);
+                 SCORES, false);
     }
-    for (int q = 0; q < s.queries; ++q) soften(s, q, n16);
+    for (int q = 0; q < s.queries; ++q) {
+        if (s.tree) to_positions(s, q);
+        soften(s, q, (s.lanes + 15) / 16 * 16);
+        if (s.tree) to_slots(s, q);
+    }
     for (int p = 0; p < n; p += POSITIONS) {
         const int count = n - p < POSITIONS ? n - p : POSITIONS;
         pack_values(s, s.begin + p, count);
-        multiply(s.queries, s.scores + p, SEGMENT, s.panel, 64 * static_cast<size_t>(count), dim16 / 16, count, s.acc,
+        multiply(s.queries, s.scores + p, SCORES, s.panel, 64 * static_cast<size_t>(count), dim16 / 16, count, s.acc,
                  dim16, p > 0);
     }
 }

@@ -29,7 +29,7 @@ struct Shape {
     }
     size_t partial() const { return static_cast<size_t>(queries) * (dim16 + 2); }
     size_t worker(int dim) const {  // panel, scores, queries, bounds, a partial and the running one
-        return static_cast<size_t>(POSITIONS) * dim16 + static_cast<size_t>(SEGMENT) * queries + static_cast<size_t>(queries) * (dim + 2) +
+        return static_cast<size_t>(POSITIONS) * dim16 + static_cast<size_t>(SCORES) * queries + static_cast<size_t>(queries) * (dim + 2) +
                2 * partial() + 64;
     }
 };
@@ -43,7 +43,7 @@ struct Worker {
     Worker(float* memory, const Shape& shape, int dim) {
         panel = memory;
         scores = panel + static_cast<size_t>(POSITIONS) * shape.dim16;
-        q = scores + static_cast<size_t>(SEGMENT) * shape.queries;
+        q = scores + static_cast<size_t>(SCORES) * shape.queries;
         first = reinterpret_cast<int*>(q + static_cast<size_t>(shape.queries) * dim);
         last = first + shape.queries;
         float* rest = reinterpret_cast<float*>(last + shape.queries);
@@ -60,25 +60,54 @@ int first_visible(const AttentionJob& job, int position) {
     return job.window > 0 && position - job.window + 1 > 0 ? position - job.window + 1 : 0;
 }
 
+int position(const AttentionJob& job, int token) {
+    return job.start + (job.tree ? job.tree->depth[token] : token);
+}
+
+// The first and the last position that some token of the tile sees.
+void visible(const AttentionJob& job, const Tile& tile, int& low, int& high) {
+    low = high = position(job, tile.token);
+    for (int t = 1; t < tile.tokens; ++t) {
+        const int at = position(job, tile.token + t);
+        if (at < low) low = at;
+        if (at > high) high = at;
+    }
+    low = first_visible(job, low);
+}
+
+// Which positions the tile sees of segment `index`, and the slots that they lie in.
+void place(const AttentionJob& job, const Tile& tile, int index, Segment& s) {
+    int low, high;
+    visible(job, tile, low, high);
+    const int begin = index * SEGMENT, end = high + 1 < begin + SEGMENT ? high + 1 : begin + SEGMENT;
+    s.origin = s.begin = low > begin ? low / 16 * 16 : begin;
+    s.end = end;
+    s.lanes = end - s.origin;
+    if (!job.tree || end <= job.start) return;
+    s.tree = job.tree;
+    s.start = job.start;
+    s.begin = s.origin < job.start ? s.origin : job.start;
+    s.end = job.start + job.tree->nodes;
+}
+
 // Partial softmax of the tile over segment `index`.
 void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int index, Worker& worker, Partial& out) {
-    const int low = first_visible(job, job.start + tile.token), high = job.start + tile.token + tile.tokens - 1;
-    const int begin = index * SEGMENT;
     Segment s{};
+    place(job, tile, index, s);
+    s.token = tile.token;
+    s.group = shape.group;
     s.kv = static_cast<const char*>(job.kv) + static_cast<size_t>(tile.head) * job.context * 2 * job.dim * (job.half ? 2 : 4);
     s.half = job.half;
     s.dim = job.dim;
-    s.begin = low > begin ? low / 16 * 16 : begin;
-    s.end = high + 1 < begin + SEGMENT ? high + 1 : begin + SEGMENT;
     s.queries = tile.tokens * shape.group;
     for (int t = 0, i = 0; t < tile.tokens; ++t)
         for (int g = 0; g < shape.group; ++g, ++i) {
-            const int position = job.start + tile.token + t;
+            const int last = position(job, tile.token + t);
             const float* from = job.q + (tile.token + t) * job.q_step +
                                 static_cast<size_t>(tile.head * shape.group + g) * job.dim;
             for (int d = 0; d < job.dim; ++d) worker.q[static_cast<size_t>(i) * job.dim + d] = from[d] * job.scale;
-            worker.first[i] = first_visible(job, position);
-            worker.last[i] = position;
+            worker.first[i] = first_visible(job, last);
+            worker.last[i] = last;
         }
     s.q = worker.q;
     s.first = worker.first;
@@ -118,8 +147,10 @@ void write(const AttentionJob& job, const Shape& shape, const Tile& tile, const 
 }
 
 void segments(const AttentionJob& job, const Tile& tile, int& first, int& last) {
-    first = first_visible(job, job.start + tile.token) / SEGMENT;
-    last = (job.start + tile.token + tile.tokens - 1) / SEGMENT;
+    int low, high;
+    visible(job, tile, low, high);
+    first = low / SEGMENT;
+    last = high / SEGMENT;
 }
 
 size_t wave_floats(const Shape& shape, int kv_heads) { return (WAVE + 1) * shape.partial() * kv_heads; }

@@ -171,8 +171,21 @@ void check_positions(int64_t start, int64_t tokens, int64_t context) {
                            " are outside a context of " + std::to_string(context));
 }
 
+std::optional<Tree> tree_or_none(handle parents_, int64_t tokens) {
+    if (parents_.is_none()) return std::nullopt;
+    const Array<const int32_t> parents("parents", parents_, 1);
+    parents.expect(0, tokens);
+    if (tokens > BATCH)
+        wrong("parents", "a tree has at most " + std::to_string(BATCH) + " tokens, found " + std::to_string(tokens));
+    for (int64_t i = 0; i < tokens; ++i)
+        if (parents.data[i] < -1 || parents.data[i] >= i)
+            wrong("parents", "expected -1 or a token before token " + std::to_string(i) + ", found " +
+                                 std::to_string(parents.data[i]));
+    return Tree(parents.data, static_cast<int>(tokens));
+}
+
 void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
-                  handle scratch) {
+                  handle scratch, handle parents) {
     const Array<const float> q("q", q_, 3);
     q.contiguous(2);
     const int tokens = static_cast<int>(q.shape[0]), heads = static_cast<int>(q.shape[1]);
@@ -184,6 +197,7 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     if (kv.heads == 0 || heads % kv.heads)
         wrong("kv", std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
     check_positions(start, tokens, kv.context);
+    const std::optional<Tree> tree = tree_or_none(parents, tokens);
     if (window > kv.context) window = 0;  // all that there is
     const Array<float> out("out", out_, 2);
     out.expect(0, tokens);
@@ -194,7 +208,7 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     const Scratch memory(scratch, attention_scratch_bytes(tokens, heads, kv_heads, dim, crew));
     const AttentionJob job = {q.data, static_cast<size_t>(q.step[0]), tokens, heads, kv_heads, dim, kv.data, kv.half,
                               kv.context, static_cast<int>(start), static_cast<int>(window), scale, softcap, out.data,
-                              static_cast<size_t>(out.step[0]), memory.data(), crew};
+                              static_cast<size_t>(out.step[0]), memory.data(), crew, tree ? &*tree : nullptr};
     Released release;
     attention(job);
 }
@@ -371,7 +385,7 @@ NB_MODULE(_cpu, m) {
         return attention_scratch_bytes(tokens, heads, kv_heads, dim, threads());
     });
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none());
+          nb::arg().none(), nb::arg().none());
     m.def("kv_append", &py_kv_append);
     m.def("rms_norm", [](handle x, handle weight, float eps, handle out) {
         py_norm(true, x, weight, nb::none(), eps, out);

@@ -66,23 +66,44 @@ struct ActiveChannels {  // of one token and group
 constexpr int PANEL = 64;  // columns of one panel
 constexpr int TILE = 6;    // tokens of one register tile
 
+// Tokens of a pass that are alternatives: each follows its parent, a token before it, or the sequence. They are stored
+// one after the other behind the sequence, but the position of a token is the number of tokens that it follows.
+struct Tree {
+    int nodes;
+    int depth[BATCH];         // tokens of the pass that node i follows
+    int above[BATCH][BATCH];  // [i][d]: the node at depth d on the way to node i, which is the last one
+
+    Tree(const int32_t* parents, int nodes) : nodes(nodes) {  // -1: follows the sequence
+        for (int i = 0; i < nodes; ++i) {
+            depth[i] = parents[i] < 0 ? 0 : depth[parents[i]] + 1;
+            for (int d = 0; d < depth[i]; ++d) above[i][d] = above[parents[i]][d];
+            above[i][depth[i]] = i;
+        }
+    }
+};
+
 struct Segment {  // one (KV head, segment of positions) against a tile of queries
-    const void* kv;        // [positions, 2, D] of the KV head
+    const void* kv;        // [slots, 2, D] of the KV head
     bool half;             // bfloat16 bits, or float32
     int dim;               // D
-    int begin, end;        // absolute positions that some query of the tile sees
+    int begin, end;        // slots that some query of the tile sees; without a tree those are positions
+    int origin, lanes;     // positions that some query sees
+    const Tree* tree;      // whose node 0 is in slot `start`; null: none, or it begins behind this segment
+    int start;
+    int token, group;      // the first query's token, and the queries of a token
     int queries;           // rows of q
     const float* q;        // [queries, D], scaled
     const int* first;      // [queries]: first visible position
     const int* last;       // [queries]: last visible position
     float softcap;         // 0: none
     float* panel;          // scratch: POSITIONS * (D rounded up to 16) floats
-    float* scores;         // scratch: [queries, SEGMENT]
+    float* scores;         // scratch: [queries, SCORES]
     float* best;           // out [queries]: highest score, -inf when nothing is visible
     float* total;          // out [queries]: sum of exp(score - best)
     float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
 };
 constexpr int SEGMENT = 256;   // positions; segments start at multiples of it
+constexpr int SCORES = SEGMENT + BATCH;  // slots at most: a tree may be stored beyond the segment of its positions
 constexpr int POSITIONS = 32;  // packed at a time: their panel stays in the first-level cache
 
 struct Kernels {

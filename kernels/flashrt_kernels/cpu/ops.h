@@ -106,6 +106,7 @@ struct AttentionJob {
     size_t out_step;
     void* scratch;
     int crew;  // threads that `scratch` has room for
+    const Tree* tree = nullptr;  // null: tokens follow one another
 };
 
 void linear(const LinearJob&);

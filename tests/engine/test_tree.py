@@ -1,0 +1,116 @@
+"""A tree of tokens in one pass: the bits of its paths, one by one, and the sequence that goes on with one of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flashrt.errors import UsageError
+from flashrt_kernels.rows import Codec
+from tests.engine.support import TorchRuntime, make_pack, relative_rms, tiny_engine
+from tests.families import FAMILIES, VOCAB, tiny_checkpoint
+
+# Longer than the windows of some families; the second node of a level does not lie beside its parent.
+PARENTS = [-1, -1, 0, 0, 1, 2, 2, 5, 7, 8, 9, 3, 10, 12, 4, 13]
+PROMPT = 21
+
+
+def paths(parents):
+    """For each token of a tree, those that it follows and itself."""
+    result = []
+    for i, parent in enumerate(parents):
+        result.append([*(result[parent] if parent >= 0 else []), i])
+    return result
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """(pack, prompt, tokens of a tree) of one family."""
+    root = tmp_path_factory.mktemp(request.param)
+    _, checkpoint = tiny_checkpoint(request.param, root / "checkpoint", seed=3)
+    packed = make_pack(checkpoint, root / "pack", Codec.INT4)
+    random = np.random.default_rng(7)
+    return packed, random.integers(3, VOCAB, PROMPT).tolist(), random.integers(3, VOCAB, len(PARENTS)).tolist()
+
+
+def along_paths(engine, prompt, tokens, parents):
+    """The logits of a tree's tokens, each after its own path in a pass of its own."""
+    rows = []
+    engine.prefill(prompt)
+    for path in paths(parents):
+        engine.rewind(len(prompt))
+        rows.append(engine.step_batch([tokens[i] for i in path])[-1].copy())
+    return np.stack(rows)
+
+
+def test_a_tree_has_the_bits_of_its_paths(case):
+    packed, prompt, tokens = case
+    with tiny_engine(packed, 1.0, chunk=16, logit_rows=16) as engine:
+        expected = along_paths(engine, prompt, tokens, PARENTS)
+    for share in (0.2, 0.6, 1.0):
+        with tiny_engine(packed, share, chunk=16, logit_rows=16) as engine:
+            engine.prefill(prompt)
+            for count in (1, 3, 7, 16):
+                assert np.array_equal(engine.step_tree(tokens[:count], PARENTS[:count]), expected[:count])
+                assert engine.length == PROMPT
+
+
+def test_keeping_a_path_is_decoding_it(case):
+    packed, prompt, tokens = case
+    path = paths(PARENTS)[-1]
+    with tiny_engine(packed, 0.3, chunk=16, logit_rows=16) as engine:
+        engine.prefill(prompt)
+        for i in path:
+            engine.step(tokens[i])
+        length = engine.length
+        wanted = [layer[:, :length].copy() for layer in engine.decoder.kv.layers]
+        logits = engine.step(5)
+        for kept in (path, path[:1], []):
+            engine.rewind(PROMPT)
+            engine.step_tree(tokens, PARENTS)
+            engine.keep(kept)
+            assert engine.length == PROMPT + len(kept)
+            for layer, expected in zip(engine.decoder.kv.layers, wanted, strict=True):
+                assert np.array_equal(layer[:, : engine.length], expected[:, : engine.length])
+        engine.step_tree(tokens, PARENTS)
+        engine.keep(path)
+        assert np.array_equal(engine.step(5), logits)
+        assert np.array_equal(engine.prefill([*prompt, *(tokens[i] for i in path), 5]), logits)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "opt", "qwen3_moe"])
+def test_the_reference_agrees(tmp_path, family):
+    _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3)
+    packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)
+    random = np.random.default_rng(7)
+    prompt, tokens = random.integers(3, VOCAB, 29).tolist(), random.integers(3, VOCAB, len(PARENTS)).tolist()
+    found = []
+    for runtime in (None, TorchRuntime()):
+        with tiny_engine(packed, 0.4, runtime, chunk=32, logit_rows=16) as engine:
+            engine.prefill(prompt)
+            logits = engine.step_tree(tokens, PARENTS).copy()
+            engine.keep([1, 4, 14])
+            found.append(np.concatenate((logits, engine.step(5)[None])))
+    assert relative_rms(found[0], found[1]) < 1e-4
+
+
+def test_what_is_no_tree_or_path_is_refused(case):
+    packed, prompt, tokens = case
+    with tiny_engine(packed, 0.3, chunk=16, logit_rows=16) as engine:
+        engine.prefill(prompt)
+        for count, parents in ((2, [-1]), (2, [-1, 1]), (1, [-2]), (0, [])):
+            with pytest.raises(UsageError):
+                engine.step_tree(tokens[:count], parents)
+        with pytest.raises(ValueError, match="not a path"):
+            engine.keep([0])
+        engine.step_tree(tokens, PARENTS)
+        for path in ([2], [0, 4], [0, 2, 16], [-1], [0, 0]):
+            with pytest.raises(ValueError, match="not a path"):
+                engine.keep(path)
+        engine.keep([0, 2])
+        with pytest.raises(ValueError, match="not a path"):
+            engine.keep([0])
+        engine.step_tree(tokens, PARENTS)
+        engine.rewind(PROMPT)
+        with pytest.raises(ValueError, match="not a path"):
+            engine.keep([0])
