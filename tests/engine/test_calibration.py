@@ -87,6 +87,19 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
     assert np.array_equal(results[1], results[2])
 
 
+def test_a_tree_leaves_out_what_its_paths_do(case, tokens):
+    path, _ = case
+    with tiny_engine(Pack(sparse_pack(path, REQUEST.max_loss)), 0.4, chunk=16, logit_rows=16) as engine:
+        engine.prefill(tokens[:9])
+        found = engine.step_tree(tokens[9:14], [-1, 0, 0, -1, 2]).copy()
+        for i, nodes in enumerate(([0], [0, 1], [0, 2], [3], [0, 2, 4])):
+            engine.rewind(9)
+            assert np.array_equal(engine.step_batch([tokens[9 + node] for node in nodes])[-1], found[i])
+        engine.rewind(3)
+        with pytest.raises(UsageError, match="needs 4"):
+            engine.step_tree(tokens[3:5], [-1, -1])
+
+
 def test_with_everything_stored_and_let_through_it_is_the_exact_model(case, tokens, tmp_path):
     """The same int4 weights, code for code; sums come in another order."""
     base = Pack(case[0])
