@@ -189,14 +189,14 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
     decoder, lookaheads = engine.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
     attention = decoder._attention
 
-    def noted(i: int, x: Array, start: int, wide: bool) -> None:
+    def noted(i: int, x: Array, *others: Any) -> None:
         began = time.perf_counter()
         normed = np.empty_like(x)
         decoder._norm(f"{i}.norm.ffn", x, normed)
         assert decoder.rows is not None
         trace[-1].append(decoder.rows.predictors[i].predict(lookaheads[i].guess(normed)))
         guessed = time.perf_counter()
-        attention(i, x, start, wide)
+        attention(i, x, *others)
         seconds.append((guessed - began, time.perf_counter() - guessed))
 
     decoder._attention = noted  # type: ignore[method-assign]
