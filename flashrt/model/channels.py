@@ -17,8 +17,8 @@ from flashrt.cache.weights import Weights
 from flashrt.model.thinned import SINKS, Selection, Thinned
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
-from flashrt_kernels.activations import function
 from flashrt_kernels.channels import CHANNELS
+from flashrt_kernels.curves import function
 from flashrt_kernels.rows import bundle_stride
 
 Tensor = Any

@@ -20,7 +20,7 @@ from flashrt.model.thinned import Selection, Thinned
 from flashrt.predict.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
 from flashrt.storage.layout import PREDICTOR
-from flashrt_kernels.activations import function
+from flashrt_kernels.curves import function
 from flashrt_kernels.rows import row_bytes
 
 Array = np.ndarray

@@ -17,7 +17,6 @@ import numpy as np
 
 from flashrt.sparsity import ChannelSparsity
 from flashrt.spec import Ffn
-from flashrt_kernels.activations import function
 from flashrt_kernels.channels import (
     CHANNELS,
     Int4Parts,
@@ -26,6 +25,7 @@ from flashrt_kernels.channels import (
     padded_columns,
     take_apart,
 )
+from flashrt_kernels.curves import function
 from flashrt_kernels.rows import Codec, row_bytes
 
 # Shares of the channels that take part at all, and whole; each pair costs less than the one before.

@@ -23,7 +23,7 @@ from flashrt.predict.order import neuron_order
 from flashrt.predict.samples import Samples
 from flashrt.sparsity import RowSparsity
 from flashrt.spec import Ffn
-from flashrt_kernels.activations import function
+from flashrt_kernels.curves import function
 from flashrt_kernels.rows import Codec, row_bytes
 
 RANKS = (64, 128, 256, 512, 1024)  # of predictors, as far as they are smaller than the hidden size

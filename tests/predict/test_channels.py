@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flashrt_kernels.activations import FUNCTIONS, function
+from flashrt_kernels.activations import FUNCTIONS
+from flashrt_kernels.curves import function
 from flashrt_kernels.reference import _activate
 
 
