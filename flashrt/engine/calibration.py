@@ -54,7 +54,8 @@ PROBED = 96  # tokens on which each block's weight is measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free
 TOP_P = 0.9  # of the probability that text written by the model is drawn from
 RESIDENT, STREAMED = 0.25, 6.0  # what a byte stored is worth beside one touched: in memory, and where some stream
-MARGIN = 0.75  # of the loss allowed that is aimed at: other text may lose more
+MARGIN = 0.8  # of the loss allowed that is aimed at: other text may lose more
+CLOSE = 0.95  # of what is aimed at: the search is over
 TRIALS = 10  # prices of loss that are tried at most
 TEXT_FILE, WEIGHT_FILE = "text.json", "weights.json"
 REFERENCE_FILE = "reference.f16"
@@ -291,7 +292,7 @@ class _Calibration:
                     aim /= 2  # the windows for tuning were easier than others
                 elif best is None or cost(picked, stored) < cost(best[0], stored):
                     best = picked, thresholds, check, self._figures(engine, fits, picked)
-                if best is not None and found > 0.85 * aim:
+                if best is not None and found > CLOSE * aim:
                     break
             asked *= float(np.clip(aim / max(found, 1e-9), 0.1, 4.0)) * (0.97 if found > aim else 1.0)
         if best is None:

@@ -107,35 +107,54 @@ inline void add_channels(const ChannelGroup& g, const ActiveChannels& a, const C
     }
 }
 
-// Weights of 16 columns from `column` on for one channel of a group, in units of the column's own scale.
-FLASHRT_INLINE F channel_weights(const ChannelGroup& g, int channel, bool fine, size_t column, const float* ratio) {
-    const size_t tile = column / 256;
-    const int k = column % 256 / 64, p = column % 64 / 16;
-    const uint8_t* coarse_at = g.half[0] + channel * g.step + 64 * tile + 4 * p;
-    const uint8_t* fine_at = g.half[1] + channel * g.step + 64 * tile + 4 * p;
-    uint32_t codes[4];  // a byte each
-    for (int quarter = 0; quarter < 4; ++quarter) {
-        uint32_t high, low = 0;
-        std::memcpy(&high, coarse_at + 16 * quarter, 4);
-        if (fine) std::memcpy(&low, fine_at + 16 * quarter, 4);
-        codes[quarter] = (high >> 2 * k & 0x03030303u) << 2 | (low >> 2 * k & 0x03030303u);
+// Codes of 64 columns of one channel, in their order: those in bits 2 k and 2 k + 1 of the bytes of a tile.
+FLASHRT_INLINE void channel_codes(const uint8_t* coarse, const uint8_t* fine, int k, uint8_t codes[64]) {
+    constexpr uint64_t TWO_BITS = 0x0303030303030303u;
+    uint64_t words[8], low[8];
+    std::memcpy(words, coarse, 64);
+    for (uint64_t& word : words) word = (word >> 2 * k & TWO_BITS) << 2;
+    if (fine) {
+        std::memcpy(low, fine, 64);
+        for (int i = 0; i < 8; ++i) words[i] |= low[i] >> 2 * k & TWO_BITS;
     }
-    const F code = add(load_u8(reinterpret_cast<const uint8_t*>(codes)), splat(fine ? 0.0f : 1.5f));
-    const F offset = mul(load_u8(g.b + column), load(ratio + column));
-    return sub(mul(load_u8(g.a + column), code), offset);
+    uint32_t from[16], to[16];
+    std::memcpy(from, words, 64);
+    for (int i = 0; i < 16; ++i) to[i] = from[i % 4 * 4 + i / 4];
+    std::memcpy(codes, to, 64);
 }
 
-// Packs 16 columns of all channels of a group into one stripe of a panel.
-inline void pack_channels(const ChannelGroup& g, int fine, size_t column, const float* ratio, bool half, void* stripe) {
-    char* to = static_cast<char*>(stripe);
+// Weights of 64 columns from `column` on for one channel of a group, in units of each column's own scale.
+FLASHRT_INLINE void channel_weights(const ChannelGroup& g, int channel, bool fine, size_t column, const F scale[4],
+                                    const F offset[4], F weights[4]) {
+    const size_t at = channel * g.step + column / 256 * 64;
+    uint8_t codes[64];
+    channel_codes(g.half[0] + at, fine ? g.half[1] + at : nullptr, column % 256 / 64, codes);
+    const F middle = splat(fine ? 0.0f : 1.5f);
+    for (int p = 0; p < 4; ++p) weights[p] = sub(mul(scale[p], add(load_u8(codes + 16 * p), middle)), offset[p]);
+}
+
+// Packs 64 columns of all channels of a group into four stripes of a panel.
+inline void pack_channels(const ChannelGroup& g, int fine, size_t column, const float* ratio, bool half, void* panel,
+                          size_t stripe) {
+    F scale[4], offset[4];
+    for (int p = 0; p < 4; ++p) {
+        const size_t at = column + 16 * p;
+        scale[p] = load_u8(g.a + at);
+        offset[p] = mul(load_u8(g.b + at), load(ratio + at));
+    }
+    char* to = static_cast<char*>(panel);
     for (int i = 0; i < CHANNELS; i += 2) {
-        const F even = channel_weights(g, i, i < fine, column, ratio);
-        const F odd = channel_weights(g, i + 1, i + 1 < fine, column, ratio);
-        if (half) {
-            store_pairs(reinterpret_cast<uint32_t*>(to), even, odd);
-        } else {
-            store(reinterpret_cast<float*>(to), even);
-            store(reinterpret_cast<float*>(to + 64), odd);
+        F even[4], odd[4];
+        channel_weights(g, i, i < fine, column, scale, offset, even);
+        channel_weights(g, i + 1, i + 1 < fine, column, scale, offset, odd);
+        for (int p = 0; p < 4; ++p) {
+            char* at = to + p * stripe;
+            if (half) {
+                store_pairs(reinterpret_cast<uint32_t*>(at), even[p], odd[p]);
+            } else {
+                store(reinterpret_cast<float*>(at), even[p]);
+                store(reinterpret_cast<float*>(at + 64), odd[p]);
+            }
         }
         to += half ? 64 : 128;
     }

@@ -240,12 +240,9 @@ void gemm_gate_up(const GateUpJob& job, void* memory, int crew) {
         for (int first = 0; first < w.count; first += most) {
             const int count = static_cast<int>(w.count) - first < most ? static_cast<int>(w.count) - first : most;
             const size_t stripe = static_cast<size_t>(count) * CHANNELS * (half ? 32 : 64);
-            for (int g = 0; g < count; ++g) {
-                const ChannelGroup group = w.at(first + g);
-                for (int j = 0; j < PANEL / 16; ++j)
-                    kernels().pack_channels(group, w.fine, item * PANEL + 16 * j, job.ratio, half,
-                                            panel + j * stripe + g * (stripe / count));
-            }
+            for (int g = 0; g < count; ++g)
+                kernels().pack_channels(w.at(first + g), w.fine, item * PANEL, job.ratio, half,
+                                        panel + g * (stripe / count), stripe);
             for (int t = 0; t < job.tokens; t += TILE) {
                 const int rows = job.tokens - t < TILE ? job.tokens - t : TILE;
                 float* out[TILE];

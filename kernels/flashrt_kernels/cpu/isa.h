@@ -131,8 +131,9 @@ struct Kernels {
     void (*pack_across)(Codec, const uint8_t* const* rows, int count, int k, int from, int to, bool half, void* stripe);
     // Packs chunk `chunk` of `count` rows into the four stripes of a panel whose depth is `count` (rounded up to even).
     void (*pack_along)(Codec, const uint8_t* rows, size_t stride, int count, int k, int chunk, bool half, void* panel);
-    // Packs 16 columns of all channels of a group, whose first `fine` have both halves, likewise.
-    void (*pack_channels)(const ChannelGroup&, int fine, size_t column, const float* ratio, bool half, void* stripe);
+    // Packs 64 columns of all channels of a group, whose first `fine` have both halves, into four stripes likewise.
+    void (*pack_channels)(const ChannelGroup&, int fine, size_t column, const float* ratio, bool half, void* panel,
+                          size_t stripe);
     // c[m][0..63] (+)= a[m] · panel, for m < rows <= TILE. a: [rows, a_step] of float or bfloat16. `depth` in weights.
     void (*tile)(bool half, int rows, const void* a, size_t a_step, const void* panel, size_t stripe_bytes, int depth,
                  float* const* c, bool accumulate);
