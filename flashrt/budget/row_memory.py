@@ -22,9 +22,9 @@ def least_slots(neurons: int, pinned: int) -> int:
     return pinned + min(NEURON_STEP, neurons - pinned)
 
 
-def index_bytes(neurons: int, slots: int, pinned: int, bias: bool) -> int:
+def index_bytes(neurons: int, slots: int, pinned: int) -> int:
     """Bytes that a cache keeps beside its slots."""
-    return 4 * neurons + 4 + (10 + 4 * bias) * slots + 4 * QUEUE_FACTOR * (slots - pinned)
+    return 4 * neurons + 4 + 10 * slots + 4 * QUEUE_FACTOR * (slots - pinned)
 
 
 def predictor_work_bytes(neurons: int, rank: int, hidden: int) -> int:
@@ -53,7 +53,7 @@ class RowMemory:
     def index_bytes(self) -> int:
         """The most that an index may take."""
         neurons = self.tensor.run_bundles
-        return index_bytes(neurons, neurons, 0, bias=True)
+        return index_bytes(neurons, neurons, 0)
 
     def room(self, pinned_bytes: int) -> int:
         """Slots that a window can use beside pinned rows."""

@@ -51,9 +51,8 @@ class RowStatistics:
 class RowCache:
     """Bundles of the dense FFN `tensor` in `memory` (uint8 [slots, stride]); the first `pinned` rows stay.
 
-    `bias` (float32 [neurons]) is kept by slot in `slot_bias` (float32 [slots]), as `ops.glu` wants it. The pinned rows
-    must be in memory before anything else: `load` reads them. `statistics` counts. Raises BudgetError for fewer slots
-    than `least_slots`.
+    The pinned rows must be in memory before anything else: `load` reads them. `statistics` counts. Raises BudgetError
+    for fewer slots than `least_slots`.
 
     The order in which rows are handed out depends on what is asked for only, never on what was in memory.
     """
@@ -65,16 +64,12 @@ class RowCache:
         tensor: TensorLayout,
         memory: Array,
         pinned: int,
-        bias: Array | None = None,
     ) -> None:
         self.tensor, self.memory, self.pinned = tensor, memory, pinned
         self.neurons, self.window = tensor.run_bundles, len(memory) - pinned
         self._require_room()
         self.statistics = RowStatistics()
-        self.slot_bias = None if bias is None else np.zeros(len(memory), np.float32)
-        if self.slot_bias is not None and bias is not None:
-            self.slot_bias[:pinned] = bias[:pinned]
-        self._bias, self._reader, self._verifier = bias, reader, verifier
+        self._reader, self._verifier = reader, verifier
         self._unverified = set(range(tensor.blocks))  # as far as is known here
         self._flying: deque[tuple[Ticket, Array]] = deque()  # reads under way, and the slots that they fill
         # An empty slot's row is -1, so the slot of "row -1" is kept as well, and means nothing.
@@ -211,8 +206,6 @@ class RowCache:
         self._slot_of[self._row_in[slots]] = -1
         self._row_in[slots] = rows
         self._slot_of[rows] = slots
-        if self.slot_bias is not None and self._bias is not None:
-            self.slot_bias[slots] = self._bias[rows]
         self._flying.append((self._submit(rows, slots), slots))
         self.statistics.bytes_wanted += len(rows) * self.tensor.stride
 

@@ -142,15 +142,12 @@ class Weights:
             yield first, bundles[: tensor.run_bundles - first]
         streamer.release()
 
-    def row_cache(self, name: str, bias: Array | None) -> RowCache | None:
-        """A cache of the rows of `name` in the slots that the plan gives it; None where all are pinned.
-
-        `bias` (float32 [neurons]) goes with them.
-        """
+    def row_cache(self, name: str) -> RowCache | None:
+        """A cache of the rows of `name` in the slots that the plan gives it; None where all are pinned."""
         if name not in self.plan.windows:
             return None
         memory, pinned = self._memory[name], len(self._pinned[name])
-        return RowCache(self.reader, self._verifier, self.layout.tensors[name], memory, pinned, bias)
+        return RowCache(self.reader, self._verifier, self.layout.tensors[name], memory, pinned)
 
     def whole(self, name: str) -> Tensor:
         """All bundles of a tensor that is pinned whole, uint8 [bundles, stride]."""

@@ -49,7 +49,7 @@ from flashrt.text.tokenizer import Tokenizer
 WORK_DIR = "sparse.partial"
 TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
 WINDOW = 128  # tokens of one piece of text
-HELD_OUT = 2  # every second window is held out: half of those to set the price of loss by, half to check
+FITTED = 0.5  # of the text, its beginning; the first half of the rest sets the price of loss, the other checks it
 PROBED = 96  # tokens on which each block's weight is measured
 LEAST_RISE = 1e-5  # nats: noise must not make a block free
 TOP_P = 0.9  # of the probability that text written by the model is drawn from
@@ -115,9 +115,7 @@ class _Calibration:
     def run(self) -> Sparsity:
         with self._engine(self.path) as exact:
             windows = self._text(exact)
-            fitted = [w for i, w in enumerate(windows) if i % HELD_OUT]
-            held = windows[::HELD_OUT]
-            tuning, checking = held[::2], held[1::2]
+            fitted, tuning, checking = _split(windows)
             probe = _cut(fitted, PROBED)
             self._sample(exact, fitted)
             self._reference(exact, [*probe, *tuning, *checking])
@@ -427,6 +425,13 @@ def _written(engine: Engine, seed: int, length: int) -> list[int]:
             logits = engine.step(token)
     engine.rewind(0)
     return ids
+
+
+def _split(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """The windows to fit to, to choose by and to check with: stretches, since neighbours in a text know each other."""
+    first = round(FITTED * len(windows))
+    second = (first + len(windows)) // 2
+    return windows[:first], windows[first:second], windows[second:]
 
 
 def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:

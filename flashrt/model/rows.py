@@ -51,7 +51,7 @@ class RowFfn(Thinned[RowSparsity]):
         self._thresholded = [np.empty_like(weights.vector(f"{i}{PREDICTOR}bias")) for i in count]
         self.predictors = [self._predictor(i) for i in count]
         self._heads = [None if layer.heads_from is None else Heads(weights, ops, i) for i, layer in enumerate(layers)]
-        self._caches = [weights.row_cache(f"{i}.ffn", self._up_bias(i)) for i in count]
+        self._caches = [weights.row_cache(f"{i}.ffn") for i in count]
         self._lookaheads = [None if cache is None else Lookahead(weights.spec.hidden) for cache in self._caches]
         self._before: list[RowStatistics] = []
         self.restart(layers)
@@ -143,9 +143,10 @@ class RowFfn(Thinned[RowSparsity]):
         if self.selections is not None:
             self._compare(i, x, rows, self.selections[i])
         ffn, codec = self.weights.spec.layers[i].ffn, self.weights.layout.tensors[f"{i}.ffn"].codec
-        memory, bias = self._memory(i)
+        memory, bias = self._memory(i), self._up_bias(i)
         for part in self._passes(i, rows):
-            self.ops.glu(x, memory, codec, ffn.activation, ffn.gated, y, bias, slots=part.slots)
+            own = None if bias is None else bias[part.rows]
+            self.ops.glu(x, memory, codec, ffn.activation, ffn.gated, y, own, slots=part.slots)
 
     def _passes(self, i: int, rows: Array) -> Iterator[Pass]:
         cache = self._caches[i]
@@ -154,13 +155,12 @@ class RowFfn(Thinned[RowSparsity]):
         elif len(rows):
             yield Pass(rows, rows)
 
-    def _memory(self, i: int) -> tuple[Array, Array | None]:
-        """Where the rows of a block are, and their biases."""
+    def _memory(self, i: int) -> Array:
+        """Where the rows of a block are."""
         cache = self._caches[i]
         if cache is not None:
-            return cache.memory, cache.slot_bias
-        whole = self.weights.whole(f"{i}.ffn")
-        return whole[: self.weights.spec.layers[i].ffn.neurons], self._up_bias(i)
+            return cache.memory
+        return self.weights.whole(f"{i}.ffn")[: self.weights.spec.layers[i].ffn.neurons]
 
     def _predictor(self, i: int) -> LowRank:
         name = f"{i}{PREDICTOR}"
@@ -172,7 +172,7 @@ class RowFfn(Thinned[RowSparsity]):
 
     def _compare(self, i: int, x: Array, rows: Array, selection: Selection) -> None:
         """Count the neurons that are not zero, those predicted, and those that are both."""
-        active = np.concatenate([part.rows[self._hidden(i, x, part.slots) != 0] for part in self._every(i)])
+        active = np.concatenate([part.rows[self._hidden(i, x, part) != 0] for part in self._every(i)])
         selection.wanted += len(active)
         selection.taken += len(rows)
         selection.both += len(np.intersect1d(active, rows, assume_unique=True))
@@ -182,19 +182,19 @@ class RowFfn(Thinned[RowSparsity]):
         for begin in range(0, len(neurons), COMPARED):
             yield from self._passes(i, neurons[begin : begin + COMPARED])
 
-    def _hidden(self, i: int, x: Array, slots: Array) -> Array:
-        """Activations float32 [slots] for one token x [1, hidden]."""
+    def _hidden(self, i: int, x: Array, part: Pass) -> Array:
+        """Activations float32 [rows of the part] for one token x [1, hidden]."""
         ffn, codec = self.weights.spec.layers[i].ffn, self.weights.layout.tensors[f"{i}.ffn"].codec
-        memory, bias = self._memory(i)
+        memory, bias = self._memory(i), self._up_bias(i)
         size, hidden = row_bytes(codec, x.shape[1]), x.shape[1]
         products = []
         for r in range(ffn.bundle_rows - 1):
-            weights = np.empty((len(slots), hidden), np.float32)
-            self.ops.dequantize(memory[slots, r * size : (r + 1) * size], codec, hidden, weights)
+            weights = np.empty((len(part.slots), hidden), np.float32)
+            self.ops.dequantize(memory[part.slots, r * size : (r + 1) * size], codec, hidden, weights)
             products.append(weights @ x[0])
         if ffn.gated:
             return function(ffn.activation)(products[0]) * products[1]
-        return function(ffn.activation)(products[0] + (0 if bias is None else bias[slots]))
+        return function(ffn.activation)(products[0] + (0 if bias is None else bias[part.rows]))
 
     def _counted(self, name: str) -> int:
         """A count of the caches since the last restart."""

@@ -55,10 +55,13 @@ class Ops(Protocol):
         tokens: Any = None,
         weights: Any = None,
         slots: Any = None,
+        beside: Any = None,
+        usage: Any = None,
     ) -> None:
         """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K], bundles [n, bytes], tokens, weights [m].
 
-        slots int32 names the bundles that take part; None: all."""
+        slots int32 [s] names the bundles that take part (None: all), -1 - i those of the arrays `beside`; usage [s]
+        += their |h|."""
 
     def gemm_glu(
         self,
@@ -72,6 +75,7 @@ class Ops(Protocol):
         tokens: Any = None,
         weights: Any = None,
         scratch: Any = None,
+        usage: Any = None,
     ) -> None:
         """`glu` for many tokens; scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
 

@@ -6,6 +6,8 @@ the same maths; on a CUDA device they multiply in bfloat16, except for F32 rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -123,6 +125,7 @@ def _glu(
     tokens: Tensor | None,
     weights: Tensor | None,
     wide: bool,
+    usage: Tensor | None,
 ) -> None:
     k = x.shape[1]
     part = x if tokens is None else x[tokens.long()]
@@ -133,6 +136,8 @@ def _glu(
         h = _activate(first if up_bias is None else first + up_bias, activation)
     if weights is not None:
         h = h * weights[:, None]
+    if usage is not None:
+        usage += h.abs().sum(0)
     result = _product(h, _bundle_rows(bundles, codec, k, 2 if gated else 1), codec, wide)
     if tokens is None:
         y += result
@@ -151,12 +156,15 @@ def glu(
     tokens: Tensor | None = None,
     weights: Tensor | None = None,
     slots: Tensor | None = None,
+    beside: Sequence[Tensor] | None = None,
+    usage: Tensor | None = None,
 ) -> None:
     """y[b] += h * down, summed over neurons; h = act(gate·x) * (up·x), or act(up·x + up_bias) when ungated."""
     if slots is not None:
-        bundles = bundles[slots.long()]
-        up_bias = None if up_bias is None else up_bias[slots.long()]
-    _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, wide=False)
+        places = slots.long()
+        every = bundles if beside is None else torch.cat([bundles, *beside])
+        bundles = every[torch.where(places < 0, len(bundles) - 1 - places, places)]
+    _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, False, usage)
 
 
 def gemm_glu(
@@ -170,9 +178,10 @@ def gemm_glu(
     tokens: Tensor | None = None,
     weights: Tensor | None = None,
     scratch: Tensor | None = None,
+    usage: Tensor | None = None,
 ) -> None:
     """`glu` for many tokens."""
-    _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, wide=True)
+    _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, True, usage)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:

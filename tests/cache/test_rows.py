@@ -97,8 +97,7 @@ def fake_cache(neurons: int, slots: int, pinned: int) -> tuple[RowCache, FakeRea
     tensor = layout(neurons)
     reader = FakeReader(tensor)
     memory = np.full((slots, tensor.stride), 0xEE, np.uint8)
-    bias = np.random.default_rng(neurons).standard_normal(neurons).astype(np.float32)
-    cache = RowCache(reader, Trusting(), tensor, memory, pinned, bias)  # type: ignore[arg-type]
+    cache = RowCache(reader, Trusting(), tensor, memory, pinned)  # type: ignore[arg-type]
     memory[:pinned] = content(np.arange(pinned), tensor.stride)
     return cache, reader
 
@@ -108,9 +107,6 @@ def taken(cache: RowCache, rows: np.ndarray) -> list[int]:
     found, sizes = [], []
     for part, slots in cache.ensure(rows):
         assert cache.memory[slots].tobytes() == content(part, cache.tensor.stride).tobytes()
-        assert cache.slot_bias is not None
-        assert cache._bias is not None
-        assert (cache.slot_bias[slots[slots >= cache.pinned]] == cache._bias[part[slots >= cache.pinned]]).all()
         found += part.tolist()
         sizes.append(len(part))
     assert found == rows.tolist()
@@ -327,8 +323,8 @@ def test_index_bytes() -> None:
     for neurons, slots, pinned in ((500, 200, 40), (300, 300, 300), (700, 400, 0)):
         cache, _ = fake_cache(neurons, slots, pinned)
         arrays = [value for value in vars(cache).values() if isinstance(value, np.ndarray)]
-        kept = sum(a.nbytes for a in arrays if a is not cache.memory and a is not cache._bias)
-        assert kept == index_bytes(neurons, slots, pinned, bias=True)
+        kept = sum(a.nbytes for a in arrays if a is not cache.memory)
+        assert kept == index_bytes(neurons, slots, pinned)
 
 
 @pytest.fixture
@@ -343,11 +339,11 @@ def reader(pack: Pack) -> Iterator[Reader]:
     opened.close()
 
 
-def real_cache(pack: Pack, reader: Reader, slots: int, pinned: int, bias: np.ndarray | None = None) -> RowCache:
+def real_cache(pack: Pack, reader: Reader, slots: int, pinned: int) -> RowCache:
     tensor = pack.layout.tensors["0.ffn"]
     verifier = Verifier(reader, np.frombuffer(mmap.mmap(-1, tensor.max_block_bytes), np.uint8))
     memory = np.frombuffer(mmap.mmap(-1, slots * tensor.stride), np.uint8).reshape(slots, tensor.stride)
-    cache = RowCache(reader, verifier, tensor, memory, pinned, bias)
+    cache = RowCache(reader, verifier, tensor, memory, pinned)
     cache.load()
     return cache
 
@@ -375,14 +371,14 @@ def test_rows_of_a_pack_equal_the_file(pack: Pack, reader: Reader, slots: int, p
 def test_a_result_does_not_depend_on_the_cache(pack: Pack, reader: Reader, slots: int, pinned: int) -> None:
     """Bit for bit: with all rows in memory, and with a window that has seen other tokens."""
     bias = np.random.default_rng(0).standard_normal(700).astype(np.float32)
-    cache, everything = real_cache(pack, reader, slots, pinned, bias), on_disk(pack)[:700]
+    cache, everything = real_cache(pack, reader, slots, pinned), on_disk(pack)[:700]
     for seed in range(6):
         x = np.random.default_rng(seed).standard_normal((2, 20)).astype(np.float32)
         rows = some(seed, 700, 100 * seed + 30)
         expected, found = np.zeros((2, 20), np.float32), np.zeros((2, 20), np.float32)
-        cpu.glu(x, everything, Codec.INT8, "relu", False, expected, bias, slots=rows)
-        for _, places in cache.ensure(rows):
-            cpu.glu(x, cache.memory, Codec.INT8, "relu", False, found, cache.slot_bias, slots=places)
+        cpu.glu(x, everything, Codec.INT8, "relu", False, expected, bias[rows], slots=rows)
+        for part, places in cache.ensure(rows):
+            cpu.glu(x, cache.memory, Codec.INT8, "relu", False, found, bias[part], slots=places)
         assert np.abs(expected).sum() > 0
         assert found.tobytes() == expected.tobytes()
 

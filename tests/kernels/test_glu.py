@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -117,17 +119,16 @@ def test_slots_are_bundles_gathered(isa, codec, gated):
     k, n = 352, 301
     w = neurons(1, n, k, codec, gated)
     slots = np.random.default_rng(5).permutation(n)[:170].astype(np.int32)
-    options = {} if gated else {"up_bias": normal(4, n)}
+    options = {} if gated else {"up_bias": normal(4, len(slots))}
     for tokens in (1, 5):
         x, y = normal(2, tokens, k), normal(3, tokens, k)
         gathered, expected = y.copy(), expect(as_met(x, codec), w, codec, "relu2", gated, y, slots=slots, **options)
-        beside = {name: bias[slots].copy() for name, bias in options.items()}
-        cpu.glu(x, w[slots].copy(), codec, "relu2", gated, gathered, **beside)
+        cpu.glu(x, w[slots].copy(), codec, "relu2", gated, gathered, **options)
         cpu.glu(x, w, codec, "relu2", gated, y, slots=slots, **options)
         assert same(y, gathered)
         assert rms_ratio(y, expected) < tolerance(codec)
     before = y.copy()
-    cpu.glu(x, w, codec, "relu2", gated, y, slots=slots[:0], **options)
+    cpu.glu(x, w, codec, "relu2", gated, y, slots=slots[:0])
     assert same(y, before)
 
 
@@ -172,3 +173,43 @@ def test_wrong_arguments_are_named():
     for slots in (np.array([4], np.int32), np.array([-1], np.int32), np.array([0], np.int64)):
         with pytest.raises(ValueError, match="^slots"):
             cpu.glu(**good, slots=slots)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_bundles_beside_are_numbered_on(isa, codec, gated):
+    """Rows of several arrays give the bits of the same rows side by side, whichever array each is in."""
+    k, n = 96, 290
+    w = neurons(1, n, k, codec, gated)
+    split = (0, 90, 170, 250, 290)  # the first is `bundles`; the others are beside, the last with fewer
+    parts = [w[begin:end].copy() for begin, end in itertools.pairwise(split)]
+    rows = np.random.default_rng(6).permutation(n)[:200].astype(np.int32)
+    slots = np.where(rows < 90, rows, -1 - (rows - 90)).astype(np.int32)
+    x, y = normal(2, 5, k), normal(3, 5, k)
+    options = {} if gated else {"up_bias": normal(4, 200)}
+    expected = y.copy()
+    cpu.glu(x, w[rows].copy(), codec, "silu", gated, expected, **options)
+    cpu.glu(x, parts[0], codec, "silu", gated, y, slots=slots, beside=parts[1:], **options)
+    assert same(y, expected)
+    for wrong in ([parts[1][:5], parts[2]], [parts[1][:, :8]], []):
+        with pytest.raises(ValueError, match=r"^(beside|slots)"):
+            cpu.glu(x, parts[0], codec, "silu", gated, y, slots=slots, beside=wrong, **options)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("call", [cpu.glu, cpu.gemm_glu])
+def test_usage_sums_activations(isa, call, codec, gated):
+    """What is said of every neuron is the sum of |h| over the tokens, added to what was there."""
+    k, n, tokens = 96, 200, 18
+    w, x, y = neurons(1, n, k, codec, gated), normal(2, tokens, k), normal(3, tokens, k)
+    usage, plain = abs(normal(5, n)), y.copy()
+    expected = tensor(usage.copy())
+    met = as_met(x, codec) if call is cpu.glu else x
+    expect(met, w, codec, "silu", gated, y, usage=expected.numpy())
+    call(x, w, codec, "silu", gated, plain)
+    call(x, w, codec, "silu", gated, y, usage=usage)
+    assert same(y, plain)
+    assert rms_ratio(usage, expected.numpy()) < tolerance(codec)
+    with pytest.raises(ValueError, match="^usage"):
+        call(x, w, codec, "silu", gated, y, usage=usage[:-1].copy())

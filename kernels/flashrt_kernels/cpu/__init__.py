@@ -10,6 +10,7 @@ spread over calls (ascending; neurons in multiples of 128).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,8 @@ def glu(
     tokens: NDArray[np.int32] | None = None,
     weights: Floats | None = None,
     slots: NDArray[np.int32] | None = None,
+    beside: Sequence[Bytes] | None = None,
+    usage: Floats | None = None,
 ) -> None:
     """y[b] += h * down for each neuron in ascending order, for a few tokens.
 
@@ -154,9 +157,11 @@ def glu(
     x and y [B, K] may have a row stride and must not share memory. bundles uint8 [n, bytes], any stride. tokens int32
     [m] names the rows of x and y that take part, each at most once; weights [m] (or [B]) multiplies their h. slots
     int32 [s] names the bundles that take part, in that order (None: all), wherever rows are kept that are not
-    neighbours; up_bias [n] is theirs.
+    neighbours; -1 - i names bundle i of the arrays `beside`, numbered one after the other, which have equally many,
+    the last possibly fewer. up_bias [s] is of those that take part; usage [s] += |h|, summed over the tokens.
     """
-    _cpu.glu(x, bundles, _codec(codec), _activation(activation), gated, y, up_bias, tokens, weights, slots)
+    name, act = _codec(codec), _activation(activation)
+    _cpu.glu(x, bundles, name, act, gated, y, up_bias, tokens, weights, slots, beside, usage)
 
 
 def gemm_glu(
@@ -170,9 +175,11 @@ def gemm_glu(
     tokens: NDArray[np.int32] | None = None,
     weights: Floats | None = None,
     scratch: Bytes | None = None,
+    usage: Floats | None = None,
 ) -> None:
     """`glu` for many tokens, rounding like `gemm_linear`. scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
-    _cpu.gemm_glu(x, bundles, _codec(codec), _activation(activation), gated, y, up_bias, tokens, weights, scratch)
+    name, act = _codec(codec), _activation(activation)
+    _cpu.gemm_glu(x, bundles, name, act, gated, y, up_bias, tokens, weights, scratch, usage)
 
 
 def gate_up(

@@ -104,13 +104,13 @@ const T* vector_or_null(const char* name, nb::handle object, int64_t length) {
 }
 
 // Bundles of at least `rows` packed rows of `k` weights.
-inline Rows bundles_of(nb::handle object, int codec, int rows, int64_t k) {
+inline Rows bundles_of(nb::handle object, int codec, int rows, int64_t k, const char* name = "bundles") {
     if (k < 1 || k > LONGEST_ROW)
         wrong("x", "rows of 1 to " + std::to_string(LONGEST_ROW) + " are supported, found " + std::to_string(k));
-    const Array<const uint8_t> b("bundles", object, 2);
+    const Array<const uint8_t> b(name, object, 2);
     const int64_t need = rows * static_cast<int64_t>(row_bytes(static_cast<Codec>(codec), static_cast<int>(k)));
     if (b.shape[1] < need)
-        wrong("bundles", std::to_string(rows) + " rows of " + std::to_string(k) + " weights take " +
+        wrong(name, std::to_string(rows) + " rows of " + std::to_string(k) + " weights take " +
                              std::to_string(need) + " bytes, found " + std::to_string(b.shape[1]));
     return {static_cast<Codec>(codec), static_cast<int>(k), b.data, static_cast<size_t>(b.step[0]), b.shape[0]};
 }

@@ -44,16 +44,36 @@ LinearJob linear_job(handle x_, handle bundles, int codec, handle out_, int64_t 
             static_cast<size_t>(out.step[0]), row0, rows, vector_or_null<float>("bias", bias, rows)};
 }
 
-// Places of bundles, in any order.
-const int32_t* slots_of(handle object, int64_t bundles, int64_t& count) {
+// Places of bundles, in any order; -1 - i is place i of those `beside` them.
+const int32_t* slots_of(handle object, int64_t bundles, int64_t beside, int64_t& count) {
     if (object.is_none()) return nullptr;
     const Array<const int32_t> slots("slots", object, 1);
     count = slots.shape[0];
     for (int64_t i = 0; i < count; ++i)
-        if (slots.data[i] < 0 || slots.data[i] >= bundles)
-            wrong("slots", "expected numbers below " + std::to_string(bundles) + ", found " +
-                               std::to_string(slots.data[i]));
+        if (slots.data[i] < -beside || slots.data[i] >= bundles)
+            wrong("slots", "expected numbers of " + std::to_string(-beside) + " to below " + std::to_string(bundles) +
+                               ", found " + std::to_string(slots.data[i]));
     return slots.data;
+}
+
+// Arrays of bundles that are numbered one after the other.
+std::vector<Rows> beside_of(handle object, int codec, int rows, int64_t k) {
+    std::vector<Rows> result;
+    if (object.is_none()) return result;
+    for (handle each : nb::borrow<nb::sequence>(object)) {
+        if (!result.empty() && result.back().bundles != result[0].bundles)
+            wrong("beside", "all arrays but the last must have as many bundles as the first");
+        result.push_back(bundles_of(each, codec, rows, k, "beside"));
+    }
+    if (result.size() > 1 && result.back().bundles > result[0].bundles)
+        wrong("beside", "the last array has more bundles than the first");
+    return result;
+}
+
+int64_t bundles_in(const std::vector<Rows>& arrays) {
+    int64_t count = 0;
+    for (const Rows& each : arrays) count += each.bundles;
+    return count;
 }
 
 // Each of the chosen tokens once, and none that x has not.
@@ -73,20 +93,27 @@ const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
 }
 
 GluJob glu_job(handle x_, handle bundles, int codec, Named activation, bool gated, handle y_, handle up_bias,
-               handle tokens, handle weights, handle slots) {
+               handle tokens, handle weights, handle slots, handle beside_, handle usage_) {
     const Array<const float> x("x", x_, 2);
-    const Rows w = bundles_of(bundles, codec, gated ? 3 : 2, x.shape[1]);
+    const int rows = gated ? 3 : 2;
+    const Rows w = bundles_of(bundles, codec, rows, x.shape[1]);
+    std::vector<Rows> beside = beside_of(beside_, codec, rows, x.shape[1]);
     const Array<float> y("y", y_, 2);
     for (int i = 0; i < 2; ++i) y.expect(i, x.shape[i]);
     if (overlap(x, y)) wrong("y", "shares memory with x");
     if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
     int64_t count = x.shape[0], neurons = w.bundles;
-    const int32_t* places = slots_of(slots, w.bundles, neurons);
+    const int32_t* places = slots_of(slots, w.bundles, bundles_in(beside), neurons);
     const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
+    float* usage = nullptr;
+    if (!usage_.is_none()) {
+        const Array<float> found("usage", usage_, 1);
+        found.expect(0, neurons);
+        usage = found.data;
+    }
     return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
-            chosen, vector_or_null<float>("weights", weights, count), w, places, neurons,
-            activation_of(activation), gated,
-            vector_or_null<float>("up_bias", up_bias, w.bundles)};
+            chosen, vector_or_null<float>("weights", weights, count), w, std::move(beside), places, neurons,
+            activation_of(activation), gated, vector_or_null<float>("up_bias", up_bias, neurons), usage};
 }
 
 ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t columns, int64_t places) {
@@ -322,22 +349,24 @@ NB_MODULE(_cpu, m) {
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
-                    handle tokens, handle weights, handle slots) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, slots);
+                    handle tokens, handle weights, handle slots, handle beside, handle usage) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, slots, beside,
+                                   usage);
         Released release;
         if (job.tokens && job.count) glu(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-       nb::arg().none(), nb::arg().none());
+       nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("gemm_glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
-                         handle tokens, handle weights, handle scratch) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, nb::none());
+                         handle tokens, handle weights, handle scratch, handle usage) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, nb::none(),
+                                   nb::none(), usage);
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
         const int crew = threads();
         const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles, crew));
         Released release;
         gemm_glu(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-       nb::arg().none(), nb::arg().none());
+       nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("gate_up", [](handle x, handle groups, int64_t first, int64_t fine, handle order, handle norms, handle ratio,
                         handle sums, float coarse_from, float fine_from) {
         const GateUpJob job = gate_up_job(x, groups, first, fine, order, norms, ratio, sums, coarse_from, fine_from);

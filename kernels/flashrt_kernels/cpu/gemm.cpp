@@ -1,5 +1,6 @@
 // Wide passes: weights are decoded once per call into panels and multiplied by all tokens.
 
+#include <cmath>
 #include <cstring>
 
 #include "ops.h"
@@ -133,6 +134,8 @@ void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, f
     kernel.activate(job.activation, sums, job.gated ? sums + PANEL / 2 : nullptr, count);
     if (job.weights)
         for (int i = 0; i < count; ++i) sums[i] *= job.weights[t];
+    if (job.usage)
+        for (int i = 0; i < count; ++i) job.usage[first + i] += std::fabs(sums[i]);
     char* to = h.at(t, static_cast<int>(first));
     if (h.half) kernel.to_half(sums, count, reinterpret_cast<uint16_t*>(to));
     else std::memcpy(to, sums, sizeof(float) * count);

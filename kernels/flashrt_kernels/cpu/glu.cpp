@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstring>
 
 #include "ops.h"
@@ -14,13 +15,9 @@ constexpr int UNIT = 128;  // neurons that one thread sums before y takes them: 
 struct Block {
     Block(const GluJob& job, int64_t first, int count, int64_t then) : first(first), count(count) {
         for (int i = 0; i < count; ++i) {
-            at[i] = bundle(job, first + i);
-            next[i] = then + i < job.count ? bundle(job, then + i) : at[i];
+            at[i] = job.bundle(first + i);
+            next[i] = then + i < job.count ? job.bundle(then + i) : at[i];
         }
-    }
-
-    static const uint8_t* bundle(const GluJob& job, int64_t neuron) {
-        return job.neurons.data + (job.slots ? job.slots[neuron] : neuron) * job.neurons.stride;
     }
 
     Bundles rows(int n) const { return {at, next, count, n}; }
@@ -39,11 +36,12 @@ void hidden(const GluJob& job, const Tokens& tokens, const float* weights, const
         float* row = h + t * BLOCK;
         std::memcpy(row, both[0] + t * BLOCK, sizeof(float) * block.count);
         if (job.up_bias)
-            for (int i = 0; i < block.count; ++i)
-                row[i] += job.up_bias[job.slots ? job.slots[block.first + i] : block.first + i];
+            for (int i = 0; i < block.count; ++i) row[i] += job.up_bias[block.first + i];
         kernel.activate(job.activation, row, job.gated ? both[1] + t * BLOCK : nullptr, block.count);
         if (weights)
             for (int i = 0; i < block.count; ++i) row[i] *= weights[t];
+        if (job.usage)
+            for (int i = 0; i < block.count; ++i) job.usage[block.first + i] += std::fabs(row[i]);
     }
 }
 

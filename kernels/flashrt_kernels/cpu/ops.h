@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 
@@ -36,11 +37,20 @@ struct GluJob {
     const int32_t* chosen;  // rows of x and y that take part; null: all
     const float* weights;   // of the tokens that take part; null: one
     Rows neurons;
-    const int32_t* slots;  // bundles that take part, in this order; null: all
-    int64_t count;         // of them
+    std::vector<Rows> beside;  // more bundles; all but the last have as many as the first
+    const int32_t* slots;      // bundles that take part, in this order, -1 - i being number i of `beside`; null: all
+    int64_t count;             // of them
     Activation activation;
     bool gated;
-    const float* up_bias;
+    const float* up_bias;  // of those that take part
+    float* usage;          // [count] += the sum of |h| over the tokens; may be null
+
+    const uint8_t* bundle(int64_t neuron) const {
+        const int64_t slot = slots ? slots[neuron] : neuron;
+        if (slot >= 0) return neurons.data + slot * neurons.stride;
+        const int64_t i = -1 - slot, each = beside[0].bundles;
+        return beside[i / each].data + i % each * beside[i / each].stride;
+    }
 };
 
 struct ChannelGroups {  // [count] groups of channels, of which `first` is the first
