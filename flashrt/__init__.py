@@ -31,6 +31,7 @@ def load(
     host_budget_gb: float | None = None,
     mode: str = "exact",
     max_loss: float | None = None,
+    speculate: str | int = "auto",
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -43,6 +44,7 @@ def load(
     host_budget_gb: with device='cuda', GiB of host memory
     mode: 'exact' or, after `flashrt calibrate`, 'sparse'
     max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
+    speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
 
     Raises a FlashrtError that says what to do: BudgetError before anything is loaded when the budget is too small.
     """
@@ -59,4 +61,5 @@ def load(
         host_budget_gb=host_budget_gb,
         mode=mode,
         max_loss=max_loss,
+        speculate=speculate,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flashrt.errors import UsageError
 
 GIB = 1 << 30
+MOST_POSITIONS = 16  # tokens of a pass that verifies a draft
 LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 
 
@@ -42,6 +43,21 @@ def budget_bytes(budget_gb: float) -> int:
     if not 0 < budget_gb <= LARGEST_BUDGET_GB:
         raise UsageError(f"the budget is {budget_gb} GiB, expected a number above 0, at most {LARGEST_BUDGET_GB:.0f}")
     return int(budget_gb * GIB)
+
+
+def positions(speculate: str | int) -> int | None:
+    """Tokens of a pass that verifies a draft, at most: 1 for 'off', None for 'auto'. Raises UsageError."""
+    if speculate == "auto":
+        return None
+    if speculate == "off":
+        return 1
+    try:
+        count = int(speculate)
+    except ValueError:
+        count = 0
+    if not 2 <= count <= MOST_POSITIONS:
+        raise UsageError(f"--speculate is {speculate!r}, expected off, auto or 2 to {MOST_POSITIONS} tokens per pass")
+    return count
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashrt.budget.resident_memory import index_bytes, usage_numbers
 from flashrt.budget.row_memory import RowMemory, divide_windows, predictor_work_bytes
 from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
@@ -34,6 +35,7 @@ RESIDENT_CHUNK = 64  # a shorter pass computes too slowly to be worth holding al
 CHUNK_SHARE = 0.08  # of what the process leaves free: a larger chunk may not take more than this from the weights
 RING_SLOTS = (24, 16, 12, 8, 4, 2)  # blocks in flight or in use, the best first; 24 read 11-25% faster than 12 here
 RING_SHARE = 1 / 16  # of what weights may take that the ring may have at most
+LOOKUP_BYTES = 28  # of a token of context, for finding it again
 VECTOR_STEP = 16  # float32 numbers in a cache line
 PEAK_JITTER = 3 * MIB  # by which the process differs from run to run: the budget that is named must suffice
 SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
@@ -49,6 +51,7 @@ class Workload:
     prompt: int | None = None  # tokens of the longest prompt, when known: no pass is longer
     logit_rows: int = 1
     scoring: bool = False
+    positions: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Machine:
     peak_bytes: int  # the largest that this has been
     kv_item_bytes: int
     scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
+    gathers: bool = True  # whether its kernels take neurons from several places at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ class Plan:
     windows: Mapping[str, int] = field(default_factory=dict)
     row_reads_per_token: float = 0.0
     row_bytes_per_token: int = 0  # of the streamed ones, those of rows
+    positions: int = 1  # tokens of a pass that verifies a draft, at most
+    following: tuple[str, ...] = ()  # dense FFNs whose resident neurons are those that the text uses
 
     @property
     def resident(self) -> bool:
@@ -100,6 +106,7 @@ class Plan:
             "weight_bytes": self.weight_bytes,
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_token": self.streamed_bytes_per_token,
+            "positions_per_pass": self.positions,
             "row_reads_per_token": self.row_reads_per_token,
             "row_window_slots": sum(self.windows.values()),
             "ring_slots": self.slots,
@@ -160,6 +167,9 @@ class _Planner:
             if self.rows:
                 fixed["row index"] = self._index_bytes()
                 free -= fixed["row index"]
+            drafting = self._drafting_bytes()
+            fixed["speculation"] = fixed.get("speculation", 0) + drafting
+            free -= drafting
         cached = expert_slots * self.expert_bytes
         pinned, windows = self._pin(free - cached)
         weights = self._weights_by_owner(pinned, windows)
@@ -174,7 +184,7 @@ class _Planner:
             budget_bytes=budget,
             context=self.workload.context,
             chunk=chunk,
-            logit_rows=self.workload.logit_rows,
+            logit_rows=self._logit_rows,
             scoring=self.workload.scoring,
             owners=owners,
             pinned=pinned | {t.name: t.blocks for t in self.predictors},
@@ -188,6 +198,8 @@ class _Planner:
             windows=windows,
             row_reads_per_token=sum(reads.values()),
             row_bytes_per_token=row_bytes,
+            positions=self.workload.positions,
+            following=self._following(pinned),
         )
 
     def smallest(self) -> int:
@@ -207,10 +219,10 @@ class _Planner:
         spec, workload = self.spec, self.workload
         codec = self.layout.tensors["embed"].codec
         columns = self.layout.channel_columns
-        buffers = working_set(spec, codec, chunk, workload.logit_rows, workload.scoring, columns)
+        buffers = working_set(spec, codec, chunk, self._logit_rows, workload.scoring, columns)
         scratch = self.machine.scratch_bytes(chunk, workload.context)
-        predictors = {"predictors": self._predictor_bytes()} if self.predictors else {}
-        return predictors | {
+        optional = {"predictors": self._predictor_bytes(), "speculation": self._lookup_bytes()}
+        return {owner: nbytes for owner, nbytes in optional.items() if nbytes} | {
             "process": self.machine.runtime_bytes,
             "norms and biases": vector_bytes(self.layout),
             "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
@@ -281,9 +293,36 @@ class _Planner:
         """Rows of a layer that one token reads, as calibration text did."""
         return rows.missed(prefix_bytes(rows.tensor, pinned[rows.tensor.name]), windows.get(rows.tensor.name, 0))
 
+    @property
+    def _logit_rows(self) -> int:
+        return max(self.workload.logit_rows, self.workload.positions)
+
+    def _lookup_bytes(self) -> int:
+        """What drafts by looking up the text take; see `speculate.lookup`."""
+        return LOOKUP_BYTES * self.workload.context if self.workload.positions > 1 else 0
+
+    def _drafting_bytes(self) -> int:
+        """What drafts by resident neurons take: where each of them is, and of what use."""
+        followed = self._followable()
+        return sum(index_bytes(t) for t in followed) + 4 * usage_numbers(followed)
+
+    def _followable(self) -> list[TensorLayout]:
+        """Dense FFNs of a pack that is run exactly, where neurons can be gathered."""
+        if self.workload.positions == 1 or not self.machine.gathers or self.rows or self.layout.channel_columns:
+            return []
+        return [t for t in self.tensors if owner_of(self.spec, t) == "FFN"]
+
+    def _following(self, pinned: Mapping[str, int]) -> tuple[str, ...]:
+        """Those of which a part streams; none unless all else that a draft computes with is resident."""
+        needed = [t for t in self.tensors if owner_of(self.spec, t) in ("router", "attention", "head")]
+        if self.experts or any(pinned[t.name] < t.blocks for t in needed):
+            return ()
+        return tuple(t.name for t in self._followable() if 0 < pinned[t.name] < t.blocks)
+
     def _least_moving(self) -> int:
         """Bytes without which nothing can be read while decoding."""
-        return self._ring_bytes(RING_SLOTS[-1]) + self._index_bytes() + self._least_windows()
+        moving = self._ring_bytes(RING_SLOTS[-1]) + self._index_bytes() + self._least_windows()
+        return moving + self._drafting_bytes()
 
     def _least_windows(self) -> int:
         return sum(r.least * r.tensor.stride for r in self.rows)

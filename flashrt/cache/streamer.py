@@ -1,33 +1,38 @@
 """A ring of buffers through which blocks stream in the order in which they will be used.
 
 The user says what it will take, in order (`expect`), and takes it (`take`). Reads run ahead as far as there are free
-buffers, across layers and passes. A block stays valid until the next `take`.
+buffers, across layers and passes. What was taken stays valid until the next `take`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from flashrt.storage.layout import Block
-from flashrt.storage.reader import BlockTicket, Reader
+from flashrt.storage.reader import Reader, Ticket
 
 Array = np.ndarray
+Submit = Callable[[Block, Array], Ticket]  # starts to read a block into a buffer of its size
 
 
 class Streamer:
-    """`slots` are page-aligned uint8 buffers, each at least as large as any block; at least two, or none at all."""
+    """`slots` are page-aligned uint8 buffers, each at least as large as any block; at least two, or none at all.
+
+    `submit` starts a read; another may be put in its place, which reads a part of a block only.
+    """
 
     def __init__(self, reader: Reader, slots: Iterable[Array]) -> None:
         self._reader = reader
+        self.submit: Submit = reader.submit
         self._slots = tuple(slots)
         self._free = deque(self._slots)
         self._wanted: deque[Iterator[Block]] = deque()
-        self._flying: deque[tuple[BlockTicket, Array]] = deque()
-        self._held: Array | None = None
+        self._flying: deque[tuple[Block, Ticket, Array]] = deque()
+        self._held: list[Array] = []
         self.wait_s = 0.0
 
     def expect(self, blocks: Iterable[Block]) -> None:
@@ -41,23 +46,17 @@ class Streamer:
 
     def take(self, block: Block) -> Array:
         """The bytes of `block` (uint8 [nbytes]), which must be the next one expected."""
+        return self.take_all([block])[0]
+
+    def take_all(self, blocks: Sequence[Block]) -> list[Array]:
+        """The bytes of the next blocks expected, no more than there are buffers."""
         self.release()
-        if not self._flying or self._flying[0][0].block != block:
-            raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
-        ticket, slot = self._flying.popleft()
-        self._held = slot
-        if not ticket.ready:
-            began = time.perf_counter()
-            ticket.wait()
-            self.wait_s += time.perf_counter() - began
-        ticket.wait()
-        return ticket.buffer
+        return [self._take(block) for block in blocks]
 
     def release(self) -> None:
-        """Let go of the block taken last: its buffer may be read into again."""
-        if self._held is not None:
-            self._free.append(self._held)
-            self._held = None
+        """Let go of what was taken last: the buffers may be read into again."""
+        self._free.extend(self._held)
+        self._held = []
         self._pump()
 
     def flush(self) -> None:
@@ -66,17 +65,29 @@ class Streamer:
         Starts afresh from the slots themselves: an interrupt may have struck between any two steps.
         """
         self._wanted.clear()
-        for ticket, _ in self._flying:
+        for _, ticket, _ in self._flying:
             ticket.cancel()
         self._reader.settle()
         self._flying.clear()
-        self._held = None
+        self._held = []
         self._free = deque(self._slots)
+
+    def _take(self, block: Block) -> Array:
+        if not self._flying or self._flying[0][0] != block:
+            raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
+        _, ticket, slot = self._flying.popleft()
+        self._held.append(slot)
+        if not ticket.ready:
+            began = time.perf_counter()
+            ticket.wait()
+            self.wait_s += time.perf_counter() - began
+        ticket.wait()
+        return slot[: block.nbytes]
 
     def _pump(self) -> None:
         while self._free and (block := next_block(self._wanted)) is not None:
             slot = self._free.popleft()
-            self._flying.append((self._reader.submit(block, slot[: block.nbytes]), slot))
+            self._flying.append((block, self.submit(block, slot[: block.nbytes]), slot))
 
 
 def next_block(wanted: deque[Iterator[Block]]) -> Block | None:

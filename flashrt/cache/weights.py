@@ -17,14 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
+from flashrt.budget.resident_memory import SPAN, usage_numbers
 from flashrt.cache.device import Device, Tensor
 from flashrt.cache.experts import ExpertCache, Key
+from flashrt.cache.resident import ResidentRows, Span
 from flashrt.cache.rows import RowCache
+from flashrt.cache.streamer import Streamer
 from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
 from flashrt.storage.pack import Pack
-from flashrt.storage.reader import Reader
+from flashrt.storage.reader import Reader, Ticket
 from flashrt_kernels.rows import align, row_bytes
 
 Array = np.ndarray
@@ -56,7 +59,16 @@ class Weights:
             self._memory[tensor.name], self._pinned[tensor.name] = memory, memory[:bundles]
         self._vectors = _slices(device, self.layout)
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
+        span = max(min(SPAN, plan.slots // 3), 1)
+        self.resident = {
+            name: ResidentRows(self.layout.tensors[name], self._memory[name], span) for name in plan.following
+        }
+        self._usage = device.allocate(
+            "speculation", (usage_numbers(self.layout.tensors[name] for name in plan.following),), np.float32
+        )
         self._static = device.stream(plan.slots, plan.slot_bytes)
+        if self.resident:
+            self._ring.submit = self._submit
         self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
         self.experts = self._expert_cache() if plan.expert_slots else None
         self._ahead: Walk | None = None  # the pass that is already expected
@@ -91,10 +103,10 @@ class Weights:
 
     def begin_pass(self, walk: Walk, following: Walk) -> None:
         """Start a pass over all layers; `following` guesses the one after it."""
-        if not self.plan.windows:  # then passes of few tokens read what others do
+        if not (self.plan.windows or self.resident):  # then passes of few tokens read what others do
             walk, following = replace(walk, wide=True), replace(following, wide=True)
         if self._ahead != walk:
-            self._static.flush()
+            self._flush()
             self._expect_pass(walk)
         self._expect_pass(following)
         self._ahead = following
@@ -106,7 +118,7 @@ class Weights:
             if self.experts:
                 all_of_them.callback(self.experts.abandon)
             all_of_them.callback(self._experts.flush)
-            all_of_them.callback(self._static.flush)
+            all_of_them.callback(self._flush)
 
     def expect_experts(self, layer: int, chosen: Array) -> None:
         """Start reading the experts that the router of `layer` chose (int [T, k]), in ascending order."""
@@ -141,6 +153,44 @@ class Weights:
             bundles = streamer.take(block).reshape(block.bundles, tensor.stride)
             yield first, bundles[: tensor.run_bundles - first]
         streamer.release()
+
+    def spans(self, name: str, tokens: int) -> Iterator[tuple[Span, Array]]:
+        """The neurons of a tensor in `resident`, in order, for a pass of few tokens.
+
+        With each span comes where the kernel puts of what use its neurons are, float32, by which residents change.
+        """
+        rows = self.resident[name]
+        for blocks in rows.spans(wide=False):
+            self._static.release()
+            lacking = [block for block in blocks if rows.lacks(block)]
+            taken = self._ring.take_all(lacking)
+            buffers = {block.index: buffer for block, buffer in zip(lacking, taken, strict=True)}
+            span = rows.gather(blocks, buffers)
+            usage = self._usage[: len(span.slots)]
+            usage[:] = 0
+            yield span, usage
+            rows.learn(span.first, usage, tokens)
+            rows.exchange(blocks, buffers, wide=False)
+        self._static.release()
+
+    def blocks(self, name: str, tokens: int) -> Iterator[tuple[int, Tensor, Array]]:
+        """`spans` for a pass of many tokens, as first neuron, uint8 [neurons, stride] in order, and use."""
+        rows = self.resident[name]
+        for (block,) in rows.spans(wide=True):
+            self._static.release()
+            buffers = {}
+            if rows.in_order(block):
+                bundles = rows.direct(block)
+            else:
+                buffers[block.index] = self._static.take(block)
+                bundles = rows.assemble(block, buffers[block.index])
+            usage = self._usage[: len(bundles)]
+            usage[:] = 0
+            if len(bundles):
+                yield block.first, bundles, usage
+                rows.learn(block.first, usage, tokens)
+            rows.exchange([block], buffers, wide=True)
+        self._static.release()
 
     def row_cache(self, name: str) -> RowCache | None:
         """A cache of the rows of `name` in the slots that the plan gives it; None where all are pinned."""
@@ -240,11 +290,31 @@ class Weights:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return crc
 
+    @property
+    def _ring(self) -> Streamer:
+        assert isinstance(self._static, Streamer), "only the CPU's kernels gather neurons"
+        return self._static
+
+    def _submit(self, block: Block, buffer: Array) -> Ticket:
+        rows = self.resident.get(block.tensor)
+        return self.reader.submit(block, buffer) if rows is None else rows.submit(self.reader, block, buffer)
+
+    def _flush(self) -> None:
+        self._static.flush()
+        for rows in self.resident.values():
+            rows.forget_reads()
+
     def _expect_pass(self, walk: Walk) -> None:
         tensors = _body_tensors(self.layout.tensors.values())
-        self._static.expect(self._streamed(t for t in tensors if walk.wide or t.name not in self.plan.windows))
+        self._static.expect(self._of_pass((t for t in tensors if walk.wide or t.name not in self.plan.windows), walk))
         if walk.head:
             self._static.expect(self._streamed([self.layout.tensors[self.spec.head]]))
+
+    def _of_pass(self, tensors: Iterable[TensorLayout], walk: Walk) -> Iterator[Block]:
+        """The blocks of tensors that a pass takes from the ring, in order."""
+        for tensor in tensors:
+            rows = self.resident.get(tensor.name)
+            yield from self._streamed([tensor]) if rows is None else rows.blocks(walk.wide)
 
     def _streamed(self, tensors: Iterable[TensorLayout]) -> Iterator[Block]:
         for tensor in tensors:

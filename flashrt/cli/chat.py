@@ -69,6 +69,7 @@ def chat(
     dtype: options.Dtype = Codec.INT8,
     mode: options.Mode = options.ModeName.EXACT,
     max_loss: options.MaxLoss = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -98,7 +99,7 @@ def chat(
     from flashrt.engine.open import checked_context
 
     session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss)
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)
     )
     template = session.tokenizer.chat_template
 

@@ -89,6 +89,14 @@ MaxLoss = Annotated[
         help="With --mode sparse: refuse a calibration that lets perplexity rise by more (0.02 is 2%).",
     ),
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        metavar="off|auto|N",
+        help="Draft tokens, and verify up to N of them (2 to 16) in one pass. The text is the same.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 Temperature = Annotated[

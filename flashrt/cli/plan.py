@@ -39,6 +39,7 @@ def plan(
     dtype: options.Dtype = Codec.INT8,
     mode: options.Mode = options.ModeName.EXACT,
     max_loss: options.MaxLoss = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -62,10 +63,10 @@ def plan(
     from flashrt.engine.open import checked_context
 
     session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss)
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)
     )
     workload = Workload(checked_context(session.spec, context, DEFAULT_CONTEXT))
-    the_plan = session.prepared.plan(workload)
+    the_plan = session.plan(workload)
     disk = load_disk_profile(session.settings.cache, session.prepared.pack.path.stat().st_dev)
     speed = disk.sequential if disk is not None else None
     streamed = the_plan.streamed_bytes_per_token

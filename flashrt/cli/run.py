@@ -80,6 +80,7 @@ def run(
     dtype: options.Dtype = Codec.INT8,
     mode: options.Mode = options.ModeName.EXACT,
     max_loss: options.MaxLoss = None,
+    speculate: options.Speculate = "auto",
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -110,7 +111,7 @@ def run(
     if chat:
         import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
     session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss)
+        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)
     )
     ids = _prompt_ids(session.tokenizer, text, chat, system)
     length, new = _lengths(session.spec.context, context, len(ids), max_new_tokens)
@@ -141,6 +142,8 @@ def figures(report: Report) -> str:
     parts = [f"{report.new_tokens} tokens"]
     if report.decode_tok_per_s:
         parts[0] += f", {report.decode_tok_per_s:.2f} tokens/s"
+    if report.acceptance and report.tokens_per_pass:
+        parts.append(f"{report.tokens_per_pass:.2f} per pass")
     parts.append(f"first after {duration(report.ttft_s)}")
     if report.bytes_read_per_token:
         read = f"{size(report.bytes_read_per_token)} read per token"

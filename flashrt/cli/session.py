@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flashrt.cli.console import Progress, say, size
 from flashrt.cli.options import DeviceName, ModeName
-from flashrt.config import budget_bytes
+from flashrt.config import budget_bytes, positions
 from flashrt.engine.open import check_mode, pack_for, resolve
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
@@ -35,6 +35,7 @@ class Settings:
     context: int | None = None  # tokens that the model must support
     mode: ModeName = ModeName.EXACT
     max_loss: float | None = None
+    speculate: str = "off"
 
     @property
     def cache(self) -> Path:
@@ -46,6 +47,7 @@ class Settings:
             if budget is not None:
                 budget_bytes(budget)
         check_mode(self.mode.value, self.max_loss)
+        positions(self.speculate)
 
 
 class Session:
@@ -75,9 +77,13 @@ class Session:
     def tokenizer(self) -> Tokenizer:
         return self.prepared.tokenizer
 
+    def plan(self, workload: Workload) -> Plan:
+        """Plan for `workload`, drafts included."""
+        return self.prepared.plan(self.prepared.drafting(workload, positions(self.settings.speculate)))
+
     def engine(self, workload: Workload) -> Engine:
         """Plan for `workload`, then load. Raises BudgetError before anything is loaded."""
-        the_plan = self.prepared.plan(workload)
+        the_plan = self.plan(workload)
         if warning := self.slower(workload, the_plan):
             say(warning)
         with self._loading as progress:

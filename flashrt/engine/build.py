@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ DEFAULT_CONTEXT = 4096
 # Bytes taken at the peak of loading for each byte of a compact tokenizer.json: 21.0 (Qwen2.5) and 22.2 (Gemma 3).
 TOKENIZER_GROWTH = 21
 LARGE_TOKENIZER = 32 << 20  # bytes of growth that are worth an estimate
+AUTO_POSITIONS = 12  # tokens of a pass with a draft: logits for more take memory that weights could have
 AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
 
 
@@ -74,6 +76,17 @@ class Prepared:
         enough = resident_budget(*arguments, workload, machine)
         available = int(AVAILABLE_SHARE * self.runtime.available())
         return plan(*arguments, min(enough, available), workload, machine)
+
+    def drafting(self, workload: Workload, positions: int | None) -> Workload:
+        """A workload whose passes verify drafts of up to so many tokens; None: where that may pay, and there is room.
+
+        On a GPU a pass of several tokens rounds otherwise than one of one, so it only drafts when it is told to.
+        """
+        if positions is not None:
+            return replace(workload, positions=positions)
+        drafting = replace(workload, positions=AUTO_POSITIONS)
+        fits = self.budget is None or self.smallest_budget(drafting) <= self.budget
+        return drafting if fits and self.runtime.bounds_process else workload
 
     def exact_plan(self, path: Path, workload: Workload) -> Plan:
         """What the plan would be for the pack at `path`, which this calibrated one was made of.

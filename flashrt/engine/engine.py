@@ -230,6 +230,14 @@ class Engine:
             raise UsageError(f"the sequence has {self.length} tokens, a tree in sparse mode needs {SINKS} before it")
         return self._narrow(tokens, parents)
 
+    def draft(self, token: int, depth: int) -> Array:
+        """Logits after `token`, which follows `depth` drafted ones, by resident neurons alone: float32 [vocab].
+
+        For plans with `following`. Neither the sequence nor what streams is touched.
+        """
+        with self._pass_or_nothing() as decoder:
+            return decoder.device.get(decoder.drafted(token, depth))[0]
+
     def keep(self, path: Sequence[int]) -> None:
         """Append tokens of the last `step_tree`, by their indices: a path from its beginning, possibly an empty one.
 
@@ -242,6 +250,13 @@ class Engine:
         """Cut the sequence back to its first `length` tokens."""
         del self._cached[length:]
         self.decoder.kv.truncate(length)
+
+    @property
+    def most_positions(self) -> int:
+        """Tokens that `step_tree` takes now, at most."""
+        if self.decoder.sparse is not None and self.length < SINKS:
+            return 1
+        return min(self.plan.positions, self.plan.context - self.length)
 
     @property
     def length(self) -> int:

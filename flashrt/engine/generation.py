@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flashrt.budget.process import peak_resident_bytes
 from flashrt.config import Sampling
+from flashrt.engine.passes import Passes
 from flashrt.engine.report import Report, expert_figures
 from flashrt.engine.sampling import Sampler
 
@@ -63,6 +64,7 @@ class Generation:
         self._ids: list[int] = []
         self._text: list[str] = []
         self._prefill, self._decode = _Phase(), _Phase()
+        self._passes: Passes | None = None
         self._finish = "interrupted"
         self._report: Report | None = None
         self._tokens = self._run()
@@ -91,6 +93,7 @@ class Generation:
             with self._measured(self._prefill):
                 self._engine.begin(self, self._reuse)
                 token = self._sampler.choose(self._engine.prefill(self._prompt))
+            ahead: deque[int] = deque()  # tokens that the last pass gave, and that are not handed out yet
             while True:
                 self._ids.append(token)
                 if token in self._stop_ids:
@@ -105,15 +108,23 @@ class Generation:
                 if len(self._ids) == self._limit:
                     self._finish = "length"
                     break
-                with self._measured(self._decode):
-                    self._engine.check_current(self)
-                    token = self._sampler.choose(self._engine.step(token))
+                if not ahead:
+                    with self._measured(self._decode):
+                        self._engine.check_current(self)
+                        ahead.extend(self._next(token))
+                token = ahead.popleft()
             rest = self._stops.flush(stream.flush())
             if rest:
                 self._text.append(rest)
                 yield Token(self._ids[-1], rest)
         finally:
             self._end()
+
+    def _next(self, token: int) -> list[int]:
+        """What comes after `token`, the last so far."""
+        if self._passes is None:
+            self._passes = Passes(self._engine, [*self._prompt, token], self._sampler)
+        return self._passes.next(self._limit - len(self._ids), self._stop_ids)
 
     @contextlib.contextmanager
     def _measured(self, phase: _Phase) -> Iterator[None]:
@@ -134,9 +145,11 @@ class Generation:
 
     def _make_report(self) -> Report:
         engine, prefill, decode = self._engine, self._prefill, self._decode
+        passes = self._passes if self._passes and self._passes.count else None
         decoded = max(len(self._ids) - 1, 0)
         wait_s = prefill.wait_s + decode.wait_s
-        streams = decoded > 0 and decode.bytes_read >= decoded * max(engine.plan.slot_bytes, 1)
+        count = passes.count if passes else 0
+        streams = count > 0 and decode.bytes_read >= count * max(engine.plan.slot_bytes, 1)
         rate = decode.bytes_read / decode.seconds if streams else None
         shares = engine.ffn_shares()
         return Report(
@@ -164,6 +177,11 @@ class Generation:
             ffn_rows_share=shares["rows"] if shares else None,
             heads_share=shares.get("heads") if shares else None,
             expert_cache=expert_figures(decode.experts) if engine.plan.expert_slots else None,
+            tokens_per_pass=passes.tokens / passes.count if passes else None,
+            positions_per_pass=passes.positions / passes.count if passes else None,
+            acceptance=passes.acceptance() if passes and engine.plan.positions > 1 else None,
+            draft_s=passes.draft_s if passes else 0.0,
+            verify_s=passes.verify_s if passes else 0.0,
             row_hit_rate=engine.row_hit_rate(),
             plan=engine.plan.to_json(),
         )

@@ -47,10 +47,11 @@ def load(
     host_budget_gb: float | None = None,
     mode: str = "exact",
     max_loss: float | None = None,
+    speculate: str | int = "auto",
 ) -> Engine:
     """See `flashrt.load`."""
     from flashrt.budget.planner import Workload
-    from flashrt.config import budget_bytes
+    from flashrt.config import budget_bytes, positions
     from flashrt.engine.build import DEFAULT_CONTEXT, Prepared
     from flashrt.engine.runtime import runtime_for
 
@@ -58,12 +59,13 @@ def load(
     if budget_gb is not None:
         budget_bytes(budget_gb)
     check_mode(mode, max_loss)
+    most = positions(speculate)
     runtime = runtime_for(device, threads, host_budget_gb)
     cache = Path(cache_dir) if cache_dir else default_cache()
     found = resolve(path, cache, dtype, context=context)
     prepared = Prepared(pack_for(found, mode, max_loss), cache, runtime, budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
-    return prepared.engine(prepared.plan(Workload(length)))
+    return prepared.engine(prepared.plan(prepared.drafting(Workload(length), most)))
 
 
 def check_mode(mode: str, max_loss: float | None) -> None:

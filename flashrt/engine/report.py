@@ -24,6 +24,10 @@ class Report:
     ffn_rows_share        of their neurons, those that took part in the down projection, likewise
     heads_share           of the attention heads, those that took part, likewise; None where calibration is by channel
     row_hit_rate          of the neurons that were asked for, those in memory; None where none are read one by one
+    tokens_per_pass       that the passes after the first token gave, and positions_per_pass that they computed
+    acceptance            of the passes with a draft of depth 1, 2, .., the share in which a token of that depth stood;
+                          None where nothing is drafted
+    draft_s, verify_s     time of decode_s that went into drafting, and into the passes
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it
     expert_cache          how the cache of experts did in the passes after the first token (see `expert_figures`); None
                           where there is none. What it read is bytes_read_per_token: all else is resident then
@@ -54,6 +58,11 @@ class Report:
     heads_share: float | None
     expert_cache: dict[str, float | None] | None
     row_hit_rate: float | None
+    tokens_per_pass: float | None
+    positions_per_pass: float | None
+    acceptance: list[float] | None
+    draft_s: float
+    verify_s: float
     plan: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class CudaRuntime:
         if pack.manifest.sparsity is not None:
             raise DeviceError("sparse mode computes on the CPU only: use --device cpu, or --mode exact")
         runtime = self._context + RUNTIME_GROWTH
-        return Machine(runtime, runtime, kv_item_bytes(pack), functools.partial(self.scratch_bytes, pack))
+        scratch = functools.partial(self.scratch_bytes, pack)
+        return Machine(runtime, runtime, kv_item_bytes(pack), scratch, gathers=False)
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(pack, tokens, context)

@@ -7,6 +7,7 @@ vocabulary is indexed or held in float64; sums are float64, taken piece by piece
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,12 @@ class Sampler:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
         self._seen = set(prompt)
+
+    def copy(self) -> Sampler:
+        """One in the same state: it chooses what this one would."""
+        other = Sampler(self.sampling, ())
+        other._random, other._seen = copy.deepcopy(self._random), self._seen.copy()
+        return other
 
     def choose(self, logits: Array) -> int:
         """The next token. logits: float32 [vocab]; may be changed."""

@@ -25,6 +25,7 @@ from flashrt_kernels.channels import channel_groups
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 NARROW = 16  # tokens at most in a narrow pass
+DRAFTED = 0.4  # of a block's neurons that a draft computes with, if so many are resident
 WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
@@ -63,6 +64,14 @@ class Decoder:
             self.rows.abandon()
         self.weights.abandon_pass()
 
+    def drafted(self, token: int, depth: int) -> Tensor:
+        """Logits float32 [1, vocab] after `token`, by the resident neurons of most use alone.
+
+        It follows `depth` other drafted tokens behind the sequence, which stays as it is. Nothing is read but a row of
+        the embeddings; for plans with `following`.
+        """
+        return self.logits(self._run([token], self.kv.length + depth, wide=False, parents=None, draft=True))
+
     def hidden(self, ids: Sequence[int], wide: bool, parents: Sequence[int] | None = None) -> Tensor:
         """Run `ids` through all layers at the end of the sequence. Returns the normed states, float32 [T, hidden].
 
@@ -70,7 +79,16 @@ class Decoder:
         makes the tokens of a narrow pass a tree (see `KVCache.tree`): each follows its parent, and is no part of the
         sequence until `kv.keep` says so.
         """
-        start, count = self.kv.length, len(ids)
+        states = self._run(ids, self.kv.length, wide, parents, draft=False)
+        if parents is None:
+            self.kv.append(len(ids))
+        else:
+            self.kv.tree = tuple(parents)
+        return states
+
+    def _run(self, ids: Sequence[int], start: int, wide: bool, parents: Sequence[int] | None, draft: bool) -> Tensor:
+        """Normed states of `ids` from position `start` on, whose keys and values are written there."""
+        count = len(ids)
         if start + count > self.kv.capacity:
             raise ValueError(f"{start} + {count} tokens do not fit in a KV cache of {self.kv.capacity}")
         self.kv.tree = ()  # its tokens are about to be overwritten
@@ -83,11 +101,7 @@ class Decoder:
             if self.rows is not None and not wide:
                 self._look_ahead_rows(i, x, self.rows)
             self._attention(i, x, start, wide, tree)
-            self._ffn(i, x, start, wide)
-        if parents is None:
-            self.kv.append(count)
-        else:
-            self.kv.tree = tuple(parents)
+            self._ffn(i, x, start, wide, draft)
         normed = self._view("normed", count, self.spec.hidden)
         self._norm("norm.final", x, normed)
         return normed
@@ -207,7 +221,7 @@ class Decoder:
             ops.attention(query[:, first:end], own, *options, part, self.scratch, tree)
         out.reshape(count, -1, dim)[~chosen.each] = 0
 
-    def _ffn(self, i: int, x: Tensor, start: int, wide: bool) -> None:
+    def _ffn(self, i: int, x: Tensor, start: int, wide: bool, draft: bool) -> None:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
         normed, y = self._view("normed", count, hidden), self._view("y", count, hidden)
         self._norm(f"{i}.norm.ffn", x, normed)
@@ -218,6 +232,8 @@ class Decoder:
             self._sparse(i, self.channels, normed, start, y, wide)
         elif self.rows is not None and not wide:
             self.rows.add(i, normed, y)
+        elif f"{i}.ffn" in self.weights.resident:
+            self._followed(i, ffn, normed, y, wide, draft)
         elif ffn.experts:
             self._experts(i, ffn, x, normed, y, wide)
         else:
@@ -241,6 +257,27 @@ class Decoder:
             channels.add_wide(i, x, sums, y, self.scratch)
         else:
             channels.add(i, x, start, sums, y)
+
+    def _followed(self, i: int, ffn: Ffn, x: Tensor, y: Tensor, wide: bool, draft: bool) -> None:
+        """A block whose resident neurons are those that the text uses: all of it, or for a draft only the best."""
+        name = f"{i}.ffn"
+        rows, codec = self.weights.resident[name], self.layout.tensors[name].codec
+        bias = self.weights.vector(f"{i}.up.bias") if ffn.bias else None
+        kind = (codec, ffn.activation, ffn.gated, y)
+        if draft:
+            slots = rows.drafted(DRAFTED)
+            own = None if bias is None else bias[rows.neurons_in(slots)]
+            self.ops.glu(x, rows.memory, *kind, own, slots=slots)
+        elif wide:
+            for first, bundles, usage in self.weights.blocks(name, len(x)):
+                for begin in range(0, len(bundles), WIDE_NEURONS):
+                    part, use = bundles[begin : begin + WIDE_NEURONS], usage[begin : begin + WIDE_NEURONS]
+                    own = None if bias is None else bias[first + begin : first + begin + len(part)]
+                    self.ops.gemm_glu(x, part, *kind, own, scratch=self.scratch, usage=use)
+        else:
+            for span, usage in self.weights.spans(name, len(x)):
+                own = None if bias is None else bias[span.first : span.first + len(usage)]
+                self.ops.glu(x, rows.memory, *kind, own, slots=span.slots, beside=span.beside, usage=usage)
 
     def _experts(self, i: int, ffn: Ffn, x: Tensor, normed: Tensor, y: Tensor, wide: bool) -> None:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""

@@ -31,5 +31,6 @@ class Drafter(Protocol):
         """Candidates, step by step: a step is computed when it is asked for, and no more are asked for than pay.
 
         A path without its last token is empty or was proposed before. Of candidates that differ in their last token
-        only, the first choice comes first. A step may hold tokens of any depth, or none.
+        only, the first choice comes first. A step may hold tokens of any depth, or none; the next one, if there is one,
+        goes on from its first candidate.
         """

@@ -25,13 +25,11 @@ class Proposals:
         self._likely = [1.0]  # that a node stands if its parent does
 
     def add(self, drafter: str, candidates: Iterable[Candidate]) -> list[int]:
-        """Take in one step's candidates; returns its frontier: the nodes that none of them continues.
+        """Take in one step's candidates; returns its frontier: the node of the first, which the next step continues.
 
         Raises ValueError for a path whose beginning nobody proposed.
         """
-        nodes = [self._add(drafter, candidate) for candidate in candidates]
-        continued = {self.tree.parents[node] for node in nodes}
-        return [node for node in nodes if node not in continued]
+        return [self._add(drafter, candidate) for candidate in candidates][:1]
 
     def chances(self) -> list[float]:
         """The probability that each node stands; the root's is 1."""

@@ -1,0 +1,27 @@
+"""Memory for neurons whose place in memory follows the text (see `flashrt.cache.resident`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from flashrt.storage.layout import TensorLayout
+
+SPAN = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
+GROUP_BYTES = 32 << 10  # of neighbours that move together
+
+
+def group_rows(tensor: TensorLayout) -> int:
+    """Neurons of a group: a power of two that divides them and a block's, of GROUP_BYTES or a little more."""
+    wanted = 1 << max(math.ceil(math.log2(GROUP_BYTES / tensor.stride)), 0)
+    return math.gcd(wanted, tensor.run_bundles, tensor.block_bundles)
+
+
+def index_bytes(tensor: TensorLayout) -> int:
+    """A bound on what is kept beside the neurons of a tensor."""
+    return 8 * tensor.run_bundles + 32 * (tensor.run_bundles // group_rows(tensor)) + 8 * tensor.blocks + 1024
+
+
+def usage_numbers(tensors: Iterable[TensorLayout]) -> int:
+    """Neurons of the longest span of any of the tensors."""
+    return max((SPAN * tensor.block_bundles for tensor in tensors), default=0)

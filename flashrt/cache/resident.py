@@ -1,0 +1,216 @@
+"""The neurons of one dense feed-forward block that stay in memory while the others stream by: those the text uses.
+
+Which these are decides what a draft is computed with (`flashrt.model.drafting`), and not a bit of any result. A pass
+sees every neuron, resident or not, so one that turns out to matter changes places with one that does not while it is in
+a buffer of the ring: that takes a copy and no read. Neurons move in groups of neighbours, so large that what is not
+resident is still read at the disk's full rate: reads of 32 KiB at random places are nearly as fast as any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flashrt.budget.resident_memory import group_rows
+from flashrt.storage.layout import Block, TensorLayout
+from flashrt.storage.reader import Reader, Ticket
+
+Array = np.ndarray
+
+MEMORY = 0.98  # of what was seen of the text, per token
+BETTER = 1.25  # by which a group must be of more use than the one whose place it takes
+SWAPS = 1 / 16  # of the resident groups that change in a pass of few tokens: each is a copy
+
+
+class Span(NamedTuple):
+    """Neurons from `first` on that a kernel takes at once: `slots` int32, negative ones in the arrays `beside`."""
+
+    first: int
+    slots: Array
+    beside: tuple[Array, ...]
+
+
+class ResidentRows:
+    """Neurons of `tensor` in `memory` (uint8 [rows, stride]), which holds the first of them to begin with.
+
+    `span` blocks are taken at once. `scores` says of what use each neuron was to the text so far: the mean of its
+    activation's magnitude, recent tokens weighing more.
+    """
+
+    def __init__(self, tensor: TensorLayout, memory: Array, span: int) -> None:
+        self.tensor, self.memory, self.span = tensor, memory, span
+        self.neurons, self.group = tensor.run_bundles, group_rows(tensor)
+        self.scores = np.zeros(self.neurons, np.float32)
+        groups, held = self.neurons // self.group, len(memory) // self.group
+        self._group_bytes = self.group * tensor.stride
+        self._place_of = np.full(groups, -1, np.int32)  # of a group in memory, in groups
+        self._place_of[:held] = np.arange(held)
+        self._group_in = np.arange(held, dtype=np.int32)
+        self._block_of = np.arange(groups) * self.group // tensor.block_bundles
+        # Passes for which a block was read, or passed over, that are still to come: what it lacked then is settled.
+        self._settled = np.zeros(tensor.blocks, np.int32)
+        self._slots = np.empty(self.neurons, np.int32)
+        for group in range(groups):
+            self._set_slots(group)
+        self._drafted: Array | None = None
+
+    @property
+    def resident(self) -> int:
+        """Neurons in memory."""
+        return len(self._group_in) * self.group
+
+    def blocks(self, wide: bool) -> Iterator[Block]:
+        """The blocks that a pass takes from the ring, found out span by span as their turn comes.
+
+        A pass of few tokens takes those that lack something, one of many those that are not in order.
+        """
+        for span in self.spans(wide):
+            self._settled[span[0].index : span[-1].index + 1] += 1
+            yield from [block for block in span if (not self.in_order(block) if wide else self.lacks(block))]
+
+    def lacks(self, block: Block) -> bool:
+        """Whether neurons of a block are not resident."""
+        return bool((self._places(block) < 0).any())
+
+    def in_order(self, block: Block) -> bool:
+        """Whether a block lies in memory as it does on disk."""
+        places = self._places(block)
+        return bool(len(places) == 0 or (places[0] >= 0 and (places == places[0] + np.arange(len(places))).all()))
+
+    def submit(self, reader: Reader, block: Block, buffer: Array) -> Ticket:
+        """Start to read what is not resident of a block into `buffer` (uint8 [block.nbytes]), each to its own place."""
+        missing = np.flatnonzero(self._places(block) < 0)
+        if len(missing) == len(self._places(block)):
+            return reader.submit(block, buffer)
+        offsets = block.offset + missing * self._group_bytes
+        whole = len(buffer) // self._group_bytes
+        out = buffer[: whole * self._group_bytes].reshape(whole, self._group_bytes)
+        return reader.submit_rows(block.file, offsets, out, missing)
+
+    def spans(self, wide: bool) -> Iterator[list[Block]]:
+        """The blocks that are taken at once: one in a pass of many tokens."""
+        step = 1 if wide else self.span
+        for first in range(0, self.tensor.blocks, step):
+            yield [self.tensor.block(i) for i in range(first, min(first + step, self.tensor.blocks))]
+
+    def gather(self, blocks: Sequence[Block], buffers: dict[int, Array]) -> Span:
+        """What a kernel takes for a span of blocks. `buffers` (uint8 [nbytes]) are of those that lack something."""
+        first, last = blocks[0].first, min(blocks[-1].first + blocks[-1].bundles, self.neurons)
+        stand_in = self.memory[: self.tensor.block_bundles]  # is not looked at
+        used = max(buffers, default=-1)
+        beside = tuple(
+            buffers[block.index].reshape(block.bundles, self.tensor.stride) if block.index in buffers else stand_in
+            for block in blocks
+            if block.index <= used
+        )
+        return Span(first, self._slots[first:last], beside)
+
+    def assemble(self, block: Block, buffer: Array) -> Array:
+        """A whole block in its order, uint8 [neurons, stride], in the buffer that holds what was not resident of it."""
+        groups = self._groups(block)
+        for i, place in enumerate(self._place_of[groups].tolist()):
+            if place >= 0:
+                begin = i * self._group_bytes
+                buffer[begin : begin + self._group_bytes] = self._memory_at(place)
+        return buffer[: len(groups) * self._group_bytes].reshape(-1, self.tensor.stride)
+
+    def direct(self, block: Block) -> Array:
+        """A whole block that is `in_order`, in memory."""
+        places = self._places(block)
+        begin = int(places[0]) * self.group if len(places) else 0
+        return self.memory[begin : begin + len(self._groups(block)) * self.group]
+
+    def learn(self, first: int, usage: Array, tokens: int) -> None:
+        """Neurons from `first` on had activations whose magnitudes add up to `usage`, over `tokens` tokens."""
+        keep = MEMORY**tokens
+        own = self.scores[first : first + len(usage)]
+        own *= keep
+        own += (1 - keep) / tokens * usage
+
+    def exchange(self, blocks: Sequence[Block], buffers: dict[int, Array], wide: bool) -> None:
+        """The pass is done with some blocks: those of their groups move in that are of more use than resident ones.
+
+        Only groups that no read under way counts on move out.
+        """
+        for block in blocks:
+            self._settled[block.index] -= 1
+        self._drafted = None
+        if not buffers or not len(self._group_in):
+            return
+        scores = self.scores.reshape(-1, self.group).sum(1)
+        within = np.concatenate([self._groups(self.tensor.block(i)) for i in sorted(buffers)])
+        wanted = within[self._place_of[within] < 0]
+        free = np.flatnonzero(self._settled[self._block_of[self._group_in]] == 0)  # places
+        limit = len(wanted) if wide else max(round(SWAPS * self.span / self.tensor.blocks * len(self._group_in)), 1)
+        wanted = wanted[np.argsort(-scores[wanted], kind="stable")][:limit]
+        free = free[np.argsort(scores[self._group_in[free]], kind="stable")]
+        for group, place in zip(wanted.tolist(), free.tolist(), strict=False):
+            if scores[group] <= BETTER * scores[self._group_in[place]]:
+                break
+            self._move_in(group, place, buffers)
+
+    def drafted(self, share: float) -> Array:
+        """Slots of the resident neurons of most use, int32 ascending: `share` of all neurons, or all that there are."""
+        count = min(round(share * self.neurons), self.resident)
+        if self._drafted is None or len(self._drafted) != count:
+            scores = self.scores.reshape(-1, self.group)[self._group_in].reshape(-1)
+            best = np.argpartition(-scores, count - 1)[:count] if 0 < count < len(scores) else np.arange(count)
+            self._drafted = np.sort(best).astype(np.int32)
+        return self._drafted
+
+    def residents(self) -> Array:
+        """The neurons in memory, in the order of their slots."""
+        return self.neurons_in(np.arange(self.resident))
+
+    def neurons_in(self, slots: Array) -> Array:
+        """The neurons in some slots of the memory."""
+        return self._group_in[slots // self.group] * self.group + slots % self.group
+
+    def forget_reads(self) -> None:
+        """No read is under way any more."""
+        self._settled[:] = 0
+
+    def check_integrity(self) -> None:
+        """Assert that the parts of the index agree with each other."""
+        held = np.flatnonzero(self._place_of >= 0)
+        assert (self._group_in[self._place_of[held]] == held).all(), "the map does not lead to a group's place"
+        assert len(held) == len(self._group_in), "a group is in two places, or in none"
+        rows = np.repeat(self._place_of, self.group) * self.group + np.tile(np.arange(self.group), len(self._place_of))
+        resident = np.repeat(self._place_of >= 0, self.group)
+        assert (self._slots[resident] == rows[resident]).all(), "a slot is not where its row is"
+        assert (self._slots[~resident] < 0).all(), "a row that is not resident has a slot"
+        assert (self._settled >= 0).all(), "a block was taken that nobody had asked for"
+
+    def _groups(self, block: Block) -> Array:
+        end = min(block.first + block.bundles, self.neurons)
+        return np.arange(block.first // self.group, end // self.group)
+
+    def _places(self, block: Block) -> Array:
+        end = min(block.first + block.bundles, self.neurons)
+        return self._place_of[block.first // self.group : end // self.group]
+
+    def _memory_at(self, place: int) -> Array:
+        rows = self.memory[place * self.group : (place + 1) * self.group]
+        return rows.reshape(-1)
+
+    def _move_in(self, group: int, place: int, buffers: dict[int, Array]) -> None:
+        block = self.tensor.block(int(self._block_of[group]))
+        begin = (group * self.group - block.first) * self.tensor.stride
+        self._memory_at(place)[:] = buffers[block.index][begin : begin + self._group_bytes]
+        before = int(self._group_in[place])
+        self._group_in[place], self._place_of[before], self._place_of[group] = group, -1, place
+        self._set_slots(before)
+        self._set_slots(group)
+
+    def _set_slots(self, group: int) -> None:
+        """Where kernels find a group: in memory, or where its block lies among those of its span."""
+        first, place = group * self.group, int(self._place_of[group])
+        if place >= 0:
+            start, step = place * self.group, 1
+        else:
+            index = int(self._block_of[group])
+            start = -1 - (first - index * self.tensor.block_bundles + index % self.span * self.tensor.block_bundles)
+            step = -1
+        self._slots[first : first + self.group] = start + step * np.arange(self.group)

@@ -1,0 +1,130 @@
+"""Drafts change how fast text comes, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flashrt.config import Sampling
+from flashrt_kernels.rows import Codec
+from tests.engine.support import make_pack, tiny_engine
+from tests.families import FAMILIES, VOCAB, tiny_checkpoint
+
+# Wide enough for blocks of which some stream; the neurons of a group divide their number.
+WIDE = {
+    "llama": {"intermediate_size": 1100},
+    "opt": {"ffn_dim": 900},
+    "gemma3": {"intermediate_size": 1024},
+    "qwen2": {"intermediate_size": 1001},
+}
+NEW = 48
+SAMPLINGS = (Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5), Sampling(repetition_penalty=1.3))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """(pack, prompt) of one family; the prompt repeats itself, so that there is something to look up."""
+    root = tmp_path_factory.mktemp(request.param)
+    _, checkpoint = tiny_checkpoint(request.param, root / "checkpoint", seed=3)
+    prompt = np.random.default_rng(7).integers(3, VOCAB, 11).tolist()
+    return make_pack(checkpoint, root / "pack", Codec.INT4), [*prompt, *prompt, prompt[0]]
+
+
+def written(engine, prompt, sampling, **options):
+    generation = engine.generate(prompt, NEW, sampling, ignore_eos=True, **options)
+    return [token.id for token in generation if token.id >= 0][:NEW], generation.report
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn", "penalised"])
+def test_text_is_the_same_under_every_budget(case, sampling):
+    packed, prompt = case
+    with tiny_engine(packed, 1.0, chunk=16) as engine:
+        expected, report = written(engine, prompt, sampling)
+    assert report.tokens_per_pass == 1
+    assert report.acceptance is None
+    for share, positions in ((0.3, 12), (0.7, 5), (0.9, 16), (1.0, 16)):
+        with tiny_engine(packed, share, chunk=16, positions=positions) as engine:
+            for _ in range(2):  # the second time with other neurons resident
+                tokens, report = written(engine, prompt, sampling)
+                assert tokens == expected
+            for rows in engine.decoder.weights.resident.values():
+                rows.check_integrity()
+        assert 1 <= report.tokens_per_pass <= report.positions_per_pass <= positions
+
+
+@pytest.fixture(scope="module", params=WIDE)
+def wide_case(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    _, checkpoint = tiny_checkpoint(request.param, root / "checkpoint", seed=3, **WIDE[request.param])
+    return make_pack(checkpoint, root / "pack", Codec.INT4), np.random.default_rng(7).integers(3, VOCAB, 40).tolist()
+
+
+@pytest.mark.parametrize("prompt_tokens", [3, 40])  # computed as few tokens, and as many
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn", "penalised"])
+def test_resident_neurons_follow_the_text_and_change_nothing(wide_case, sampling, prompt_tokens):
+    packed, prompt = wide_case
+    prompt = prompt[:prompt_tokens]
+    with tiny_engine(packed, 1.0, chunk=16) as engine:
+        expected, _ = written(engine, prompt, sampling)
+    moved = 0
+    for share, positions in ((0.4, 12), (0.5, 4), (0.65, 16)):
+        with tiny_engine(packed, share, chunk=16, positions=positions) as engine:
+            assert engine.plan.following
+            followed = engine.decoder.weights.resident.values()
+            before = [set(rows.residents().tolist()) for rows in followed]
+            for _ in range(2):
+                assert written(engine, prompt, sampling)[0] == expected
+                for rows in followed:
+                    rows.check_integrity()
+                    assert holds_what_is_on_disk(packed, rows)
+            moved += sum(set(rows.residents().tolist()) != own for rows, own in zip(followed, before, strict=True))
+    assert moved
+
+
+def holds_what_is_on_disk(packed, rows):
+    with open(packed.path / rows.tensor.file, "rb") as file:
+        file.seek(rows.tensor.offset)
+        disk = np.frombuffer(file.read(rows.tensor.nbytes), np.uint8).reshape(-1, rows.tensor.stride)
+    slots = np.arange(rows.resident)
+    return np.array_equal(rows.memory[slots], disk[rows.neurons_in(slots)])
+
+
+def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
+    """Wherever it is struck: reads are forgotten, neurons stay where they are, and the next text is right."""
+    packed, prompt = wide_case
+    with tiny_engine(packed, 1.0, chunk=16) as engine:
+        expected, _ = written(engine, prompt, Sampling())
+    with tiny_engine(packed, 0.5, chunk=16, positions=8) as engine:
+        glu, calls = engine.decoder.ops.glu, 0
+
+        class Struck:
+            def __getattr__(self, name):
+                return self.glu if name == "glu" else getattr(ops, name)
+
+            def glu(self, *args, **options):
+                nonlocal calls
+                calls += 1
+                if calls % 17 == 0:
+                    raise KeyboardInterrupt
+                glu(*args, **options)
+
+        ops = engine.decoder.ops
+        for _ in range(8):
+            engine.decoder.ops = Struck()
+            with pytest.raises(KeyboardInterrupt):
+                written(engine, prompt, Sampling())
+            engine.decoder.ops = ops
+            assert written(engine, prompt, Sampling())[0] == expected
+            for rows in engine.decoder.weights.resident.values():
+                rows.check_integrity()
+
+
+def test_a_draft_leaves_the_sequence_alone_and_resembles_it(wide_case):
+    packed, prompt = wide_case
+    with tiny_engine(packed, 0.65, chunk=16, positions=6) as engine:
+        logits = engine.prefill(prompt)
+        token = int(logits.argmax())
+        drafted = engine.draft(token, 0).copy()
+        exact = engine.step(token).copy()
+        assert engine.length == len(prompt) + 1
+        assert np.corrcoef(drafted, exact)[0, 1] > 0.3
