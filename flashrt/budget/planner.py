@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashrt.budget.resident_memory import index_bytes, usage_numbers
+from flashrt.budget.resident_memory import index_bytes, longest
 from flashrt.budget.row_memory import RowMemory, divide_windows, predictor_work_bytes
 from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
@@ -304,7 +304,7 @@ class _Planner:
     def _drafting_bytes(self) -> int:
         """What drafts by resident neurons take: where each of them is, and of what use."""
         followed = self._followable()
-        return sum(index_bytes(t) for t in followed) + 4 * usage_numbers(followed)
+        return sum(index_bytes(t) for t in followed) + 4 * longest(followed)
 
     def _followable(self) -> list[TensorLayout]:
         """Dense FFNs of a pack that is run exactly, where neurons can be gathered."""

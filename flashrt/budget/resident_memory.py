@@ -22,6 +22,6 @@ def index_bytes(tensor: TensorLayout) -> int:
     return 8 * tensor.run_bundles + 32 * (tensor.run_bundles // group_rows(tensor)) + 8 * tensor.blocks + 1024
 
 
-def usage_numbers(tensors: Iterable[TensorLayout]) -> int:
-    """Neurons of the longest span of any of the tensors."""
-    return max((SPAN * tensor.block_bundles for tensor in tensors), default=0)
+def longest(tensors: Iterable[TensorLayout]) -> int:
+    """Neurons of the tensor that has the most."""
+    return max((tensor.run_bundles for tensor in tensors), default=0)

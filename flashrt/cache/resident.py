@@ -3,7 +3,8 @@
 Which these are decides what a draft is computed with (`flashrt.model.drafting`), and not a bit of any result. A pass
 sees every neuron, resident or not, so one that turns out to matter changes places with one that does not while it is in
 a buffer of the ring: that takes a copy and no read. Neurons move in groups of neighbours, so large that what is not
-resident is still read at the disk's full rate: reads of 32 KiB at random places are nearly as fast as any.
+resident is still read at the disk's full rate: reads of 32 KiB at random places are nearly as fast as any. Pages are
+read to where they lie in their block, so that nothing is copied on the way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Array = np.ndarray
 
 MEMORY = 0.98  # of what was seen of the text, per token
 BETTER = 1.25  # by which a group must be of more use than the one whose place it takes
-SWAPS = 1 / 16  # of the resident groups that change in a pass of few tokens: each is a copy
+MOVES = 1 / 16  # of the resident groups that may change in a pass of few tokens: each is a copy
 
 
 class Span(NamedTuple):
@@ -44,17 +45,29 @@ class ResidentRows:
         self.neurons, self.group = tensor.run_bundles, group_rows(tensor)
         self.scores = np.zeros(self.neurons, np.float32)
         groups, held = self.neurons // self.group, len(memory) // self.group
-        self._group_bytes = self.group * tensor.stride
+        self._group_bytes, self._memory = self.group * tensor.stride, memory[: held * self.group].reshape(held, -1)
+        self._worth = np.zeros(groups, np.float32)  # the sum of a group's scores
         self._place_of = np.full(groups, -1, np.int32)  # of a group in memory, in groups
         self._place_of[:held] = np.arange(held)
         self._group_in = np.arange(held, dtype=np.int32)
         self._block_of = np.arange(groups) * self.group // tensor.block_bundles
+        blocks = [tensor.block(i) for i in range(tensor.blocks)]
+        self._groups = [self._groups_of(block) for block in blocks]
+        self._missing = [int((self._place_of[own] < 0).sum()) for own in self._groups]  # groups, of each block
+        self._spans = {step: [blocks[i : i + step] for i in range(0, len(blocks), step)] for step in (1, span)}
         # Passes for which a block was read, or passed over, that are still to come: what it lacked then is settled.
         self._settled = np.zeros(tensor.blocks, np.int32)
         self._slots = np.empty(self.neurons, np.int32)
         for group in range(groups):
             self._set_slots(group)
+        self._reads: list[tuple[Array, Array] | None] = [None] * tensor.blocks  # offsets and places of what is missing
+        self._moves: dict[int, list[tuple[int, int]]] = {}  # of this pass, by block: groups, and the places they take
         self._drafted: Array | None = None
+
+    @property
+    def moves(self) -> int:
+        """Groups that may move in during a pass of few tokens."""
+        return max(round(MOVES * len(self._group_in)), 1)
 
     @property
     def resident(self) -> int:
@@ -68,32 +81,35 @@ class ResidentRows:
         """
         for span in self.spans(wide):
             self._settled[span[0].index : span[-1].index + 1] += 1
-            yield from [block for block in span if (not self.in_order(block) if wide else self.lacks(block))]
+            yield from [block for block in span if not self.in_order(block)] if wide else self.lacking(span)
 
-    def lacks(self, block: Block) -> bool:
-        """Whether neurons of a block are not resident."""
-        return bool((self._places(block) < 0).any())
+    def lacking(self, blocks: Sequence[Block]) -> list[Block]:
+        """Those of the blocks of which neurons are not resident."""
+        return [block for block in blocks if self._missing[block.index]]
 
     def in_order(self, block: Block) -> bool:
         """Whether a block lies in memory as it does on disk."""
-        places = self._places(block)
-        return bool(len(places) == 0 or (places[0] >= 0 and (places == places[0] + np.arange(len(places))).all()))
+        if self._missing[block.index]:
+            return False
+        places = self._place_of[self._groups[block.index]]
+        return len(places) == 0 or bool((np.diff(places) == 1).all())
 
     def submit(self, reader: Reader, block: Block, buffer: Array) -> Ticket:
         """Start to read what is not resident of a block into `buffer` (uint8 [block.nbytes]), each to its own place."""
-        missing = np.flatnonzero(self._places(block) < 0)
-        if len(missing) == len(self._places(block)):
+        own = self._groups[block.index]
+        if self._missing[block.index] == own.stop - own.start:
             return reader.submit(block, buffer)
-        offsets = block.offset + missing * self._group_bytes
+        read = self._reads[block.index]
+        if read is None:
+            missing = (self._place_of[own] < 0).nonzero()[0]
+            read = self._reads[block.index] = block.offset + missing * self._group_bytes, missing
         whole = len(buffer) // self._group_bytes
         out = buffer[: whole * self._group_bytes].reshape(whole, self._group_bytes)
-        return reader.submit_rows(block.file, offsets, out, missing)
+        return reader.submit_rows(block.file, read[0], out, read[1])
 
-    def spans(self, wide: bool) -> Iterator[list[Block]]:
+    def spans(self, wide: bool) -> list[list[Block]]:
         """The blocks that are taken at once: one in a pass of many tokens."""
-        step = 1 if wide else self.span
-        for first in range(0, self.tensor.blocks, step):
-            yield [self.tensor.block(i) for i in range(first, min(first + step, self.tensor.blocks))]
+        return self._spans[1 if wide else self.span]
 
     def gather(self, blocks: Sequence[Block], buffers: dict[int, Array]) -> Span:
         """What a kernel takes for a span of blocks. `buffers` (uint8 [nbytes]) are of those that lack something."""
@@ -109,18 +125,18 @@ class ResidentRows:
 
     def assemble(self, block: Block, buffer: Array) -> Array:
         """A whole block in its order, uint8 [neurons, stride], in the buffer that holds what was not resident of it."""
-        groups = self._groups(block)
-        for i, place in enumerate(self._place_of[groups].tolist()):
+        places = self._place_of[self._groups[block.index]]
+        whole = buffer[: len(places) * self._group_bytes].reshape(len(places), self._group_bytes)
+        for i, place in enumerate(places.tolist()):
             if place >= 0:
-                begin = i * self._group_bytes
-                buffer[begin : begin + self._group_bytes] = self._memory_at(place)
-        return buffer[: len(groups) * self._group_bytes].reshape(-1, self.tensor.stride)
+                whole[i] = self._memory[place]
+        return whole.reshape(-1, self.tensor.stride)
 
     def direct(self, block: Block) -> Array:
         """A whole block that is `in_order`, in memory."""
-        places = self._places(block)
+        places = self._place_of[self._groups[block.index]]
         begin = int(places[0]) * self.group if len(places) else 0
-        return self.memory[begin : begin + len(self._groups(block)) * self.group]
+        return self.memory[begin : begin + len(places) * self.group]
 
     def learn(self, first: int, usage: Array, tokens: int) -> None:
         """Neurons from `first` on had activations whose magnitudes add up to `usage`, over `tokens` tokens."""
@@ -128,28 +144,38 @@ class ResidentRows:
         own = self.scores[first : first + len(usage)]
         own *= keep
         own += (1 - keep) / tokens * usage
-
-    def exchange(self, blocks: Sequence[Block], buffers: dict[int, Array], wide: bool) -> None:
-        """The pass is done with some blocks: those of their groups move in that are of more use than resident ones.
-
-        Only groups that no read under way counts on move out.
-        """
-        for block in blocks:
-            self._settled[block.index] -= 1
+        self._worth[first // self.group : (first + len(usage)) // self.group] = own.reshape(-1, self.group).sum(1)
         self._drafted = None
-        if not buffers or not len(self._group_in):
+
+    def choose(self, blocks: Sequence[Block], most: int | None = None) -> None:
+        """Choose which groups of some blocks are to move in as the pass comes by, `most` at most, and whose places.
+
+        By what was learned so far. Where nothing is of more use than what is resident, nothing moves.
+        """
+        own = slice(self._groups[blocks[0].index].start, self._groups[blocks[-1].index].stop)
+        self._moves = {}
+        wanted = own.start + (self._place_of[own] < 0).nonzero()[0]
+        held = self._worth[self._group_in]
+        if not len(wanted) or not len(held) or not self._worth[wanted].max() > BETTER * held.min():
             return
-        scores = self.scores.reshape(-1, self.group).sum(1)
-        within = np.concatenate([self._groups(self.tensor.block(i)) for i in sorted(buffers)])
-        wanted = within[self._place_of[within] < 0]
-        free = np.flatnonzero(self._settled[self._block_of[self._group_in]] == 0)  # places
-        limit = len(wanted) if wide else max(round(SWAPS * self.span / self.tensor.blocks * len(self._group_in)), 1)
-        wanted = wanted[np.argsort(-scores[wanted], kind="stable")][:limit]
-        free = free[np.argsort(scores[self._group_in[free]], kind="stable")]
-        for group, place in zip(wanted.tolist(), free.tolist(), strict=False):
-            if scores[group] <= BETTER * scores[self._group_in[place]]:
-                break
-            self._move_in(group, place, buffers)
+        wanted = wanted[np.argsort(-self._worth[wanted], kind="stable")][:most]
+        places = np.argsort(held, kind="stable")[: len(wanted)]
+        better = self._worth[wanted[: len(places)]] > BETTER * held[places]
+        for group, place in zip(wanted[: len(places)][better].tolist(), places[better].tolist(), strict=True):
+            self._moves.setdefault(int(self._block_of[group]), []).append((group, place))
+
+    def exchange(self, blocks: Sequence[Block], buffers: dict[int, Array]) -> None:
+        """The pass is done with some blocks: what was chosen of them moves in, from the buffers that hold it.
+
+        Only groups on which no read under way counts move out.
+        """
+        self._settled[blocks[0].index : blocks[-1].index + 1] -= 1
+        if not self._moves:
+            return
+        for index, buffer in buffers.items():
+            for group, place in self._moves.pop(index, ()):
+                if not self._settled[self._block_of[self._group_in[place]]]:
+                    self._move_in(group, place, buffer)
 
     def drafted(self, share: float) -> Array:
         """Slots of the resident neurons of most use, int32 ascending: `share` of all neurons, or all that there are."""
@@ -171,6 +197,7 @@ class ResidentRows:
     def forget_reads(self) -> None:
         """No read is under way any more."""
         self._settled[:] = 0
+        self._moves = {}
 
     def check_integrity(self) -> None:
         """Assert that the parts of the index agree with each other."""
@@ -181,26 +208,22 @@ class ResidentRows:
         resident = np.repeat(self._place_of >= 0, self.group)
         assert (self._slots[resident] == rows[resident]).all(), "a slot is not where its row is"
         assert (self._slots[~resident] < 0).all(), "a row that is not resident has a slot"
+        assert self._missing == [int((self._place_of[own] < 0).sum()) for own in self._groups], "a count is wrong"
         assert (self._settled >= 0).all(), "a block was taken that nobody had asked for"
 
-    def _groups(self, block: Block) -> Array:
-        end = min(block.first + block.bundles, self.neurons)
-        return np.arange(block.first // self.group, end // self.group)
+    def _groups_of(self, block: Block) -> slice:
+        first, end = block.first, min(block.first + block.bundles, self.neurons)
+        return slice(first // self.group, max(end, first) // self.group)
 
-    def _places(self, block: Block) -> Array:
-        end = min(block.first + block.bundles, self.neurons)
-        return self._place_of[block.first // self.group : end // self.group]
-
-    def _memory_at(self, place: int) -> Array:
-        rows = self.memory[place * self.group : (place + 1) * self.group]
-        return rows.reshape(-1)
-
-    def _move_in(self, group: int, place: int, buffers: dict[int, Array]) -> None:
-        block = self.tensor.block(int(self._block_of[group]))
-        begin = (group * self.group - block.first) * self.tensor.stride
-        self._memory_at(place)[:] = buffers[block.index][begin : begin + self._group_bytes]
+    def _move_in(self, group: int, place: int, buffer: Array) -> None:
         before = int(self._group_in[place])
+        index, other = int(self._block_of[group]), int(self._block_of[before])
+        begin = (group - self._groups[index].start) * self._group_bytes
+        self._memory[place] = buffer[begin : begin + self._group_bytes]
         self._group_in[place], self._place_of[before], self._place_of[group] = group, -1, place
+        self._missing[index] -= 1
+        self._missing[other] += 1
+        self._reads[index] = self._reads[other] = None
         self._set_slots(before)
         self._set_slots(group)
 

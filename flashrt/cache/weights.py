@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
-from flashrt.budget.resident_memory import SPAN, usage_numbers
+from flashrt.budget.resident_memory import SPAN, longest
 from flashrt.cache.device import Device, Tensor
 from flashrt.cache.experts import ExpertCache, Key
 from flashrt.cache.resident import ResidentRows, Span
@@ -64,7 +64,7 @@ class Weights:
             name: ResidentRows(self.layout.tensors[name], self._memory[name], span) for name in plan.following
         }
         self._usage = device.allocate(
-            "speculation", (usage_numbers(self.layout.tensors[name] for name in plan.following),), np.float32
+            "speculation", (longest(self.layout.tensors[name] for name in plan.following),), np.float32
         )
         self._static = device.stream(plan.slots, plan.slot_bytes)
         if self.resident:
@@ -160,21 +160,25 @@ class Weights:
         With each span comes where the kernel puts of what use its neurons are, float32, by which residents change.
         """
         rows = self.resident[name]
+        usage = self._usage[: rows.neurons]
+        usage[:] = 0
+        rows.choose([block for blocks in rows.spans(wide=False) for block in blocks], rows.moves)
         for blocks in rows.spans(wide=False):
             self._static.release()
-            lacking = [block for block in blocks if rows.lacks(block)]
+            lacking = rows.lacking(blocks)
             taken = self._ring.take_all(lacking)
             buffers = {block.index: buffer for block, buffer in zip(lacking, taken, strict=True)}
             span = rows.gather(blocks, buffers)
-            usage = self._usage[: len(span.slots)]
-            usage[:] = 0
-            yield span, usage
-            rows.learn(span.first, usage, tokens)
-            rows.exchange(blocks, buffers, wide=False)
+            yield span, usage[span.first : span.first + len(span.slots)]
+            rows.exchange(blocks, buffers)
         self._static.release()
+        rows.learn(0, usage, tokens)
 
     def blocks(self, name: str, tokens: int) -> Iterator[tuple[int, Tensor, Array]]:
-        """`spans` for a pass of many tokens, as first neuron, uint8 [neurons, stride] in order, and use."""
+        """`spans` for a pass of many tokens, as first neuron, uint8 [neurons, stride] in order, and use.
+
+        Such a pass learns block by block, so that after the prompt those neurons are resident that it used.
+        """
         rows = self.resident[name]
         for (block,) in rows.spans(wide=True):
             self._static.release()
@@ -184,12 +188,13 @@ class Weights:
             else:
                 buffers[block.index] = self._static.take(block)
                 bundles = rows.assemble(block, buffers[block.index])
-            usage = self._usage[: len(bundles)]
-            usage[:] = 0
             if len(bundles):
+                usage = self._usage[: len(bundles)]
+                usage[:] = 0
                 yield block.first, bundles, usage
                 rows.learn(block.first, usage, tokens)
-            rows.exchange([block], buffers, wide=True)
+                rows.choose([block])
+            rows.exchange([block], buffers)
         self._static.release()
 
     def row_cache(self, name: str) -> RowCache | None:

@@ -20,6 +20,10 @@ bool aligned(const Row& row) {
     return aligned(row.offset) && aligned(row.bytes) && aligned(reinterpret_cast<uintptr_t>(row.to));
 }
 
+bool follows(const Row& row, const Row& next) {
+    return next.offset == row.offset + row.bytes && next.to == row.to + row.bytes;
+}
+
 void drop_pages(const Op& op) {
 #if defined(POSIX_FADV_DONTNEED)
     posix_fadvise(op.file.descriptor, static_cast<off_t>(op.offset), static_cast<off_t>(op.bytes), POSIX_FADV_DONTNEED);
@@ -100,8 +104,16 @@ Request* Engine::read_rows(File file, const int64_t* offsets, const int64_t* slo
                            uint8_t* out, int64_t stride) {
     Request* request = begin();
     if (!request) return nullptr;
-    for (size_t i = 0; i < count; ++i)
-        add_row(request, {static_cast<uint64_t>(offsets[i]), bytes, out + slots[i] * stride});
+    const auto row_at = [&](size_t i) { return Row{static_cast<uint64_t>(offsets[i]), bytes, out + slots[i] * stride}; };
+    for (size_t i = 0; i < count; ++i) {
+        Row row = row_at(i);
+        // Whole pages that follow one another, in the file and in memory alike, are one row, which needs no staging.
+        while (i + 1 < count && aligned(row) && follows(row, row_at(i + 1))) {
+            row.bytes += bytes;
+            ++i;
+        }
+        add_row(request, row);
+    }
     const auto by_offset = [](const Row& a, const Row& b) { return a.offset < b.offset; };
     if (!std::is_sorted(request->rows.begin(), request->rows.end(), by_offset))
         std::sort(request->rows.begin(), request->rows.end(), by_offset);
