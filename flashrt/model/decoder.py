@@ -25,7 +25,7 @@ from flashrt_kernels.channels import channel_groups
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 NARROW = 16  # tokens at most in a narrow pass
-DRAFTED = 0.4  # of a block's neurons that a draft computes with, if so many are resident
+DRAFTED = 0.5  # of a block's neurons that a draft computes with, if so many are resident
 WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
