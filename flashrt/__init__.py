@@ -32,6 +32,7 @@ def load(
     mode: str = "exact",
     max_loss: float | None = None,
     speculate: str | int = "auto",
+    draft: str | Path | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -45,6 +46,7 @@ def load(
     mode: 'exact' or, after `flashrt calibrate`, 'sparse'
     max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
+    draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
 
     Raises a FlashrtError that says what to do: BudgetError before anything is loaded when the budget is too small.
     """
@@ -62,4 +64,5 @@ def load(
         mode=mode,
         max_loss=max_loss,
         speculate=speculate,
+        draft=draft,
     )

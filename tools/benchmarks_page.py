@@ -58,6 +58,7 @@ def section(name: str, data: dict[str, Any]) -> str:
         "bench_experts": experts,
         "bench_io": io,
         "bench_sparse": sparse,
+        "bench_speculation": speculation,
         "frontier": frontier,
         "quality": quality,
     }
@@ -287,6 +288,46 @@ def sparse(name: str, data: dict[str, Any]) -> Iterator[str]:
             for text, found in data["texts"].items()
         ],
     )
+
+
+def speculation(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """What drafting brings, by budget and kind of question; or what its parts bring."""
+    yield f"{data['pack']}, answers of {data['tokens']} tokens, greedy; medians over the questions of a kind."
+    cells = [(budget, kind, cell) for budget, sets in data["budgets"].items() for kind, cell in sets.items()]
+    if "auto" not in cells[0][2]:
+        keys = ("tokens_per_pass", "positions_per_pass", "decode_tok_per_s")
+        for budget, kind, cell in cells:
+            yield f"{cap_label(budget)}, {kind}:"
+            yield table(
+                ["drafts", "tokens per pass", "positions", "tokens/s"],
+                [[part, *(number(figures[key]) for key in keys)] for part, figures in cell.items()],
+            )
+        return
+    yield table(
+        [
+            "budget",
+            "questions",
+            "tokens/s, off",
+            "auto",
+            "ratio",
+            "tokens per pass",
+            "positions",
+            "drafts stand, by depth",
+        ],
+        [
+            [
+                cap_label(budget),
+                f"{len(cell['speedups'])} {kind}",
+                *(number(cell[mode]["decode_tok_per_s"]) for mode in ("off", "auto")),
+                times(cell["speedup"]),
+                *(number(cell["auto"][key]) for key in ("tokens_per_pass", "positions_per_pass")),
+                ", ".join(f"{share:.0%}" for share in cell["acceptance"][:4]),
+            ]
+            for budget, kind, cell in cells
+        ],
+    )
+    same = all(cell["same_text"] for _, _, cell in cells)
+    yield f"The same text with and without drafts: {'yes' if same else 'NO'}."
 
 
 def frontier(name: str, data: dict[str, Any]) -> Iterator[str]:

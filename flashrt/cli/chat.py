@@ -70,6 +70,7 @@ def chat(
     mode: options.Mode = options.ModeName.EXACT,
     max_loss: options.MaxLoss = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -99,7 +100,20 @@ def chat(
     from flashrt.engine.open import checked_context
 
     session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)
+        Settings(
+            pack,
+            budget_gb,
+            dtype,
+            threads,
+            device,
+            host_budget_gb,
+            cache_dir,
+            context,
+            mode,
+            max_loss,
+            speculate,
+            draft,
+        )
     )
     template = session.tokenizer.chat_template
 

@@ -97,6 +97,15 @@ Speculate = Annotated[
         help="Draft tokens, and verify up to N of them (2 to 16) in one pass. The text is the same.",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="PACK",
+        show_default=False,
+        help="The pack of a smaller model with the same tokens, which drafts from memory, within the same budget.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 Temperature = Annotated[

@@ -139,5 +139,8 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
         else:
             at = "unknown until `flashrt doctor`, or a first run, has measured the disk"
         lines.append(f"at most           {at}")
+    if the_plan.positions > 1:
+        source = "the text and the resident neurons" if the_plan.following else "the text"
+        lines.append(f"drafts            by {source}, up to {the_plan.positions} tokens verified in a pass")
     lines.append(f"smallest budget   --budget-gb {ceil_gib(extra['smallest_budget_bytes']):.3f}")
     return lines

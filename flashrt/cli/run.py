@@ -81,6 +81,7 @@ def run(
     mode: options.Mode = options.ModeName.EXACT,
     max_loss: options.MaxLoss = None,
     speculate: options.Speculate = "auto",
+    draft: options.Draft = None,
     threads: options.Threads = None,
     device: options.Device = options.DeviceName.CPU,
     host_budget_gb: options.HostBudgetGb = None,
@@ -111,7 +112,20 @@ def run(
     if chat:
         import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
     session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)
+        Settings(
+            pack,
+            budget_gb,
+            dtype,
+            threads,
+            device,
+            host_budget_gb,
+            cache_dir,
+            context,
+            mode,
+            max_loss,
+            speculate,
+            draft,
+        )
     )
     ids = _prompt_ids(session.tokenizer, text, chat, system)
     length, new = _lengths(session.spec.context, context, len(ids), max_new_tokens)

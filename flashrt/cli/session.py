@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flashrt.cli.console import Progress, say, size
 from flashrt.cli.options import DeviceName, ModeName
 from flashrt.config import budget_bytes, positions
-from flashrt.engine.open import check_mode, pack_for, resolve
+from flashrt.engine.open import check_mode, draft_pack, pack_for, resolve
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
@@ -36,6 +36,7 @@ class Settings:
     mode: ModeName = ModeName.EXACT
     max_loss: float | None = None
     speculate: str = "off"
+    draft: str | None = None
 
     @property
     def cache(self) -> Path:
@@ -47,7 +48,9 @@ class Settings:
             if budget is not None:
                 budget_bytes(budget)
         check_mode(self.mode.value, self.max_loss)
-        positions(self.speculate)
+        most = positions(self.speculate)
+        if self.draft is not None:
+            draft_pack(self.draft, most, self.device.value)
 
 
 class Session:
@@ -83,11 +86,18 @@ class Session:
 
     def engine(self, workload: Workload) -> Engine:
         """Plan for `workload`, then load. Raises BudgetError before anything is loaded."""
+        drafting = None
+        if self.settings.draft is not None:
+            from flashrt.engine.draft import load_draft
+
+            drafting = load_draft(Path(self.settings.draft), self.prepared, workload.context)
         the_plan = self.plan(workload)
         if warning := self.slower(workload, the_plan):
             say(warning)
         with self._loading as progress:
-            return self.prepared.engine(the_plan, progress.of("loading"))
+            engine = self.prepared.engine(the_plan, progress.of("loading"))
+        engine.drafting = drafting
+        return engine
 
     def slower(self, workload: Workload, the_plan: Plan) -> str | None:
         """Why sparse mode does not pay under this plan, as one line; None where it does, and in exact mode."""

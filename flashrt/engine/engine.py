@@ -46,6 +46,7 @@ class Engine:
         self.reader = reader
         self.roof: DiskRoof | None = None  # what the disk gives; for reports
         self.load_s = 0.0
+        self.drafting: Engine | None = None  # of a smaller model, closed with this one
         self._decoder: Decoder | None = decoder
         self._spec = decoder.spec
         self._sparsity = decoder.weights.pack.manifest.sparsity
@@ -116,6 +117,8 @@ class Engine:
         if self._current is not None:
             self._current.close()
         self._decoder.abandon_pass()
+        if self.drafting is not None:
+            self.drafting.close()
         self.reader.close()
         self._wait_s = self._decoder.wait_s
         self._decoder = None

@@ -48,11 +48,13 @@ def load(
     mode: str = "exact",
     max_loss: float | None = None,
     speculate: str | int = "auto",
+    draft: str | Path | None = None,
 ) -> Engine:
     """See `flashrt.load`."""
     from flashrt.budget.planner import Workload
     from flashrt.config import budget_bytes, positions
     from flashrt.engine.build import DEFAULT_CONTEXT, Prepared
+    from flashrt.engine.draft import load_draft
     from flashrt.engine.runtime import runtime_for
 
     # What is asked is checked before a checkpoint is packed, which may take an hour.
@@ -65,7 +67,10 @@ def load(
     found = resolve(path, cache, dtype, context=context)
     prepared = Prepared(pack_for(found, mode, max_loss), cache, runtime, budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
-    return prepared.engine(prepared.plan(prepared.drafting(Workload(length), most)))
+    drafting = None if draft is None else load_draft(draft_pack(draft, most, device), prepared, length)
+    engine = prepared.engine(prepared.plan(prepared.drafting(Workload(length), most)))
+    engine.drafting = drafting
+    return engine
 
 
 def check_mode(mode: str, max_loss: float | None) -> None:
@@ -87,6 +92,18 @@ def pack_for(found: Path, mode: str, max_loss: float | None) -> Path:
     if Pack(found).manifest.sparsity is not None:
         raise UsageError(f"{found} is a calibrated pack, which leaves out: name {found.parent} and --mode sparse")
     return found
+
+
+def draft_pack(path: str | Path, positions: int | None, device: str) -> Path:
+    """The pack that is to draft. Raises UsageError for what is no pack, and where nothing is drafted."""
+    from flashrt.storage.pack import Pack
+
+    if positions == 1:
+        raise UsageError("--draft needs drafts: leave --speculate off out")
+    if device != "cpu":
+        raise UsageError("--draft computes on the CPU only: use --device cpu")
+    Pack(path)
+    return Path(path)
 
 
 def sparse_pack(base: Path, max_loss: float | None = None) -> Path:

@@ -7,20 +7,14 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from flashrt.engine.drafters import drafters_of
 from flashrt.engine.sampling import Sampler
 from flashrt.speculate.acceptance import Step, walk
-from flashrt.speculate.drafter import Drafter
-from flashrt.speculate.lookup import Lookup
-from flashrt.speculate.model import ModelDrafter
 from flashrt.speculate.speculator import Speculator
 from flashrt.speculate.tree import TokenTree
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
-
-Array = np.ndarray
 
 
 class Passes:
@@ -30,7 +24,7 @@ class Passes:
         self._engine, self._sampler = engine, sampler
         self._speculator = None
         if engine.plan.positions > 1:
-            self._speculator = Speculator(_drafters(engine, sampler), tokens)
+            self._speculator = Speculator(drafters_of(engine, sampler), tokens)
         self._last = tokens[-1]
         self.count = 0
         self.tokens = 0  # that they gave
@@ -82,26 +76,3 @@ class Passes:
         self.positions += len(tree)
         self._drafted.update(range(1, max(tree.depths) + 1))
         self._stood.update(tree.depths[step.node] for step in steps[1:])
-
-
-def _drafters(engine: Engine, sampler: Sampler) -> list[Drafter]:
-    """The cheapest first."""
-    drafters: list[Drafter] = [Lookup(engine.plan.context + 1)]
-    if engine.plan.following:
-        drafters.append(ModelDrafter("resident", ResidentModel(engine), sampler))
-    return drafters
-
-
-class ResidentModel:
-    """The resident neurons of the engine's own model, as a `DraftModel`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def follow(self, tokens: Sequence[int]) -> None:
-        """The engine's own sequence is what is certain."""
-
-    def draft(self, token: int, depth: int) -> Array | None:
-        """See `DraftModel.draft`."""
-        engine = self._engine
-        return engine.draft(token, depth) if engine.length + depth < engine.plan.context else None

@@ -23,8 +23,8 @@ class Told(Accuracy):
 
 def test_drafters_share_nodes() -> None:
     proposals = Proposals(9, Accuracy())
-    assert proposals.add("a", [Candidate((1,), 0.5), Candidate((1, 2), 0.6), Candidate((3,), 0.2)]) == [2, 3]
-    assert proposals.add("b", [Candidate((1,), 0.8), Candidate((1, 4), 0.1)]) == [4]
+    assert proposals.add("a", [Candidate((1,), 0.5), Candidate((1, 2), 0.6), Candidate((3,), 0.2)]) == [1]
+    assert proposals.add("b", [Candidate((1,), 0.8), Candidate((1, 4), 0.1)]) == [1]
     assert proposals.tree.tokens == [9, 1, 2, 3, 4]
     assert proposals.chances() == pytest.approx([1, 0.8, 0.8 * 0.6, 0.2, 0.8 * 0.1])
 
@@ -60,6 +60,6 @@ def test_outlook_is_what_steps_have_brought() -> None:
     proposals = Proposals(9, accuracy)
     assert proposals.outlook("a", [0], 3) == pytest.approx([0.98, 0.98 * 0.8, 0.98 * 0.8**2], abs=0.02)
     frontier = proposals.add("a", [Candidate((1,), 0.5), Candidate((2,), 0.25)])
-    reached = sum(proposals.chances()[1:])
+    reached = proposals.chances()[1]  # the first choice is what the next step goes on from
     assert proposals.outlook("a", frontier, 3) == pytest.approx([reached * 0.8, reached * 0.8**2], abs=0.02)
     assert proposals.outlook("a", frontier, 1) == []
