@@ -186,7 +186,7 @@ class ExpertCache:
 
     def _pump(self) -> None:
         """Start reading what is waited for next, as far ahead as keeps the disk busy."""
-        queue, ahead = [*self._wanted, *self._guesses], 0
+        queue, ahead = list(dict.fromkeys([*self._wanted, *self._guesses])), 0  # a guess may be wanted already
         for place, key in enumerate(queue):
             if key not in self:
                 guess = place >= len(self._wanted)
@@ -214,7 +214,7 @@ class ExpertCache:
         victim = np.unravel_index(values.argmin(), values.shape)
         if values[victim] < np.inf:
             return self._evict((int(victim[0]), int(victim[1])))
-        last = next((key for key in reversed(later) if key in self), None)
+        last = next((key for key in reversed(later) if key in self and key != self._held), None)
         return None if last is None or guess else self._evict(last)
 
     def _evict(self, key: Key) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -147,6 +149,27 @@ def test_against_a_dictionary(slots: int, ahead: int, trace: list) -> None:
         for slot in cache._slots:
             done = sum(block.nbytes for block in slot.blocks[: slot.loaded])
             assert slot.key is None or slot.memory[:done].tobytes() == expected[slot.key][:done]
+
+
+def test_what_is_taken_stays_though_it_is_guessed_again() -> None:
+    """With a single slot: neither what is waited for nor a guess may have it while it is in use."""
+    cache, device = make_cache(1)
+    cache.expect(0, chosen([0, 1]))
+    device.settle()
+    parts = cache.take(0, 0)
+    cache.prefetch(0, [0])
+    assert b"".join(part.tobytes() for _, part in itertools.islice(parts, BLOCKS)) == content(0, 0)
+    assert next(parts, None) is None
+    device.settle()
+    assert take(cache, 0, 1) == content(0, 1)
+
+
+def test_what_is_waited_for_may_be_guessed_too() -> None:
+    cache, device = make_cache(1)
+    cache.expect(1, chosen([0, 1]))
+    cache.prefetch(1, [0, 1])
+    device.settle()
+    assert [take(cache, 1, e) for e in (0, 1)] == [content(1, 0), content(1, 1)]
 
 
 def test_what_is_in_memory_is_not_read_again() -> None:
