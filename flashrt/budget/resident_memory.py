@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from flashrt.storage.layout import TensorLayout
+from flashrt.storage.layout import PAGE, TensorLayout
 
 SPAN = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
 GROUP_BYTES = 32 << 10  # of neighbours that move together
@@ -19,7 +19,8 @@ def group_rows(tensor: TensorLayout) -> int:
 
 def index_bytes(tensor: TensorLayout) -> int:
     """A bound on what is kept beside the neurons of a tensor."""
-    return 8 * tensor.run_bundles + 32 * (tensor.run_bundles // group_rows(tensor)) + 8 * tensor.blocks + 1024
+    groups, pages = tensor.run_bundles // group_rows(tensor), tensor.nbytes // PAGE
+    return 8 * tensor.run_bundles + 32 * groups + 8 * pages + 512 * tensor.blocks + 4096
 
 
 def longest(tensors: Iterable[TensorLayout]) -> int:

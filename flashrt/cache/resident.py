@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashrt.budget.resident_memory import group_rows
-from flashrt.storage.layout import Block, TensorLayout
+from flashrt.storage.layout import PAGE, Block, TensorLayout
 from flashrt.storage.reader import Reader, Ticket
 
 Array = np.ndarray
@@ -60,7 +60,11 @@ class ResidentRows:
         self._slots = np.empty(self.neurons, np.int32)
         for group in range(groups):
             self._set_slots(group)
-        self._reads: list[tuple[Array, Array] | None] = [None] * tensor.blocks  # offsets and places of what is missing
+        # The groups of a block that the first and the last byte of each of its pages are of; one more is none.
+        pages = np.arange(tensor.max_block_bytes // PAGE) * PAGE
+        most = tensor.block_bundles // self.group
+        self._page_groups = [np.minimum(at // self._group_bytes, most) for at in (pages, pages + PAGE - 1)]
+        self._pages: list[Array | None] = [None] * tensor.blocks  # that hold what is missing, as far as known
         self._moves: dict[int, list[tuple[int, int]]] = {}  # of this pass, by block: groups, and the places they take
         self._drafted: Array | None = None
 
@@ -99,13 +103,10 @@ class ResidentRows:
         own = self._groups[block.index]
         if self._missing[block.index] == own.stop - own.start:
             return reader.submit(block, buffer)
-        read = self._reads[block.index]
-        if read is None:
-            missing = (self._place_of[own] < 0).nonzero()[0]
-            read = self._reads[block.index] = block.offset + missing * self._group_bytes, missing
-        whole = len(buffer) // self._group_bytes
-        out = buffer[: whole * self._group_bytes].reshape(whole, self._group_bytes)
-        return reader.submit_rows(block.file, read[0], out, read[1])
+        pages = self._pages[block.index]
+        if pages is None:
+            pages = self._pages[block.index] = self._pages_of(self._place_of[own] < 0, len(buffer) // PAGE)
+        return reader.submit_rows(block.file, block.offset + pages * PAGE, buffer.reshape(-1, PAGE), pages)
 
     def spans(self, wide: bool) -> list[list[Block]]:
         """The blocks that are taken at once: one in a pass of many tokens."""
@@ -211,6 +212,14 @@ class ResidentRows:
         assert self._missing == [int((self._place_of[own] < 0).sum()) for own in self._groups], "a count is wrong"
         assert (self._settled >= 0).all(), "a block was taken that nobody had asked for"
 
+    def _pages_of(self, missing: Array, count: int) -> Array:
+        """Which of the `count` pages of a block hold bytes of groups that are `missing` (bool [groups])."""
+        before = np.zeros(self.tensor.block_bundles // self.group + 2, np.int64)  # missing groups before each
+        np.cumsum(missing, out=before[1 : len(missing) + 1])
+        before[len(missing) + 1 :] = before[len(missing)]
+        first, last = self._page_groups
+        return (before[last[:count] + 1] > before[first[:count]]).nonzero()[0]
+
     def _groups_of(self, block: Block) -> slice:
         first, end = block.first, min(block.first + block.bundles, self.neurons)
         return slice(first // self.group, max(end, first) // self.group)
@@ -223,7 +232,7 @@ class ResidentRows:
         self._group_in[place], self._place_of[before], self._place_of[group] = group, -1, place
         self._missing[index] -= 1
         self._missing[other] += 1
-        self._reads[index] = self._reads[other] = None
+        self._pages[index] = self._pages[other] = None
         self._set_slots(before)
         self._set_slots(group)
 
