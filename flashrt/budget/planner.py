@@ -313,11 +313,12 @@ class _Planner:
         return [t for t in self.tensors if owner_of(self.spec, t) == "FFN"]
 
     def _following(self, pinned: Mapping[str, int]) -> tuple[str, ...]:
-        """Those of which a part streams; none unless all else that a draft computes with is resident."""
+        """Those of which a part streams; none unless a draft finds neurons of every layer, and all else, resident."""
+        followed = self._followable()
         needed = [t for t in self.tensors if owner_of(self.spec, t) in ("router", "attention", "head")]
-        if self.experts or any(pinned[t.name] < t.blocks for t in needed):
+        if self.experts or any(pinned[t.name] < t.blocks for t in needed) or any(not pinned[t.name] for t in followed):
             return ()
-        return tuple(t.name for t in self._followable() if 0 < pinned[t.name] < t.blocks)
+        return tuple(t.name for t in followed if pinned[t.name] < t.blocks)
 
     def _least_moving(self) -> int:
         """Bytes without which nothing can be read while decoding."""

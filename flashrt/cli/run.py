@@ -156,8 +156,8 @@ def figures(report: Report) -> str:
     parts = [f"{report.new_tokens} tokens"]
     if report.decode_tok_per_s:
         parts[0] += f", {report.decode_tok_per_s:.2f} tokens/s"
-    if report.acceptance and report.tokens_per_pass:
-        parts.append(f"{report.tokens_per_pass:.2f} per pass")
+    if report.tokens_per_pass and report.tokens_per_pass > 1:
+        parts.append(f"{report.tokens_per_pass:.2f} tokens per pass")
     parts.append(f"first after {duration(report.ttft_s)}")
     if report.bytes_read_per_token:
         read = f"{size(report.bytes_read_per_token)} read per token"

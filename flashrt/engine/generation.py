@@ -108,9 +108,9 @@ class Generation:
                 if len(self._ids) == self._limit:
                     self._finish = "length"
                     break
+                self._engine.check_current(self)
                 if not ahead:
                     with self._measured(self._decode):
-                        self._engine.check_current(self)
                         ahead.extend(self._next(token))
                 token = ahead.popleft()
             rest = self._stops.flush(stream.flush())

@@ -7,12 +7,22 @@ from typing import Protocol
 
 import numpy as np
 
-from flashrt.engine.sampling import Sampler
+from flashrt.config import Sampling
+from flashrt.speculate.acceptance import Chooser
 from flashrt.speculate.drafter import Candidate
 
 Array = np.ndarray
 
 WIDTH = 3  # tokens that are proposed for one place: the one that the draft goes on with, and others beside it
+
+
+class Sampler(Chooser, Protocol):
+    """A sequence's sampler."""
+
+    sampling: Sampling
+
+    def copy(self) -> Sampler:
+        """One in the same state: it chooses what this one would."""
 
 
 class DraftModel(Protocol):

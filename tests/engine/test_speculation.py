@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from flashrt.config import Sampling
+from flashrt.engine.drafters import CheckpointModel
+from flashrt.errors import UsageError
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, tiny_engine
 from tests.families import FAMILIES, VOCAB, tiny_checkpoint
@@ -81,6 +83,31 @@ def test_resident_neurons_follow_the_text_and_change_nothing(wide_case, sampling
     assert moved
 
 
+def test_any_share_may_be_resident(wide_case):
+    """Also so little that only some layers have neurons in memory, or none, or the head streams."""
+    packed, prompt = wide_case
+    with tiny_engine(packed, 1.0, chunk=16) as engine:
+        expected, _ = written(engine, prompt, Sampling())
+    drafted = set()
+    for share in np.arange(0.05, 0.8, 0.05):
+        with tiny_engine(packed, float(share), chunk=16, positions=8) as engine:
+            assert written(engine, prompt, Sampling())[0] == expected
+            drafted.add(bool(engine.plan.following))
+    assert drafted == {False, True}
+
+
+def test_one_generation_ends_where_another_begins(wide_case):
+    """Tokens of a pass that are not handed out yet are not handed out then."""
+    packed, prompt = wide_case
+    with tiny_engine(packed, 1.0, chunk=16, positions=16) as engine:
+        first = engine.generate(prompt * 2, 8, Sampling(), ignore_eos=True)
+        next(first)
+        next(first)
+        next(engine.generate(prompt, 4, Sampling()))
+        with pytest.raises(UsageError, match="another generation has begun"):
+            next(first)
+
+
 def holds_what_is_on_disk(packed, rows):
     with open(packed.path / rows.tensor.file, "rb") as file:
         file.seek(rows.tensor.offset)
@@ -128,3 +155,19 @@ def test_a_draft_leaves_the_sequence_alone_and_resembles_it(wide_case):
         exact = engine.step(token).copy()
         assert engine.length == len(prompt) + 1
         assert np.corrcoef(drafted, exact)[0, 1] > 0.3
+
+
+def test_a_checkpoint_drafts_what_it_would_say_itself(case):
+    """Whatever was drafted before, and whichever of it stood."""
+    packed, prompt = case
+    with tiny_engine(packed, 1.0, chunk=16) as engine, tiny_engine(packed, 1.0, chunk=16) as other:
+        model = CheckpointModel(engine)
+        model.follow(prompt)
+        assert np.array_equal(model.draft(prompt[-1], 0), other.prefill(prompt))
+        for depth, token in enumerate((5, 9), start=1):
+            assert np.array_equal(model.draft(token, depth), other.step(token))
+        model.follow([5, 11])  # the first stood, the second did not
+        assert np.array_equal(model.draft(11, 0), other.prefill([*prompt, 5, 11]))
+        model.follow(range(3, 3 + engine.plan.context - len(prompt) - 2))
+        assert model.draft(4, 0) is not None
+        assert model.draft(4, 1) is None
