@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace, budget: str) -> dict[str, Any]:
     if args.cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
-    command = [sys.executable, "-m", "flashrt", "run", str(args.pack), "--json", "--ignore-eos"]
+    command = [sys.executable, "-m", "flashrt", "run", str(args.pack), "--json", "--ignore-eos", "--speculate", "off"]
     command += ["--prompt", args.prompt, "--max-new-tokens", str(args.tokens)]
     limit = NO_LIMIT if budget == "none" else int(float(budget) * GIB)
     if budget != "none":

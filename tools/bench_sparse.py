@@ -37,6 +37,7 @@ QUALITY = (
 def measure(pack: Path, mode: str, budget: str, tokens: int, prompt: str) -> dict[str, Any]:
     """One run's report. Raises SystemExit, with its last words, where it fails."""
     command = [sys.executable, "-m", "flashrt", "run", str(pack), "--mode", mode, "--json", "--ignore-eos"]
+    command += ["--speculate", "off"]
     command += ["--prompt", prompt, "--max-new-tokens", str(tokens)]
     command += [] if budget == "none" else ["--budget-gb", budget]
     outcome = run_limited(command, NO_LIMIT if budget == "none" else int(float(budget) * GIB))
