@@ -66,14 +66,28 @@ std::vector<float> linear_of(const Packed& w, const std::vector<float>& x, int t
 
 std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int tokens, bool gated, bool wide) {
     std::vector<float> y(x.size(), 0.25f);
-    const GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
-                     nullptr, w.rows, nullptr, w.rows.bundles, {Function::SILU, 0.0f}, gated, nullptr};
+    std::vector<float> usage(w.rows.bundles);
+    GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
+               nullptr, w.rows, {}, nullptr, w.rows.bundles, {Function::SILU, 0.0f}, gated, nullptr, usage.data()};
     if (wide) {
         const int crew = threads();
         std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles, crew));
         gemm_glu(job, scratch.data(), crew);
     } else {
         glu(job);
+        std::vector<float> gathered(x.size(), 0.25f);
+        const int64_t half = w.rows.bundles / 2;
+        std::vector<int32_t> slots;
+        for (int64_t i = 0; i < w.rows.bundles; ++i) slots.push_back(static_cast<int32_t>(i < half ? i : half - 1 - i));
+        Rows rest = w.rows;
+        rest.data += half * rest.stride;
+        rest.bundles -= half;
+        job.y = gathered.data();
+        job.neurons.bundles = half;
+        job.beside = {rest};
+        job.slots = slots.data();
+        glu(job);
+        CHECK(gathered == y);
     }
     return y;
 }
