@@ -55,7 +55,7 @@ def main() -> None:
     measure = ablation_in_child if args.ablation else compare
     result = {
         "tool": "bench_speculation",
-        "command": " ".join(["python -m tools.bench_speculation PACK", *sys.argv[2:]]),
+        "command": command(args),
         "pack": args.pack.name,
         "tokens": args.tokens,
         "machine": facts(),
@@ -67,6 +67,13 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def command(args: argparse.Namespace) -> str:
+    """What makes these figures again; files are anybody's own."""
+    words = ["python -m tools.bench_speculation PACK --budgets", *args.budgets, "--sets", *args.sets]
+    words += ["--count", str(args.count), "--tokens", str(args.tokens), *(["--ablation"] if args.ablation else [])]
+    return " ".join(words)
 
 
 def compare(pack: Path, budget: str, questions: tuple[str, ...], tokens: int) -> dict[str, Any]:

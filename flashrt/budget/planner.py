@@ -167,9 +167,9 @@ class _Planner:
             if self.rows:
                 fixed["row index"] = self._index_bytes()
                 free -= fixed["row index"]
-            drafting = self._drafting_bytes()
-            fixed["speculation"] = fixed.get("speculation", 0) + drafting
-            free -= drafting
+            if drafting := self._drafting_bytes():
+                fixed["speculation"] += drafting
+                free -= drafting
         cached = expert_slots * self.expert_bytes
         pinned, windows = self._pin(free - cached)
         weights = self._weights_by_owner(pinned, windows)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-Array = np.ndarray
-
 ROOT = 0
 
 
@@ -60,13 +56,6 @@ class TokenTree:
         while nodes[-1] != ROOT:
             nodes.append(self.parents[nodes[-1]])
         return nodes[::-1]
-
-    def mask(self) -> Array:
-        """Which nodes each node attends to, itself and its ancestors: bool [nodes, nodes]."""
-        seen = np.eye(len(self), dtype=bool)
-        for node, parent in enumerate(self.parents[1:], start=1):
-            seen[node] |= seen[parent]
-        return seen
 
     def select(self, nodes: Sequence[int]) -> TokenTree:
         """The tree of `nodes` alone, ascending, the root first. Raises ValueError where a node's parent is missing."""

@@ -22,7 +22,7 @@ def report(cli: Cli, pack: Path, *options: object) -> Any:
 
 @pytest.fixture(scope="module")
 def draft(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pack of another tiny model with the tokens of `pack`, and of one with others."""
+    """A pack of another tiny model with the tokens of `pack`."""
     root = tmp_path_factory.mktemp("draft")
     _, checkpoint = tiny_checkpoint("llama", root / "checkpoint", seed=9)
     assert cli("pack", checkpoint, root / "pack").returncode == 0
@@ -34,7 +34,6 @@ def test_the_text_is_the_same(cli: Cli, pack: Path, draft: Path, sampling: tuple
     off = report(cli, pack, "--speculate", "off", *sampling)
     assert off["tokens_per_pass"] == 1
     assert off["acceptance"] is None
-    assert off["draft_s"] < off["verify_s"]
     for options in (["auto"], [4], ["auto", "--draft", draft], ["auto", "--draft", pack]):
         found = report(cli, pack, "--speculate", *options, *sampling)
         assert found["token_ids"] == off["token_ids"]
@@ -71,9 +70,12 @@ def test_what_makes_no_sense_is_refused(cli: Cli, pack: Path, options: tuple[str
 
 
 def test_a_draft_with_other_tokens_is_refused(cli: Cli, pack: Path, tmp_path: Path) -> None:
-    _, checkpoint = tiny_checkpoint("gemma3", tmp_path / "checkpoint", seed=9)
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", seed=9)
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert cli("pack", checkpoint, tmp_path / "pack").returncode == 0
-    text = tmp_path / "pack" / "tokenizer.json"
-    same = text.read_bytes() == (pack / "tokenizer.json").read_bytes()
     result = cli("run", pack, "--prompt", "a", "--max-new-tokens", 4, "--draft", tmp_path / "pack")
-    assert same or (result.returncode != 0 and "its tokenizer is another one" in result.stderr)
+    assert result.returncode != 0
+    assert "its tokenizer is another one" in result.stderr

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import (
@@ -24,6 +25,7 @@ from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.calibration import Request, calibrate
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
+from flashrt.errors import UsageError
 from flashrt.sparsity import Sparsity
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -69,6 +71,18 @@ def logits_of(engine: Engine, prompt: list[int], tokens: list[int]) -> np.ndarra
     rows = [engine.prefill(prompt).copy()]
     rows += [engine.step(token).copy() for token in tokens]
     return np.stack(rows)
+
+
+def check_a_thinned_tree(engine: Engine, tokens: list[int]) -> None:
+    """In sparse mode a tree has the bits of its paths, and needs the first tokens of a sequence before it."""
+    engine.prefill(tokens[:9])
+    found = engine.step_tree(tokens[9:14], [-1, 0, 0, -1, 2]).copy()
+    for i, nodes in enumerate(([0], [0, 1], [0, 2], [3], [0, 2, 4])):
+        engine.rewind(9)
+        assert np.array_equal(engine.step_batch([tokens[9 + node] for node in nodes])[-1], found[i])
+    engine.rewind(3)
+    with pytest.raises(UsageError, match="needs 4"):
+        engine.step_tree(tokens[3:5], [-1, -1])
 
 
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:

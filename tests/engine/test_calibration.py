@@ -24,7 +24,14 @@ from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt_kernels.rows import Codec, align
-from tests.engine.support import killed_once_at_every_stage, logits_of, make_pack, relative_rms, tiny_engine
+from tests.engine.support import (
+    check_a_thinned_tree,
+    killed_once_at_every_stage,
+    logits_of,
+    make_pack,
+    relative_rms,
+    tiny_engine,
+)
 from tests.families import VOCAB, tiny_checkpoint
 
 REQUEST = Request(max_loss=0.3, tokens=768)
@@ -90,14 +97,7 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
 def test_a_tree_leaves_out_what_its_paths_do(case, tokens):
     path, _ = case
     with tiny_engine(Pack(sparse_pack(path, REQUEST.max_loss)), 0.4, chunk=16, logit_rows=16) as engine:
-        engine.prefill(tokens[:9])
-        found = engine.step_tree(tokens[9:14], [-1, 0, 0, -1, 2]).copy()
-        for i, nodes in enumerate(([0], [0, 1], [0, 2], [3], [0, 2, 4])):
-            engine.rewind(9)
-            assert np.array_equal(engine.step_batch([tokens[9 + node] for node in nodes])[-1], found[i])
-        engine.rewind(3)
-        with pytest.raises(UsageError, match="needs 4"):
-            engine.step_tree(tokens[3:5], [-1, -1])
+        check_a_thinned_tree(engine, tokens)
 
 
 def test_with_everything_stored_and_let_through_it_is_the_exact_model(case, tokens, tmp_path):

@@ -34,7 +34,9 @@ def case(request, tmp_path_factory):
 
 def written(engine, prompt, sampling, **options):
     generation = engine.generate(prompt, NEW, sampling, ignore_eos=True, **options)
-    return [token.id for token in generation if token.id >= 0][:NEW], generation.report
+    assert list(generation)
+    assert generation.report.new_tokens == NEW
+    return generation.report.token_ids, generation.report
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn", "penalised"])
@@ -73,13 +75,13 @@ def test_resident_neurons_follow_the_text_and_change_nothing(wide_case, sampling
         with tiny_engine(packed, share, chunk=16, positions=positions) as engine:
             assert engine.plan.following
             followed = engine.decoder.weights.resident.values()
-            before = [set(rows.residents().tolist()) for rows in followed]
+            before = [set(residents(rows).tolist()) for rows in followed]
             for _ in range(2):
                 assert written(engine, prompt, sampling)[0] == expected
                 for rows in followed:
                     rows.check_integrity()
                     assert holds_what_is_on_disk(packed, rows)
-            moved += sum(set(rows.residents().tolist()) != own for rows, own in zip(followed, before, strict=True))
+            moved += sum(set(residents(rows).tolist()) != own for rows, own in zip(followed, before, strict=True))
     assert moved
 
 
@@ -108,12 +110,16 @@ def test_one_generation_ends_where_another_begins(wide_case):
             next(first)
 
 
+def residents(rows):
+    """The neurons in memory, in the order of their slots."""
+    return rows.neurons_in(np.arange(rows.resident))
+
+
 def holds_what_is_on_disk(packed, rows):
     with open(packed.path / rows.tensor.file, "rb") as file:
         file.seek(rows.tensor.offset)
         disk = np.frombuffer(file.read(rows.tensor.nbytes), np.uint8).reshape(-1, rows.tensor.stride)
-    slots = np.arange(rows.resident)
-    return np.array_equal(rows.memory[slots], disk[rows.neurons_in(slots)])
+    return np.array_equal(rows.memory[: rows.resident], disk[residents(rows)])
 
 
 def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):

@@ -34,10 +34,9 @@ def test_random_trees(seed: int) -> None:
     paths = token_paths(tree)
     assert len(set(paths)) == len(paths) == len(tree)
     assert tree.depths == [len(path) - 1 for path in paths]
-    mask = tree.mask()
     for node in range(len(tree)):
         assert tree.find(paths[node][1:]) == node
-        assert np.flatnonzero(mask[node]).tolist() == tree.path(node)
+        assert [tree.tokens[at] for at in tree.path(node)] == list(paths[node])
         assert tree.children(node) == [n for n, parent in enumerate(tree.parents) if parent == node]
 
 
