@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.families import tiny_checkpoint
 
 Result = subprocess.CompletedProcess[str]
 Cli = Callable[..., Result]
+Launch = Callable[..., "subprocess.Popen[Any]"]
 
 SCRIPT = Path(sys.executable).with_name("flashrt")
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "flashrt"]
@@ -48,6 +51,27 @@ def cli(cache_home: Path) -> Cli:
         return Result(result.args, result.returncode, result.stdout.decode(), result.stderr.decode())
 
     return run
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start the console script and go on, its output in pipes. It does not outlive the test.
+
+    It can be interrupted, also where the tests themselves cannot: a job in the background of a shell ignores SIGINT.
+    """
+    with contextlib.ExitStack() as processes:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        processes.callback(signal.signal, signal.SIGINT, before)
+
+        def start(*arguments: object, **options: Any) -> subprocess.Popen[Any]:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            command = [*COMMAND, *map(str, arguments)]
+            process = subprocess.Popen(command, env=environment(tmp_path), **pipes, **options)
+            processes.enter_context(process)
+            processes.callback(process.kill)
+            return process
+
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, Cli, check_failure, environment
+from tests.cli.conftest import Cli, Launch, check_failure
 
 
 def checksums(pack: Path) -> dict[str, str]:
@@ -41,12 +41,9 @@ def test_a_checkpoint_is_packed_once(cli: Cli, checkpoint: Path, tmp_path: Path)
     assert facts["path"] == str(packed)
 
 
-def test_two_runs_pack_a_checkpoint_once(long_checkpoint: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, "run", str(long_checkpoint), "-p", "a", "-n", "2", "--cache-dir", str(tmp_path), "--json"]
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path))
-        for _ in range(2)
-    ]
+def test_two_runs_pack_a_checkpoint_once(launch: Launch, long_checkpoint: Path, tmp_path: Path) -> None:
+    command = ("run", long_checkpoint, "-p", "a", "-n", 2, "--cache-dir", tmp_path, "--json")
+    runs = [launch(*command) for _ in range(2)]
     outputs = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     first, second = (json.loads(out) for out, _ in outputs)
@@ -61,11 +58,13 @@ def test_packing_does_not_count_against_the_run(cli: Cli, checkpoint: Path, tmp_
     assert abs(first["smallest_budget_bytes"] - second["smallest_budget_bytes"]) < 8 << 20
 
 
-def test_a_killed_pack_is_finished_with_the_same_bytes(cli: Cli, long_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_killed_pack_is_finished_with_the_same_bytes(
+    cli: Cli, launch: Launch, long_checkpoint: Path, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli("pack", long_checkpoint, whole).returncode == 0
     for wanted in (1, 7, 20, 35):
-        process = subprocess.Popen([*COMMAND, "pack", str(long_checkpoint), str(broken)], env=environment(tmp_path))
+        process = launch("pack", long_checkpoint, broken)
         deadline = time.monotonic() + 60
         while len(list(broken.glob("*.entry.json"))) < wanted and process.poll() is None:
             assert time.monotonic() < deadline
@@ -78,12 +77,11 @@ def test_a_killed_pack_is_finished_with_the_same_bytes(cli: Cli, long_checkpoint
     assert checksums(broken) == checksums(whole)
 
 
-def test_ctrl_c_while_packing_leaves_no_half_written_file(cli: Cli, long_checkpoint: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_packing_leaves_no_half_written_file(
+    cli: Cli, launch: Launch, long_checkpoint: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
-    command = [*COMMAND, "run", str(long_checkpoint), "-p", "a", "--cache-dir", str(cache)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(tmp_path)
-    )
+    process = launch("run", long_checkpoint, "-p", "a", "--cache-dir", cache, text=True)
     while not list(cache.glob("packs/*/*.entry.json")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

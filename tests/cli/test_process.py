@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, environment
+from tests.cli.conftest import Launch, environment
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_ctrl_c_prints_figures(long_pack: Path, tmp_path: Path, options: list[str]) -> None:
-    command = [*COMMAND, "run", str(long_pack), "-p", "hello", "-n", "60000", "--ignore-eos", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path))
+def test_ctrl_c_prints_figures(launch: Launch, long_pack: Path, options: list[str]) -> None:
+    process = launch("run", long_pack, "-p", "hello", "-n", 60000, "--ignore-eos", *options)
     assert process.stdout is not None
     begun = process.stdout.read(5) if not options else b""
     if options:
@@ -36,11 +35,9 @@ def test_ctrl_c_prints_figures(long_pack: Path, tmp_path: Path, options: list[st
     assert b"error" not in err
 
 
-def test_ctrl_c_stops_an_answer_but_not_the_chat(long_pack: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, "chat", str(long_pack), "--temperature", "0", "--context", "20000", "--stats"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path)
-    )
+def test_ctrl_c_stops_an_answer_but_not_the_chat(launch: Launch, long_pack: Path) -> None:
+    options = ("--temperature", 0, "--context", 20000, "--stats")
+    process = launch("chat", long_pack, *options, stdin=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"hello\n")
@@ -62,9 +59,8 @@ def _wait_until_computing(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def test_a_reader_that_leaves_is_no_error(long_pack: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, "run", str(long_pack), "-p", "hello", "-n", "60000", "--ignore-eos"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path))
+def test_a_reader_that_leaves_is_no_error(launch: Launch, long_pack: Path) -> None:
+    process = launch("run", long_pack, "-p", "hello", "-n", 60000, "--ignore-eos")
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(1)
