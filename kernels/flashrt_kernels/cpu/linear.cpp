@@ -6,14 +6,15 @@ namespace {
 
 constexpr size_t AHEAD = 16384;  // bytes: a few times the bandwidth of a core times the latency of memory
 
-// The products of `rows` rows of bundles [from, to).
-void products(const Rows& w, int64_t from, int64_t to, int rows, const Tokens& tokens, float* out, size_t out_step) {
-    const uint8_t *at[GATHER], *next[GATHER];
+// The products of `rows` rows of bundles [from, to). What others do meanwhile are the `between` bytes behind them.
+void products(const Rows& w, int64_t from, int64_t to, int rows, size_t between, const Tokens& tokens, float* out,
+              size_t out_step) {
+    const uint8_t *at[GATHER], *next[GATHER], *end = w.data + to * w.stride;
     for (; from < to; from += GATHER) {
         const int count = static_cast<int>(to - from < GATHER ? to - from : GATHER);
         for (int i = 0; i < count; ++i) {
             at[i] = w.data + (from + i) * w.stride;
-            next[i] = at[i] + AHEAD;
+            next[i] = at[i] + AHEAD + (at[i] + AHEAD < end ? 0 : between);
         }
         kernels().dots(w.codec, {at, next, count, rows}, tokens, {out + from * MATRIX_ROWS, MATRIX_ROWS, 1, out_step});
     }
@@ -27,12 +28,13 @@ void linear_batch(const LinearJob& job, int first, int count) {
 
     const int64_t whole = job.rows / MATRIX_ROWS, bundles = (job.rows + MATRIX_ROWS - 1) / MATRIX_ROWS;
     const int64_t grain = 1 + 65536 / static_cast<int64_t>(MATRIX_ROWS * row_bytes(w.codec, w.k));
+    const size_t between = (threads() - 1) * grain * w.stride;
     float* out = job.out + first * job.out_step + job.row0;
     parallel_for((bundles + grain - 1) / grain, [&](int64_t item, int) {
         const int64_t begin = item * grain, end = begin + grain < bundles ? begin + grain : bundles;
         const int rest = static_cast<int>(job.rows - whole * MATRIX_ROWS);
-        products(w, begin, end < whole ? end : whole, MATRIX_ROWS, tokens, out, job.out_step);
-        products(w, begin > whole ? begin : whole, end, rest, tokens, out, job.out_step);
+        products(w, begin, end < whole ? end : whole, MATRIX_ROWS, between, tokens, out, job.out_step);
+        products(w, begin > whole ? begin : whole, end, rest, between, tokens, out, job.out_step);
         if (!job.bias) return;
         const int64_t last = end * MATRIX_ROWS < job.rows ? end * MATRIX_ROWS : job.rows;
         for (int i = 0; i < count; ++i)
