@@ -98,9 +98,7 @@ class CpuDevice:
         return self._ledger.allocate("embedding reads", (nbytes,), np.uint8)
 
     def stream(self, slots: int, slot_bytes: int) -> Streamer:
-        return Streamer(
-            self._reader, [self._ledger.allocate("stream buffers", (slot_bytes,), np.uint8) for _ in range(slots)]
-        )
+        return Streamer(self._reader, self._ledger.allocate("stream buffers", (slots, slot_bytes), np.uint8))
 
     def read(self, block: Block, memory: np.ndarray) -> BlockTicket:
         return self._reader.submit(block, memory)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashrt.budget.resident_memory import group_rows
+from flashrt.cache.streamer import Place
 from flashrt.storage.layout import PAGE, Block, TensorLayout
 from flashrt.storage.reader import Reader, Ticket
 
@@ -62,9 +63,11 @@ class ResidentRows:
             self._set_slots(group)
         # The groups of a block that the first and the last byte of each of its pages are of; one more is none.
         pages = np.arange(tensor.max_block_bytes // PAGE) * PAGE
-        most = tensor.block_bundles // self.group
-        self._page_groups = [np.minimum(at // self._group_bytes, most) for at in (pages, pages + PAGE - 1)]
-        self._pages: list[Array | None] = [None] * tensor.blocks  # that hold what is missing, as far as known
+        self._block_groups = tensor.block_bundles // self.group
+        self._page_groups = [
+            np.minimum(at // self._group_bytes, self._block_groups) for at in (pages, pages + PAGE - 1)
+        ]
+        self._pages: tuple[Array, Array] | None = None  # see `_missing_pages`; None when groups have moved since
         self._moves: dict[int, list[tuple[int, int]]] = {}  # of this pass, by block: groups, and the places they take
         self._drafted: Array | None = None
 
@@ -98,15 +101,16 @@ class ResidentRows:
         places = self._place_of[self._groups[block.index]]
         return len(places) == 0 or bool((np.diff(places) == 1).all())
 
-    def submit(self, reader: Reader, block: Block, buffer: Array) -> Ticket:
-        """Start to read what is not resident of a block into `buffer` (uint8 [block.nbytes]), each to its own place."""
-        own = self._groups[block.index]
-        if self._missing[block.index] == own.stop - own.start:
-            return reader.submit(block, buffer)
-        pages = self._pages[block.index]
-        if pages is None:
-            pages = self._pages[block.index] = self._pages_of(self._place_of[own] < 0, len(buffer) // PAGE)
-        return reader.submit_rows(block.file, block.offset + pages * PAGE, buffer.reshape(-1, PAGE), pages)
+    def submit(self, reader: Reader, places: Sequence[Place], ring: Array) -> Iterator[Ticket]:
+        """Start to read what is not resident of some blocks, each to where it lies in its block.
+
+        ring: uint8 [buffers, bytes]. A block that was never compared with its checksum is, if it is missing whole.
+        """
+        unchecked = [self._is_unchecked(reader, block) for block, _ in places]
+        rest = [place for place, whole in zip(places, unchecked, strict=True) if not whole]
+        ticket = self._submit_missing(reader, rest, ring) if rest else None
+        for (block, buffer), whole in zip(places, unchecked, strict=True):
+            yield ticket if ticket is not None and not whole else reader.submit(block, ring[buffer, : block.nbytes])
 
     def spans(self, wide: bool) -> list[list[Block]]:
         """The blocks that are taken at once: one in a pass of many tokens."""
@@ -208,13 +212,36 @@ class ResidentRows:
         assert self._missing == [int((self._place_of[own] < 0).sum()) for own in self._groups], "a count is wrong"
         assert (self._settled >= 0).all(), "a block was taken that nobody had asked for"
 
-    def _pages_of(self, missing: Array, count: int) -> Array:
-        """Which of the `count` pages of a block hold bytes of groups that are `missing` (bool [groups])."""
-        before = np.zeros(self.tensor.block_bundles // self.group + 2, np.int64)  # missing groups before each
-        np.cumsum(missing, out=before[1 : len(missing) + 1])
-        before[len(missing) + 1 :] = before[len(missing)]
-        first, last = self._page_groups
-        return (before[last[:count] + 1] > before[first[:count]]).nonzero()[0]
+    def _is_unchecked(self, reader: Reader, block: Block) -> bool:
+        """Whether a block is missing whole and was never compared with its checksum."""
+        own = self._groups[block.index]
+        return self._missing[block.index] == own.stop - own.start and not reader.verified(block)
+
+    def _submit_missing(self, reader: Reader, places: Sequence[Place], ring: Array) -> Ticket:
+        pages, begins = self._missing_pages()
+        in_buffer = ring.shape[1] // PAGE
+        offsets, targets = [], []
+        for block, buffer in places:
+            own = pages[begins[block.index] : begins[block.index + 1]]
+            offsets.append(own * PAGE + block.offset)
+            targets.append(own + buffer * in_buffer)
+        return reader.submit_rows(
+            self.tensor.file, np.concatenate(offsets), ring.reshape(-1, PAGE), np.concatenate(targets)
+        )
+
+    def _missing_pages(self) -> tuple[Array, Array]:
+        """The pages, within their blocks, that hold bytes of missing groups; where those of each block begin."""
+        if self._pages is None:
+            blocks, per_block = self.tensor.blocks, self._block_groups
+            missing = np.zeros(blocks * per_block, bool)
+            missing[: len(self._place_of)] = self._place_of < 0
+            before = np.zeros((blocks, per_block + 2), np.int32)  # missing groups before each of a block
+            np.cumsum(missing.reshape(blocks, per_block), axis=1, out=before[:, 1:-1])
+            before[:, -1] = before[:, -2]
+            first, last = self._page_groups
+            block, page = (before[:, last + 1] > before[:, first]).nonzero()
+            self._pages = page, np.searchsorted(block, np.arange(blocks + 1))
+        return self._pages
 
     def _groups_of(self, block: Block) -> slice:
         first, end = block.first, min(block.first + block.bundles, self.neurons)
@@ -228,7 +255,7 @@ class ResidentRows:
         self._group_in[place], self._place_of[before], self._place_of[group] = group, -1, place
         self._missing[index] -= 1
         self._missing[other] += 1
-        self._pages[index] = self._pages[other] = None
+        self._pages = None
         self._set_slots(before)
         self._set_slots(group)
 

@@ -15,24 +15,27 @@ import numpy as np
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import Reader, Ticket
 
+TOGETHER = 4  # blocks at most that are submitted at once: what many of them need is found out only once
+
 Array = np.ndarray
-Submit = Callable[[Block, Array], Ticket]  # starts to read a block into a buffer of its size
+Place = tuple[Block, int]  # a block, and the buffer that is to hold it
+Submit = Callable[[Sequence[Place]], Iterable[Ticket]]  # starts to read some blocks; a ticket for each
 
 
 class Streamer:
-    """`slots` are page-aligned uint8 buffers, each at least as large as any block; at least two, or none at all.
+    """The rows of `memory` (uint8 [buffers, bytes], page-aligned) are buffers, each at least as large as any block.
 
-    `submit` starts a read; another may be put in its place, which reads a part of a block only.
+    There are at least two, or none at all. `submit` starts reads; another may be put in its place, which reads a part
+    of each block only.
     """
 
-    def __init__(self, reader: Reader, slots: Iterable[Array]) -> None:
-        self._reader = reader
-        self.submit: Submit = reader.submit
-        self._slots = tuple(slots)
-        self._free = deque(self._slots)
+    def __init__(self, reader: Reader, memory: Array) -> None:
+        self._reader, self.memory = reader, memory
+        self.submit: Submit = self._submit_whole
+        self._free = deque(range(len(memory)))
         self._wanted: deque[Iterator[Block]] = deque()
-        self._flying: deque[tuple[Block, Ticket, Array]] = deque()
-        self._held: list[Array] = []
+        self._flying: deque[tuple[Place, Ticket]] = deque()
+        self._held: list[int] = []
         self.wait_s = 0.0
 
     def expect(self, blocks: Iterable[Block]) -> None:
@@ -40,7 +43,7 @@ class Streamer:
 
         `blocks` is gone through as their turn comes.
         """
-        if self._slots:  # without any, everything is resident and there is nothing to expect
+        if len(self.memory):  # without any buffers, everything is resident and there is nothing to expect
             self._wanted.append(iter(blocks))
         self._pump()
 
@@ -62,32 +65,40 @@ class Streamer:
     def flush(self) -> None:
         """Forget everything expected. Reads that have begun are waited for.
 
-        Starts afresh from the slots themselves: an interrupt may have struck between any two steps.
+        Starts afresh from the buffers themselves: an interrupt may have struck between any two steps.
         """
         self._wanted.clear()
-        for _, ticket, _ in self._flying:
+        for _, ticket in self._flying:
             ticket.cancel()
         self._reader.settle()
         self._flying.clear()
         self._held = []
-        self._free = deque(self._slots)
+        self._free = deque(range(len(self.memory)))
 
     def _take(self, block: Block) -> Array:
-        if not self._flying or self._flying[0][0] != block:
+        if not self._flying or self._flying[0][0][0] != block:
             raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
-        _, ticket, slot = self._flying.popleft()
-        self._held.append(slot)
+        (_, buffer), ticket = self._flying.popleft()
+        self._held.append(buffer)
         if not ticket.ready:
             began = time.perf_counter()
             ticket.wait()
             self.wait_s += time.perf_counter() - began
         ticket.wait()
-        return slot[: block.nbytes]
+        return self.memory[buffer, : block.nbytes]
 
     def _pump(self) -> None:
-        while self._free and (block := next_block(self._wanted)) is not None:
-            slot = self._free.popleft()
-            self._flying.append((block, self.submit(block, slot[: block.nbytes]), slot))
+        while places := self._next_places():
+            self._flying.extend(zip(places, self.submit(places), strict=True))
+
+    def _next_places(self) -> list[Place]:
+        places: list[Place] = []
+        while self._free and len(places) < TOGETHER and (block := next_block(self._wanted)) is not None:
+            places.append((block, self._free.popleft()))
+        return places
+
+    def _submit_whole(self, places: Sequence[Place]) -> list[Ticket]:
+        return [self._reader.submit(block, self.memory[buffer, : block.nbytes]) for block, buffer in places]
 
 
 def next_block(wanted: deque[Iterator[Block]]) -> Block | None:

@@ -7,6 +7,7 @@ plan and invisible to the arithmetic, which is why a result does not depend on t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 import zlib
@@ -22,7 +23,7 @@ from flashrt.cache.device import Device, Tensor
 from flashrt.cache.experts import ExpertCache, Key
 from flashrt.cache.resident import ResidentRows, Span
 from flashrt.cache.rows import RowCache
-from flashrt.cache.streamer import Streamer
+from flashrt.cache.streamer import Place, Streamer
 from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
@@ -300,9 +301,13 @@ class Weights:
         assert isinstance(self._static, Streamer), "only the CPU's kernels gather neurons"
         return self._static
 
-    def _submit(self, block: Block, buffer: Array) -> Ticket:
-        rows = self.resident.get(block.tensor)
-        return self.reader.submit(block, buffer) if rows is None else rows.submit(self.reader, block, buffer)
+    def _submit(self, places: Sequence[Place]) -> Iterator[Ticket]:
+        for tensor, own in itertools.groupby(places, key=lambda place: place[0].tensor):
+            rows, memory = self.resident.get(tensor), self._ring.memory
+            if rows is not None:
+                yield from rows.submit(self.reader, list(own), memory)
+            else:
+                yield from (self.reader.submit(block, memory[buffer, : block.nbytes]) for block, buffer in own)
 
     def _flush(self) -> None:
         self._static.flush()

@@ -13,26 +13,28 @@ from flashrt_kernels.rows import Codec
 SPAN = 2
 
 
-class Done:
-    """A read that is over."""
-
-
 class FakeReader:
     """Copies from what is on disk, and remembers how much was asked for."""
 
     def __init__(self, disk: np.ndarray) -> None:
         self.disk, self.bytes = disk.reshape(-1), 0
+        self.checked: set[int] = set()
 
-    def submit(self, block: Block, buffer: np.ndarray) -> Done:
+    def verified(self, block: Block) -> bool:
+        return block.index in self.checked
+
+    def submit(self, block: Block, buffer: np.ndarray) -> str:
         buffer[:] = self.disk[block.offset : block.offset + block.nbytes]
         self.bytes += block.nbytes
-        return Done()
+        self.checked.add(block.index)
+        return f"block {block.index}"
 
-    def submit_rows(self, file: str, offsets: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Done:
+    def submit_rows(self, file: str, offsets: np.ndarray, out: np.ndarray, slots: np.ndarray) -> str:
+        assert (np.diff(offsets) > 0).all()
         for offset, slot in zip(offsets.tolist(), slots.tolist(), strict=True):
             out[slot] = self.disk[offset : offset + out.shape[1]]
         self.bytes += len(slots) * out.shape[1]
-        return Done()
+        return "pages"
 
 
 def make(neurons: int, stride: int, block_bundles: int, pinned_blocks: int) -> tuple[ResidentRows, FakeReader]:
@@ -53,10 +55,17 @@ def residents(rows: ResidentRows) -> np.ndarray:
 def run(rows: ResidentRows, reader: FakeReader, usage: np.ndarray, wide: bool) -> None:
     """One pass: all that kernels are given must be what is on disk."""
     expected = reader.disk.reshape(-1, rows.tensor.stride)
-    buffers = {}
-    for block in rows.blocks(wide):
-        buffers[block.index] = np.full(block.nbytes, 77, np.uint8)
-        rows.submit(reader, block, buffers[block.index])  # type: ignore[arg-type]
+    wanted = list(rows.blocks(wide))
+    ring = np.full((len(wanted) + 1, rows.tensor.max_block_bytes), 77, np.uint8)
+    buffers = {block.index: ring[i + 1, : block.nbytes] for i, block in enumerate(wanted)}
+    for i in range(0, len(wanted), 3):
+        places = [(block, i + 1 + j) for j, block in enumerate(wanted[i : i + 3])]
+        held = residents(rows)
+        whole = [not ((block.first <= held) & (held < block.first + block.bundles)).any() for block, _ in places]
+        whole = [own and block.index not in reader.checked for own, (block, _) in zip(whole, places, strict=True)]
+        tickets = list(rows.submit(reader, places, ring))  # type: ignore[arg-type]
+        assert tickets == [f"block {p[0].index}" if own else "pages" for p, own in zip(places, whole, strict=True)]
+    assert (ring[0] == 77).all()
     if not wide:
         rows.choose([block for span in rows.spans(wide) for block in span], rows.moves)
     for span in rows.spans(wide):
@@ -142,6 +151,6 @@ def test_index_bytes() -> None:
     run(rows, reader, np.random.default_rng(1).random(8960).astype(np.float32), wide=False)
     rows.drafted(0.5)
     kept = [value for value in vars(rows).values() if isinstance(value, np.ndarray)]
-    kept += [page for page in rows._pages if page is not None] + list(rows._page_groups)
+    kept += [*(rows._pages or ()), *rows._page_groups]
     shared = {id(rows.memory), id(rows._memory)}
     assert sum(array.nbytes for array in kept if id(array) not in shared) <= index_bytes(rows.tensor)

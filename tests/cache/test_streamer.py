@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from flashrt.cache.streamer import Streamer
 from flashrt.errors import DiskError
-from flashrt.storage.layout import Block
+from flashrt.storage.layout import PAGE, Block
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt_kernels.rows import Codec
@@ -67,7 +68,7 @@ class LateTicket:
 
 def streamer(slots: int) -> tuple[Streamer, FakeReader]:
     reader = FakeReader()
-    return Streamer(reader, [np.zeros(SLOT, np.uint8) for _ in range(slots)]), reader  # type: ignore[arg-type]
+    return Streamer(reader, np.zeros((slots, SLOT), np.uint8)), reader  # type: ignore[arg-type]
 
 
 actions = st.lists(
@@ -163,9 +164,8 @@ def test_a_whole_pack_through_two_slots(make_pack: MakePack) -> None:
     try:
         tensors = pack.layout.tensors.values()
         largest = max(t.max_block_bytes for t in tensors)
-        slots = np.zeros((2, largest + 4096), np.uint8)
-        aligned = [s[-s.ctypes.data % 4096 :][:largest] for s in slots]
-        ring = Streamer(reader, aligned)
+        assert largest % PAGE == 0
+        ring = Streamer(reader, np.frombuffer(mmap.mmap(-1, 2 * largest), np.uint8).reshape(2, largest))
         wanted = [t.block(i) for t in tensors for i in range(t.blocks)] * 3
         ring.expect(wanted)
         for expected in wanted:
