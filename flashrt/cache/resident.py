@@ -63,11 +63,11 @@ class ResidentRows:
             self._set_slots(group)
         # The groups of a block that the first and the last byte of each of its pages are of; one more is none.
         pages = np.arange(tensor.max_block_bytes // PAGE) * PAGE
-        self._block_groups = tensor.block_bundles // self.group
+        self._block_groups, self._block_pages = tensor.block_bundles // self.group, len(pages)
         self._page_groups = [
             np.minimum(at // self._group_bytes, self._block_groups) for at in (pages, pages + PAGE - 1)
         ]
-        self._pages: tuple[Array, Array] | None = None  # see `_missing_pages`; None when groups have moved since
+        self._pages: tuple[Array, list[int]] | None = None  # see `_missing_pages`; None when groups have moved since
         self._moves: dict[int, list[tuple[int, int]]] = {}  # of this pass, by block: groups, and the places they take
         self._drafted: Array | None = None
 
@@ -159,9 +159,12 @@ class ResidentRows:
         """
         own = slice(self._groups[blocks[0].index].start, self._groups[blocks[-1].index].stop)
         self._moves = {}
-        wanted = own.start + (self._place_of[own] < 0).nonzero()[0]
         held = self._worth[self._group_in]
-        if not len(wanted) or not len(held) or not self._worth[wanted].max() > BETTER * held.min():
+        if not len(held):
+            return
+        # Of what is missing, what is better than the worst that is resident.
+        wanted = own.start + ((self._place_of[own] < 0) & (self._worth[own] > BETTER * held.min())).nonzero()[0]
+        if not len(wanted):
             return
         wanted = wanted[np.argsort(-self._worth[wanted], kind="stable")][:most]
         places = np.argsort(held, kind="stable")[: len(wanted)]
@@ -187,8 +190,11 @@ class ResidentRows:
         count = min(round(share * self.neurons), self.resident)
         if self._drafted is None or len(self._drafted) != count:
             scores = self.scores.reshape(-1, self.group)[self._group_in].reshape(-1)
-            best = np.argpartition(-scores, count - 1)[:count] if 0 < count < len(scores) else np.arange(count)
-            self._drafted = np.sort(best).astype(np.int32)
+            if 0 < count < len(scores):
+                least = np.partition(scores, len(scores) - count)[len(scores) - count]
+                self._drafted = (scores >= least).nonzero()[0][:count].astype(np.int32)
+            else:
+                self._drafted = np.arange(count, dtype=np.int32)
         return self._drafted
 
     def neurons_in(self, slots: Array) -> Array:
@@ -219,18 +225,15 @@ class ResidentRows:
 
     def _submit_missing(self, reader: Reader, places: Sequence[Place], ring: Array) -> Ticket:
         pages, begins = self._missing_pages()
-        in_buffer = ring.shape[1] // PAGE
-        offsets, targets = [], []
-        for block, buffer in places:
-            own = pages[begins[block.index] : begins[block.index + 1]]
-            offsets.append(own * PAGE + block.offset)
-            targets.append(own + buffer * in_buffer)
-        return reader.submit_rows(
-            self.tensor.file, np.concatenate(offsets), ring.reshape(-1, PAGE), np.concatenate(targets)
-        )
+        parts = [pages[begins[block.index] : begins[block.index + 1]] for block, _ in places]
+        in_block, in_buffer = self._block_pages, ring.shape[1] // PAGE
+        shifts = [buffer * in_buffer - block.index * in_block for block, buffer in places]
+        offsets = np.concatenate(parts, dtype=np.int64) * PAGE + self.tensor.offset
+        targets = np.concatenate([part + shift for part, shift in zip(parts, shifts, strict=True)], dtype=np.int64)
+        return reader.submit_rows(self.tensor.file, offsets, ring.reshape(-1, PAGE), targets)
 
-    def _missing_pages(self) -> tuple[Array, Array]:
-        """The pages, within their blocks, that hold bytes of missing groups; where those of each block begin."""
+    def _missing_pages(self) -> tuple[Array, list[int]]:
+        """The pages of the tensor that hold bytes of missing groups, int32, and where each block's begin among them."""
         if self._pages is None:
             blocks, per_block = self.tensor.blocks, self._block_groups
             missing = np.zeros(blocks * per_block, bool)
@@ -239,8 +242,8 @@ class ResidentRows:
             np.cumsum(missing.reshape(blocks, per_block), axis=1, out=before[:, 1:-1])
             before[:, -1] = before[:, -2]
             first, last = self._page_groups
-            block, page = (before[:, last + 1] > before[:, first]).nonzero()
-            self._pages = page, np.searchsorted(block, np.arange(blocks + 1))
+            pages = (before[:, last + 1] > before[:, first]).reshape(-1).nonzero()[0].astype(np.int32)
+            self._pages = pages, np.searchsorted(pages, np.arange(blocks + 1) * self._block_pages).tolist()
         return self._pages
 
     def _groups_of(self, block: Block) -> slice:

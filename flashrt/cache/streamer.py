@@ -54,7 +54,17 @@ class Streamer:
     def take_all(self, blocks: Sequence[Block]) -> list[Array]:
         """The bytes of the next blocks expected, no more than there are buffers."""
         self.release()
-        return [self._take(block) for block in blocks]
+        taken, last = [], None
+        for block in blocks:
+            if not self._flying or self._flying[0][0][0] != block:
+                raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
+            (_, buffer), ticket = self._flying.popleft()
+            self._held.append(buffer)
+            if ticket is not last:  # several blocks may have one
+                self._await(ticket)
+                last = ticket
+            taken.append(self.memory[buffer, : block.nbytes])
+        return taken
 
     def release(self) -> None:
         """Let go of what was taken last: the buffers may be read into again."""
@@ -75,17 +85,13 @@ class Streamer:
         self._held = []
         self._free = deque(range(len(self.memory)))
 
-    def _take(self, block: Block) -> Array:
-        if not self._flying or self._flying[0][0][0] != block:
-            raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
-        (_, buffer), ticket = self._flying.popleft()
-        self._held.append(buffer)
-        if not ticket.ready:
-            began = time.perf_counter()
+    def _await(self, ticket: Ticket) -> None:
+        if ticket.ready:
             ticket.wait()
-            self.wait_s += time.perf_counter() - began
+            return
+        began = time.perf_counter()
         ticket.wait()
-        return self.memory[buffer, : block.nbytes]
+        self.wait_s += time.perf_counter() - began
 
     def _pump(self) -> None:
         while places := self._next_places():

@@ -58,6 +58,11 @@ class Weights:
             slots = bundles + plan.windows.get(tensor.name, 0)
             memory = device.allocate(owner_of(self.spec, tensor), (slots, tensor.stride), np.uint8)
             self._memory[tensor.name], self._pinned[tensor.name] = memory, memory[:bundles]
+        self._whole = {  # tensors that are in memory in one run, as nearly all are that do not stream
+            name: pinned[: tensor.run_bundles]
+            for name, tensor in self.layout.tensors.items()
+            if tensor.runs == 1 and len(pinned := self._pinned[name]) >= tensor.run_bundles and device.merges
+        }
         self._vectors = _slices(device, self.layout)
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
         span = max(min(SPAN, plan.slots // 3), 1)
@@ -139,6 +144,9 @@ class Weights:
 
     def runs(self, name: str, run: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first bundle within the run, uint8 [bundles, stride]) that together cover one run of a tensor."""
+        if name in self._whole:
+            yield 0, self._whole[name]
+            return
         tensor = self.layout.tensors[name]
         start, pinned = run * tensor.run_stride, self._pinned[name]
         resident = min(max(len(pinned) - start, 0), tensor.run_bundles)

@@ -151,6 +151,6 @@ def test_index_bytes() -> None:
     run(rows, reader, np.random.default_rng(1).random(8960).astype(np.float32), wide=False)
     rows.drafted(0.5)
     kept = [value for value in vars(rows).values() if isinstance(value, np.ndarray)]
-    kept += [*(rows._pages or ()), *rows._page_groups]
+    kept += [rows._missing_pages()[0], *rows._page_groups]
     shared = {id(rows.memory), id(rows._memory)}
     assert sum(array.nbytes for array in kept if id(array) not in shared) <= index_bytes(rows.tensor)
