@@ -6,7 +6,8 @@
 
 Questions of `tools.prompts` are answered greedily, in the model's chat template. Without --ablation every answer is a
 fresh process inside a memory cgroup of exactly its budget ('none': no limit), with `--speculate off` and `auto` in
-turns; both texts must be the same. With --ablation the variants answer in turns in one process, which is not confined:
+turns; both texts must be the same. --disk-gb-per-s slows a fast disk down: what drafting gains depends on the disk.
+With --ablation the variants answer in turns in one process, which is not confined:
 
     off       no drafts
     lookup    drafts from the text alone
@@ -35,6 +36,7 @@ from unittest import mock
 from tools.machine import facts
 from tools.prompts import SETS
 from tools.run_in_cgroup import run_limited
+from tools.slow_disk import slow_disk
 
 GIB = 1 << 30
 NO_LIMIT = 1 << 50
@@ -49,30 +51,40 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--count", type=int, default=10, help="questions of each set")
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--disk-gb-per-s", type=float, help="read no faster, whatever the disk can do (needs root)")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
+    rate = args.disk_gb_per_s
+    with slow_disk(args.pack, int(rate * 1e9)) if rate else contextlib.nullcontext():
+        result = measured(args)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """All that was asked for."""
     measure = ablation_in_child if args.ablation else compare
-    result = {
+    return {
         "tool": "bench_speculation",
         "command": command(args),
         "pack": args.pack.name,
         "tokens": args.tokens,
+        "disk_gb_per_s": args.disk_gb_per_s,
         "machine": facts(),
         "budgets": {
             budget: {name: measure(args.pack, budget, SETS[name][: args.count], args.tokens) for name in args.sets}
             for budget in args.budgets
         },
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
 
 
 def command(args: argparse.Namespace) -> str:
     """What makes these figures again; files are anybody's own."""
     words = ["python -m tools.bench_speculation PACK --budgets", *args.budgets, "--sets", *args.sets]
     words += ["--count", str(args.count), "--tokens", str(args.tokens), *(["--ablation"] if args.ablation else [])]
+    words += ["--disk-gb-per-s", str(args.disk_gb_per_s)] if args.disk_gb_per_s else []
     return " ".join(words)
 
 

@@ -8,12 +8,18 @@ from collections.abc import Iterable
 from flashrt.storage.layout import PAGE, TensorLayout
 
 SPAN = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
-GROUP_BYTES = 32 << 10  # of neighbours that move together
+GROUP_BYTES = 32 << 10  # of neighbours that move together; reads of that size are nearly as fast as any
+LONG_GROUP_BYTES = 128 << 10  # where most are resident: which ones matters less than what the rest costs to read
 
 
-def group_rows(tensor: TensorLayout) -> int:
-    """Neurons of a group: a power of two that divides them and a block's, of GROUP_BYTES or a little more."""
-    wanted = 1 << max(math.ceil(math.log2(GROUP_BYTES / tensor.stride)), 0)
+def group_rows(tensor: TensorLayout, resident: int = 0) -> int:
+    """Neurons that move together where `resident` of them are in memory.
+
+    A power of two that divides them and a block's, of GROUP_BYTES or LONG_GROUP_BYTES or a little more. With the long
+    ones fewer pages are read that hold little of what is missing.
+    """
+    nbytes = LONG_GROUP_BYTES if 2 * resident > tensor.run_bundles else GROUP_BYTES
+    wanted = 1 << max(math.ceil(math.log2(nbytes / tensor.stride)), 0)
     return math.gcd(wanted, tensor.run_bundles, tensor.block_bundles)
 
 

@@ -43,7 +43,7 @@ class ResidentRows:
 
     def __init__(self, tensor: TensorLayout, memory: Array, span: int) -> None:
         self.tensor, self.memory, self.span = tensor, memory, span
-        self.neurons, self.group = tensor.run_bundles, group_rows(tensor)
+        self.neurons, self.group = tensor.run_bundles, group_rows(tensor, len(memory))
         self.scores = np.zeros(self.neurons, np.float32)
         groups, held = self.neurons // self.group, len(memory) // self.group
         self._group_bytes, self._memory = self.group * tensor.stride, memory[: held * self.group].reshape(held, -1)

@@ -141,8 +141,9 @@ def test_groups_are_large_enough_and_whole() -> None:
         rows, _ = make(neurons, stride, block_bundles, 1)
         assert neurons % rows.group == 0
         assert block_bundles % rows.group == 0
-        assert rows.group == group_rows(rows.tensor)
-    assert make(8960, 2624, 384, 1)[0].group == 16
+        assert rows.group == group_rows(rows.tensor, len(rows.memory))
+    assert make(8960, 2624, 384, 11)[0].group == 16
+    assert make(8960, 2624, 384, 12)[0].group == 64  # 41 pages
 
 
 def test_index_bytes() -> None:

@@ -1,0 +1,43 @@
+"""Makes a fast disk as slow as another one: what a budget costs depends on the disk as much as on the budget."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.run_in_cgroup import CgroupUnavailable
+
+BLKIO = Path("/sys/fs/cgroup/blkio")  # version 1, whose limits on disks hold beside those on memory
+
+
+@contextlib.contextmanager
+def slow_disk(path: Path, bytes_per_s: int) -> Iterator[None]:
+    """This process and what it starts read at most so much a second from the disk that holds `path`.
+
+    Raises CgroupUnavailable where there are no cgroups of version 1, or no right to make one.
+    """
+    cgroup = BLKIO / f"flashrt-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "blkio.throttle.read_bps_device").write_text(f"{disk_of(path)} {bytes_per_s}")
+        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            cgroup.rmdir()
+        raise CgroupUnavailable(f"reads of {path} cannot be slowed down: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        (BLKIO / "cgroup.procs").write_text(str(os.getpid()))
+        cgroup.rmdir()
+
+
+def disk_of(path: Path) -> str:
+    """'major:minor' of the whole disk that holds `path`, which may be one of its partitions."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    entry = Path("/sys/dev/block", number).resolve()
+    return (entry.parent / "dev").read_text().strip() if (entry / "partition").exists() else number
