@@ -59,6 +59,7 @@ def section(name: str, data: dict[str, Any]) -> str:
         "bench_io": io,
         "bench_sparse": sparse,
         "bench_speculation": speculation,
+        "bench_verification": verification,
         "frontier": frontier,
         "quality": quality,
     }
@@ -290,9 +291,37 @@ def sparse(name: str, data: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def disk_label(data: dict[str, Any]) -> str:
+    rate = data.get("disk_gb_per_s")
+    return f"The disk is held to {rate} GB/s." if rate else "The disk is as fast as it is."
+
+
+def verification(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """What passes over several positions cost."""
+    yield f"{data['pack']}, medians of passes in turns. {disk_label(data)}"
+    yield table(
+        ["budget", "positions", "ms", "waiting", "MB read", "times one position"],
+        [
+            [
+                cap_label(budget),
+                count,
+                number(1e3 * figures["seconds"]),
+                number(1e3 * figures["wait_s"]),
+                number(figures["bytes_read"] / 1e6),
+                times(figures["seconds"] / cell["passes"]["1"]["seconds"]),
+            ]
+            for budget, cell in data["budgets"].items()
+            for count, figures in cell["passes"].items()
+        ],
+    )
+
+
 def speculation(name: str, data: dict[str, Any]) -> Iterator[str]:
     """What drafting brings, by budget and kind of question; or what its parts bring."""
-    yield f"{data['pack']}, answers of {data['tokens']} tokens, greedy; medians over the questions of a kind."
+    yield (
+        f"{data['pack']}, answers of {data['tokens']} tokens, greedy; medians over the questions of a kind. "
+        f"{disk_label(data)}"
+    )
     cells = [(budget, kind, cell) for budget, sets in data["budgets"].items() for kind, cell in sets.items()]
     if "auto" not in cells[0][2]:
         keys = ("tokens_per_pass", "positions_per_pass", "decode_tok_per_s")

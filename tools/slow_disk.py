@@ -31,7 +31,8 @@ def slow_disk(path: Path, bytes_per_s: int) -> Iterator[None]:
     try:
         yield
     finally:
-        (BLKIO / "cgroup.procs").write_text(str(os.getpid()))
+        for process in (cgroup / "cgroup.procs").read_text().split():  # this one, and helpers that it still has
+            (BLKIO / "cgroup.procs").write_text(process)
         cgroup.rmdir()
 
 
