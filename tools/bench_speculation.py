@@ -24,16 +24,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tools.machine import facts
+from tools.machine import facts, in_child
 from tools.prompts import SETS
 from tools.run_in_cgroup import run_limited
 from tools.slow_disk import slow_disk
@@ -55,8 +54,7 @@ def main() -> None:
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    rate = args.disk_gb_per_s
-    with slow_disk(args.pack, int(rate * 1e9)) if rate else contextlib.nullcontext():
+    with slow_disk(args.pack, args.disk_gb_per_s):
         result = measured(args)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -65,7 +63,7 @@ def main() -> None:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """All that was asked for."""
-    measure = ablation_in_child if args.ablation else compare
+    measure = partial(in_child, ablation) if args.ablation else compare
     return {
         "tool": "bench_speculation",
         "command": command(args),
@@ -126,12 +124,6 @@ def acceptance(reports: list[dict[str, Any]]) -> list[float]:
             found += [[]] if depth == len(found) else []
             found[depth].append(share)
     return [statistics.mean(shares) for shares in found]
-
-
-def ablation_in_child(*arguments: Any) -> dict[str, Any]:
-    """`ablation` in a process of its own: what one has held would count against the next one's budget."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-        return child.submit(ablation, *arguments).result()
 
 
 def ablation(pack: Path, budget: str, questions: tuple[str, ...], tokens: int) -> dict[str, Any]:

@@ -10,12 +10,9 @@ are the prompt's, and what they add is taken back. Prints JSON last.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from flashrt.budget.planner import Workload
 from flashrt.engine.build import Prepared
 from flashrt.engine.runtime import runtime_for
 from flashrt.storage.names import default_cache
-from tools.machine import facts
+from tools.machine import facts, in_child
 from tools.prompts import CODE
 from tools.slow_disk import slow_disk
 
@@ -39,8 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     rate = args.disk_gb_per_s
-    with slow_disk(args.pack, int(rate * 1e9)) if rate else contextlib.nullcontext():
-        budgets = {budget: passes_in_child(args.pack, budget, args.rounds) for budget in args.budgets}
+    with slow_disk(args.pack, rate):
+        budgets = {budget: in_child(passes, args.pack, budget, args.rounds) for budget in args.budgets}
     limit = ["--disk-gb-per-s", str(rate)] if rate else []
     result = {
         "tool": "bench_verification",
@@ -53,12 +50,6 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-
-
-def passes_in_child(*arguments: Any) -> dict[str, Any]:
-    """`passes` in a process of its own: what one has held would count against the next one's budget."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-        return child.submit(passes, *arguments).result()
 
 
 def passes(pack: Path, budget: str, rounds: int) -> dict[str, Any]:

@@ -14,15 +14,18 @@ BLKIO = Path("/sys/fs/cgroup/blkio")  # version 1, whose limits on disks hold be
 
 
 @contextlib.contextmanager
-def slow_disk(path: Path, bytes_per_s: int) -> Iterator[None]:
-    """This process and what it starts read at most so much a second from the disk that holds `path`.
+def slow_disk(path: Path, gb_per_s: float | None) -> Iterator[None]:
+    """This process and what it starts read at most so much from the disk that holds `path`; None: no limit.
 
     Raises CgroupUnavailable where there are no cgroups of version 1, or no right to make one.
     """
+    if gb_per_s is None:
+        yield
+        return
     cgroup = BLKIO / f"flashrt-{os.getpid()}-{time.monotonic_ns()}"
     try:
         cgroup.mkdir()
-        (cgroup / "blkio.throttle.read_bps_device").write_text(f"{disk_of(path)} {bytes_per_s}")
+        (cgroup / "blkio.throttle.read_bps_device").write_text(f"{disk_of(path)} {int(gb_per_s * 1e9)}")
         (cgroup / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as error:
         with contextlib.suppress(OSError):
