@@ -34,16 +34,16 @@ from typing import Any
 
 import numpy as np
 
+from flashrt.budget.claims.rows import RowMemory, divide_windows, least_slots
 from flashrt.budget.planner import Workload
-from flashrt.budget.row_memory import RowMemory, divide_windows, least_slots
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
+from flashrt.calibration.pack_copy import read_bundles
 from flashrt.engine.build import Prepared
 from flashrt.engine.engine import Engine
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.runtime import runtime_for
-from flashrt.model.lookahead import Lookahead
-from flashrt.predict.pack_copy import read_bundles
+from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.meter import Meter
 from flashrt.storage.names import default_cache

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from flashrt.budget.row_memory import least_slots
+from flashrt.budget.claims.rows import least_slots
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
-from flashrt.predict.low_rank import LowRank, encode
+from flashrt.model.predictors.low_rank import LowRank, encode
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.meter import Meter

@@ -40,7 +40,7 @@ from tools.slow_disk import slow_disk
 GIB = 1 << 30
 NO_LIMIT = 1 << 50
 FIGURES = ("decode_tok_per_s", "tokens_per_pass", "positions_per_pass", "draft_s", "verify_s", "bytes_read_per_token")
-RESIDENT, MODEL, DRAFTERS = "flashrt.cache.resident", "flashrt.speculate.model", "flashrt.engine.drafters"
+RESIDENT, MODEL, DRAFTERS = "flashrt.cache.adaptive", "flashrt.speculate.model", "flashrt.engine.drafters"
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def ablation(pack: Path, budget: str, questions: tuple[str, ...], tokens: int) -
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "off": {"flashrt.engine.passes.drafters_of": lambda engine, sampler: []},
+    "off": {"flashrt.engine.decode_loop.drafters_of": lambda engine, sampler: []},
     "static": {f"{DRAFTERS}.Lookup": None, f"{RESIDENT}.BETTER": float("inf")},
     "lookup": {f"{DRAFTERS}.ModelDrafter": None},
     "adaptive": {f"{DRAFTERS}.Lookup": None},

@@ -10,7 +10,7 @@ and at least those that a token needs in two layers, so that one can be read for
 fit, leading blocks of experts are pinned instead and the rest streams.
 
 Where neurons are predicted, the predictors come first as well, and the FFN's memory is divided into hot rows and
-windows (`flashrt.budget.row_memory`).
+windows (`flashrt.budget.claims.rows`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashrt.budget.resident_memory import index_bytes, longest
-from flashrt.budget.row_memory import RowMemory, divide_windows, predictor_work_bytes
+from flashrt.budget.claims.adaptive import index_bytes, longest
+from flashrt.budget.claims.rows import RowMemory, divide_windows, predictor_work_bytes
 from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
 from flashrt.errors import BudgetError

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashrt.budget.row_memory import QUEUE_FACTOR, least_slots
+from flashrt.budget.claims.rows import QUEUE_FACTOR, least_slots
 from flashrt.cache.verification import Verifier
 from flashrt.errors import BudgetError
 from flashrt.storage.layout import NEURON_STEP, TensorLayout

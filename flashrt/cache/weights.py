@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from flashrt.budget.claims.adaptive import SPAN, longest
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
-from flashrt.budget.resident_memory import SPAN, longest
+from flashrt.cache.adaptive import ResidentRows, Span
 from flashrt.cache.device import Device, Tensor
 from flashrt.cache.experts import ExpertCache, Key
-from flashrt.cache.resident import ResidentRows, Span
 from flashrt.cache.rows import RowCache
 from flashrt.cache.streamer import Place, Streamer
 from flashrt.cache.verification import Verifier

@@ -89,8 +89,8 @@ def calibrate(
 
     Example: flashrt calibrate ./qwen-int4 --max-loss 0.02
     """
-    from flashrt.engine.calibration import Request
-    from flashrt.engine.calibration import calibrate as run
+    from flashrt.calibration.pipeline import Request
+    from flashrt.calibration.pipeline import calibrate as run
     from flashrt.engine.runtime import runtime_for
     from flashrt.storage.names import default_cache
 

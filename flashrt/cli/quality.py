@@ -56,10 +56,10 @@ def quality(
     Example: flashrt eval quality ./qwen-int4 --text-file book.txt
     """
     from flashrt.budget.planner import Workload
+    from flashrt.calibration.evaluation import Reference, figures, select
     from flashrt.cli.evaluate import first_ids
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
-    from flashrt.engine.quality import Reference, figures, select
     from flashrt.model.decoder import NARROW
 
     if plot is not None:

@@ -24,12 +24,12 @@ from flashrt.budget.planner import (
 from flashrt.budget.process import reset_peak, resident_bytes
 from flashrt.budget.profile import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
-from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
 from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
+from flashrt.kv.contiguous import KVCache
 from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
 from flashrt.storage.cost import CostCurve

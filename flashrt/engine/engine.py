@@ -19,7 +19,7 @@ from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
 from flashrt.model.decoder import NARROW, Decoder
-from flashrt.model.thinned import SINKS
+from flashrt.model.ffn.sparse import SINKS
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flashrt.budget.process import peak_resident_bytes
 from flashrt.config import Sampling
-from flashrt.engine.passes import Passes
+from flashrt.engine.decode_loop import Passes
 from flashrt.engine.report import Report, expert_figures
 from flashrt.engine.sampling import Sampler
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from flashrt.budget.working_set import SCORE_ROWS, ropes
-from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
-from flashrt.model.channels import ChannelFfn
+from flashrt.kv.contiguous import KVCache
+from flashrt.model.ffn.router import route
+from flashrt.model.ffn.sparse_channels import ChannelFfn
+from flashrt.model.ffn.sparse_rows import RowFfn
 from flashrt.model.heads import Chosen, computed_rows
-from flashrt.model.router import route
-from flashrt.model.rows import RowFfn
 from flashrt.spec import Attention, Ffn, ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt_kernels.channels import channel_groups

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.model.thinned import SINKS
-from flashrt.predict.heads import HeadPredictor
+from flashrt.model.ffn.sparse import SINKS
+from flashrt.model.predictors.heads import HeadPredictor
 from flashrt.spec import Attention
 from flashrt.storage.layout import PREDICTOR
 

@@ -128,7 +128,7 @@ def codec_of(name: str, dtype: Codec) -> Codec:
     """The codec of a tensor in a pack of `dtype`.
 
     The router decides which experts run: an error there changes everything, and its bytes are negligible. Predictors
-    have 4 bits whatever the pack has: see `flashrt.predict.low_rank`.
+    have 4 bits whatever the pack has: see `flashrt.model.predictors.low_rank`.
     """
     if name.endswith(".router") and dtype is not Codec.F32:
         return Codec.BF16

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashrt.calibration.channel_pack import ChannelPackSource
+from flashrt.calibration.fit_channels import ChannelFit
+from flashrt.calibration.fit_rows import RowFit
+from flashrt.calibration.row_pack import RowPackSource
 from flashrt.engine.runtime import runtime_for
-from flashrt.predict.channel_pack import ChannelPackSource
-from flashrt.predict.channels import ChannelFit
-from flashrt.predict.low_rank import Factors
-from flashrt.predict.row_fit import RowFit
-from flashrt.predict.row_pack import RowPackSource
+from flashrt.model.predictors.low_rank import Factors
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack

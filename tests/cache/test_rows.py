@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrt.budget.row_memory import index_bytes, least_slots
+from flashrt.budget.claims.rows import index_bytes, least_slots
 from flashrt.cache import rows as rows_module
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier

@@ -21,8 +21,8 @@ from flashrt.budget.planner import (
     smallest_budget,
 )
 from flashrt.cache.torch_device import TorchDevice, arena_bytes
+from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.build import build_engine, load_tokenizer
-from flashrt.engine.calibration import Request, calibrate
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError

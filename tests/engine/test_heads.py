@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashrt.engine.calibration import Request, calibrate
-from flashrt.engine.quality import Reference, figures, select
+from flashrt.calibration import fit_heads
+from flashrt.calibration.evaluation import Reference, figures, select
+from flashrt.calibration.fit_heads import EVERYTHING
+from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import PackError
 from flashrt.model.decoder import NARROW
+from flashrt.model.ffn.sparse import SINKS
 from flashrt.model.heads import computed_rows, runs
-from flashrt.model.thinned import SINKS
-from flashrt.predict import head_fit
-from flashrt.predict.head_fit import EVERYTHING
 from flashrt.spec import Attention
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -48,7 +48,7 @@ def case(request, tmp_path_factory):
     make_pack(checkpoint, root / "pack", codec)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SPLIT_BYTES", "RUN_BYTES"):
-            patch.setattr(head_fit, name, 0)
+            patch.setattr(fit_heads, name, 0)
         return root / "pack", calibrated(root / "pack", root / "cache")
 
 
@@ -188,7 +188,7 @@ def test_small_heads_do_not_pay(tmp_path):
 
 def test_killed_at_any_stage_it_goes_on(case, tmp_path, monkeypatch):
     for name in ("SPLIT_BYTES", "RUN_BYTES"):
-        monkeypatch.setattr(head_fit, name, 0)
+        monkeypatch.setattr(fit_heads, name, 0)
     path, sparsity = case
     copy = tmp_path / "pack"
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(SPARSE_DIR))

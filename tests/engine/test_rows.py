@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashrt.engine import calibration
-from flashrt.engine.calibration import Request, calibrate
+from flashrt.calibration import pipeline
+from flashrt.calibration.evaluation import Reference, figures, select
+from flashrt.calibration.fit_rows import EVERYTHING
+from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.open import sparse_pack
-from flashrt.engine.quality import Reference, figures, select
 from flashrt.engine.runtime import runtime_for
 from flashrt.model.decoder import NARROW
-from flashrt.model.lookahead import Lookahead
-from flashrt.predict.row_fit import EVERYTHING
+from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
@@ -75,7 +75,7 @@ def test_the_loss_is_kept_and_neurons_are_left_out(case):
     opened = Pack(sparse_pack(path, REQUEST.max_loss))
     assert opened.manifest.sparsity == sparsity
     opened.verify()
-    assert not (path / calibration.WORK_DIR).exists()
+    assert not (path / pipeline.WORK_DIR).exists()
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashrt.engine.calibration import Request, calibrate
+from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.runtime import runtime_for
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flashrt.engine.calibration import Request, calibrate
+from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.runtime import runtime_for
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack

@@ -1,0 +1,34 @@
+"""Memory for neurons whose place in memory follows the text (see `flashrt.cache.adaptive`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from flashrt.storage.layout import PAGE, TensorLayout
+
+SPAN = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
+GROUP_BYTES = 32 << 10  # of neighbours that move together; reads of that size are nearly as fast as any
+LONG_GROUP_BYTES = 128 << 10  # where most are resident: which ones matters less than what the rest costs to read
+
+
+def group_rows(tensor: TensorLayout, resident: int = 0) -> int:
+    """Neurons that move together where `resident` of them are in memory.
+
+    A power of two that divides them and a block's, of GROUP_BYTES or LONG_GROUP_BYTES or a little more. With the long
+    ones fewer pages are read that hold little of what is missing.
+    """
+    nbytes = LONG_GROUP_BYTES if 2 * resident > tensor.run_bundles else GROUP_BYTES
+    wanted = 1 << max(math.ceil(math.log2(nbytes / tensor.stride)), 0)
+    return math.gcd(wanted, tensor.run_bundles, tensor.block_bundles)
+
+
+def index_bytes(tensor: TensorLayout) -> int:
+    """A bound on what is kept beside the neurons of a tensor."""
+    groups, pages = tensor.run_bundles // group_rows(tensor), tensor.nbytes // PAGE
+    return 8 * tensor.run_bundles + 32 * groups + 8 * pages + 512 * tensor.blocks + 4096
+
+
+def longest(tensors: Iterable[TensorLayout]) -> int:
+    """Neurons of the tensor that has the most."""
+    return max((tensor.run_bundles for tensor in tensors), default=0)

@@ -1,1 +1,0 @@
-"""What decides which weights a token needs, and how that is fitted to samples."""
