@@ -45,7 +45,7 @@ def budget_bytes(budget_gb: float) -> int:
     return int(budget_gb * GIB)
 
 
-def positions(speculate: str | int) -> int | None:
+def parse_speculate(speculate: str | int) -> int | None:
     """Tokens of a pass that verifies a draft, at most: 1 for 'off', None for 'auto'. Raises UsageError."""
     if speculate == "auto":
         return None

@@ -31,11 +31,11 @@ class ChannelSparsity:
 class RowSparsity:
     """One feed-forward block whose neurons are mostly zero, and lie hot first; a predictor names those that are not.
 
-    The predictor is `flashrt.model.predictors.low_rank`, of rank `rank`: a neuron takes part whose score is above `threshold`.
+    The predictor is a low-rank one of rank `rank`: a neuron takes part whose score is above `threshold`.
     `misses` are the neurons that a token reads, on average, while shares of 0, 1/n, 2/n .. 1 of all neurons are in
     memory, those used last: n + 1 numbers that fall, the first of them being the neurons of a token.
 
-    A head of the attention before the block takes part whose score (`flashrt.model.predictors.heads`) is above `heads_from`;
+    A head of the attention before the block takes part whose score is above `heads_from`;
     where that is None all do, and no predictor of them is stored.
     """
 

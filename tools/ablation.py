@@ -39,7 +39,7 @@ from flashrt.budget.planner import Workload
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
 from flashrt.calibration.pack_copy import read_bundles
-from flashrt.engine.build import Prepared
+from flashrt.engine.build import LoadedPack
 from flashrt.engine.engine import Engine
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.runtime import runtime_for
@@ -152,7 +152,7 @@ def run_text(
 
     `prepare` is given the engine, and gives what is called before each token.
     """
-    prepared = Prepared(path, default_cache(), runtime_for("cpu", threads))
+    prepared = LoadedPack(path, default_cache(), runtime_for("cpu", threads))
     ids = prepared.tokenizer.encode(text)[:tokens]
     if len(ids) < tokens:
         raise SystemExit(f"the text has {len(ids)} tokens, fewer than --tokens {tokens}")

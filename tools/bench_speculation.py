@@ -129,19 +129,19 @@ def acceptance(reports: list[dict[str, Any]]) -> list[float]:
 def ablation(pack: Path, budget: str, questions: tuple[str, ...], tokens: int) -> dict[str, Any]:
     """Medians over the questions, by variant."""
     from flashrt.budget.planner import Workload
-    from flashrt.engine.build import AUTO_POSITIONS, Prepared
+    from flashrt.engine.build import AUTO_DRAFT_TOKENS, LoadedPack
     from flashrt.engine.runtime import runtime_for
     from flashrt.storage.names import default_cache
 
     gib = None if budget == "none" else float(budget)
-    prepared = Prepared(pack, default_cache(), runtime_for("cpu"), gib)
+    prepared = LoadedPack(pack, default_cache(), runtime_for("cpu"), gib)
     template = prepared.tokenizer.chat_template
     prompts = [
         prepared.tokenizer.encode(template.render([{"role": "user", "content": question}]), special=False)
         for question in questions
     ]
     longest = max(map(len, prompts))
-    workload = Workload(longest + tokens, prompt=longest, positions=AUTO_POSITIONS)
+    workload = Workload(longest + tokens, prompt=longest, max_draft_tokens=AUTO_DRAFT_TOKENS)
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     the_plan = prepared.plan(workload)
     for prompt in prompts:
@@ -158,7 +158,7 @@ def ablation(pack: Path, budget: str, questions: tuple[str, ...], tokens: int) -
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "off": {"flashrt.engine.decode_loop.drafters_of": lambda engine, sampler: []},
-    "static": {f"{DRAFTERS}.Lookup": None, f"{RESIDENT}.BETTER": float("inf")},
+    "static": {f"{DRAFTERS}.Lookup": None, f"{RESIDENT}.SWAP_MARGIN": float("inf")},
     "lookup": {f"{DRAFTERS}.ModelDrafter": None},
     "adaptive": {f"{DRAFTERS}.Lookup": None},
     "chain": {f"{MODEL}.WIDTH": 1},

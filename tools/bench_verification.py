@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrt.budget.planner import Workload
-from flashrt.engine.build import Prepared
+from flashrt.engine.build import LoadedPack
 from flashrt.engine.runtime import runtime_for
 from flashrt.storage.names import default_cache
 from tools.machine import facts, in_child
@@ -54,9 +54,9 @@ def main() -> None:
 
 def passes(pack: Path, budget: str, rounds: int) -> dict[str, Any]:
     """By number of positions: medians of seconds, of those that compute waited, and of bytes read."""
-    prepared = Prepared(pack, default_cache(), runtime_for("cpu"), None if budget == "none" else float(budget))
+    prepared = LoadedPack(pack, default_cache(), runtime_for("cpu"), None if budget == "none" else float(budget))
     ids = prepared.tokenizer.encode(CODE[0])
-    workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids), positions=max(POSITIONS))
+    workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids), max_draft_tokens=max(POSITIONS))
     found: dict[int, list[tuple[float, float, int]]] = {count: [] for count in POSITIONS}
     with prepared.engine(prepared.plan(workload)) as engine:
         engine.prefill(ids)

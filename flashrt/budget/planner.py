@@ -51,18 +51,18 @@ class Workload:
     prompt: int | None = None  # tokens of the longest prompt, when known: no pass is longer
     logit_rows: int = 1
     scoring: bool = False
-    positions: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
+    max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class FixedCosts:
     """What the process costs before any weight is loaded, and what the kernels need."""
 
     runtime_bytes: int  # resident on the budgeted device once everything but the model is loaded
     peak_bytes: int  # the largest that this has been
     kv_item_bytes: int
     scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
-    gathers: bool = True  # whether its kernels take neurons from several places at once
+    supports_gather: bool = True  # whether its kernels take neurons from several places at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,12 @@ class Plan:
 
     budget_bytes: int
     context: int
-    chunk: int
+    prefill_chunk: int
     logit_rows: int
     scoring: bool
     owners: Mapping[str, int]
     pinned: Mapping[str, int]
-    slots: int
+    ring_slots: int
     slot_bytes: int
     expert_slots: int
     expert_slot_bytes: int
@@ -89,8 +89,8 @@ class Plan:
     windows: Mapping[str, int] = field(default_factory=dict)
     row_reads_per_token: float = 0.0
     row_bytes_per_token: int = 0  # of the streamed ones, those of rows
-    positions: int = 1  # tokens of a pass that verifies a draft, at most
-    following: tuple[str, ...] = ()  # dense FFNs whose resident neurons are those that the text uses
+    max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most
+    adaptive_ffns: tuple[str, ...] = ()  # dense FFNs whose resident neurons are those that the text uses
 
     @property
     def resident(self) -> bool:
@@ -101,34 +101,34 @@ class Plan:
         return {
             "budget_bytes": self.budget_bytes,
             "context": self.context,
-            "prefill_chunk": self.chunk,
+            "prefill_chunk": self.prefill_chunk,
             "owners": dict(self.owners),
             "weight_bytes": self.weight_bytes,
             "pinned_bytes": self.pinned_bytes,
             "streamed_bytes_per_token": self.streamed_bytes_per_token,
-            "positions_per_pass": self.positions,
+            "positions_per_pass": self.max_draft_tokens,
             "row_reads_per_token": self.row_reads_per_token,
             "row_window_slots": sum(self.windows.values()),
-            "ring_slots": self.slots,
+            "ring_slots": self.ring_slots,
             "slot_bytes": self.slot_bytes,
             "expert_slots": self.expert_slots,
             "expert_slot_bytes": self.expert_slot_bytes,
         }
 
 
-def plan(spec: ModelSpec, layout: PackLayout, budget_bytes: int, workload: Workload, machine: Machine) -> Plan:
+def plan(spec: ModelSpec, layout: PackLayout, budget_bytes: int, workload: Workload, costs: FixedCosts) -> Plan:
     """Divide `budget_bytes`. Raises BudgetError, with the smallest budget that would do, when it cannot be done."""
-    return _Planner(spec, layout, workload, machine).plan(budget_bytes)
+    return _Planner(spec, layout, workload, costs).plan(budget_bytes)
 
 
-def smallest_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> int:
+def smallest_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, costs: FixedCosts) -> int:
     """Bytes of the smallest budget for which `plan` succeeds."""
-    return _Planner(spec, layout, workload, machine).smallest()
+    return _Planner(spec, layout, workload, costs).smallest()
 
 
-def resident_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> int:
+def resident_budget(spec: ModelSpec, layout: PackLayout, workload: Workload, costs: FixedCosts) -> int:
     """Bytes of the smallest budget with which decoding reads nothing from disk."""
-    return _Planner(spec, layout, workload, machine).enough()
+    return _Planner(spec, layout, workload, costs).enough()
 
 
 def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes: int) -> dict[str, int]:
@@ -141,8 +141,8 @@ def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes
 
 
 class _Planner:
-    def __init__(self, spec: ModelSpec, layout: PackLayout, workload: Workload, machine: Machine) -> None:
-        self.spec, self.layout, self.workload, self.machine = spec, layout, workload, machine
+    def __init__(self, spec: ModelSpec, layout: PackLayout, workload: Workload, costs: FixedCosts) -> None:
+        self.spec, self.layout, self.workload, self.costs = spec, layout, workload, costs
         self.predictors = [t for t in layout.tensors.values() if PREDICTOR in t.name]
         self.tensors = [t for t in layout.tensors.values() if PREDICTOR not in t.name]
         self.rows = [RowMemory(layout.tensors[f"{i}.ffn"], rows) for i, rows in enumerate(layout.rows)]
@@ -183,12 +183,12 @@ class _Planner:
         return Plan(
             budget_bytes=budget,
             context=self.workload.context,
-            chunk=chunk,
+            prefill_chunk=chunk,
             logit_rows=self._logit_rows,
             scoring=self.workload.scoring,
             owners=owners,
             pinned=pinned | {t.name: t.blocks for t in self.predictors},
-            slots=slots,
+            ring_slots=slots,
             slot_bytes=self.slot_bytes if slots else 0,
             expert_slots=expert_slots,
             expert_slot_bytes=self.expert_bytes if expert_slots else 0,
@@ -198,14 +198,14 @@ class _Planner:
             windows=windows,
             row_reads_per_token=sum(reads.values()),
             row_bytes_per_token=row_bytes,
-            positions=self.workload.positions,
-            following=self._following(pinned),
+            max_draft_tokens=self.workload.max_draft_tokens,
+            adaptive_ffns=self._adaptive_ffns(pinned),
         )
 
     def smallest(self) -> int:
         """Everything streamed through the smallest ring and windows, in the smallest chunk."""
         fixed = sum(self._fixed(CHUNKS[-1]).values()) + self._least_moving()
-        budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.machine.peak_bytes + SLACK_BASE)
+        budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.costs.peak_bytes + SLACK_BASE)
         return align(budget + PEAK_JITTER, PAGE)
 
     def enough(self) -> int:
@@ -220,19 +220,19 @@ class _Planner:
         codec = self.layout.tensors["embed"].codec
         columns = self.layout.channel_columns
         buffers = working_set(spec, codec, chunk, self._logit_rows, workload.scoring, columns)
-        scratch = self.machine.scratch_bytes(chunk, workload.context)
+        scratch = self.costs.scratch_bytes(chunk, workload.context)
         optional = {"predictors": self._predictor_bytes(), "speculation": self._lookup_bytes()}
         return {owner: nbytes for owner, nbytes in optional.items() if nbytes} | {
-            "process": self.machine.runtime_bytes,
+            "process": self.costs.runtime_bytes,
             "norms and biases": vector_bytes(self.layout),
-            "KV": workload.context * spec.kv_bytes_per_token(self.machine.kv_item_bytes),
+            "KV": workload.context * spec.kv_bytes_per_token(self.costs.kv_item_bytes),
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
             "embedding reads": self.slot_bytes + STAGING_BYTES,
         }
 
     def _chunk(self, budget: int) -> int:
         """The longest pass that is of use and leaves all weights resident, or else takes no more than its share."""
-        limit = CHUNK_SHARE * (budget - self.machine.runtime_bytes)
+        limit = CHUNK_SHARE * (budget - self.costs.runtime_bytes)
         fixed = {chunk: self._fixed(chunk) for chunk in CHUNKS if not self._too_long(chunk)}
         free = {chunk: budget - slack_bytes(budget) - sum(parts.values()) for chunk, parts in fixed.items()}
         enough = min(RESIDENT_CHUNK, max(fixed))
@@ -295,11 +295,11 @@ class _Planner:
 
     @property
     def _logit_rows(self) -> int:
-        return max(self.workload.logit_rows, self.workload.positions)
+        return max(self.workload.logit_rows, self.workload.max_draft_tokens)
 
     def _lookup_bytes(self) -> int:
         """What drafts by looking up the text take; see `speculate.lookup`."""
-        return LOOKUP_BYTES * self.workload.context if self.workload.positions > 1 else 0
+        return LOOKUP_BYTES * self.workload.context if self.workload.max_draft_tokens > 1 else 0
 
     def _drafting_bytes(self) -> int:
         """What drafts by resident neurons take: where each of them is, and of what use."""
@@ -308,11 +308,16 @@ class _Planner:
 
     def _followable(self) -> list[TensorLayout]:
         """Dense FFNs of a pack that is run exactly, where neurons can be gathered."""
-        if self.workload.positions == 1 or not self.machine.gathers or self.rows or self.layout.channel_columns:
+        if (
+            self.workload.max_draft_tokens == 1
+            or not self.costs.supports_gather
+            or self.rows
+            or self.layout.channel_columns
+        ):
             return []
         return [t for t in self.tensors if owner_of(self.spec, t) == "FFN"]
 
-    def _following(self, pinned: Mapping[str, int]) -> tuple[str, ...]:
+    def _adaptive_ffns(self, pinned: Mapping[str, int]) -> tuple[str, ...]:
         """Those of which a part streams; none unless a draft finds neurons of every layer, and all else, resident."""
         followed = self._followable()
         needed = [t for t in self.tensors if owner_of(self.spec, t) in ("router", "attention", "head")]
@@ -373,8 +378,8 @@ class _Planner:
             fixed["row windows"] = self._least_windows() + self._index_bytes()
         parts = ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in sorted(fixed.items(), key=_by_size))
         hint = "a shorter --context needs less" if fixed["KV"] > smallest // 10 else "use a larger --budget-gb"
-        if self.machine.peak_bytes + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:
-            parts = f"loading the program and the tokenizer alone took {self.machine.peak_bytes / MIB:.0f} MiB; {parts}"
+        if self.costs.peak_bytes + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:
+            parts = f"loading the program and the tokenizer alone took {self.costs.peak_bytes / MIB:.0f} MiB; {parts}"
         return (
             f"a budget of {budget / GIB:.3f} GiB is too small for a context of {self.workload.context} tokens: "
             f"the smallest that would do is {ceil_gib(smallest):.3f} GiB ({parts}). {hint[0].upper()}{hint[1:]}"

@@ -21,20 +21,20 @@ from flashrt.storage.reader import Reader, Ticket
 
 Array = np.ndarray
 
-MEMORY = 0.98  # of what was seen of the text, per token
-BETTER = 1.25  # by which a group must be of more use than the one whose place it takes
-MOVES = 1 / 16  # of the resident groups that may change in a pass of few tokens: each is a copy
+DECAY = 0.98  # of what was seen of the text, per token
+SWAP_MARGIN = 1.25  # by which a group must be of more use than the one whose place it takes
+MAX_SWAP_SHARE = 1 / 16  # of the resident groups that may change in a pass of few tokens: each is a copy
 
 
-class Span(NamedTuple):
-    """Neurons from `first` on that a kernel takes at once: `slots` int32, negative ones in the arrays `beside`."""
+class NeuronRun(NamedTuple):
+    """Neurons from `first` on that a kernel takes at once: `slots` int32, negative ones in `streamed_bundles`."""
 
     first: int
     slots: Array
-    beside: tuple[Array, ...]
+    streamed_bundles: tuple[Array, ...]
 
 
-class ResidentRows:
+class AdaptiveNeurons:
     """Neurons of `tensor` in `memory` (uint8 [rows, stride]), which holds the first of them to begin with.
 
     `span` blocks are taken at once. `scores` says of what use each neuron was to the text so far: the mean of its
@@ -74,7 +74,7 @@ class ResidentRows:
     @property
     def moves(self) -> int:
         """Groups that may move in during a pass of few tokens."""
-        return max(round(MOVES * len(self._group_in)), 1)
+        return max(round(MAX_SWAP_SHARE * len(self._group_in)), 1)
 
     @property
     def resident(self) -> int:
@@ -116,17 +116,17 @@ class ResidentRows:
         """The blocks that are taken at once: one in a pass of many tokens."""
         return self._spans[1 if wide else self.span]
 
-    def gather(self, blocks: Sequence[Block], buffers: dict[int, Array]) -> Span:
+    def gather(self, blocks: Sequence[Block], buffers: dict[int, Array]) -> NeuronRun:
         """What a kernel takes for a span of blocks. `buffers` (uint8 [nbytes]) are of those that lack something."""
         first, last = blocks[0].first, min(blocks[-1].first + blocks[-1].bundles, self.neurons)
         stand_in = self.memory[: self.tensor.block_bundles]  # is not looked at
         used = max(buffers, default=-1)
-        beside = tuple(
+        streamed_bundles = tuple(
             buffers[block.index].reshape(block.bundles, self.tensor.stride) if block.index in buffers else stand_in
             for block in blocks
             if block.index <= used
         )
-        return Span(first, self._slots[first:last], beside)
+        return NeuronRun(first, self._slots[first:last], streamed_bundles)
 
     def assemble(self, block: Block, buffer: Array) -> Array:
         """A whole block in its order, uint8 [neurons, stride], in the buffer that holds what was not resident of it."""
@@ -145,7 +145,7 @@ class ResidentRows:
 
     def learn(self, first: int, usage: Array, tokens: int) -> None:
         """Neurons from `first` on had activations whose magnitudes add up to `usage`, over `tokens` tokens."""
-        keep = MEMORY**tokens
+        keep = DECAY**tokens
         own = self.scores[first : first + len(usage)]
         own *= keep
         own += (1 - keep) / tokens * usage
@@ -163,12 +163,12 @@ class ResidentRows:
         if not len(held):
             return
         # Of what is missing, what is better than the worst that is resident.
-        wanted = own.start + ((self._place_of[own] < 0) & (self._worth[own] > BETTER * held.min())).nonzero()[0]
+        wanted = own.start + ((self._place_of[own] < 0) & (self._worth[own] > SWAP_MARGIN * held.min())).nonzero()[0]
         if not len(wanted):
             return
         wanted = wanted[np.argsort(-self._worth[wanted], kind="stable")][:most]
         places = np.argsort(held, kind="stable")[: len(wanted)]
-        better = self._worth[wanted[: len(places)]] > BETTER * held[places]
+        better = self._worth[wanted[: len(places)]] > SWAP_MARGIN * held[places]
         for group, place in zip(wanted[: len(places)][better].tolist(), places[better].tolist(), strict=True):
             self._moves.setdefault(int(self._block_of[group]), []).append((group, place))
 

@@ -41,7 +41,7 @@ class Device(Protocol):
     """A place that computes."""
 
     ops: Any
-    merges: bool  # whether its kernels give the same bits for adjacent blocks at once as for one after the other
+    split_invariant: bool  # whether kernels give the same bits for adjacent blocks at once as one by one
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Tensor:
         """Zeroed memory of the device, charged to `owner`; uint16 stands for bfloat16."""
@@ -64,7 +64,7 @@ class Device(Protocol):
     def fill(self, items: Iterable[tuple[Block, Tensor]], arrived: Progress) -> None:
         """Read each block into its uint8 memory of the device."""
 
-    def keep(self, blocks: Iterable[Block]) -> None:
+    def cache_on_host(self, blocks: Iterable[Block]) -> None:
         """Bring those of the blocks to be streamed nearer that a tier between disk and device has room for."""
 
     def put(self, values: np.ndarray, out: Tensor) -> None:
@@ -80,7 +80,7 @@ class Device(Protocol):
 class CpuDevice:
     """The budgeted memory of a machine without a GPU: reads go straight to where the kernels compute."""
 
-    merges = True
+    split_invariant = True
 
     def __init__(self, ops: Any, ledger: Ledger, reader: Reader) -> None:
         self.ops, self._ledger, self._reader = ops, ledger, reader
@@ -121,7 +121,7 @@ class CpuDevice:
         while flying:
             finish()
 
-    def keep(self, blocks: Iterable[Block]) -> None:
+    def cache_on_host(self, blocks: Iterable[Block]) -> None:
         """There is no such tier: memory not in the plan belongs to others."""
 
     def put(self, values: np.ndarray, out: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 Array = np.ndarray
 
 DECAY = 0.98  # of the frequency, per token
-MEMORY = 0.999  # of what is known of repetition, per layer and pass
+REPETITION_DECAY = 0.999  # of what is known of repetition, per layer and pass
 DISTANCE = 0.1  # of probability, between the layer whose turn is next and the one whose turn was last
 
 
@@ -32,9 +32,9 @@ class Forecast:
         named = np.zeros((tokens + 1, len(last)), bool)
         named[0] = last
         named[np.arange(1, tokens + 1)[:, None], chosen] = True
-        self._repeated = MEMORY * self._repeated + np.count_nonzero(named[1:] & named[:-1])
-        self._by_chance = MEMORY * self._by_chance + float((named[:-1] @ frequency).sum())
-        self._seen = MEMORY * self._seen + np.count_nonzero(named[:-1])
+        self._repeated = REPETITION_DECAY * self._repeated + np.count_nonzero(named[1:] & named[:-1])
+        self._by_chance = REPETITION_DECAY * self._by_chance + float((named[:-1] @ frequency).sum())
+        self._seen = REPETITION_DECAY * self._seen + np.count_nonzero(named[:-1])
         fades = DECAY ** np.arange(tokens, -1, -1)
         self._sums[layer] = fades[0] * self._sums[layer] + fades[1:] @ named[1:]
         self._weights[layer] = fades[0] * self._weights[layer] + fades[1:].sum()

@@ -15,7 +15,7 @@ import numpy as np
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import Reader, Ticket
 
-TOGETHER = 4  # blocks at most that are submitted at once: what many of them need is found out only once
+SUBMIT_BATCH = 4  # blocks at most that are submitted at once: what many of them need is found out only once
 
 Array = np.ndarray
 Place = tuple[Block, int]  # a block, and the buffer that is to hold it
@@ -99,7 +99,7 @@ class Streamer:
 
     def _next_places(self) -> list[Place]:
         places: list[Place] = []
-        while self._free and len(places) < TOGETHER and (block := next_block(self._wanted)) is not None:
+        while self._free and len(places) < SUBMIT_BATCH and (block := next_block(self._wanted)) is not None:
             places.append((block, self._free.popleft()))
         return places
 

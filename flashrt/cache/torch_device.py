@@ -40,7 +40,7 @@ class TorchDevice:
     `host_blocks` maps tensor → how many of its leading blocks host memory may hold (those on the device included).
     """
 
-    merges = False  # a matrix product sums in an order that depends on its shape
+    split_invariant = False  # a matrix product sums in an order that depends on its shape
 
     def __init__(
         self, ops: Any, name: str, ledger: Ledger, reader: Reader, arena_bytes: int, host_blocks: Mapping[str, int]
@@ -115,7 +115,7 @@ class TorchDevice:
     def get(self, values: torch.Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
 
-    def keep(self, blocks: Iterable[Block]) -> None:
+    def cache_on_host(self, blocks: Iterable[Block]) -> None:
         flying: list[BlockTicket] = []
         for block in blocks:
             if block.index < self._host_blocks.get(block.tensor, 0):
@@ -141,7 +141,7 @@ def arena_bytes(plan: Plan, scratch: int) -> int:
     """Device memory that a plan grants to weights and buffers, what torch allocates for itself left out."""
     elsewhere = ("process", "slack", "embedding reads")
     grants = sum(nbytes for owner, nbytes in plan.owners.items() if owner not in elsewhere)
-    allocations = 4 * (len(plan.pinned) + 64) + 2 * plan.slots  # a generous count, for their alignment
+    allocations = 4 * (len(plan.pinned) + 64) + 2 * plan.ring_slots  # a generous count, for their alignment
     return grants - scratch + allocations * ARENA_ALIGNMENT
 
 

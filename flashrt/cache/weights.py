@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flashrt.budget.claims.adaptive import SPAN, longest
+from flashrt.budget.claims.adaptive import BLOCKS_PER_CALL, longest
 from flashrt.budget.planner import VECTOR_STEP, Plan, owner_of, prefix_bytes, vector_bytes
-from flashrt.cache.adaptive import ResidentRows, Span
+from flashrt.cache.adaptive import AdaptiveNeurons, NeuronRun
 from flashrt.cache.device import Device, Tensor
 from flashrt.cache.experts import ExpertCache, Key
 from flashrt.cache.rows import RowCache
@@ -35,7 +35,7 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class PassKind:
     """A pass over the weights: with the head or without, of many tokens (`wide`) or few.
 
     One of few tokens reads the rows that it needs, where the plan says so, instead of whole blocks of neurons.
@@ -61,23 +61,23 @@ class Weights:
         self._whole = {  # tensors that are in memory in one run, as nearly all are that do not stream
             name: pinned[: tensor.run_bundles]
             for name, tensor in self.layout.tensors.items()
-            if tensor.runs == 1 and len(pinned := self._pinned[name]) >= tensor.run_bundles and device.merges
+            if tensor.runs == 1 and len(pinned := self._pinned[name]) >= tensor.run_bundles and device.split_invariant
         }
         self._vectors = _slices(device, self.layout)
         has_experts = any(tensor.runs > 1 for tensor in self.layout.tensors.values())
-        span = max(min(SPAN, plan.slots // 3), 1)
+        span = max(min(BLOCKS_PER_CALL, plan.ring_slots // 3), 1)
         self.resident = {
-            name: ResidentRows(self.layout.tensors[name], self._memory[name], span) for name in plan.following
+            name: AdaptiveNeurons(self.layout.tensors[name], self._memory[name], span) for name in plan.adaptive_ffns
         }
         self._usage = device.allocate(
-            "speculation", (longest(self.layout.tensors[name] for name in plan.following),), np.float32
+            "speculation", (longest(self.layout.tensors[name] for name in plan.adaptive_ffns),), np.float32
         )
-        self._static = device.stream(plan.slots, plan.slot_bytes)
+        self._static = device.stream(plan.ring_slots, plan.slot_bytes)
         if self.resident:
             self._ring.submit = self._submit
-        self._experts = device.stream(plan.slots if has_experts else 0, plan.slot_bytes)
+        self._experts = device.stream(plan.ring_slots if has_experts else 0, plan.slot_bytes)
         self.experts = self._expert_cache() if plan.expert_slots else None
-        self._ahead: Walk | None = None  # the pass that is already expected
+        self._ahead: PassKind | None = None  # the pass that is already expected
         self._window = device.window(window_bytes(self.layout))
         self._verifier = Verifier(reader, self._window)
         self._row_wait_s = 0.0
@@ -101,21 +101,21 @@ class Weights:
         self.device.fill(self._pinned_blocks(), arrived)
         if self.experts:
             self.experts.fill(self._all_experts(), arrived)
-        self.device.keep(self._streamed(self.layout.tensors.values()))
+        self.device.cache_on_host(self._streamed(self.layout.tensors.values()))
 
     def vector(self, name: str) -> Tensor:
         """A norm weight or bias, float32 [length]."""
         return self._vectors[name]
 
-    def begin_pass(self, walk: Walk, following: Walk) -> None:
-        """Start a pass over all layers; `following` guesses the one after it."""
+    def begin_pass(self, kind: PassKind, next_pass: PassKind) -> None:
+        """Start a pass over all layers; `next_pass` guesses the one after it."""
         if not (self.plan.windows or self.resident):  # then passes of few tokens read what others do
-            walk, following = replace(walk, wide=True), replace(following, wide=True)
-        if self._ahead != walk:
+            kind, next_pass = replace(kind, wide=True), replace(next_pass, wide=True)
+        if self._ahead != kind:
             self._flush()
-            self._expect_pass(walk)
-        self._expect_pass(following)
-        self._ahead = following
+            self._expect_pass(kind)
+        self._expect_pass(next_pass)
+        self._ahead = next_pass
 
     def abandon_pass(self) -> None:
         """Forget what was read ahead, after a pass that was left half-way."""
@@ -150,7 +150,7 @@ class Weights:
         tensor = self.layout.tensors[name]
         start, pinned = run * tensor.run_stride, self._pinned[name]
         resident = min(max(len(pinned) - start, 0), tensor.run_bundles)
-        step = max(resident, 1) if self.device.merges else tensor.block_bundles
+        step = max(resident, 1) if self.device.split_invariant else tensor.block_bundles
         for first in range(0, resident, step):
             yield first, pinned[start + first : start + min(first + step, resident)]
         if self.experts and tensor.runs > 1:
@@ -163,7 +163,7 @@ class Weights:
             yield first, bundles[: tensor.run_bundles - first]
         streamer.release()
 
-    def spans(self, name: str, tokens: int) -> Iterator[tuple[Span, Array]]:
+    def spans(self, name: str, tokens: int) -> Iterator[tuple[NeuronRun, Array]]:
         """The neurons of a tensor in `resident`, in order, for a pass of few tokens.
 
         With each span comes where the kernel puts of what use its neurons are, float32, by which residents change.
@@ -255,7 +255,7 @@ class Weights:
         for blocks, memory in self.experts.take(int(tensor.name.partition(".")[0]), run):
             first = blocks[0].first - run * tensor.run_stride
             bundles = memory.reshape(-1, tensor.stride)[: tensor.run_bundles - first]
-            step = len(bundles) if self.device.merges else tensor.block_bundles
+            step = len(bundles) if self.device.split_invariant else tensor.block_bundles
             for begin in range(0, len(bundles), step):
                 yield first + begin, bundles[begin : begin + step]
 
@@ -322,17 +322,17 @@ class Weights:
         for rows in self.resident.values():
             rows.forget_reads()
 
-    def _expect_pass(self, walk: Walk) -> None:
+    def _expect_pass(self, kind: PassKind) -> None:
         tensors = _body_tensors(self.layout.tensors.values())
-        self._static.expect(self._of_pass((t for t in tensors if walk.wide or t.name not in self.plan.windows), walk))
-        if walk.head:
+        self._static.expect(self._of_pass((t for t in tensors if kind.wide or t.name not in self.plan.windows), kind))
+        if kind.head:
             self._static.expect(self._streamed([self.layout.tensors[self.spec.head]]))
 
-    def _of_pass(self, tensors: Iterable[TensorLayout], walk: Walk) -> Iterator[Block]:
+    def _of_pass(self, tensors: Iterable[TensorLayout], kind: PassKind) -> Iterator[Block]:
         """The blocks of tensors that a pass takes from the ring, in order."""
         for tensor in tensors:
             rows = self.resident.get(tensor.name)
-            yield from self._streamed([tensor]) if rows is None else rows.blocks(walk.wide)
+            yield from self._streamed([tensor]) if rows is None else rows.blocks(kind.wide)
 
     def _streamed(self, tensors: Iterable[TensorLayout]) -> Iterator[Block]:
         for tensor in tensors:

@@ -46,7 +46,7 @@ CHANNEL_SHARES = (
 NEURON_SHARES = (1.0, 0.85, 0.75, 0.65, 0.57, 0.5, 0.43, 0.36, 0.3, 0.24, 0.18, 0.12, 0.07, 0.04, 0.02)
 FINE_CHANNELS = (32, 24, 20, 16)  # of a group that may be stored whole
 FINE_ROOM = 1.1  # by which they must exceed those that take part whole
-STRONG = 0.55  # of the bytes of a part: the choice by which blocks are weighed, far enough from nothing to be measured
+PROBE_SHARE = 0.55  # of the bytes of a part: the choice by which blocks are weighed, far enough from nothing
 PROBE_TOKENS = 64  # samples on which the errors of choices are measured
 WEIGH_NEURONS = 1024  # decoded at a time
 SLOPE_STEP = 1e-2
@@ -117,7 +117,7 @@ class ChannelFit:
 
 
 def _strong(choices: Sequence[Choice]) -> Choice:
-    return min(choices, key=lambda choice: (abs(choice.nbytes - STRONG * choices[0].nbytes), choice.error))
+    return min(choices, key=lambda choice: (abs(choice.nbytes - PROBE_SHARE * choices[0].nbytes), choice.error))
 
 
 def choice_from(data: dict[str, Any]) -> Choice:

@@ -18,7 +18,7 @@ from flashrt.model.predictors.heads import HeadPredictor
 from flashrt.model.predictors.low_rank import encode
 
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the heads that choices keep, beside all of them
-STRONG = 0.5  # the share by which layers are weighed
+PROBE_SHARE = 0.5  # the share by which layers are weighed
 RIDGE = 0.03  # of the inputs' variance, when there are as many tokens as weights
 # What it costs to compute heads apart, in bytes of weights that memory gives in the time: 30 microseconds for the
 # prediction, and 6 for every run of neighbouring heads, which takes calls of its own.
@@ -38,7 +38,7 @@ class HeadFit:
 
     @property
     def strong(self) -> Choice:
-        return self.choices[1 + SHARES.index(STRONG)]
+        return self.choices[1 + SHARES.index(PROBE_SHARE)]
 
 
 class Attended:

@@ -29,7 +29,7 @@ RANKS = (64, 128, 256, 512, 1024)  # of predictors, as far as they are smaller t
 RECALL = 0.98  # of importance, at which predictors are compared by the bytes that a token touches
 # Shares of importance that choices keep, beside that of everything; each costs less than the one before.
 RECALLS = (0.9999, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5)
-STRONG = 0.9  # the share by which blocks are weighed: what is left out at the others is hard to measure
+PROBE_SHARE = 0.9  # the share by which blocks are weighed: what is left out at the others is hard to measure
 POINTS = 16  # of the curve of misses, beside that of nothing in memory
 CHUNK = 512  # tokens looked at together
 
@@ -61,7 +61,7 @@ class RowFit:
 
     @property
     def strong(self) -> tuple[Choice, ...]:
-        rows = self.rows[1 + RECALLS.index(STRONG)]
+        rows = self.rows[1 + RECALLS.index(PROBE_SHARE)]
         return (rows,) if self.heads is None else (rows, self.heads.strong)
 
     @property

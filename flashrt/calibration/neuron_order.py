@@ -24,7 +24,7 @@ BANDS = (0.25, 0.5)  # of the others: chains end here, so that any prefix that a
 DIMENSIONS = 32  # of the embedding: 64 and 128 save less than 1% more
 OVERSAMPLING = 8
 ITERATIONS = 4
-MEMORY = 0.7  # how much of a neuron's pull on the chain is left at the next one
+DECAY = 0.7  # how much of a neuron's pull on the chain is left at the next one
 EVEN = 10  # active neurons are added to those of a token, so that one with few does not count beyond measure
 CHUNK = 512  # tokens whose activity exists at once
 
@@ -68,7 +68,7 @@ def chain(vectors: Array) -> Array:
     for i in range(len(vectors)):
         order[i] = current
         taken[current] = -np.inf
-        recent = MEMORY * recent + vectors[current]
+        recent = DECAY * recent + vectors[current]
         current = int(np.argmax(vectors @ recent + taken))
     return order
 

@@ -33,7 +33,7 @@ from flashrt.calibration.divergence import Divergence, diverge, logits_of, predi
 from flashrt.calibration.fit_channels import Inputs
 from flashrt.calibration.methods import Method, method_for
 from flashrt.config import Sampling
-from flashrt.engine.build import Prepared
+from flashrt.engine.build import LoadedPack
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
@@ -134,7 +134,7 @@ class _Calibration:
 
     @contextlib.contextmanager
     def _engine(self, path: Path) -> Iterator[Engine]:
-        prepared = Prepared(path, self.cache, self.runtime, self.request.budget_gb)
+        prepared = LoadedPack(path, self.cache, self.runtime, self.request.budget_gb)
         context = min(max(WINDOW, NARROW), self.spec.context)
         the_plan = prepared.plan(Workload(context, prompt=context, logit_rows=NARROW))
         with prepared.engine(the_plan, self._in_mib("loading MiB")) as engine:

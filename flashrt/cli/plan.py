@@ -126,7 +126,7 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
 
     weights = f"{size(the_plan.pinned_bytes)} of {size(the_plan.weight_bytes)}"
     lines = [
-        f"context           {the_plan.context} tokens, prefill in passes of {the_plan.chunk}",
+        f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
         f"read per token    {size(the_plan.streamed_bytes_per_token)}",
     ]
@@ -139,8 +139,8 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
         else:
             at = "unknown until `flashrt doctor`, or a first run, has measured the disk"
         lines.append(f"at most           {at}")
-    if the_plan.positions > 1:
-        source = "the text and the resident neurons" if the_plan.following else "the text"
-        lines.append(f"drafts            by {source}, up to {the_plan.positions} tokens verified in a pass")
+    if the_plan.max_draft_tokens > 1:
+        source = "the text and the resident neurons" if the_plan.adaptive_ffns else "the text"
+        lines.append(f"drafts            by {source}, up to {the_plan.max_draft_tokens} tokens verified in a pass")
     lines.append(f"smallest budget   --budget-gb {ceil_gib(extra['smallest_budget_bytes']):.3f}")
     return lines

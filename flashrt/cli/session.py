@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from flashrt.cli.console import Progress, say, size
 from flashrt.cli.options import DeviceName, ModeName
-from flashrt.config import budget_bytes, positions
+from flashrt.config import budget_bytes, parse_speculate
 from flashrt.engine.open import check_mode, draft_pack, pack_for, resolve
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.budget.planner import Plan, Workload
-    from flashrt.engine.build import Prepared
+    from flashrt.engine.build import LoadedPack
     from flashrt.engine.engine import Engine
     from flashrt.spec import ModelSpec
     from flashrt.text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class Settings:
             if budget is not None:
                 budget_bytes(budget)
         check_mode(self.mode.value, self.max_loss)
-        most = positions(self.speculate)
+        most = parse_speculate(self.speculate)
         if self.draft is not None:
             draft_pack(self.draft, most, self.device.value)
 
@@ -57,7 +57,7 @@ class Session:
     """An opened pack, and from it a plan and an engine. Use it as a context manager."""
 
     def __init__(self, settings: Settings) -> None:
-        from flashrt.engine.build import Prepared
+        from flashrt.engine.build import LoadedPack
         from flashrt.engine.runtime import runtime_for
 
         # What is asked is checked before a checkpoint is packed, which may take an hour.
@@ -70,7 +70,7 @@ class Session:
         path = pack_for(path, settings.mode.value, settings.max_loss)
         # A bar that is drawn while loading must be there when the process is measured.
         self._loading = Progress()
-        self.prepared: Prepared = Prepared(path, settings.cache, runtime, settings.budget_gb)
+        self.prepared: LoadedPack = LoadedPack(path, settings.cache, runtime, settings.budget_gb)
 
     @property
     def spec(self) -> ModelSpec:
@@ -82,7 +82,7 @@ class Session:
 
     def plan(self, workload: Workload) -> Plan:
         """Plan for `workload`, drafts included."""
-        return self.prepared.plan(self.prepared.drafting(workload, positions(self.settings.speculate)))
+        return self.prepared.plan(self.prepared.drafting(workload, parse_speculate(self.settings.speculate)))
 
     def engine(self, workload: Workload) -> Engine:
         """Plan for `workload`, then load. Raises BudgetError before anything is loaded."""

@@ -13,7 +13,7 @@ from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import (
     GIB,
     SLACK_BASE,
-    Machine,
+    FixedCosts,
     Plan,
     Workload,
     ceil_gib,
@@ -44,11 +44,11 @@ DEFAULT_CONTEXT = 4096
 # Bytes taken at the peak of loading for each byte of a compact tokenizer.json: 21.0 (Qwen2.5) and 22.2 (Gemma 3).
 TOKENIZER_GROWTH = 21
 LARGE_TOKENIZER = 32 << 20  # bytes of growth that are worth an estimate
-AUTO_POSITIONS = 12  # tokens of a pass with a draft: logits for more take memory that weights could have
+AUTO_DRAFT_TOKENS = 12  # tokens of a pass with a draft: logits for more take memory that weights could have
 AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
 
 
-class Prepared:
+class LoadedPack:
     """An opened pack and all that a plan depends on: what `flashrt plan` and `flashrt run` have in common.
 
     The process is measured when a plan is made: by then everything but the model is loaded, prompts included.
@@ -70,21 +70,21 @@ class Prepared:
     def plan(self, workload: Workload) -> Plan:
         """Plan the budget; without one, all that the model needs or that the machine has."""
         arguments = (self.spec, self.pack.layout)
-        machine = self._machine()
+        costs = self._fixed_costs()
         if self.budget is not None:
-            return plan(*arguments, self.budget, workload, machine)
-        enough = resident_budget(*arguments, workload, machine)
+            return plan(*arguments, self.budget, workload, costs)
+        enough = resident_budget(*arguments, workload, costs)
         available = int(AVAILABLE_SHARE * self.runtime.available())
-        return plan(*arguments, min(enough, available), workload, machine)
+        return plan(*arguments, min(enough, available), workload, costs)
 
-    def drafting(self, workload: Workload, positions: int | None) -> Workload:
+    def drafting(self, workload: Workload, max_draft_tokens: int | None) -> Workload:
         """A workload whose passes verify drafts of up to so many tokens; None: where that may pay, and there is room.
 
         On a GPU a pass of several tokens rounds otherwise than one of one, so it only drafts when it is told to.
         """
-        if positions is not None:
-            return replace(workload, positions=positions)
-        drafting = replace(workload, positions=AUTO_POSITIONS)
+        if max_draft_tokens is not None:
+            return replace(workload, max_draft_tokens=max_draft_tokens)
+        drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
         fits = self.budget is None or self.smallest_budget(drafting) <= self.budget
         return drafting if fits and self.runtime.bounds_process else workload
 
@@ -94,13 +94,13 @@ class Prepared:
         Where the budget does not even hold that one, its smallest is planned for.
         """
         arguments = (self.spec, Pack(path).layout)
-        machine = self._machine()
-        enough = resident_budget(*arguments, workload, machine)
-        smallest = smallest_budget(*arguments, workload, machine)
-        return plan(*arguments, max(smallest, enough if self.budget is None else self.budget), workload, machine)
+        costs = self._fixed_costs()
+        enough = resident_budget(*arguments, workload, costs)
+        smallest = smallest_budget(*arguments, workload, costs)
+        return plan(*arguments, max(smallest, enough if self.budget is None else self.budget), workload, costs)
 
-    def _machine(self) -> Machine:
-        return self.runtime.machine(self.pack)
+    def _fixed_costs(self) -> FixedCosts:
+        return self.runtime.fixed_costs(self.pack)
 
     def read_seconds(self, the_plan: Plan) -> float | None:
         """What a token's reads take under a plan, by what is known of the disk; None where nothing is known.
@@ -118,7 +118,7 @@ class Prepared:
 
     def smallest_budget(self, workload: Workload) -> int:
         """Bytes of the smallest budget that `plan` accepts."""
-        return smallest_budget(self.spec, self.pack.layout, workload, self._machine())
+        return smallest_budget(self.spec, self.pack.layout, workload, self._fixed_costs())
 
     def engine(self, the_plan: Plan, progress: Progress = lambda done, total: None) -> Engine:
         """Allocate what the plan says, load what it pins, and return an engine."""
@@ -190,12 +190,12 @@ def build_engine(
         kv = KVCache(spec, the_plan.context, lambda shape: device.allocate("KV", shape, kv_type))
         codec = pack.layout.tensors["embed"].codec
         columns = pack.layout.channel_columns
-        shapes = working_set(spec, codec, the_plan.chunk, the_plan.logit_rows, the_plan.scoring, columns)
+        shapes = working_set(spec, codec, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring, columns)
         buffers = {
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()
         }
-        scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.chunk, the_plan.context))
+        scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
         weights.load(progress)
         return Engine(Decoder(weights, kv, buffers, scratch), reader, the_plan, tokenizer, runtime)
     except BaseException:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flashrt.engine.drafters import drafters_of
 from flashrt.engine.sampling import Sampler
-from flashrt.speculate.acceptance import Step, walk
+from flashrt.speculate.acceptance import Step, verify
 from flashrt.speculate.speculator import Speculator
 from flashrt.speculate.tree import TokenTree
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
 
 
-class Passes:
+class DecodeLoop:
     """Continues `tokens`, of which all but the last are in the engine's cache. Counts what it does."""
 
     def __init__(self, engine: Engine, tokens: Sequence[int], sampler: Sampler) -> None:
         self._engine, self._sampler = engine, sampler
         self._speculator = None
-        if engine.plan.positions > 1:
+        if engine.plan.max_draft_tokens > 1:
             self._speculator = Speculator(drafters_of(engine, sampler), tokens)
         self._last = tokens[-1]
         self.count = 0
@@ -62,12 +62,12 @@ class Passes:
         engine, steps = self._engine, []
         alone = len(tree) == 1
         logits = engine.step_batch(tree.tokens) if alone else engine.step_tree(tree.tokens, tree.parents)
-        for step in walk(tree, logits, self._sampler):
+        for step in verify(tree, logits, self._sampler):
             steps.append(step)
             if step.token in ends or len(steps) == limit:
                 break
         if not alone:
-            engine.keep([step.node for step in steps])
+            engine.commit([step.node for step in steps])
         return steps
 
     def _count(self, tree: TokenTree, steps: Sequence[Step]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrt.budget.planner import GIB, Workload, plan, resident_budget
-from flashrt.engine.build import Prepared, build_engine
+from flashrt.engine.build import LoadedPack, build_engine
 from flashrt.errors import BudgetError, UsageError
 from flashrt.storage.pack import Pack
 from flashrt.text.files import TOKENIZER
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
 
 
-def load_draft(path: Path, prepared: Prepared, context: int) -> Engine:
+def load_draft(path: Path, prepared: LoadedPack, context: int) -> Engine:
     """An engine of the pack at `path`, all of it in memory; what is `prepared` is planned beside it afterwards.
 
     Raises UsageError where it has other tokens or less context, BudgetError when it does not fit.
@@ -28,12 +28,12 @@ def load_draft(path: Path, prepared: Prepared, context: int) -> Engine:
             f"{path} cannot draft for {prepared.pack.path}: it has {draft.spec.vocab} tokens and a context of "
             f"{draft.spec.context}, expected at most {prepared.spec.vocab} and at least {context}"
         )
-    workload, machine = Workload(context), runtime.machine(draft)
-    needed = resident_budget(draft.spec, draft.layout, workload, machine)
+    workload, costs = Workload(context), runtime.fixed_costs(draft)
+    needed = resident_budget(draft.spec, draft.layout, workload, costs)
     if prepared.budget is not None and prepared.budget < needed:
         raise BudgetError(
             f"a budget of {prepared.budget / GIB:.3f} GiB does not hold the draft model, which takes "
             f"{needed / GIB:.3f} GiB and must be resident: use a larger --budget-gb, or no --draft"
         )
-    the_plan = plan(draft.spec, draft.layout, needed, workload, machine)
+    the_plan = plan(draft.spec, draft.layout, needed, workload, costs)
     return build_engine(draft, the_plan, prepared.tokenizer, runtime)

@@ -13,7 +13,7 @@ import numpy as np
 
 from flashrt.budget.planner import Plan
 from flashrt.budget.profile import DiskRoof
-from flashrt.cache.weights import Walk
+from flashrt.cache.weights import PassKind
 from flashrt.config import Sampling
 from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
@@ -199,12 +199,12 @@ class Engine:
         """
         self.rewind(min(_shared_length(self._cached, ids), len(ids) - 1))
         new = ids[self.decoder.kv.length :]
-        wide, chunk = len(new) > NARROW, self.plan.chunk
+        wide, chunk = len(new) > NARROW, self.plan.prefill_chunk
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)
                 decoder.weights.begin_pass(
-                    Walk(last, wide), Walk(last or begin + 2 * chunk >= len(new), wide and not last)
+                    PassKind(last, wide), PassKind(last or begin + 2 * chunk >= len(new), wide and not last)
                 )
                 states = self._hidden(decoder, new[begin : begin + chunk], wide)
             return decoder.device.get(decoder.logits(states[-1:]))[0]
@@ -224,7 +224,7 @@ class Engine:
         """Compute 1 to 16 tokens in one pass, each after its own past; logits after each, float32 [B, vocab].
 
         Token i follows token parents[i] < i, or the sequence where that is -1; its logits are those that `step` would
-        give there, bit for bit on the CPU. The sequence stays as it is until `keep` takes some of the tokens into it;
+        give there, bit for bit on the CPU. The sequence stays as it is until `commit` takes some of the tokens into it;
         the next pass forgets the others. The plan's `logit_rows` bounds B. Raises UsageError for what is no tree.
         """
         if len(parents) != len(tokens) or any(not -1 <= parent < i for i, parent in enumerate(parents)):
@@ -236,17 +236,17 @@ class Engine:
     def draft(self, token: int, depth: int) -> Array:
         """Logits after `token`, which follows `depth` drafted ones, by resident neurons alone: float32 [vocab].
 
-        For plans with `following`. Neither the sequence nor what streams is touched.
+        For plans with `adaptive_ffns`. Neither the sequence nor what streams is touched.
         """
         with self._pass_or_nothing() as decoder:
             return decoder.device.get(decoder.drafted(token, depth))[0]
 
-    def keep(self, path: Sequence[int]) -> None:
+    def commit(self, path: Sequence[int]) -> None:
         """Append tokens of the last `step_tree`, by their indices: a path from its beginning, possibly an empty one.
 
         Raises ValueError for what is no such path, and when another pass or `rewind` has come between.
         """
-        self.decoder.kv.keep(path)
+        self.decoder.kv.commit(path)
         self._cached.extend(self._tree[i] for i in path)
 
     def rewind(self, length: int) -> None:
@@ -259,7 +259,7 @@ class Engine:
         """Tokens that `step_tree` takes now, at most."""
         if self.decoder.sparse is not None and self.length < SINKS:
             return 1
-        return min(self.plan.positions, self.plan.context - self.length)
+        return min(self.plan.max_draft_tokens, self.plan.context - self.length)
 
     @property
     def length(self) -> int:
@@ -281,7 +281,7 @@ class Engine:
         if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
             raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
         with self._pass_or_nothing() as decoder:
-            decoder.weights.begin_pass(Walk(head=True, wide=False), Walk(head=True, wide=False))
+            decoder.weights.begin_pass(PassKind(head=True, wide=False), PassKind(head=True, wide=False))
             return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False, parents=parents)))
 
     def _hidden(self, decoder: Decoder, tokens: Sequence[int], wide: bool, parents: Sequence[int] | None = None) -> Any:
@@ -322,11 +322,11 @@ class Engine:
     def _score_window(self, ids: Sequence[int], wide: bool) -> float:
         """Sum of the log-probabilities of all tokens of a window but the first."""
         self.rewind(0)
-        chunk, total = self.plan.chunk, 0.0
+        chunk, total = self.plan.prefill_chunk, 0.0
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
-                decoder.weights.begin_pass(Walk(head=True, wide=wide), Walk(head=True, wide=wide))
+                decoder.weights.begin_pass(PassKind(head=True, wide=wide), PassKind(head=True, wide=wide))
                 states = self._hidden(decoder, tokens, wide)
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
                 total += float(decoder.scores(states, targets, wide).sum())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flashrt.budget.process import peak_resident_bytes
 from flashrt.config import Sampling
-from flashrt.engine.decode_loop import Passes
+from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.report import Report, expert_figures
 from flashrt.engine.sampling import Sampler
 
@@ -64,7 +64,7 @@ class Generation:
         self._ids: list[int] = []
         self._text: list[str] = []
         self._prefill, self._decode = _Phase(), _Phase()
-        self._passes: Passes | None = None
+        self._passes: DecodeLoop | None = None
         self._finish = "interrupted"
         self._report: Report | None = None
         self._tokens = self._run()
@@ -123,7 +123,7 @@ class Generation:
     def _next(self, token: int) -> list[int]:
         """What comes after `token`, the last so far."""
         if self._passes is None:
-            self._passes = Passes(self._engine, [*self._prompt, token], self._sampler)
+            self._passes = DecodeLoop(self._engine, [*self._prompt, token], self._sampler)
         return self._passes.next(self._limit - len(self._ids), self._stop_ids)
 
     @contextlib.contextmanager
@@ -179,7 +179,7 @@ class Generation:
             expert_cache=expert_figures(decode.experts) if engine.plan.expert_slots else None,
             tokens_per_pass=passes.tokens / passes.count if passes else None,
             positions_per_pass=passes.positions / passes.count if passes else None,
-            acceptance=passes.acceptance() if passes and engine.plan.positions > 1 else None,
+            acceptance=passes.acceptance() if passes and engine.plan.max_draft_tokens > 1 else None,
             draft_s=passes.draft_s if passes else 0.0,
             verify_s=passes.verify_s if passes else 0.0,
             row_hit_rate=engine.row_hit_rate(),

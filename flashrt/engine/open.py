@@ -52,8 +52,8 @@ def load(
 ) -> Engine:
     """See `flashrt.load`."""
     from flashrt.budget.planner import Workload
-    from flashrt.config import budget_bytes, positions
-    from flashrt.engine.build import DEFAULT_CONTEXT, Prepared
+    from flashrt.config import budget_bytes, parse_speculate
+    from flashrt.engine.build import DEFAULT_CONTEXT, LoadedPack
     from flashrt.engine.draft import load_draft
     from flashrt.engine.runtime import runtime_for
 
@@ -61,11 +61,11 @@ def load(
     if budget_gb is not None:
         budget_bytes(budget_gb)
     check_mode(mode, max_loss)
-    most = positions(speculate)
+    most = parse_speculate(speculate)
     runtime = runtime_for(device, threads, host_budget_gb)
     cache = Path(cache_dir) if cache_dir else default_cache()
     found = resolve(path, cache, dtype, context=context)
-    prepared = Prepared(pack_for(found, mode, max_loss), cache, runtime, budget_gb)
+    prepared = LoadedPack(pack_for(found, mode, max_loss), cache, runtime, budget_gb)
     length = checked_context(prepared.spec, context, DEFAULT_CONTEXT)
     drafting = None if draft is None else load_draft(draft_pack(draft, most, device), prepared, length)
     engine = prepared.engine(prepared.plan(prepared.drafting(Workload(length), most)))
@@ -94,11 +94,11 @@ def pack_for(found: Path, mode: str, max_loss: float | None) -> Path:
     return found
 
 
-def draft_pack(path: str | Path, positions: int | None, device: str) -> Path:
+def draft_pack(path: str | Path, max_draft_tokens: int | None, device: str) -> Path:
     """The pack that is to draft. Raises UsageError for what is no pack, and where nothing is drafted."""
     from flashrt.storage.pack import Pack
 
-    if positions == 1:
+    if max_draft_tokens == 1:
         raise UsageError("--draft needs drafts: leave --speculate off out")
     if device != "cpu":
         raise UsageError("--draft computes on the CPU only: use --device cpu")

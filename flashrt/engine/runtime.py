@@ -7,7 +7,7 @@ import subprocess
 from typing import Any, Protocol
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import GIB, Machine, Plan, host_tier
+from flashrt.budget.planner import GIB, FixedCosts, Plan, host_tier
 from flashrt.budget.process import (
     available_bytes,
     peak_resident_bytes,
@@ -38,7 +38,7 @@ class Runtime(Protocol):
     ops: Any
     bounds_process: bool  # whether the budget is for the process itself
 
-    def machine(self, pack: Pack) -> Machine:
+    def fixed_costs(self, pack: Pack) -> FixedCosts:
         """What the process costs on the budgeted device."""
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
@@ -63,10 +63,10 @@ class CpuRuntime:
         self.ops = load_kernels("cpu")
         self.ops.set_threads(threads or usable_cores())
 
-    def machine(self, pack: Pack) -> Machine:
+    def fixed_costs(self, pack: Pack) -> FixedCosts:
         reserve(pack.spec, self.ops)
         release_free_memory()
-        return Machine(
+        return FixedCosts(
             resident_bytes() + RUNTIME_GROWTH,
             peak_resident_bytes(),
             kv_item_bytes(pack),
@@ -106,12 +106,12 @@ class CudaRuntime:
         free, total = torch.cuda.mem_get_info()
         self._context = total - free - before - torch.cuda.memory_reserved()
 
-    def machine(self, pack: Pack) -> Machine:
+    def fixed_costs(self, pack: Pack) -> FixedCosts:
         if pack.manifest.sparsity is not None:
             raise DeviceError("sparse mode computes on the CPU only: use --device cpu, or --mode exact")
         runtime = self._context + RUNTIME_GROWTH
         scratch = functools.partial(self.scratch_bytes, pack)
-        return Machine(runtime, runtime, kv_item_bytes(pack), scratch, gathers=False)
+        return FixedCosts(runtime, runtime, kv_item_bytes(pack), scratch, supports_gather=False)
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(pack, tokens, context)
@@ -126,7 +126,7 @@ class CudaRuntime:
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min((plan.budget_bytes - self._context) / total, 1.0))
         blocks = host_tier(pack.spec, pack.layout, plan, self._host_tier_bytes(pack.spec, pack.layout, plan))
-        arena = arena_bytes(plan, self.scratch_bytes(pack, plan.chunk, plan.context))
+        arena = arena_bytes(plan, self.scratch_bytes(pack, plan.prefill_chunk, plan.context))
         return TorchDevice(self.ops, "cuda", ledger, reader, arena, blocks)
 
     def peak_bytes(self) -> int | None:
@@ -137,7 +137,9 @@ class CudaRuntime:
         from flashrt.cache.torch_device import FILL_DEPTH
 
         buffers = FILL_DEPTH if plan.expert_slots else 2  # experts are read into place through those of loading
-        staging = 2 * plan.slots * plan.slot_bytes + buffers * max(t.max_block_bytes for t in layout.tensors.values())
+        staging = 2 * plan.ring_slots * plan.slot_bytes + buffers * max(
+            t.max_block_bytes for t in layout.tensors.values()
+        )
         if self._host_bytes is None:
             return max(int(HOST_SHARE * available_bytes()) - staging, 0)
         needed = resident_bytes() + RUNTIME_GROWTH + staging

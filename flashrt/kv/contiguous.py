@@ -38,7 +38,7 @@ class KVCache:
         """Make the `count` tokens that were written behind the sequence part of it."""
         self.length, self.tree = self.length + count, ()
 
-    def keep(self, path: Sequence[int]) -> None:
+    def commit(self, path: Sequence[int]) -> None:
         """Make the tokens `path` of the tree part of the sequence, each the parent of the next; forget the others."""
         known = all(0 <= node < len(self.tree) for node in path)
         if not known or any(self.tree[node] != parent for node, parent in zip(path, [-1, *path], strict=False)):

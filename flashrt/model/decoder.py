@@ -25,7 +25,7 @@ from flashrt_kernels.channels import channel_groups
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 NARROW = 16  # tokens at most in a narrow pass
-DRAFTED = 0.5  # of a block's neurons that a draft computes with, if so many are resident
+DRAFT_SHARE = 0.5  # of a block's neurons that a draft computes with, if so many are resident
 WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
@@ -68,7 +68,7 @@ class Decoder:
         """Logits float32 [1, vocab] after `token`, by the resident neurons of most use alone.
 
         It follows `depth` other drafted tokens behind the sequence, which stays as it is. Nothing is read but a row of
-        the embeddings; for plans with `following`.
+        the embeddings; for plans with `adaptive_ffns`.
         """
         return self.logits(self._run([token], self.kv.length + depth, wide=False, parents=None, draft=True))
 
@@ -77,7 +77,7 @@ class Decoder:
 
         The result is a view of a buffer that the next pass overwrites. `weights.begin_pass` comes first. `parents`
         makes the tokens of a narrow pass a tree (see `KVCache.tree`): each follows its parent, and is no part of the
-        sequence until `kv.keep` says so.
+        sequence until `kv.commit` says so.
         """
         states = self._run(ids, self.kv.length, wide, parents, draft=False)
         if parents is None:
@@ -265,7 +265,7 @@ class Decoder:
         bias = self.weights.vector(f"{i}.up.bias") if ffn.bias else None
         kind = (codec, ffn.activation, ffn.gated, y)
         if draft:
-            slots = rows.drafted(DRAFTED)
+            slots = rows.drafted(DRAFT_SHARE)
             own = None if bias is None else bias[rows.neurons_in(slots)]
             self.ops.glu(x, rows.memory, *kind, own, slots=slots)
         elif wide:
@@ -277,7 +277,7 @@ class Decoder:
         else:
             for span, usage in self.weights.spans(name, len(x)):
                 own = None if bias is None else bias[span.first : span.first + len(usage)]
-                self.ops.glu(x, rows.memory, *kind, own, slots=span.slots, beside=span.beside, usage=usage)
+                self.ops.glu(x, rows.memory, *kind, own, slots=span.slots, beside=span.streamed_bundles, usage=usage)
 
     def _experts(self, i: int, ffn: Ffn, x: Tensor, normed: Tensor, y: Tensor, wide: bool) -> None:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""
@@ -297,11 +297,11 @@ class Decoder:
     def _look_ahead(self, i: int, x: Tensor, wide: bool) -> None:
         """Read ahead what the next router would choose now: from one layer to the next x changes little."""
         mixtures = (j for j in range(i + 1, len(self.spec.layers)) if self.spec.layers[j].ffn.experts)
-        if (following := next(mixtures, None)) is not None:
+        if (next_moe := next(mixtures, None)) is not None:
             normed = self._view("ahead", len(x), self.spec.hidden)
-            self._norm(f"{following}.norm.ffn", x, normed)
-            chosen, _ = self._route(following, self.spec.layers[following].ffn, normed, wide)
-            self.weights.prefetch_experts(following, chosen)
+            self._norm(f"{next_moe}.norm.ffn", x, normed)
+            chosen, _ = self._route(next_moe, self.spec.layers[next_moe].ffn, normed, wide)
+            self.weights.prefetch_experts(next_moe, chosen)
 
     def _glu(
         self,

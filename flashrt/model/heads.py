@@ -17,14 +17,14 @@ from flashrt.spec import Attention
 from flashrt.storage.layout import PREDICTOR
 
 Array = np.ndarray
-Span = tuple[int, int]  # the first of some neighbours, and the end of them
+HeadRange = tuple[int, int]  # the first of some neighbours, and the end of them
 
 
 class Chosen(NamedTuple):
     """Heads that take part in a pass."""
 
     each: Array  # bool [B, heads]: for every token
-    spans: list[Span]  # of heads, for any of them
+    spans: list[HeadRange]  # of heads, for any of them
 
 
 class Heads:
@@ -45,7 +45,7 @@ class Heads:
         return Chosen(each, runs(each))
 
 
-def runs(chosen: Array) -> list[Span]:
+def runs(chosen: Array) -> list[HeadRange]:
     """Runs of heads that any token chose, of bool [B, heads]. A loop: numpy takes longer for so few."""
     found, first = [], -1
     for head, taken in enumerate([*np.logical_or.reduce(chosen).tolist(), False]):
@@ -57,7 +57,7 @@ def runs(chosen: Array) -> list[Span]:
     return found
 
 
-def computed_rows(spans: list[Span], attention: Attention) -> list[Span]:
+def computed_rows(spans: list[HeadRange], attention: Attention) -> list[HeadRange]:
     """Rows of the projection to queries, keys and values that a pass computes."""
     dim = attention.head_dim
     return [*((first * dim, end * dim) for first, end in spans), (attention.heads * dim, attention.qkv_rows)]

@@ -39,7 +39,7 @@ class Step(NamedTuple):
     token: int
 
 
-def walk(tree: TokenTree, logits: Sequence[Array] | Array, chooser: Chooser) -> Iterator[Step]:
+def verify(tree: TokenTree, logits: Sequence[Array] | Array, chooser: Chooser) -> Iterator[Step]:
     """The steps that a verified tree is worth: one at least, the root's.
 
     logits: float32 [nodes, vocab], of what follows each node; may be changed. Only those of nodes that stand are looked

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-MEMORY = 0.98  # of the counts, per pass
+DECAY = 0.98  # of the counts, per pass
 PRIOR = 1.0  # candidates that came true as promised, before any was seen
 CERTAIN = 0.99  # nothing is thought likelier
 BINS = 5  # of confidence
@@ -63,6 +63,6 @@ class Accuracy:
 
     def _current(self, claim: Claim) -> _Count:
         count = self._counts.setdefault(claim.kind, _Count())
-        fade = MEMORY ** (self._passes - count.asof)
+        fade = DECAY ** (self._passes - count.asof)
         count.right, count.promised, count.asof = count.right * fade, count.promised * fade, self._passes
         return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MEMORY = 0.95  # of what was measured, per measurement
+DECAY = 0.95  # of what was measured, per measurement
 PRIOR = 0.1  # how firmly more positions are thought to cost nothing: as one measurement of 1 + sqrt(PRIOR) positions
 
 
@@ -22,7 +22,7 @@ class PassCost:
         sums = (self._weight, self._x, self._xx, self._y, self._xy)
         new = (1.0, x, x * x, seconds, x * seconds)
         self._weight, self._x, self._xx, self._y, self._xy = (
-            MEMORY * old + more for old, more in zip(sums, new, strict=True)
+            DECAY * old + more for old, more in zip(sums, new, strict=True)
         )
 
     @property
@@ -46,7 +46,7 @@ class StepCosts:
 
     def record(self, drafter: str, seconds: float) -> None:
         mean = self._means.get(drafter, seconds)
-        self._means[drafter] = MEMORY * mean + (1 - MEMORY) * seconds
+        self._means[drafter] = DECAY * mean + (1 - DECAY) * seconds
 
     def seconds(self, drafter: str) -> float:
         """0 for one that was never measured: it is tried."""

@@ -1,6 +1,6 @@
 """What all drafters have in common: they are told what stands, and propose what may follow.
 
-What is drafted decides nothing but speed (`acceptance.walk`), so a drafter may choose as it likes: the tokens that it
+What is drafted decides nothing but speed (`acceptance.verify`), so a drafter may choose as it likes: the tokens that it
 thinks likeliest, or, with logits of its own, what a copy of the sequence's sampler makes of them.
 """
 

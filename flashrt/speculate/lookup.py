@@ -22,7 +22,7 @@ LONGEST = 16  # tokens of a match that are compared
 TRIED = 16  # places of a chain that are looked at
 WIDTH = 3  # continuations
 DEPTH = 15  # tokens of each
-MEMORY = 0.99  # of how matches fared, per match of the same rank and length
+DECAY = 0.99  # of how matches fared, per match of the same rank and length
 PRIOR_WEIGHT = 2.0  # matches
 PRIOR_RIGHT = (0.5, 0.1, 0.1)  # share of matches that are right, by rank, before any was seen
 
@@ -102,8 +102,8 @@ class Lookup:
     def _judge(self, token: int) -> None:
         for rank, match in enumerate(self._matches):
             right, tried = self._right[rank], self._tried[rank]
-            right[match.length] = MEMORY * right[match.length] + (self._tokens[match.next] == token)
-            tried[match.length] = MEMORY * tried[match.length] + 1
+            right[match.length] = DECAY * right[match.length] + (self._tokens[match.next] == token)
+            tried[match.length] = DECAY * tried[match.length] + 1
 
     def _append(self, token: int) -> None:
         self._tokens[self._count] = token

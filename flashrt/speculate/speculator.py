@@ -18,7 +18,7 @@ class Speculator:
 
     For each pass `draft` gives the tree to verify, and `learn` takes what came of it. The first pass is of one
     position: what a pass costs is known only then. Times shape the trees, so these differ from run to run; what stands
-    does not depend on them (`acceptance.walk`).
+    does not depend on them (`acceptance.verify`).
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from flashrt.budget.planner import (
     GIB,
     MIB,
     PEAK_JITTER,
-    Machine,
+    FixedCosts,
     Workload,
     ceil_gib,
     owner_of,
@@ -46,8 +46,8 @@ MIXTRAL = ModelSpec(
 )
 
 
-def machine(runtime: int = 60 * MIB, peak: int = 70 * MIB) -> Machine:
-    return Machine(runtime, peak, 2, lambda tokens, context: 4096 * tokens)
+def fixed_costs(runtime: int = 60 * MIB, peak: int = 70 * MIB) -> FixedCosts:
+    return FixedCosts(runtime, peak, 2, lambda tokens, context: 4096 * tokens)
 
 
 @st.composite
@@ -92,13 +92,13 @@ extras = st.integers(0, 400 * MIB)  # bytes above the smallest budget
 @settings(max_examples=200, deadline=None)
 def test_every_byte_has_one_owner(spec: ModelSpec, codec: Codec, workload: Workload, extra: int) -> None:
     layout = pack_layout(spec, codec)
-    budget = smallest_budget(spec, layout, workload, machine()) + extra
-    the_plan = plan(spec, layout, budget, workload, machine())
+    budget = smallest_budget(spec, layout, workload, fixed_costs()) + extra
+    the_plan = plan(spec, layout, budget, workload, fixed_costs())
     assert sum(the_plan.owners.values()) == budget == the_plan.budget_bytes
     assert min(the_plan.owners.values()) >= 0
     assert the_plan.owners["slack"] >= slack_bytes(budget)
     assert the_plan.owners["KV"] == workload.context * spec.kv_bytes_per_token(2)
-    assert the_plan.chunk in CHUNKS
+    assert the_plan.prefill_chunk in CHUNKS
 
 
 @given(specs(), codecs, workloads, extras)
@@ -107,8 +107,8 @@ def test_pinned_blocks_are_those_that_are_paid_for(
     spec: ModelSpec, codec: Codec, workload: Workload, extra: int
 ) -> None:
     layout = pack_layout(spec, codec)
-    budget = smallest_budget(spec, layout, workload, machine()) + extra
-    the_plan = plan(spec, layout, budget, workload, machine())
+    budget = smallest_budget(spec, layout, workload, fixed_costs()) + extra
+    the_plan = plan(spec, layout, budget, workload, fixed_costs())
     assert set(the_plan.pinned) == set(layout.tensors)
     by_owner: dict[str, int] = {}
     for name, tensor in layout.tensors.items():
@@ -123,13 +123,13 @@ def test_pinned_blocks_are_those_that_are_paid_for(
     everything = the_plan.pinned_bytes == the_plan.weight_bytes
     assert the_plan.resident == everything
     if the_plan.expert_slots:
-        assert the_plan.slots == 0, "all but experts and embeddings is resident: there is nothing for a ring"
+        assert the_plan.ring_slots == 0, "all but experts and embeddings is resident: there is nothing for a ring"
         assert the_plan.expert_slots >= 2 * spec.layers[0].ffn.experts_per_token
         assert all(t.blocks == the_plan.pinned[t.name] for t in layout.tensors.values() if caches_beside(spec, t))
     elif not everything:
-        assert the_plan.slots >= 2
+        assert the_plan.ring_slots >= 2
         rings = 2 if spec.layers[0].ffn.experts else 1
-        assert the_plan.owners["stream buffers"] == rings * the_plan.slots * the_plan.slot_bytes
+        assert the_plan.owners["stream buffers"] == rings * the_plan.ring_slots * the_plan.slot_bytes
         assert the_plan.slot_bytes >= max(t.max_block_bytes for t in layout.tensors.values())
 
 
@@ -140,10 +140,10 @@ def test_more_budget_never_streams_more(
 ) -> None:
     """At the same prefill chunk and ring: both are stepped up at times, and then take from the weights."""
     layout = pack_layout(spec, codec)
-    budget = smallest_budget(spec, layout, workload, machine()) + extra
-    less, greater = (plan(spec, layout, b, workload, machine()) for b in (budget, budget + more))
-    assert greater.chunk >= less.chunk or greater.resident
-    assume((less.chunk, less.slots) == (greater.chunk, greater.slots))
+    budget = smallest_budget(spec, layout, workload, fixed_costs()) + extra
+    less, greater = (plan(spec, layout, b, workload, fixed_costs()) for b in (budget, budget + more))
+    assert greater.prefill_chunk >= less.prefill_chunk or greater.resident
+    assume((less.prefill_chunk, less.ring_slots) == (greater.prefill_chunk, greater.ring_slots))
     assert greater.pinned_bytes >= less.pinned_bytes
     assert greater.streamed_bytes_per_token <= less.streamed_bytes_per_token
 
@@ -153,7 +153,7 @@ def test_more_budget_never_streams_more(
 def test_smallest_budget_is_admitted_and_less_is_refused(
     spec: ModelSpec, codec: Codec, workload: Workload, peak: int
 ) -> None:
-    layout, costs = pack_layout(spec, codec), machine(peak=peak)
+    layout, costs = pack_layout(spec, codec), fixed_costs(peak=peak)
     smallest = smallest_budget(spec, layout, workload, costs)
     assert smallest >= peak
     plan(spec, layout, smallest, workload, costs)
@@ -171,12 +171,12 @@ def test_resident_budget_reads_nothing_while_decoding(
     spec: ModelSpec, codec: Codec, workload: Workload, more: int
 ) -> None:
     layout = pack_layout(spec, codec)
-    enough = resident_budget(spec, layout, workload, machine())
+    enough = resident_budget(spec, layout, workload, fixed_costs())
     for budget in (enough, enough + more):
-        the_plan = plan(spec, layout, budget, workload, machine())
+        the_plan = plan(spec, layout, budget, workload, fixed_costs())
         assert the_plan.resident
         assert the_plan.pinned_bytes == the_plan.weight_bytes
-        assert the_plan.slots == 0
+        assert the_plan.ring_slots == 0
 
 
 @pytest.mark.parametrize("codec", Codec)
@@ -185,7 +185,7 @@ def test_an_idle_budget_is_a_defect(spec: ModelSpec, codec: Codec) -> None:
     """When the model is larger than the budget, next to nothing is left unowned."""
     layout = pack_layout(spec, codec)
     for gib in (1, 2, 3, 8, 16):
-        the_plan = plan(spec, layout, gib * GIB, Workload(1024), machine())
+        the_plan = plan(spec, layout, gib * GIB, Workload(1024), fixed_costs())
         assert not the_plan.resident
         largest = max(t.max_block_bytes for t in layout.tensors.values())
         assert the_plan.owners["slack"] - slack_bytes(gib * GIB) < 4 * largest
@@ -193,7 +193,7 @@ def test_an_idle_budget_is_a_defect(spec: ModelSpec, codec: Codec) -> None:
 
 def test_layers_stream_the_same_share() -> None:
     layout = pack_layout(LLAMA_70B, Codec.INT4)
-    the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(1024), machine())
+    the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(1024), fixed_costs())
     shares = {the_plan.pinned[f"{i}.ffn"] for i in range(80)}
     assert max(shares) - min(shares) <= 1
     assert all(the_plan.pinned[f"{i}.qkv"] == layout.tensors[f"{i}.qkv"].blocks for i in range(80))
@@ -202,21 +202,21 @@ def test_layers_stream_the_same_share() -> None:
 def test_a_70b_is_planned_in_a_blink() -> None:
     began = time.perf_counter()
     layout = pack_layout(LLAMA_70B, Codec.INT4)
-    the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(4096), machine())
+    the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(4096), fixed_costs())
     assert time.perf_counter() - began < 1
     assert 0.1 < the_plan.pinned_bytes / the_plan.weight_bytes < 0.25
 
 
 def test_planning_is_pure() -> None:
     layout = pack_layout(MIXTRAL, Codec.INT4)
-    assert plan(MIXTRAL, layout, 4 * GIB, Workload(512), machine()) == plan(
-        MIXTRAL, layout, 4 * GIB, Workload(512), machine()
+    assert plan(MIXTRAL, layout, 4 * GIB, Workload(512), fixed_costs()) == plan(
+        MIXTRAL, layout, 4 * GIB, Workload(512), fixed_costs()
     )
 
 
 def test_one_expert_in_four_is_read_for_a_token() -> None:
     layout = pack_layout(MIXTRAL, Codec.INT4)
-    the_plan = plan(MIXTRAL, layout, 4 * GIB, Workload(512), machine())
+    the_plan = plan(MIXTRAL, layout, 4 * GIB, Workload(512), fixed_costs())
     experts = [t for t in layout.tensors.values() if t.runs == 8]
     rest = sum(t.nbytes - prefix_bytes(t, the_plan.pinned[t.name]) for t in experts)
     cached = the_plan.expert_slots * the_plan.expert_slot_bytes
@@ -226,9 +226,9 @@ def test_one_expert_in_four_is_read_for_a_token() -> None:
 
 def test_too_few_experts_to_cache_are_pinned_in_blocks() -> None:
     layout = pack_layout(MIXTRAL, Codec.INT4)
-    plans = [plan(MIXTRAL, layout, int(gib * GIB), Workload(512), machine()) for gib in (1.0, 1.2, 1.5)]
+    plans = [plan(MIXTRAL, layout, int(gib * GIB), Workload(512), fixed_costs()) for gib in (1.0, 1.2, 1.5)]
     assert [p.expert_slots for p in plans[:2]] == [0, 0]
-    assert plans[1].slots >= 2
+    assert plans[1].ring_slots >= 2
     assert plans[1].owners["experts"] > 0
     assert plans[2].expert_slots >= 4
     assert plans[2].streamed_bytes_per_token < plans[1].streamed_bytes_per_token
@@ -237,4 +237,4 @@ def test_too_few_experts_to_cache_are_pinned_in_blocks() -> None:
 def test_a_long_context_is_named_as_the_reason() -> None:
     layout = pack_layout(LLAMA_70B, Codec.INT4)
     with pytest.raises(BudgetError, match=r"context of 32768 tokens.*KV 10240 MiB.*shorter --context"):
-        plan(LLAMA_70B, layout, GIB, Workload(32768), machine())
+        plan(LLAMA_70B, layout, GIB, Workload(32768), fixed_costs())

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from flashrt.budget.claims.adaptive import group_rows, index_bytes
-from flashrt.cache.adaptive import BETTER, ResidentRows
+from flashrt.cache.adaptive import SWAP_MARGIN, AdaptiveNeurons
 from flashrt.storage.layout import PAGE, Block, TensorLayout
 from flashrt_kernels.rows import Codec
 
-SPAN = 2
+BLOCKS_PER_CALL = 2
 
 
 class FakeReader:
@@ -37,22 +37,22 @@ class FakeReader:
         return "pages"
 
 
-def make(neurons: int, stride: int, block_bundles: int, pinned_blocks: int) -> tuple[ResidentRows, FakeReader]:
+def make(neurons: int, stride: int, block_bundles: int, pinned_blocks: int) -> tuple[AdaptiveNeurons, FakeReader]:
     run_stride = -(-neurons * stride // PAGE) * PAGE // stride
     while run_stride * stride % PAGE:
         run_stride += 1
     tensor = TensorLayout("0.ffn", "f", 0, Codec.INT4, 20, 3, 1, neurons, run_stride, block_bundles, stride)
     disk = np.random.default_rng(neurons).integers(0, 256, (run_stride, stride)).astype(np.uint8)
     memory = disk[: pinned_blocks * block_bundles].copy()
-    return ResidentRows(tensor, memory, SPAN), FakeReader(disk)
+    return AdaptiveNeurons(tensor, memory, BLOCKS_PER_CALL), FakeReader(disk)
 
 
-def residents(rows: ResidentRows) -> np.ndarray:
+def residents(rows: AdaptiveNeurons) -> np.ndarray:
     """The neurons in memory, in the order of their slots."""
     return rows.neurons_in(np.arange(rows.resident))
 
 
-def run(rows: ResidentRows, reader: FakeReader, usage: np.ndarray, wide: bool) -> None:
+def run(rows: AdaptiveNeurons, reader: FakeReader, usage: np.ndarray, wide: bool) -> None:
     """One pass: all that kernels are given must be what is on disk."""
     expected = reader.disk.reshape(-1, rows.tensor.stride)
     wanted = list(rows.blocks(wide))
@@ -81,7 +81,7 @@ def run(rows: ResidentRows, reader: FakeReader, usage: np.ndarray, wide: bool) -
         else:
             gathered = rows.gather(span, own)
             assert gathered.first == first
-            every = np.concatenate([rows.memory, *gathered.beside]) if gathered.beside else rows.memory
+            every = np.concatenate([rows.memory, *gathered.streamed_bundles]) if gathered.streamed_bundles else rows.memory
             places = np.where(gathered.slots < 0, len(rows.memory) - 1 - gathered.slots, gathered.slots)
             assert np.array_equal(every[places], expected[first:last])
         rows.exchange(span, own)
@@ -111,7 +111,7 @@ def test_passes_see_what_is_on_disk_wherever_it_is(neurons: int, stride: int, bl
     worth = rows.scores.reshape(groups, -1).sum(1)
     held = np.unique(residents(rows) // rows.group)
     outside = np.setdiff1d(np.arange(groups), held)
-    assert worth[outside].max() <= 2 * BETTER * worth[held].min()  # all that deserves it by far is there by now
+    assert worth[outside].max() <= 2 * SWAP_MARGIN * worth[held].min()  # all that deserves it by far is there by now
 
 
 def test_nothing_moves_for_what_is_hardly_better() -> None:

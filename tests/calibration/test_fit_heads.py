@@ -106,7 +106,7 @@ def test_prediction_loses_less_than_leaving_out_the_smallest_on_average() -> Non
     means = np.broadcast_to(importance[~held].mean(0), importance[held].shape)
 
     def best(ranks: Array) -> float:
-        chosen = ranks >= np.quantile(ranks, 1 - fitting.STRONG)
+        chosen = ranks >= np.quantile(ranks, 1 - fitting.PROBE_SHARE)
         return relative_error(probe, rest, chosen)
 
     assert best(importance[held]) < fitted.strong.error < 0.7 * best(means)

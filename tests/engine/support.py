@@ -12,7 +12,7 @@ import pytest
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import (
     PEAK_JITTER,
-    Machine,
+    FixedCosts,
     Plan,
     Workload,
     host_tier,
@@ -49,7 +49,7 @@ def tiny_plan(
     packed: Pack, runtime: Runtime, share: float, context: int = 96, chunk: int | None = None, **workload: object
 ) -> Plan:
     """A plan as if the process itself took nothing, that pins about `share` of the weights (1: all of them)."""
-    machine = replace(runtime.machine(packed), runtime_bytes=0, peak_bytes=0)
+    machine = replace(runtime.fixed_costs(packed), runtime_bytes=0, peak_bytes=0)
     wanted = Workload(context=context, prompt=chunk, **workload)  # type: ignore[arg-type]
     arguments = (packed.spec, packed.layout)
     if share >= 1:
@@ -117,8 +117,8 @@ class TorchRuntime:
     def __init__(self, name: str = "cpu", host_share: float = 0.0) -> None:
         self.ops, self.name, self.host_share = ops.load("torch"), name, host_share
 
-    def machine(self, packed: Pack) -> Machine:
-        return Machine(0, 0, kv_item_bytes(packed), partial(self.scratch_bytes, packed))
+    def fixed_costs(self, packed: Pack) -> FixedCosts:
+        return FixedCosts(0, 0, kv_item_bytes(packed), partial(self.scratch_bytes, packed))
 
     def scratch_bytes(self, packed: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(packed, tokens, context)
@@ -129,7 +129,7 @@ class TorchRuntime:
     def device(self, packed: Pack, the_plan: Plan, ledger: Ledger, reader: Reader) -> TorchDevice:
         host = int(self.host_share * the_plan.weight_bytes)
         blocks = host_tier(packed.spec, packed.layout, the_plan, host)
-        arena = arena_bytes(the_plan, self.scratch_bytes(packed, the_plan.chunk, the_plan.context))
+        arena = arena_bytes(the_plan, self.scratch_bytes(packed, the_plan.prefill_chunk, the_plan.context))
         return TorchDevice(self.ops, self.name, ledger, reader, arena, blocks)
 
     def peak_bytes(self) -> int | None:

@@ -59,7 +59,7 @@ def test_chunks_do_not_change_the_bits(case):
     results = []
     for chunk in (16, 32):
         with tiny_engine(packed, 1.0, chunk=chunk) as engine:
-            assert engine.plan.chunk == chunk
+            assert engine.plan.prefill_chunk == chunk
             results.append(logits_of(engine, prompt, tokens[:2]))
     assert np.array_equal(*results)
 

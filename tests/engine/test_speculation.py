@@ -47,7 +47,7 @@ def test_text_is_the_same_under_every_budget(case, sampling):
     assert report.tokens_per_pass == 1
     assert report.acceptance is None
     for share, positions in ((0.3, 12), (0.7, 5), (0.9, 16), (1.0, 16)):
-        with tiny_engine(packed, share, chunk=16, positions=positions) as engine:
+        with tiny_engine(packed, share, chunk=16, max_draft_tokens=positions) as engine:
             for _ in range(2):  # the second time with other neurons resident
                 tokens, report = written(engine, prompt, sampling)
                 assert tokens == expected
@@ -72,8 +72,8 @@ def test_resident_neurons_follow_the_text_and_change_nothing(wide_case, sampling
         expected, _ = written(engine, prompt, sampling)
     moved = 0
     for share, positions in ((0.4, 12), (0.5, 4), (0.65, 16)):
-        with tiny_engine(packed, share, chunk=16, positions=positions) as engine:
-            assert engine.plan.following
+        with tiny_engine(packed, share, chunk=16, max_draft_tokens=positions) as engine:
+            assert engine.plan.adaptive_ffns
             followed = engine.decoder.weights.resident.values()
             before = [set(residents(rows).tolist()) for rows in followed]
             for _ in range(2):
@@ -92,16 +92,16 @@ def test_any_share_may_be_resident(wide_case):
         expected, _ = written(engine, prompt, Sampling())
     drafted = set()
     for share in np.arange(0.05, 0.8, 0.05):
-        with tiny_engine(packed, float(share), chunk=16, positions=8) as engine:
+        with tiny_engine(packed, float(share), chunk=16, max_draft_tokens=8) as engine:
             assert written(engine, prompt, Sampling())[0] == expected
-            drafted.add(bool(engine.plan.following))
+            drafted.add(bool(engine.plan.adaptive_ffns))
     assert drafted == {False, True}
 
 
 def test_one_generation_ends_where_another_begins(wide_case):
     """Tokens of a pass that are not handed out yet are not handed out then."""
     packed, prompt = wide_case
-    with tiny_engine(packed, 1.0, chunk=16, positions=16) as engine:
+    with tiny_engine(packed, 1.0, chunk=16, max_draft_tokens=16) as engine:
         first = engine.generate(prompt * 2, 8, Sampling(), ignore_eos=True)
         next(first)
         next(first)
@@ -127,7 +127,7 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
     packed, prompt = wide_case
     with tiny_engine(packed, 1.0, chunk=16) as engine:
         expected, _ = written(engine, prompt, Sampling())
-    with tiny_engine(packed, 0.5, chunk=16, positions=8) as engine:
+    with tiny_engine(packed, 0.5, chunk=16, max_draft_tokens=8) as engine:
         glu, calls = engine.decoder.ops.glu, 0
 
         class Struck:
@@ -154,7 +154,7 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
 
 def test_a_draft_leaves_the_sequence_alone_and_resembles_it(wide_case):
     packed, prompt = wide_case
-    with tiny_engine(packed, 0.65, chunk=16, positions=6) as engine:
+    with tiny_engine(packed, 0.65, chunk=16, max_draft_tokens=6) as engine:
         logits = engine.prefill(prompt)
         token = int(logits.argmax())
         drafted = engine.draft(token, 0).copy()

@@ -68,12 +68,12 @@ def test_keeping_a_path_is_decoding_it(case):
         for kept in (path, path[:1], []):
             engine.rewind(PROMPT)
             engine.step_tree(tokens, PARENTS)
-            engine.keep(kept)
+            engine.commit(kept)
             assert engine.length == PROMPT + len(kept)
             for layer, expected in zip(engine.decoder.kv.layers, wanted, strict=True):
                 assert np.array_equal(layer[:, : engine.length], expected[:, : engine.length])
         engine.step_tree(tokens, PARENTS)
-        engine.keep(path)
+        engine.commit(path)
         assert np.array_equal(engine.step(5), logits)
         assert np.array_equal(engine.prefill([*prompt, *(tokens[i] for i in path), 5]), logits)
 
@@ -89,7 +89,7 @@ def test_the_reference_agrees(tmp_path, family):
         with tiny_engine(packed, 0.4, runtime, chunk=32, logit_rows=16) as engine:
             engine.prefill(prompt)
             logits = engine.step_tree(tokens, PARENTS).copy()
-            engine.keep([1, 4, 14])
+            engine.commit([1, 4, 14])
             found.append(np.concatenate((logits, engine.step(5)[None])))
     assert relative_rms(found[0], found[1]) < 1e-4
 
@@ -102,15 +102,15 @@ def test_what_is_no_tree_or_path_is_refused(case):
             with pytest.raises(UsageError):
                 engine.step_tree(tokens[:count], parents)
         with pytest.raises(ValueError, match="not a path"):
-            engine.keep([0])
+            engine.commit([0])
         engine.step_tree(tokens, PARENTS)
         for path in ([2], [0, 4], [0, 2, 16], [-1], [0, 0]):
             with pytest.raises(ValueError, match="not a path"):
-                engine.keep(path)
-        engine.keep([0, 2])
+                engine.commit(path)
+        engine.commit([0, 2])
         with pytest.raises(ValueError, match="not a path"):
-            engine.keep([0])
+            engine.commit([0])
         engine.step_tree(tokens, PARENTS)
         engine.rewind(PROMPT)
         with pytest.raises(ValueError, match="not a path"):
-            engine.keep([0])
+            engine.commit([0])

@@ -8,7 +8,7 @@ import numpy as np
 
 from flashrt.config import Sampling
 from flashrt.engine.sampling import Sampler
-from flashrt.speculate.acceptance import walk
+from flashrt.speculate.acceptance import verify
 from flashrt.speculate.tree import ROOT, TokenTree
 
 Array = np.ndarray
@@ -45,7 +45,7 @@ def speculative(target: Target, prompt: list[int], sampling: Sampling, count: in
     while len(tokens) < len(prompt) + count:
         tree = TokenTree(tokens[-1])
         plant(tree, tokens)
-        tokens += [step.token for step in walk(tree, target.verify(tree, tokens), sampler)]
+        tokens += [step.token for step in verify(tree, target.verify(tree, tokens), sampler)]
     return tokens[len(prompt) :]
 
 

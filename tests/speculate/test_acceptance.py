@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flashrt.config import Sampling
 from flashrt.engine.sampling import Sampler, distribution
-from flashrt.speculate.acceptance import walk
+from flashrt.speculate.acceptance import verify
 from flashrt.speculate.tree import ROOT, TokenTree
 from tests.speculate.support import Target, plain, planters, speculative
 
@@ -51,7 +51,7 @@ def test_a_perfect_draft_stands_as_a_whole() -> None:
     for token in plain(target, PROMPT, Sampling(), 6):
         tree.add(ROOT, (token + 1) % 7)  # beside it something wrong
         node = tree.add(node, token)
-    steps = list(walk(tree, target.verify(tree, tokens), Sampler(Sampling(), PROMPT)))
+    steps = list(verify(tree, target.verify(tree, tokens), Sampler(Sampling(), PROMPT)))
     assert [step.node for step in steps] == tree.path(node)
     assert [step.token for step in steps] == plain(target, PROMPT, Sampling(), 7)
 
@@ -62,7 +62,7 @@ def test_a_copy_of_the_sampler_drafts_what_is_sampled() -> None:
     for _ in range(9):
         tokens.append(drafter.choose(target.logits(tokens)))
         node = tree.add(node, tokens[-1])
-    steps = list(walk(tree, target.verify(tree, PROMPT), sampler))
+    steps = list(verify(tree, target.verify(tree, PROMPT), sampler))
     assert [step.token for step in steps[:-1]] == tokens[len(PROMPT) :]
 
 
@@ -71,7 +71,7 @@ def test_nothing_is_drawn_beyond_the_last_step_asked_for() -> None:
     tree = TokenTree(PROMPT[-1])
     planters(target, 0)["everything"](tree, PROMPT)
     sampler, other = (Sampler(SAMPLINGS[3], PROMPT) for _ in range(2))
-    next(walk(tree, target.verify(tree, PROMPT), sampler))
+    next(verify(tree, target.verify(tree, PROMPT), sampler))
     other.choose(target.logits(PROMPT))
     logits = np.random.default_rng(0).normal(size=7).astype(np.float32)
     assert sampler.choose(logits.copy()) == other.choose(logits.copy())

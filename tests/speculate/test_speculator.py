@@ -9,7 +9,7 @@ import pytest
 
 from flashrt.config import Sampling
 from flashrt.engine.sampling import Sampler
-from flashrt.speculate.acceptance import walk
+from flashrt.speculate.acceptance import verify
 from flashrt.speculate.drafter import Candidate, Drafter
 from flashrt.speculate.lookup import Lookup
 from flashrt.speculate.speculator import Speculator
@@ -61,7 +61,7 @@ def decode(
         tree = speculator.draft(LIMIT)
         assert tree.tokens[0] == tokens[-1]
         assert len(tree) <= LIMIT
-        new = [step.token for step in walk(tree, target.verify(tree, tokens), sampler)]
+        new = [step.token for step in verify(tree, target.verify(tree, tokens), sampler)]
         clock.now += passes(len(tree))
         speculator.learn(new, len(tree), passes(len(tree)))
         tokens += new

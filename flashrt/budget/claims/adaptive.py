@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flashrt.storage.layout import PAGE, TensorLayout
 
-SPAN = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
+BLOCKS_PER_CALL = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
 GROUP_BYTES = 32 << 10  # of neighbours that move together; reads of that size are nearly as fast as any
 LONG_GROUP_BYTES = 128 << 10  # where most are resident: which ones matters less than what the rest costs to read
 

@@ -31,7 +31,7 @@ class Selection:
         return self.both / max(self.taken, 1)
 
 
-class Thinned(ABC, Generic[Layer]):
+class SparseFfn(ABC, Generic[Layer]):
     """The feed-forward blocks of a calibrated pack.
 
     While `selections` are given, narrow passes also compute what everything would have given, and compare.

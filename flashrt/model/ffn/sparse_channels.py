@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.model.ffn.sparse import SINKS, Selection, Thinned
+from flashrt.model.ffn.sparse import SINKS, Selection, SparseFfn
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
 from flashrt_kernels.channels import CHANNELS
@@ -40,7 +40,7 @@ def everything(layer: ChannelSparsity) -> ChannelSparsity:
     return replace(layer, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
 
 
-class ChannelFfn(Thinned[ChannelSparsity]):
+class ChannelFfn(SparseFfn[ChannelSparsity]):
     """The blocks of a calibrated pack. `weights` are loaded.
 
     While `selections` are given, narrow passes also compute what all channels would have given, and compare.

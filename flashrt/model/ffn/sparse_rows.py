@@ -15,7 +15,7 @@ import numpy as np
 from flashrt.cache.rows import Pass, RowStatistics
 from flashrt.cache.weights import Weights
 from flashrt.model.ffn.lookahead import Lookahead
-from flashrt.model.ffn.sparse import Selection, Thinned
+from flashrt.model.ffn.sparse import Selection, SparseFfn
 from flashrt.model.heads import Chosen, Heads
 from flashrt.model.predictors.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
@@ -37,7 +37,7 @@ class RowTally:
     idle_heads: int = 0  # that were left out of the attention before it
 
 
-class RowFfn(Thinned[RowSparsity]):
+class RowFfn(SparseFfn[RowSparsity]):
     """The blocks of a pack calibrated by row. `weights` are loaded.
 
     While `selections` are given, narrow passes also compute which neurons are active, and compare.

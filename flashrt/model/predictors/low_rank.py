@@ -1,7 +1,8 @@
 """Scores of all neurons through a bottleneck: two small matrices instead of one large one.
 
-As in LLM in a Flash (section 3.1) and Deja Vu (section 3.2). `flashrt.calibration.fit_predictor` finds the matrices. Rows of 4 bits
-predict nearly as well as rows of 8 and leave room for almost twice the rank, which names far fewer neurons.
+As in LLM in a Flash (section 3.1) and Deja Vu (section 3.2); `flashrt.calibration.fit_predictor` finds the matrices.
+Rows of 4 bits predict nearly as well as rows of 8 and leave room for almost twice the rank, which names far fewer
+neurons.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrt.budget.claims.rows import RowMemory, divide_windows
-from flashrt.budget.planner import MIB, PEAK_JITTER, Machine, Workload, plan, resident_budget, smallest_budget
+from flashrt.budget.planner import MIB, PEAK_JITTER, FixedCosts, Workload, plan, resident_budget, smallest_budget
 from flashrt.sparsity import RowSparsity, Sparsity
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PackLayout, pack_layout
@@ -47,18 +47,18 @@ def test_windows_fill_what_they_are_given(neurons: int, rows: list[float], share
 @given(st.integers(200, 5000), counts, st.floats(0, 1))
 def test_plans_give_every_byte_an_owner(neurons: int, rows: list[float], share: float) -> None:
     packed, shape = layout(neurons, rows), spec(neurons, len(rows))
-    workload, machine = Workload(256), Machine(60 * MIB, 70 * MIB, 2, lambda tokens, context: 4096 * tokens)
+    workload, costs = Workload(256), FixedCosts(60 * MIB, 70 * MIB, 2, lambda tokens, context: 4096 * tokens)
     arguments = (shape, packed)
-    least, enough = (f(*arguments, workload, machine) for f in (smallest_budget, resident_budget))
+    least, enough = (f(*arguments, workload, costs) for f in (smallest_budget, resident_budget))
     budget = int(least - PEAK_JITTER + share * max(enough - least, 0))
-    found = plan(*arguments, budget, workload, machine)
+    found = plan(*arguments, budget, workload, costs)
     assert sum(found.owners.values()) == budget
     assert min(found.owners.values()) >= 0
     assert found.owners["predictors"] > 0
     held = sum(found.windows.values()) * packed.tensors["0.ffn"].stride
     assert found.owners.get("FFN", 0) >= held
     assert all(found.pinned[name] == t.blocks for name, t in packed.tensors.items() if ".predictor." in name)
-    everything = plan(*arguments, enough, workload, machine)
+    everything = plan(*arguments, enough, workload, costs)
     assert everything.resident
     assert not everything.windows
     assert found.streamed_bytes_per_token >= everything.streamed_bytes_per_token
