@@ -192,7 +192,7 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
     def noted(i: int, x: Array, *others: Any) -> None:
         began = time.perf_counter()
         normed = np.empty_like(x)
-        decoder._norm(f"{i}.norm.ffn", x, normed)
+        decoder.work.norm(f"{i}.norm.ffn", x, normed)
         assert decoder.rows is not None
         trace[-1].append(decoder.rows.predictors[i].predict(lookaheads[i].guess(normed)))
         guessed = time.perf_counter()

@@ -31,6 +31,7 @@ from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
 from flashrt.kv.contiguous import KVCache
 from flashrt.model.decoder import Decoder
+from flashrt.model.workspace import Workspace
 from flashrt.spec import ModelSpec
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.pack import Pack
@@ -197,7 +198,7 @@ def build_engine(
         }
         scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
         weights.load(progress)
-        return Engine(Decoder(weights, kv, buffers, scratch), reader, the_plan, tokenizer, runtime)
+        return Engine(Decoder(Workspace(weights, buffers, scratch), kv), reader, the_plan, tokenizer, runtime)
     except BaseException:
         reader.close()
         raise

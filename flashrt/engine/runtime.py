@@ -18,7 +18,7 @@ from flashrt.budget.process import (
 from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
 from flashrt.errors import BudgetError, DeviceError, UsageError
-from flashrt.model.decoder import reserve, scratch_bytes
+from flashrt.model.workspace import reserve, scratch_bytes
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt.storage.pack import Pack

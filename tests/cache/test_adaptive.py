@@ -81,7 +81,9 @@ def run(rows: AdaptiveNeurons, reader: FakeReader, usage: np.ndarray, wide: bool
         else:
             gathered = rows.gather(span, own)
             assert gathered.first == first
-            every = np.concatenate([rows.memory, *gathered.streamed_bundles]) if gathered.streamed_bundles else rows.memory
+            every = (
+                np.concatenate([rows.memory, *gathered.streamed_bundles]) if gathered.streamed_bundles else rows.memory
+            )
             places = np.where(gathered.slots < 0, len(rows.memory) - 1 - gathered.slots, gathered.slots)
             assert np.array_equal(every[places], expected[first:last])
         rows.exchange(span, own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrt.model.decoder import scratch_bytes
+from flashrt.model.workspace import scratch_bytes
 from flashrt.storage.layout import pack_layout
 from flashrt_kernels import ops
 from flashrt_kernels.rows import Codec

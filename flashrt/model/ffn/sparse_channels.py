@@ -15,6 +15,7 @@ import numpy as np
 
 from flashrt.cache.weights import Weights
 from flashrt.model.ffn.sparse import SINKS, Selection, SparseFfn
+from flashrt.model.workspace import WIDE_NEURONS
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import channel_columns
 from flashrt_kernels.channels import CHANNELS
@@ -22,7 +23,6 @@ from flashrt_kernels.curves import function
 from flashrt_kernels.rows import bundle_stride
 
 Tensor = Any
-WIDE_NEURONS = 512  # neurons of one wide call, as in the decoder
 
 
 @dataclass(slots=True)

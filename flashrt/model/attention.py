@@ -1,0 +1,83 @@
+"""The attention block of every layer: projections, rotation, and attention over the keys and values of a sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashrt.budget.working_set import ropes
+from flashrt.kv.contiguous import KVCache
+from flashrt.model.heads import Chosen, computed_rows
+from flashrt.model.workspace import Tensor, Workspace
+
+
+class AttentionBlocks:
+    """Computes the block of a layer for the tokens of a pass, whose keys and values it appends to `kv`."""
+
+    def __init__(self, work: Workspace, kv: KVCache) -> None:
+        self.work, self.kv, self.ops = work, kv, work.ops
+        pairs = ropes(work.spec)
+        self._rope_index = {pair: i for i, pair in enumerate(pairs)}
+        self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
+
+    def rotate_to(self, positions: np.ndarray) -> None:
+        """Cosines and sines of the pass's positions (int64 [T]), for every distinct rope."""
+        count = len(positions)
+        for (rope, dim), i in self._rope_index.items():
+            angles = positions[:, None].astype(np.float64) * self._frequencies[i]
+            for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
+                out = self.work.view(name, count, dim // 2)
+                self.work.device.put((values * rope.attention_factor).astype(np.float32), out)
+
+    def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+        """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""
+        attention = self.work.spec.layers[i].attention
+        qkv = self.work.view("qkv", len(normed), attention.qkv_rows)
+        rows = None if chosen is None else computed_rows(chosen.spans, attention)
+        self.work.linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
+        return qkv
+
+    def attend(self, i: int, qkv: Tensor, start: int, chosen: Chosen | None, tree: Tensor | None) -> Tensor:
+        """What the chosen heads (None: all) give, float32 [T, heads * head_dim].
+
+        The others give zeros, whatever their queries hold.
+        """
+        attention = self.work.spec.layers[i].attention
+        ops, count, dim, kv = self.ops, len(qkv), attention.head_dim, self.kv.layers[i]
+        out = self.work.view("attended", count, attention.heads * dim)
+        heads = qkv.reshape(count, -1, dim)
+        query = heads[:, : attention.heads]
+        key = heads[:, attention.heads : attention.heads + attention.kv_heads]
+        value = heads[:, attention.heads + attention.kv_heads :]
+        if attention.qk_norm:
+            self._norm_heads(query, f"{i}.q_norm")
+            self._norm_heads(key, f"{i}.k_norm")
+        if attention.rope is not None:
+            index = self._rope_index[attention.rope, dim]
+            cos, sin = (self.work.view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
+            ops.rope(heads[:, : attention.heads + attention.kv_heads], cos, sin)
+        ops.kv_append(key, value, kv, start)
+        options = (start, attention.window, attention.scale, None)
+        if chosen is None:
+            ops.attention(query, kv, *options, out, self.work.scratch, tree)
+            return out
+        for first, end in chosen.spans:
+            part, own = out[:, first * dim : end * dim], kv[first:end]
+            ops.attention(query[:, first:end], own, *options, part, self.work.scratch, tree)
+        out.reshape(count, -1, dim)[~chosen.each] = 0
+        return out
+
+    def output(self, i: int, attended: Tensor, wide: bool) -> Tensor:
+        """What the block adds to the residual stream, float32 [T, hidden]."""
+        work, attention = self.work, self.work.spec.layers[i].attention
+        y = work.view("y", len(attended), work.spec.hidden)
+        work.linear(f"{i}.out", attended, y, wide, f"{i}.out.bias" if attention.out_bias else None)
+        if work.spec.post_norms:
+            work.norm(f"{i}.norm.attention_post", y, y)
+        return y
+
+    def _norm_heads(self, heads: Tensor, name: str) -> None:
+        """Normalise [T, heads, head_dim] in place, in as few calls as its strides allow."""
+        tokens, count = heads.shape[:2]
+        weight, eps = self.work.weights.vector(name), self.work.spec.norm_eps
+        for matrix in (heads[t] for t in range(tokens)) if tokens <= count else (heads[:, h] for h in range(count)):
+            self.ops.rms_norm(matrix, weight, eps, matrix)

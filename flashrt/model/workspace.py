@@ -1,0 +1,100 @@
+"""What every part of a decoder computes with: the buffers of a pass, and products and norms of named weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashrt.cache.weights import Weights
+from flashrt.spec import ModelSpec
+from flashrt.storage.layout import PackLayout
+from flashrt_kernels.channels import channel_groups
+from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+
+WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
+
+Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
+
+
+class Workspace:
+    """`buffers` are flat, sized by `budget.working_set`; `scratch` is what kernels take beside them."""
+
+    def __init__(self, weights: Weights, buffers: Mapping[str, Tensor], scratch: Tensor) -> None:
+        self.weights, self.buffers, self.scratch = weights, buffers, scratch
+        self.spec, self.layout = weights.spec, weights.layout
+        self.device, self.ops = weights.device, weights.device.ops
+
+    def view(self, name: str, rows: int, width: int) -> Tensor:
+        """The leading part of a buffer as a contiguous [rows, width] matrix."""
+        return self.buffers[name][: rows * width].reshape(rows, width)
+
+    def lookup(self, name: str, ids: Sequence[int], out: Tensor) -> None:
+        """Rows `ids` of a matrix, decoded into `out` (float32 [T, columns])."""
+        tensor = self.layout.tensors[name]
+        encoded = self.view("encoded", len(ids), row_bytes(tensor.codec, tensor.columns))
+        self.weights.rows(name, ids, encoded)
+        self.ops.dequantize(encoded, tensor.codec, tensor.columns, out)
+
+    def linear(
+        self,
+        name: str,
+        x: Tensor,
+        out: Tensor,
+        wide: bool,
+        bias: str | None = None,
+        rows: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """out = x W^T + bias; only the rows between the pairs `rows`, which are whole bundles, where they are given."""
+        codec, total = self.layout.tensors[name].codec, out.shape[1]
+        vector = None if bias is None else self.weights.vector(bias)
+        for first, bundles in self.weights.runs(name):
+            row0 = first * MATRIX_ROWS
+            for begin, end in rows or [(0, total)]:
+                begin, end = max(begin, row0), min(end, row0 + len(bundles) * MATRIX_ROWS)
+                if begin < end:
+                    share = None if vector is None else vector[begin:end]
+                    part = bundles[(begin - row0) // MATRIX_ROWS :]
+                    self.multiply(x, part, codec, out, begin, end - begin, share, wide)
+
+    def multiply(
+        self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool
+    ) -> None:
+        """out[:, row0 : row0 + rows] = x W^T + bias, of `rows` rows in `bundles`."""
+        if wide:
+            self.ops.gemm_linear(x, bundles, codec, out, row0, rows, bias, self.scratch)
+        else:
+            self.ops.linear(x, bundles, codec, out, row0, rows, bias)
+
+    def norm(self, name: str, x: Tensor, out: Tensor) -> None:
+        """out = norm `name` of x, float32 [T, hidden]."""
+        weight = self.weights.vector(name)
+        if self.spec.norm == "rms":
+            self.ops.rms_norm(x, weight, self.spec.norm_eps, out)
+        else:
+            self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), self.spec.norm_eps, out)
+
+
+def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) -> int:
+    """Bytes of the kernels' scratch in a pass of at most `tokens` tokens."""
+    sizes = [ops.gemm_scratch_bytes(tokens, spec.hidden)]
+    if layout.channel_columns:
+        sizes.append(ops.gate_up_scratch_bytes(tokens, channel_groups(spec.hidden)))
+    for layer in set(spec.layers):
+        attention, neurons = layer.attention, min(layer.ffn.neurons, WIDE_NEURONS)
+        width = attention.heads * attention.head_dim
+        sizes += [
+            ops.gemm_scratch_bytes(tokens, width),
+            ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),
+            # A few tokens may take more than many, which are cut into tiles.
+            *(
+                ops.attention_scratch_bytes(count, attention.heads, attention.kv_heads, attention.head_dim)
+                for count in range(1, tokens + 1)
+            ),
+        ]
+    return int(max(sizes))
+
+
+def reserve(spec: ModelSpec, ops: Any) -> None:
+    """Make the kernels take what they keep between calls, before the process is measured."""
+    widest = max(max(layer.attention.heads * layer.attention.head_dim for layer in spec.layers), spec.hidden)
+    ops.reserve(widest)
