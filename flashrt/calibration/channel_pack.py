@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flashrt.calibration.fit_channels import Block, ChannelFit
+from flashrt.calibration.fit_channels import ChannelBlock, ChannelFit
 from flashrt.calibration.pack_copy import PackCopy, read_bundles
 from flashrt.sparsity import ChannelSparsity
 from flashrt.storage.layout import TensorLayout
@@ -70,6 +70,6 @@ def _named(i: int, fit: ChannelFit, vectors: ChannelVectors, hidden: int) -> dic
     }
 
 
-def read_ffn(pack: Pack, i: int) -> Block:
+def read_ffn(pack: Pack, i: int) -> ChannelBlock:
     """The weights of dense block `i`. Raises PackError where they are damaged."""
-    return Block(pack.spec.layers[i].ffn, pack.spec.hidden, read_bundles(pack, f"{i}.ffn"))
+    return ChannelBlock(pack.spec.layers[i].ffn, pack.spec.hidden, read_bundles(pack, f"{i}.ffn"))

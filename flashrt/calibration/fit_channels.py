@@ -125,7 +125,7 @@ def choice_from(data: dict[str, Any]) -> Choice:
     return Choice(**data | {"thresholds": tuple(data["thresholds"])})
 
 
-class Block:
+class ChannelBlock:
     """One dense block's weights, taken from its bundles uint8 [neurons, stride] in int4."""
 
     def __init__(self, ffn: Ffn, hidden: int, bundles: Array) -> None:
@@ -164,23 +164,23 @@ class Inputs:
         return float((squares * self.weights).mean())
 
 
-def fit_channels(block: Block, samples: Inputs, up_bias: Array | None, kernels: Any) -> ChannelFit:
+def fit_channels(block: ChannelBlock, samples: Inputs, up_bias: Array | None, kernels: Any) -> ChannelFit:
     """Fit one block to samples of its input. All of them count."""
     natural = np.arange(len(block.parts()[0].codes[0]), dtype=np.int32)
-    trial = _Trial(block, natural, np.ones(block.hidden, np.float32), up_bias, kernels)
+    trial = _ChannelTrial(block, natural, np.ones(block.hidden, np.float32), up_bias, kernels)
     norms, down_norms = _norms(block, trial, samples, kernels)
     order = _hottest_first(norms**2 * (samples.x**2 * samples.weights[:, None]).mean(0))
     probe, counts = samples.some(PROBE_TOKENS), np.abs(samples.x) * norms
-    trial = _Trial(block, order, norms, up_bias, kernels)
+    trial = _ChannelTrial(block, order, norms, up_bias, kernels)
     channels = _channel_choices(trial, probe, counts)
     neurons = _neuron_choices(trial, probe, down_norms)
     return ChannelFit(order, norms, down_norms, channels, neurons)
 
 
-class _Trial:
+class _ChannelTrial:
     """A block stored whole, computed with any thresholds."""
 
-    def __init__(self, block: Block, order: Array, norms: Array, up_bias: Array | None, kernels: Any) -> None:
+    def __init__(self, block: ChannelBlock, order: Array, norms: Array, up_bias: Array | None, kernels: Any) -> None:
         self.block, self.norms, self.up_bias, self.kernels = block, norms, up_bias, kernels
         self.groups, self.vectors = encode_channels(block.parts(), order, CHANNELS)
         self.order = np.where(order < block.hidden, order, -1).astype(np.int32)
@@ -218,7 +218,7 @@ class _Trial:
         return parts
 
 
-def _norms(block: Block, trial: _Trial, samples: Inputs, kernels: Any) -> tuple[Array, Array]:
+def _norms(block: ChannelBlock, trial: _ChannelTrial, samples: Inputs, kernels: Any) -> tuple[Array, Array]:
     """What a unit of each channel's x, and of each neuron's h, does to the output, to first order: root mean squares.
 
     A channel's weights count as much as the neurons they feed: by the slope of h and the length of the row of down.
@@ -258,7 +258,7 @@ def _hottest_first(energy: Array) -> Array:
     return (ranks + np.arange(0, places, CHANNELS)[:, None]).reshape(-1).astype(np.int32)
 
 
-def _channel_choices(trial: _Trial, probe: Inputs, counts: Array) -> list[Choice]:
+def _channel_choices(trial: _ChannelTrial, probe: Inputs, counts: Array) -> list[Choice]:
     """All pairs of shares, with all numbers of channels stored whole that leave room for them."""
     ones = np.ones(trial.block.ffn.neurons, np.float32)
     exact, _ = trial.output(trial.sums(probe.x)[0], ones)
@@ -275,7 +275,7 @@ def _channel_choices(trial: _Trial, probe: Inputs, counts: Array) -> list[Choice
     return choices
 
 
-def _neuron_choices(trial: _Trial, probe: Inputs, norms: Array) -> list[Choice]:
+def _neuron_choices(trial: _ChannelTrial, probe: Inputs, norms: Array) -> list[Choice]:
     act = function(trial.block.ffn.activation)
     parts = trial.projections(probe.x)
     h = act(parts[0]) * parts[1] if trial.block.ffn.gated else act(parts[0])

@@ -100,13 +100,20 @@ def find_threshold(factors: Factors, samples: Samples, tokens: Array, recall: fl
         active = found > 0
         scores.append((samples.inputs[part] @ factors.down.T @ factors.up.T + factors.bias)[active])
         importance.append(found[active])
-    score, weight = np.concatenate(scores), np.concatenate(importance)
-    if len(score) == 0:
+    return recall_threshold(np.concatenate(scores), np.concatenate(importance), recall)
+
+
+def recall_threshold(scores: Array, importance: Array, recall: float) -> float:
+    """The largest score that a share `recall` of all importance lies above; both float32 [n], of active neurons.
+
+    Raises UsageError where no neuron is active.
+    """
+    if len(scores) == 0:
         raise UsageError("no neuron of a layer was active in the text: use a longer one")
-    order = np.argsort(-score, kind="stable")
-    sums = np.cumsum(weight[order], dtype=np.float64)
+    order = np.argsort(-scores, kind="stable")
+    sums = np.cumsum(importance[order], dtype=np.float64)
     last = min(int(np.searchsorted(sums, recall * sums[-1])), len(order) - 1)
-    return float(np.nextafter(score[order[last]], np.float32(-np.inf)))
+    return float(np.nextafter(scores[order[last]], np.float32(-np.inf)))
 
 
 def _covariance(inputs: Array, mean: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from flashrt.calibration.fit_channels import Choice, Inputs, choice_from
 from flashrt.calibration.fit_heads import EVERYTHING, HeadFit
-from flashrt.calibration.fit_predictor import fit, held_out
+from flashrt.calibration.fit_predictor import fit, held_out, recall_threshold
 from flashrt.calibration.neuron_order import neuron_order
 from flashrt.calibration.samples import Samples
 from flashrt.model.predictors.low_rank import Factors, LowRank, encode
@@ -148,10 +148,10 @@ def fit_rows(neurons: Neurons, given: Inputs, kernels: Any) -> RowFit:
         samples.add(given.x[part], neurons.h(given.x[part]) * np.sqrt(given.weights[part])[:, None])
     order = neuron_order(samples)
     held = np.flatnonzero(held_out(samples.count))
-    best: _Trial | None = None
+    best: _RowTrial | None = None
     for rank in ranks(given.x.shape[1]):
         factors = fit(samples, neurons.deciding, neurons.bias, rank, RECALL)
-        trial = _Trial(neurons, factors, samples, held, kernels)
+        trial = _RowTrial(neurons, factors, samples, held, kernels)
         if best is not None and trial.touched(0.0) >= best.touched(0.0):
             break
         best = trial
@@ -168,7 +168,7 @@ def ranks(hidden: int) -> list[int]:
     return [rank for rank in RANKS if rank < hidden] or [hidden]
 
 
-class _Trial:
+class _RowTrial:
     """A predictor as it will be stored, and its scores for the tokens held out."""
 
     def __init__(self, neurons: Neurons, factors: Factors, samples: Samples, held: Array, kernels: Any) -> None:
@@ -186,11 +186,7 @@ class _Trial:
     def threshold(self, recall: float) -> float:
         """The largest score that a share `recall` of all importance lies above."""
         active = self.importance > 0
-        scores, weights = self.scores[active], self.importance[active]
-        order = np.argsort(-scores, kind="stable")
-        sums = np.cumsum(weights[order], dtype=np.float64)
-        last = min(int(np.searchsorted(sums, recall * sums[-1])), len(order) - 1)
-        return float(np.nextafter(scores[order[last]], np.float32(-np.inf)))
+        return recall_threshold(self.scores[active], self.importance[active], recall)
 
     def touched(self, threshold: float) -> float:
         """Bytes of a token: the predictor, and the neurons that it names."""
