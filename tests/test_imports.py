@@ -24,7 +24,7 @@ LAYERS = (
     ("flashrt",),
     ("flashrt.engine",),
     ("flashrt.model",),
-    ("flashrt.cache", "flashrt.predict", "flashrt.speculate"),
+    ("flashrt.cache", "flashrt.predict", "flashrt.speculate", "flashrt.machine"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text"),
     ("flashrt.config", "flashrt.sparsity", "flashrt.spec"),
     ("flashrt.errors",),

@@ -21,8 +21,6 @@ from flashrt.budget.planner import (
     resident_budget,
     smallest_budget,
 )
-from flashrt.budget.process import reset_peak, resident_bytes
-from flashrt.budget.profile import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
 from flashrt.cache.kv import KVCache
 from flashrt.cache.weights import Weights
@@ -30,6 +28,8 @@ from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
+from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
+from flashrt.machine.process import reset_peak, resident_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.spec import ModelSpec
 from flashrt.storage.cost import CostCurve
