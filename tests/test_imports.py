@@ -25,7 +25,7 @@ LAYERS = (
     ("flashrt.calibration",),
     ("flashrt.engine",),
     ("flashrt.model",),
-    ("flashrt.cache", "flashrt.kv", "flashrt.speculate"),
+    ("flashrt.cache", "flashrt.kv", "flashrt.speculate", "flashrt.machine"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text"),
     ("flashrt.config", "flashrt.sparsity", "flashrt.spec"),
     ("flashrt.errors",),
