@@ -24,9 +24,9 @@ LAYERS = (
     ("flashrt",),
     ("flashrt.engine",),
     ("flashrt.model",),
-    ("flashrt.cache", "flashrt.predict", "flashrt.speculate", "flashrt.machine"),
+    ("flashrt.cache", "flashrt.predict", "flashrt.speculate", "flashrt.machine", "flashrt.checkpoints"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text"),
-    ("flashrt.config", "flashrt.sparsity", "flashrt.spec"),
+    ("flashrt.config", "flashrt.sparsity", "flashrt.spec", "flashrt.child"),
     ("flashrt.errors",),
     ("flashrt_kernels",),
 )

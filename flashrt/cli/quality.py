@@ -58,7 +58,7 @@ def quality(
     from flashrt.budget.planner import Workload
     from flashrt.cli.evaluate import first_ids
     from flashrt.cli.session import Session, Settings
-    from flashrt.engine.open import checked_context
+    from flashrt.config import checked_context
     from flashrt.engine.quality import Reference, figures, select
     from flashrt.model.decoder import NARROW
 
