@@ -80,7 +80,7 @@ def ppl(
 
     from flashrt.budget.planner import Workload
     from flashrt.cli.session import Session, Settings
-    from flashrt.engine.open import checked_context
+    from flashrt.config import checked_context
     from flashrt.machine.process import peak_resident_bytes
 
     scored_so_far = Progress("tokens")

@@ -58,8 +58,8 @@ def plan(
 
     from flashrt.budget.planner import Workload
     from flashrt.cli.session import Session, Settings
+    from flashrt.config import checked_context
     from flashrt.engine.build import DEFAULT_CONTEXT
-    from flashrt.engine.open import checked_context
     from flashrt.machine.disk import load_disk_profile
 
     session = Session(
