@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flashrt.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashrt.spec import ModelSpec
 
 GIB = 1 << 30
 MOST_POSITIONS = 16  # tokens of a pass that verifies a draft
@@ -43,6 +47,17 @@ def budget_bytes(budget_gb: float) -> int:
     if not 0 < budget_gb <= LARGEST_BUDGET_GB:
         raise UsageError(f"the budget is {budget_gb} GiB, expected a number above 0, at most {LARGEST_BUDGET_GB:.0f}")
     return int(budget_gb * GIB)
+
+
+def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:
+    """The context to plan for: `asked`, or `default` cut to what the model supports. Raises UsageError."""
+    if asked is None:
+        return min(default, spec.context)
+    if asked < 1:
+        raise UsageError(f"the context is {asked} tokens, expected 1 or more")
+    if asked > spec.context:
+        raise UsageError(f"a context of {asked} tokens was asked for, the model supports at most {spec.context}")
+    return asked
 
 
 def parse_speculate(speculate: str | int) -> int | None:

@@ -25,9 +25,9 @@ LAYERS = (
     ("flashrt.calibration",),
     ("flashrt.engine",),
     ("flashrt.model",),
-    ("flashrt.cache", "flashrt.kv", "flashrt.speculate"),
+    ("flashrt.cache", "flashrt.kv", "flashrt.speculate", "flashrt.machine", "flashrt.checkpoints"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text"),
-    ("flashrt.config", "flashrt.sparsity", "flashrt.spec"),
+    ("flashrt.config", "flashrt.sparsity", "flashrt.spec", "flashrt.child"),
     ("flashrt.errors",),
     ("flashrt_kernels",),
 )

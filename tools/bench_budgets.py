@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from flashrt import __version__
-from flashrt.budget.process import usable_cores
-from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
+from flashrt.machine.disk import PLAIN_DEPTH, sequential_rate
+from flashrt.machine.process import usable_cores
 from flashrt.storage.pack import Pack
 
 try:

@@ -36,10 +36,10 @@ import numpy as np
 
 from flashrt import __version__
 from flashrt.budget import planner
-from flashrt.budget.process import usable_cores
-from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
 from flashrt.cache.forecast import Forecast
 from flashrt.cache.weights import Weights
+from flashrt.machine.disk import PLAIN_DEPTH, sequential_rate
+from flashrt.machine.process import usable_cores
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
 from tools.make_synthetic_pack import PRESETS, Shape, make

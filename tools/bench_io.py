@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from flashrt import __version__
-from flashrt.budget.profile import sequential_rate
+from flashrt.machine.disk import sequential_rate
 from flashrt.storage import _io
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.direct import open_direct

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashrt.budget.process import usable_cores
+from flashrt.machine.process import usable_cores
 from flashrt_kernels import cpu
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, bundle_stride, row_bytes
 

@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flashrt.budget.process import usable_cores
-from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
+from flashrt.machine.disk import PLAIN_DEPTH, sequential_rate
+from flashrt.machine.process import installed_bytes, usable_cores
 
 PLAIN_BLOCK = 4 << 20  # bytes of one read of the plain sequential read
 
@@ -21,7 +21,7 @@ def facts() -> dict[str, Any]:
     return {
         "cpu": _field("/proc/cpuinfo", "model name"),
         "cores": usable_cores(),
-        "memory_bytes": int(_field("/proc/meminfo", "MemTotal").split()[0]) * 1024,
+        "memory_bytes": installed_bytes(),
         "platform": platform.platform(),
     }
 

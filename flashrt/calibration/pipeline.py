@@ -15,7 +15,6 @@ taken up again by the next one, if it is for the same pack, text and version; ot
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
+from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack, write_atomically
@@ -358,14 +358,10 @@ def _work(path: Path, job: dict[str, Any]) -> Iterator[Path]:
     work = path / WORK_DIR
     try:
         work.mkdir(exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115 - entered below, outside this try
+        held = lock(work / "lock", busy=f"another process is calibrating {path}")
     except OSError as error:
         raise DiskError(f"cannot write to {path}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is calibrating {path}") from None
+    with held:
         noted = work / "job.json"
         if not (noted.exists() and noted.read_text() == json.dumps(job)):
             for entry in work.iterdir():

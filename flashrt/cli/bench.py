@@ -61,8 +61,8 @@ def bench(
     Example: flashrt bench demo --budget-gb 1 --repeat 3 --json
     """
     from flashrt.budget.planner import Workload
-    from flashrt.budget.process import peak_resident_bytes
     from flashrt.cli.session import Session, Settings
+    from flashrt.machine.process import peak_resident_bytes
 
     session = Session(
         Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, mode=mode, max_loss=max_loss)
@@ -144,7 +144,7 @@ def _decode(engine: Engine, prompt: int, new_tokens: int) -> _Decode:
 
 def _disk_rates(path: Path) -> tuple[float, float]:
     """Bytes per second of one reader and of several; 0 for a pack too small to tell."""
-    from flashrt.budget.profile import PLAIN_DEPTH, sequential_rate
+    from flashrt.machine.disk import PLAIN_DEPTH, sequential_rate
 
     return sequential_rate(path), sequential_rate(path, depth=PLAIN_DEPTH)
 

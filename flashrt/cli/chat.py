@@ -97,7 +97,7 @@ def chat(
     import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
 
     from flashrt.cli.session import Session, Settings
-    from flashrt.engine.open import checked_context
+    from flashrt.config import checked_context
 
     session = Session(
         Settings(

@@ -16,7 +16,7 @@ from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, rate, show, size, table
 
 if TYPE_CHECKING:
-    from flashrt.budget.doctor import DiskFigures
+    from flashrt.machine.doctor import DiskFigures
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -40,9 +40,9 @@ def doctor(
 
     Example: flashrt doctor --dir /mnt/nvme/packs
     """
-    from flashrt.budget.doctor import examine_disk, memory_bandwidth
-    from flashrt.budget.process import available_bytes, memory_limit, usable_cores
-    from flashrt.budget.profile import profile_path, save_disk_profile
+    from flashrt.machine.disk import profile_path, save_disk_profile
+    from flashrt.machine.doctor import examine_disk, memory_bandwidth
+    from flashrt.machine.process import available_bytes, installed_bytes, memory_limit, usable_cores
     from flashrt.storage.names import default_cache
     from flashrt_kernels import ops
 
@@ -60,7 +60,7 @@ def doctor(
         "usable_cores": usable_cores(),
         "threads": kernels.threads(),
         "isa": kernels.isa(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": installed_bytes(),
         "memory_available_bytes": available_bytes(),
         "cgroup_limit_bytes": memory_limit(),
         "memory_bytes_per_s": memory_bandwidth(kernels),
@@ -128,7 +128,7 @@ def _print(facts: dict[str, Any], disk: DiskFigures) -> None:
 
 
 def _show_random(disk: DiskFigures) -> None:
-    from flashrt.budget.doctor import BLOCKS, DEPTHS
+    from flashrt.machine.doctor import BLOCKS, DEPTHS
 
     result = table("random reads of", *(f"{depth} at a time" for depth in DEPTHS))
     for block in BLOCKS:

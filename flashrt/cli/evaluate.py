@@ -79,9 +79,9 @@ def ppl(
         raise UsageError(f"{text_file} is empty: there is nothing to score")
 
     from flashrt.budget.planner import Workload
-    from flashrt.budget.process import peak_resident_bytes
     from flashrt.cli.session import Session, Settings
-    from flashrt.engine.open import checked_context
+    from flashrt.config import checked_context
+    from flashrt.machine.process import peak_resident_bytes
 
     scored_so_far = Progress("tokens")
     settings = Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx, mode, max_loss)

@@ -29,7 +29,7 @@ def inspect(
 
     Example: flashrt inspect ./qwen-int4
     """
-    from flashrt.engine.open import resolve
+    from flashrt.checkpoints.resolve import resolve
     from flashrt.storage.names import default_cache
     from flashrt.storage.pack import Pack
 

@@ -34,7 +34,7 @@ def pack(
 
     Example: flashrt pack ./Qwen2.5-7B-Instruct ./qwen-int4 --dtype int4
     """
-    from flashrt.engine.packing import pack_checkpoint
+    from flashrt.checkpoints.pack_job import pack_checkpoint
     from flashrt.storage.names import default_cache
 
     began = time.perf_counter()

@@ -57,10 +57,10 @@ def plan(
     import rich.table  # noqa: F401 - counted, so that `run` accepts the smallest budget even where it draws bars
 
     from flashrt.budget.planner import Workload
-    from flashrt.budget.profile import load_disk_profile
     from flashrt.cli.session import Session, Settings
+    from flashrt.config import checked_context
     from flashrt.engine.build import DEFAULT_CONTEXT
-    from flashrt.engine.open import checked_context
+    from flashrt.machine.disk import load_disk_profile
 
     session = Session(
         Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)

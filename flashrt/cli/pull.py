@@ -38,7 +38,7 @@ def pull(
 
     Example: flashrt pull demo
     """
-    from flashrt.engine.packing import fetch_checkpoint
+    from flashrt.checkpoints.pack_job import fetch_checkpoint
     from flashrt.storage.names import DEMO_NAMES, default_cache, is_remote
 
     if not is_remote(name):

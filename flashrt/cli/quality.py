@@ -59,7 +59,7 @@ def quality(
     from flashrt.calibration.evaluation import Reference, figures, select
     from flashrt.cli.evaluate import first_ids
     from flashrt.cli.session import Session, Settings
-    from flashrt.engine.open import checked_context
+    from flashrt.config import checked_context
     from flashrt.model.decoder import NARROW
 
     if plot is not None:

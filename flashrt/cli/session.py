@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashrt.checkpoints.resolve import resolve
 from flashrt.cli.console import Progress, say, size
 from flashrt.cli.options import DeviceName, ModeName
 from flashrt.config import budget_bytes, parse_speculate
-from flashrt.engine.open import check_mode, draft_pack, pack_for, resolve
+from flashrt.engine.open import check_mode, draft_pack, pack_for
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 

@@ -21,8 +21,6 @@ from flashrt.budget.planner import (
     resident_budget,
     smallest_budget,
 )
-from flashrt.budget.process import reset_peak, resident_bytes
-from flashrt.budget.profile import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.budget.working_set import working_set
 from flashrt.cache.weights import Weights
 from flashrt.config import budget_bytes
@@ -30,6 +28,8 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
 from flashrt.kv.contiguous import KVCache
+from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
+from flashrt.machine.process import reset_peak, resident_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.model.workspace import Workspace
 from flashrt.spec import ModelSpec

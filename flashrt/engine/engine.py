@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from flashrt.budget.planner import Plan
-from flashrt.budget.profile import DiskRoof
 from flashrt.cache.weights import PassKind
 from flashrt.config import Sampling
 from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
+from flashrt.machine.disk import DiskRoof
 from flashrt.model.decoder import NARROW, Decoder
 from flashrt.model.ffn.sparse import SINKS
 from flashrt.sparsity import Sparsity

@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flashrt.budget.process import peak_resident_bytes
 from flashrt.config import Sampling
 from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.report import Report, expert_figures
 from flashrt.engine.sampling import Sampler
+from flashrt.machine.process import peak_resident_bytes
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine

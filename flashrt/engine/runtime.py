@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import GIB, FixedCosts, Plan, host_tier
-from flashrt.budget.process import (
+from flashrt.cache.device import CpuDevice, Device
+from flashrt.config import budget_bytes
+from flashrt.errors import BudgetError, DeviceError, UsageError
+from flashrt.machine.process import (
     available_bytes,
     peak_resident_bytes,
     release_free_memory,
     resident_bytes,
     usable_cores,
 )
-from flashrt.cache.device import CpuDevice, Device
-from flashrt.config import budget_bytes
-from flashrt.errors import BudgetError, DeviceError, UsageError
 from flashrt.model.workspace import reserve, scratch_bytes
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PackLayout

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from flashrt.errors import CheckpointError, DiskError, UnsupportedModelError, Us
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
+from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
 from flashrt.storage.safetensors_file import build_header
 from flashrt_kernels import ops
@@ -149,14 +149,10 @@ def _job(
             raise UsageError(f"{out} already holds a finished pack: remove it first, or choose another directory")
         if names and JOB_FILE not in names:
             raise UsageError(f"{out} is not empty and holds no unfinished pack: choose another directory")
-        handle = open(out / JOB_FILE, "a+")  # noqa: SIM115 - entered below, outside this try
+        handle = lock(out / JOB_FILE, busy=f"another process is packing into {out}")
     except OSError as error:
         raise DiskError(f"cannot write to {out}: {error.strerror}") from None
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is packing into {out}") from None
         handle.seek(0)
         text = handle.read()
         same = _parsed(text) == job

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrt.budget.ledger import Ledger, populate
-from flashrt.budget.process import resident_bytes
 from flashrt.errors import BudgetError
+from flashrt.machine.process import resident_bytes
 
 MIB = 1 << 20
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import flashrt
+from flashrt.checkpoints.resolve import resolve
 from flashrt.cli import guarded
-from flashrt.engine.open import resolve
 from flashrt.errors import CheckpointError, UsageError
 from flashrt.storage.manifest import _checksum
 from tests.cli.conftest import COMMAND, Cli, check_failure

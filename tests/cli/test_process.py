@@ -78,7 +78,7 @@ def test_run_imports_only_what_it_needs(pack: Path, tmp_path: Path) -> None:
         "    flashrt.cli.main()\n"
         "except SystemExit as end:\n"
         "    assert not end.code, end.code\n"
-        "unwanted = {'torch', 'transformers', 'gguf', 'safetensors', 'huggingface_hub', 'psutil', 'jinja2', 'triton',\n"
+        "unwanted = {'torch', 'transformers', 'gguf', 'safetensors', 'huggingface_hub', 'jinja2', 'triton',\n"
         "            'rich', 'flashrt.cli.doctor', 'flashrt.cli.bench', 'flashrt.storage.sources'}\n"
         "found = sorted(unwanted & set(sys.modules))\n"
         "assert not found, found\n"

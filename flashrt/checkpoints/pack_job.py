@@ -1,6 +1,6 @@
-"""Fetching and packing a checkpoint; as a program, for `flashrt.engine.open`, which runs it in a child process.
+"""Fetching and packing a checkpoint; as a program, for `flashrt.checkpoints.resolve`, which runs it in a child process.
 
-    python -m flashrt.engine.packing CHECKPOINT OUT DTYPE CACHE [CONTEXT]
+    python -m flashrt.checkpoints.pack_job CHECKPOINT OUT DTYPE CACHE [CONTEXT]
 
 Prints one JSON object a line: {"stage", "done", "total"} while it works, {"error", "message"} when it fails.
 """
@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from flashrt.engine.open import Progress, checked_context
+from flashrt.checkpoints.resolve import Progress
+from flashrt.config import checked_context
 from flashrt.errors import FlashrtError
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES
