@@ -41,9 +41,10 @@ from flashrt.predict.allocation import Fit, Picked, Weight, allocate, cost
 from flashrt.predict.channels import Inputs
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
+from flashrt.storage.atomic import write_atomically
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
-from flashrt.storage.packer import pack, write_atomically
+from flashrt.storage.packer import pack
 from flashrt.text.tokenizer import Tokenizer
 
 WORK_DIR = "sparse.partial"
