@@ -241,9 +241,7 @@ class _FileWriter:
         with disk_errors(self.out), replacing(self.out / self.file) as handle:
             with _source_errors(self.source):
                 entry = self._contents(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            _drop_pages(handle)
         write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
         return entry
 
@@ -268,9 +266,7 @@ class _FileWriter:
         with disk_errors(self.out):
             handle.write(data)
             if self.written - self.flushed >= FLUSH_BYTES:
-                handle.flush()
-                os.fdatasync(handle.fileno())
-                os.posix_fadvise(handle.fileno(), 0, self.written, os.POSIX_FADV_DONTNEED)
+                _drop_pages(handle)
                 self.flushed = self.written
         self.progress(self.file, self.done + self.written, self.layout.nbytes)
 
@@ -357,6 +353,13 @@ def _check_finite(name: str, values: Array) -> None:
     # The extremes are NaN or infinite as soon as one value is; unlike a mask they need no temporary.
     if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
         raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity): the checkpoint is damaged")
+
+
+def _drop_pages(handle: IO[bytes]) -> None:
+    """Push what was written to disk and out of the page cache."""
+    handle.flush()
+    os.fdatasync(handle.fileno())
+    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_text(out: Path, name: str, data: bytes) -> str:
