@@ -50,7 +50,6 @@ def spec(config: Config) -> ModelSpec:
     inherited = {key: outer[key] for key in ("dtype", "torch_dtype", "eos_token_id", "bos_token_id") if outer.get(key)}
     text = Config({**_DEFAULTS, **inherited, **{k: v for k, v in inner.items() if v is not None}}, "gemma3")
     text.refuse("use_bidirectional_attention", False)
-    text.refuse("tie_word_embeddings", True)
     scalar = text.number("query_pre_attn_scalar")
     if scalar <= 0:
         raise CheckpointError(f"gemma3 config: query_pre_attn_scalar is {scalar}, expected a positive number")

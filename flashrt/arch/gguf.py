@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import ModelSpec
 
 _MODEL_TYPES = {
     "llama": "llama",
@@ -65,7 +67,6 @@ def gguf_config(
         "model_type": _MODEL_TYPES[name],
         "vocab_size": _rows(shape, "token_embd.weight"),
         "tie_word_embeddings": shape("output.weight") is None,
-        "attention_bias": shape("blk.0.attn_output.bias") is not None,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos(metadata),
     }
@@ -81,6 +82,17 @@ def gguf_config(
     if name in ("llama", "mistral"):
         config["sliding_window"] = fields.get("attention.sliding_window")
     return config
+
+
+def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
+    """The spec with the attention biases that the file holds: GGUF says by their presence which there are."""
+    layers = []
+    for i, layer in enumerate(spec.layers):
+        attention = layer.attention
+        qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in "qkv")
+        out = attention.out_bias or has(f"blk.{i}.attn_output.bias")
+        layers.append(replace(layer, attention=replace(attention, qkv_bias=qkv, out_bias=out)))
+    return replace(spec, layers=tuple(layers))
 
 
 def _rows(shape: Callable[[str], Sequence[int] | None], name: str) -> int:

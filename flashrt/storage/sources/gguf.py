@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashrt.arch import family_of
-from flashrt.arch.gguf import gguf_config
+from flashrt.arch.gguf import gguf_config, with_biases
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
@@ -32,7 +32,7 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
     try:
         config = gguf_config(header.metadata, shape, factors)
         family = family_of(config["model_type"])
-        spec = family.spec(config)
+        spec = with_biases(family.spec(config), header.tensors.__contains__)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata makes no sense ({error})") from error
     status = path.stat()

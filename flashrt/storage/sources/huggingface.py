@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flashrt.arch import family_of
+from flashrt.arch import TensorMap, family_of
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import ModelSpec
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.safetensors_header import read_header
 from flashrt.storage.sources.tensors import StoredTensor, TensorReader
@@ -35,12 +36,14 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
     generation = _json(directory / "generation_config.json", required=False)
     spec = _with_end_tokens(family.spec(config), generation)
     tensors, digest = _tensors(directory)
+    reader = TensorReader(tensors)
+    spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
     return Checkpoint(
         spec=spec,
         name=name or directory.resolve().name,
         source=source or f"Hugging Face checkpoint {directory}",
         fingerprint=_fingerprint(config, generation, digest),
-        reader=TensorReader(tensors),
+        reader=reader,
         tensor_map=family.tensors(spec, tensors.__contains__),
         text=lambda: _text(directory, generation),
     )
@@ -62,12 +65,20 @@ def _json(path: Path, required: bool = True) -> dict[str, Any]:
     return value
 
 
-def _with_end_tokens(spec: Any, generation: Mapping[str, Any]) -> Any:
+def _with_end_tokens(spec: ModelSpec, generation: Mapping[str, Any]) -> ModelSpec:
     """generation_config.json knows more end tokens than config.json (a chat model's end of turn)."""
     found = generation.get("eos_token_id")
     items = found if isinstance(found, list) else [found]
     ids = [item for item in items if type(item) is int and item >= 0]
     return replace(spec, eos=tuple(dict.fromkeys([*ids, *spec.eos])))
+
+
+def _with_stored_head(spec: ModelSpec, names: TensorMap, reader: TensorReader) -> ModelSpec:
+    """Untied where a head is stored beside a config that says tied, and differs: as transformers decides it."""
+    (embed,) = names.parts("embed")
+    stored = names.head in reader.tensors and embed.tensor in reader.tensors
+    tied = spec.tied and (not stored or reader.equal(embed.tensor, names.head))
+    return replace(spec, tied=tied)
 
 
 def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
