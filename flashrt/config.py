@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashrt.errors import UsageError
+from flashrt_kernels.limits import NARROW_TOKENS
 
 if TYPE_CHECKING:
     from flashrt.spec import ModelSpec
 
 GIB = 1 << 30
-MOST_POSITIONS = 16  # tokens of a pass that verifies a draft
 LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 
 
@@ -70,8 +70,8 @@ def parse_speculate(speculate: str | int) -> int | None:
         count = int(speculate)
     except ValueError:
         count = 0
-    if not 2 <= count <= MOST_POSITIONS:
-        raise UsageError(f"--speculate is {speculate!r}, expected off, auto or 2 to {MOST_POSITIONS} tokens per pass")
+    if not 2 <= count <= NARROW_TOKENS:
+        raise UsageError(f"--speculate is {speculate!r}, expected off, auto or 2 to {NARROW_TOKENS} tokens per pass")
     return count
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from flashrt.calibration.divergence import Divergence, diverge, logits_of, predicted, record, replay, targets_of
 from flashrt.engine.engine import Engine
-from flashrt.model.decoder import NARROW
 from flashrt.model.ffn.sparse import Selection
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -60,7 +60,7 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
     try:
         for window in windows:
             engine.rewind(0)
-            engine.step_batch(window[:NARROW])
+            engine.step_batch(window[:NARROW_TOKENS])
     finally:
         sparse.selections, sparse.tallies = None, tallies
     return result

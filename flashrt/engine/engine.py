@@ -18,12 +18,13 @@ from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
 from flashrt.machine.disk import DiskRoof
-from flashrt.model.decoder import NARROW, Decoder
+from flashrt.model.decoder import Decoder
 from flashrt.model.ffn.sparse import SINKS
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader
 from flashrt.text.tokenizer import Tokenizer
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
@@ -185,7 +186,7 @@ class Engine:
         for begin in range(0, len(ids), step):
             part = [*prefix, *ids[begin : begin + step]]
             if len(part) > 1:
-                total += self._score_window(part, wide=len(part) > NARROW and not as_decoded)
+                total += self._score_window(part, wide=len(part) > NARROW_TOKENS and not as_decoded)
                 count += len(part) - 1
             progress(min(begin + step, len(ids)), len(ids))
         if count == 0:
@@ -199,7 +200,7 @@ class Engine:
         """
         self.rewind(min(_shared_length(self._cached, ids), len(ids) - 1))
         new = ids[self.decoder.kv.length :]
-        wide, chunk = len(new) > NARROW, self.plan.prefill_chunk
+        wide, chunk = len(new) > NARROW_TOKENS, self.plan.prefill_chunk
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)
@@ -278,8 +279,9 @@ class Engine:
 
     def _narrow(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Array:
         """Logits of a narrow pass, after each of its tokens."""
-        if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
-            raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
+        most = min(NARROW_TOKENS, self.plan.logit_rows)
+        if not 1 <= len(tokens) <= most:
+            raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {most}")
         with self._pass_or_nothing() as decoder:
             decoder.weights.begin_pass(PassKind(head=True, wide=False), PassKind(head=True, wide=False))
             return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False, parents=parents)))

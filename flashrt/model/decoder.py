@@ -19,9 +19,9 @@ from flashrt.model.ffn.sparse_channels import ChannelFfn
 from flashrt.model.ffn.sparse_rows import RowFfn
 from flashrt.model.workspace import WIDE_NEURONS, Tensor, Workspace
 from flashrt.spec import Ffn
+from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import MATRIX_ROWS
 
-NARROW = 16  # tokens at most in a narrow pass
 DRAFT_SHARE = 0.5  # of a block's neurons that a draft computes with, if so many are resident
 
 
@@ -194,21 +194,22 @@ class Decoder:
         name = f"{i}.ffn"
         rows, codec = self.weights.resident[name], self.layout.tensors[name].codec
         bias = self.weights.vector(f"{i}.up.bias") if ffn.bias else None
-        kind = (codec, ffn.activation, ffn.gated, y)
         if draft:
             slots = rows.drafted(DRAFT_SHARE)
             own = None if bias is None else bias[rows.neurons_in(slots)]
-            self.ops.glu(x, rows.memory, *kind, own, slots=slots)
+            self.ops.glu(x, FfnWeights(rows.memory, codec, ffn.activation, ffn.gated, own), y, slots=slots)
         elif wide:
             for first, bundles, usage in self.weights.blocks(name, len(x)):
                 for begin in range(0, len(bundles), WIDE_NEURONS):
                     part, use = bundles[begin : begin + WIDE_NEURONS], usage[begin : begin + WIDE_NEURONS]
                     own = None if bias is None else bias[first + begin : first + begin + len(part)]
-                    self.ops.gemm_glu(x, part, *kind, own, scratch=self.work.scratch, usage=use)
+                    neurons = FfnWeights(part, codec, ffn.activation, ffn.gated, own)
+                    self.ops.gemm_glu(x, neurons, y, scratch=self.work.scratch, usage=use)
         else:
             for span, usage in self.weights.spans(name, len(x)):
                 own = None if bias is None else bias[span.first : span.first + len(usage)]
-                self.ops.glu(x, rows.memory, *kind, own, slots=span.slots, beside=span.streamed_bundles, usage=usage)
+                neurons = FfnWeights(rows.memory, codec, ffn.activation, ffn.gated, own)
+                self.ops.glu(x, neurons, y, slots=span.slots, streamed_bundles=span.streamed_bundles, usage=usage)
 
     def _experts(self, i: int, ffn: Ffn, x: Tensor, normed: Tensor, y: Tensor, wide: bool) -> None:
         """A mixture of experts: each expert that any token chose runs once, over the tokens that chose it."""
@@ -218,7 +219,9 @@ class Decoder:
             self._look_ahead(i, x, wide)
         for expert in np.unique(chosen).tolist():
             tokens, rank = np.nonzero(chosen == expert)
-            self._glu(i, ffn, expert, normed, y, wide, tokens.astype(np.int32), weights[tokens, rank])
+            make = self.device.make
+            routed = RoutedTokens(make(tokens.astype(np.int32)), make(weights[tokens, rank]))
+            self._glu(i, ffn, expert, normed, y, wide, routed)
 
     def _route(self, i: int, ffn: Ffn, normed: Tensor, wide: bool) -> tuple[np.ndarray, np.ndarray]:
         logits = self.work.view("router", len(normed), ffn.experts)
@@ -242,25 +245,22 @@ class Decoder:
         x: Tensor,
         y: Tensor,
         wide: bool,
-        tokens: np.ndarray | None = None,
-        weights: np.ndarray | None = None,
+        routed: RoutedTokens[Tensor] | None = None,
     ) -> None:
-        """Add one run of neurons, of all tokens or of those in `tokens`, to y."""
+        """Add one run of neurons, of all tokens or of those `routed` to it, to y."""
         name, ops = f"{i}.ffn", self.ops
         codec = self.layout.tensors[name].codec
         bias = self.weights.vector(f"{i}.up.bias") if ffn.bias else None
-        chosen = None if tokens is None else self.device.make(tokens)
-        factors = None if weights is None else self.device.make(weights)
         for first, bundles in self.weights.runs(name, run):
             # A wide call keeps the activations of all its neurons: long runs are cut to bound that.
             for begin in range(0, len(bundles), WIDE_NEURONS if wide else len(bundles)):
                 part = bundles[begin : begin + WIDE_NEURONS] if wide else bundles
                 share = None if bias is None else bias[first + begin : first + begin + len(part)]
-                arguments = (x, part, codec, ffn.activation, ffn.gated, y, share, chosen, factors)
+                neurons = FfnWeights(part, codec, ffn.activation, ffn.gated, share)
                 if wide:
-                    ops.gemm_glu(*arguments, self.work.scratch)
+                    ops.gemm_glu(x, neurons, y, routed, self.work.scratch)
                 else:
-                    ops.glu(*arguments)
+                    ops.glu(x, neurons, y, routed)
 
 
 def depths(parents: Sequence[int]) -> np.ndarray:

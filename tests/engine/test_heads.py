@@ -14,12 +14,12 @@ from flashrt.calibration.fit_heads import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import PackError
-from flashrt.model.decoder import NARROW
 from flashrt.model.ffn.sparse import SINKS
 from flashrt.model.heads import computed_rows, runs
 from flashrt.spec import Attention
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import Codec
 from tests.engine.support import killed_once_at_every_stage, logits_of, make_pack, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
@@ -123,7 +123,7 @@ def test_a_head_left_out_gives_nothing_and_the_others_all(case, tokens):
     path, sparsity = case
     first = next(i for i, layer in enumerate(sparsity.layers) if layer.heads_from is not None)
     prompt, batch = tokens[:7], tokens[7:20]
-    with tiny_engine(Pack(path / SPARSE_DIR), 0.3, logit_rows=NARROW) as engine:
+    with tiny_engine(Pack(path / SPARSE_DIR), 0.3, logit_rows=NARROW_TOKENS) as engine:
         heads = engine.decoder.rows._heads[first]
         chosen = []
         choose = heads.choose
@@ -140,7 +140,7 @@ def test_a_head_left_out_gives_nothing_and_the_others_all(case, tokens):
 
 
 def test_a_token_may_do_without_any_head(case, tokens):
-    with tiny_engine(Pack(case[0] / SPARSE_DIR), 0.3, logit_rows=NARROW) as engine:
+    with tiny_engine(Pack(case[0] / SPARSE_DIR), 0.3, logit_rows=NARROW_TOKENS) as engine:
         with_heads_from(engine, -EVERYTHING)
         found = attended(engine, tokens[:7], tokens[7:20])
         exact = {i for i, layer in enumerate(case[1].layers) if layer.heads_from is None}
@@ -157,10 +157,10 @@ def test_the_first_tokens_leave_no_head_out(case, tokens):
 
 def test_heads_are_reported(case, tokens, tmp_path):
     windows = [tokens[:30], tokens[30:]]
-    with tiny_engine(Pack(case[0]), 1.0, logit_rows=NARROW) as engine:
+    with tiny_engine(Pack(case[0]), 1.0, logit_rows=NARROW_TOKENS) as engine:
         assert generated(engine, tokens).heads_share is None
         reference = Reference(engine, windows, tmp_path, quiet)
-    with reference, tiny_engine(Pack(case[0] / SPARSE_DIR), 1.0, logit_rows=NARROW) as engine:
+    with reference, tiny_engine(Pack(case[0] / SPARSE_DIR), 1.0, logit_rows=NARROW_TOKENS) as engine:
         assert 0 < generated(engine, tokens).heads_share < 1
         result = figures(reference.divergence(engine, quiet), engine, select(engine, windows))
         assert 0 < result["heads_share"] < 1

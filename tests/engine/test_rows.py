@@ -14,10 +14,10 @@ from flashrt.calibration.fit_rows import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.runtime import runtime_for
-from flashrt.model.decoder import NARROW
 from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import Codec
 from tests.engine.support import (
     check_a_thinned_tree,
@@ -213,9 +213,9 @@ def generated(engine, tokens):
 
 def test_quality_compares_with_what_is_really_active(case, tokens, tmp_path):
     windows = [tokens[:30], tokens[30:]]
-    with tiny_engine(Pack(case[0]), 1.0, logit_rows=NARROW) as engine:
+    with tiny_engine(Pack(case[0]), 1.0, logit_rows=NARROW_TOKENS) as engine:
         reference = Reference(engine, windows, tmp_path, quiet)
-    with reference, tiny_engine(Pack(case[0] / SPARSE_DIR), 0.2, logit_rows=NARROW) as engine:
+    with reference, tiny_engine(Pack(case[0] / SPARSE_DIR), 0.2, logit_rows=NARROW_TOKENS) as engine:
         result = figures(reference.divergence(engine, quiet), engine, select(engine, windows))
         assert result["method"] == "rows"
         assert 0.1 < result["recall"] < 1  # of neurons: those that hardly matter count as much as others

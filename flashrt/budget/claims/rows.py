@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flashrt.sparsity import RowSparsity
-from flashrt.storage.layout import NEURON_STEP, PAGE, TensorLayout
+from flashrt.storage.layout import PAGE, TensorLayout
+from flashrt_kernels.limits import NEURON_STEP
 
 QUEUE_FACTOR = 4  # entries of the queue for each slot of the window: most are outdated when it has to be compacted
 WINDOW_TOKENS = 4  # whose neurons a window holds, where there is room; more are better pinned

@@ -21,6 +21,7 @@ from flashrt.model.predictors.low_rank import LowRank
 from flashrt.sparsity import RowSparsity
 from flashrt.storage.layout import PREDICTOR
 from flashrt_kernels.curves import function
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.rows import row_bytes
 
 Array = np.ndarray
@@ -146,7 +147,7 @@ class RowFfn(SparseFfn[RowSparsity]):
         memory, bias = self._memory(i), self._up_bias(i)
         for part in self._passes(i, rows):
             own = None if bias is None else bias[part.rows]
-            self.ops.glu(x, memory, codec, ffn.activation, ffn.gated, y, own, slots=part.slots)
+            self.ops.glu(x, FfnWeights(memory, codec, ffn.activation, ffn.gated, own), y, slots=part.slots)
 
     def _passes(self, i: int, rows: Array) -> Iterator[Pass]:
         cache = self._caches[i]
