@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from flashrt.errors import CheckpointError, FlashrtError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
-from flashrt.storage.sources.safetensors_header import read_header
+from flashrt.storage.sources.safetensors_header import MAX_HEADER, read_header
 from flashrt.storage.sources.tensors import TensorReader
 from tests.families import tiny_checkpoint, tiny_gguf
 
@@ -293,6 +295,17 @@ def test_header_length_is_bounded_before_anything_is_read(tmp_path: Path) -> Non
     for length in (9, 1 << 40, (1 << 64) - 1):
         with pytest.raises(CheckpointError, match="truncated"):
             read_header(write_safetensors(tmp_path / "x.safetensors", b"{}", length=length))
+
+
+def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "x.safetensors", b"{}", length=MAX_HEADER + 1)
+    os.truncate(path, 1 << 30)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=f"header of {MAX_HEADER + 1} bytes"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_unknown_dtype_matters_only_when_needed(tmp_path: Path) -> None:
