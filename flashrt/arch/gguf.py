@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flashrt.arch.decoder import MAX_LAYERS
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import ModelSpec
+from flashrt.spec import MAX_LAYERS, ModelSpec
 
 _MODEL_TYPES = {
     "llama": "llama",
