@@ -83,6 +83,79 @@ def test_files(directory: Path, name: str, content: bytes | None, message: str) 
         use(directory)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_git_lfs_pointers_are_named(directory: Path, name: str) -> None:
+    (directory / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a git-lfs pointer.*git lfs pull"):
+        use(directory)
+
+
+def test_a_git_lfs_pointer_to_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text(POINTER)
+    with pytest.raises(CheckpointError, match=r"x.gguf is a git-lfs pointer.*git lfs pull"):
+        use(tmp_path / "x.gguf")
+
+
+def test_shards_without_their_index(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    shutil.copy(directory / "model-00001-of-00002.safetensors", directory / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 safetensors files.*download model.safetensors.index.json"):
+        use(directory)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_adapters_are_named(directory: Path, with_config: bool) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+    use(directory)  # a merged model that kept the file
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    if not with_config:
+        (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds an adapter \(LoRA\), not a model: merge it"):
+        use(directory)
+
+
+def test_gguf_adapters_are_named(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"x.gguf is an adapter \(LoRA\), not a model: merge it"):
+        use(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("config.json", "32 MiB"), ("generation_config.json", "32 MiB"), ("tokenizer.json", "128 MiB")],
+)
+def test_files_are_bounded_before_they_are_read(directory: Path, name: str, limit: str) -> None:
+    (directory / name).touch()
+    os.truncate(directory / name, 1 << 34)
+    with pytest.raises(CheckpointError, match=f"{name} has more than {limit}"):
+        use(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token is 'yes', expected true or false"),
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template is 3, expected a text"),
+        ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id is '1', expected token ids"),
+    ],
+)
+def test_text_settings_of_wrong_types(directory: Path, name: str, fields: dict[str, Any], message: str) -> None:
+    (directory / name).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=message):
+        use(directory)
+
+
 def test_pickles_are_named(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickle"):

@@ -21,6 +21,7 @@ import numpy as np
 
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError
+from flashrt.storage.sources.files import refuse_pointer
 from flashrt.storage.sources.tensors import F32, PLAIN_CODECS, Codec, Raw, StoredTensor, stored_tensor
 
 MAGIC = b"GGUF"
@@ -128,6 +129,7 @@ class _Cursor:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Metadata and tensors. Raises CheckpointError when the file is damaged, cut short or of another version."""
+    refuse_pointer(path)
     try:
         cursor = _Cursor(path)
         with cursor.file:

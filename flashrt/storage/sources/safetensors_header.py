@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from flashrt.errors import CheckpointError
+from flashrt.storage.sources.files import refuse_pointer
 from flashrt.storage.sources.tensors import PLAIN_CODECS, StoredTensor, stored_tensor
 
 MAX_HEADER = 32 << 20  # bytes; 140,000 tensors take 17 MB
@@ -37,6 +38,7 @@ def _header(path: Path) -> bytes:
     """The checked JSON text, bounded before it is read."""
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
