@@ -10,9 +10,9 @@ import pytest
 
 from flashrt.config import Sampling
 from flashrt.engine.engine import Engine
-from flashrt.engine.sampling import distribution
 from flashrt.errors import PackError, UsageError
 from flashrt_kernels.rows import Codec
+from tests.distribution import distribution
 from tests.engine.support import make_pack, relative_rms, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 

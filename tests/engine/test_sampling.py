@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrt.config import Sampling
-from flashrt.engine.sampling import Sampler, distribution
+from flashrt.engine.sampling import Sampler
+from tests.distribution import distribution
 
 
 def plain(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:

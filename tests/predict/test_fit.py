@@ -9,8 +9,8 @@ from flashrt.errors import UsageError
 from flashrt.predict import fit as fitting
 from flashrt.predict.fit import closed_form, fit, refine
 from flashrt.predict.low_rank import Factors, LowRank, encode
-from flashrt.predict.quality import Quality, measure
 from flashrt_kernels import cpu
+from tests.predict.quality import Quality, measure
 from tests.predict.support import ReluLayer, relu_layer, text
 
 TOKENS = 1500

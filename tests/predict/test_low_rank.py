@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flashrt.predict.low_rank import CODEC, Factors, LowRank, encode
-from flashrt.predict.oracle import Oracle
-from flashrt.predict.quality import measure
 from flashrt_kernels import cpu
 from tests.kernels.helpers import rms_ratio
+from tests.predict.oracle import Oracle
+from tests.predict.quality import measure
 from tests.predict.support import relu_layer, text
 
 
