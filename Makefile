@@ -1,7 +1,8 @@
 # Everything runs in a virtual environment of its own, made on first use with the versions of constraints.txt.
 #
 #   make demo        install, fetch the demo model, pack it, run it under a budget
-#   make test        install with test tools, lint, type check, quick tests
+#   make test        install with test tools, lint, type check, quick tests, native code under AddressSanitizer
+#   make check       lint, type check and the tests of what changed since SINCE, in less than two minutes
 #   make test-slow   the long tests: real models, memory cgroups
 #   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
 #   make sanitize    native code under AddressSanitizer and ThreadSanitizer
@@ -10,7 +11,8 @@
 #   make benchmarks-page  docs/benchmarks.md and its plots, from the JSON in docs/benchmarks
 #   make clean       remove what was built; models stay
 #
-# PYTHON names the interpreter to start from (3.10 or later), VENV the environment, MODELS where packs are kept.
+# PYTHON names the interpreter to start from (3.10 or later), VENV the environment, MODELS where packs are kept, SINCE
+# the commit, tag or branch that `make check` compares with (main).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,6 +21,7 @@ DEMO_DTYPE ?= int4
 DEMO_BUDGET_GB ?= 0.7
 DEMO_PROMPT ?= Write a Python function that returns the n-th Fibonacci number.
 PYTEST_ARGS ?=
+SINCE ?= main
 PEERS ?= .peers
 
 comma := ,
@@ -30,13 +33,17 @@ DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
 NATIVE := kernels/flashrt_kernels/cpu flashrt/storage/native
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(foreach kind,cpp h cmake,$(wildcard $(addsuffix /*.$(kind),$(NATIVE))))
 
-.PHONY: demo test test-slow lint format sanitize bench gpu-report peers benchmarks-page clean
+.PHONY: demo test check test-slow lint format sanitize bench gpu-report peers benchmarks-page clean
 
 demo: $(DEMO_PACK)/manifest.json
 	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+test: lint build/native-address
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
+
+check: lint
+	tests=$$($(BIN)/python tools/changed_tests.py --since $(SINCE)) && \
+		$(BIN)/python -m pytest -m "not slow and not gpu and not budget" $$tests $(PYTEST_ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

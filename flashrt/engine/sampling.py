@@ -63,15 +63,6 @@ def draw_weights(logits: Array, sampling: Sampling) -> Array:
     return weights
 
 
-def distribution(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """The tokens that may be drawn, most likely first, and their probabilities (float64, sum 1)."""
-    weights = draw_weights(logits, sampling)
-    tokens = np.flatnonzero(weights)
-    tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
-    probabilities = weights[tokens].astype(np.float64)
-    return tokens, probabilities / probabilities.sum()
-
-
 def _relative(logits: Array, temperature: float) -> Array:
     """exp((logits - the largest) / temperature), float32."""
     weights = np.subtract(logits, logits.max(), dtype=np.float32)

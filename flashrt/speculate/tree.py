@@ -50,13 +50,6 @@ class TokenTree:
             node = self.child(node, token)
         return node
 
-    def path(self, node: int) -> list[int]:
-        """Nodes from the root to `node`, both included."""
-        nodes = [node]
-        while nodes[-1] != ROOT:
-            nodes.append(self.parents[nodes[-1]])
-        return nodes[::-1]
-
     def select(self, nodes: Sequence[int]) -> TokenTree:
         """The tree of `nodes` alone, ascending, the root first. Raises ValueError where a node's parent is missing."""
         if not nodes or nodes[0] != ROOT:

@@ -1,7 +1,8 @@
 """The first promise, measured: a run stays within its budget, and uses it.
 
 Each run is a process of its own inside a memory cgroup limited to exactly the budget, without swap. Where no cgroup can
-be made, the kernel's high-water mark of the process is compared alone, and a warning says so.
+be made, the kernel's high-water mark of the process is compared alone, and a warning says so. That mark is read from
+outside; what flashrt reports of itself is only compared with it.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def check(result: Result, report: Any, budget_gb: float) -> None:
     budget = int(budget_gb * GIB)
     assert report["budget_bytes"] == budget
     assert result.peak_rss_bytes <= budget
-    assert report["peak_rss_bytes"] <= budget
-    assert report["peak_rss_bytes"] >= USED * budget, "an idle budget is a defect too"
+    assert result.peak_rss_bytes >= USED * budget, "an idle budget is a defect too"
+    assert report["peak_rss_bytes"] == pytest.approx(result.peak_rss_bytes, rel=0.01)
     assert report["bytes_read_per_token"] > 0
 
 
@@ -180,10 +181,10 @@ def test_the_smallest_budget_that_is_named_suffices(model: Path, tmp_path: Path)
     assert refused.returncode != 0
     assert "Traceback" not in refused.stderr
     named = float(refused.stderr.partition("the smallest that would do is ")[2].split()[0])
-    result, report = run(model, named, tmp_path, 1024)
+    result, _ = run(model, named, tmp_path, 1024)
     assert result.returncode == 0, result.stderr
     assert not result.oom_killed
-    assert report["peak_rss_bytes"] <= int(named * GIB)
+    assert result.peak_rss_bytes <= int(named * GIB)
     again, _ = run(model, round(0.95 * named, 3), tmp_path, 1024, limit_gb=1)
     assert again.returncode != 0
     assert "the smallest that would do is" in again.stderr

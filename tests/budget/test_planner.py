@@ -77,6 +77,11 @@ def caches_beside(spec: ModelSpec, tensor: TensorLayout) -> bool:
     return owner_of(spec, tensor) not in ("experts", "embeddings")
 
 
+def nobody_counts(budget: int) -> int:
+    """Bytes that a process is sure to take beside what it asks for: page tables, and stacks of 32 threads that read."""
+    return budget // PAGE * 8 + 32 * (128 << 10)
+
+
 workloads = st.builds(
     Workload,
     context=st.integers(1, 4096),
@@ -96,7 +101,7 @@ def test_every_byte_has_one_owner(spec: ModelSpec, codec: Codec, workload: Workl
     the_plan = plan(spec, layout, budget, workload, fixed_costs())
     assert sum(the_plan.owners.values()) == budget == the_plan.budget_bytes
     assert min(the_plan.owners.values()) >= 0
-    assert the_plan.owners["slack"] >= slack_bytes(budget)
+    assert the_plan.owners["slack"] >= max(slack_bytes(budget), nobody_counts(budget))
     assert the_plan.owners["KV"] == workload.context * spec.kv_bytes_per_token(2)
     assert the_plan.prefill_chunk in CHUNKS
 

@@ -10,9 +10,9 @@ import pytest
 
 from flashrt.config import Sampling
 from flashrt.engine.engine import Engine
-from flashrt.engine.sampling import distribution
 from flashrt.errors import PackError, UsageError
 from flashrt_kernels.rows import Codec
+from tests.distribution import distribution
 from tests.engine.support import make_pack, relative_rms, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 
@@ -89,7 +89,28 @@ def test_reuse_keeps_what_two_prompts_share(tmp_path):
         assert engine.reader.bytes_read - before < 2 * engine.plan.weight_bytes  # one short pass, not the prompt again
 
 
+@pytest.mark.parametrize(
+    ("shared", "length"),
+    [(0, 9), (1, 9), (5, 14), (11, 14), (12, 14), (12, 12), (7, 7)],
+    ids=["nothing", "one", "some", "all but one", "all", "the same prompt", "its beginning"],
+)
+def test_a_prompt_that_shares_its_beginning_gives_the_bits_of_a_fresh_one(engine, shared, length):
+    """In narrow passes, whose bits do not depend on how many tokens are new."""
+    earlier, later = PROMPT[:12], PROMPT[:shared] + [60 + i for i in range(length - shared)]
+    fresh = engine.prefill(later).copy()
+    engine.rewind(0)
+    engine.prefill(earlier)
+    assert np.array_equal(engine.prefill(later), fresh)
+    assert engine.length == length
+    engine.prefill(earlier)
+    answers = [
+        [token.id for token in engine.generate(later, 6, ignore_eos=True, reuse=reuse)] for reuse in (True, False)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_report_adds_up(engine):
+    before = engine.bytes_read
     generation = engine.generate(PROMPT, 10, ignore_eos=True)
     with pytest.raises(RuntimeError, match="not over"):
         _ = generation.report
@@ -101,6 +122,9 @@ def test_report_adds_up(engine):
     assert report.decode_tok_per_s == pytest.approx(9 / report.decode_s)
     assert 0 < report.io_wait_s + report.compute_s <= report.ttft_s + report.decode_s + 1e-3
     assert report.plan["budget_bytes"] == report.budget_bytes
+    read_by_prefill = report.bytes_read_total - 9 * report.bytes_read_per_token
+    assert read_by_prefill >= engine.plan.streamed_bytes_per_token > 0
+    assert report.bytes_read_total <= engine.bytes_read - before
 
 
 def test_same_seed_same_tokens(engine):
@@ -112,6 +136,7 @@ def test_same_seed_same_tokens(engine):
 def test_repetition_penalty_forbids_repeats(engine):
     tokens = ids(engine, sampling=Sampling(repetition_penalty=100.0))
     assert len(set(tokens)) == len(tokens)
+    assert not set(tokens) & set(PROMPT)
 
 
 def test_stop_strings_end_the_text_before_them(engine):
@@ -122,6 +147,19 @@ def test_stop_strings_end_the_text_before_them(engine):
     generation = engine.generate(PROMPT, 24, ignore_eos=True, stop=[stop, "never"])
     streamed = "".join(t.text for t in generation)
     assert streamed == generation.report.text == text[: text.index(stop)]
+    assert generation.report.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_of_two_stop_strings_the_one_that_begins_first_ends_the_text(engine, turn):
+    """The later one is the end of the earlier one, so that both are complete with the same token."""
+    whole = engine.generate(PROMPT, 24, ignore_eos=True)
+    list(whole)
+    text = whole.report.text
+    at = next(i for i in range(3, len(text)) if text.index(text[i + 1 : i + 4]) == i + 1)
+    stops = [text[at : at + 4], text[at + 1 : at + 4]]
+    generation = engine.generate(PROMPT, 24, ignore_eos=True, stop=stops[::turn])
+    assert "".join(t.text for t in generation) == generation.report.text == text[:at]
     assert generation.report.finish_reason == "stop"
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrt.config import Sampling
-from flashrt.engine.sampling import Sampler, distribution
+from flashrt.engine.sampling import Sampler
+from tests.distribution import distribution
 
 
 def plain(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:
@@ -64,6 +65,18 @@ def test_ties_stay_in_the_order_of_the_vocabulary() -> None:
     logits = np.zeros(10, np.float32)
     assert distribution(logits, Sampling(temperature=1.0, top_k=3))[0].tolist() == [0, 1, 2]
     assert distribution(logits, Sampling(temperature=1.0, top_p=0.35))[0].tolist() == [0, 1, 2, 3]
+
+
+def test_the_penalty_counts_the_prompt_and_what_was_chosen() -> None:
+    logits, seen = np.array([-1.0, 5.0, 4.0, 1.5], np.float32), {1, 0}
+    sampler = Sampler(Sampling(repetition_penalty=4.0), sorted(seen))
+    for expected in (2, 3, 1):  # 4 beats 5 / 4, then 1.5 beats 4 / 4, then 5 / 4 beats 1.5 / 4
+        penalized = [x if i not in seen else x / 4 if x > 0 else x * 4 for i, x in enumerate(logits.tolist())]
+        assert int(np.argmax(penalized)) == expected
+        given = logits.copy()
+        assert sampler.choose(given) == expected
+        assert given.tolist() == penalized
+        seen.add(expected)
 
 
 @pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e-40, 1e-3])

@@ -15,6 +15,14 @@ Array = np.ndarray
 Planter = Callable[[TokenTree, list[int]], None]  # grows a tree, given the tokens up to its root
 
 
+def path_to(tree: TokenTree, node: int) -> list[int]:
+    """Nodes from the root to `node`, both included."""
+    nodes = [node]
+    while nodes[-1] != ROOT:
+        nodes.append(tree.parents[nodes[-1]])
+    return nodes[::-1]
+
+
 class Target:
     """A random table of logits, float32 [vocab, vocab, vocab], by the last two tokens."""
 
@@ -27,7 +35,7 @@ class Target:
 
     def verify(self, tree: TokenTree, tokens: list[int]) -> Array:
         """Logits of every node, float32 [nodes, vocab]; `tokens` end with the root."""
-        paths = [[tree.tokens[node] for node in tree.path(node)[1:]] for node in range(len(tree))]
+        paths = [[tree.tokens[node] for node in path_to(tree, node)[1:]] for node in range(len(tree))]
         return np.stack([self.logits(tokens + path) for path in paths])
 
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrt.config import Sampling
-from flashrt.engine.sampling import Sampler, distribution
+from flashrt.engine.sampling import Sampler
 from flashrt.speculate.acceptance import verify
 from flashrt.speculate.tree import ROOT, TokenTree
-from tests.speculate.support import Target, plain, planters, speculative
+from tests.distribution import distribution
+from tests.speculate.support import Target, path_to, plain, planters, speculative
 
 SAMPLINGS = [
     Sampling(),
@@ -52,7 +53,7 @@ def test_a_perfect_draft_stands_as_a_whole() -> None:
         tree.add(ROOT, (token + 1) % 7)  # beside it something wrong
         node = tree.add(node, token)
     steps = list(verify(tree, target.verify(tree, tokens), Sampler(Sampling(), PROMPT)))
-    assert [step.node for step in steps] == tree.path(node)
+    assert [step.node for step in steps] == path_to(tree, node)
     assert [step.token for step in steps] == plain(target, PROMPT, Sampling(), 7)
 
 

@@ -29,6 +29,14 @@ def test_drafters_share_nodes() -> None:
     assert proposals.chances() == pytest.approx([1, 0.8, 0.8 * 0.6, 0.2, 0.8 * 0.1])
 
 
+@pytest.mark.parametrize("confidences", [(0.8, 0.3), (0.3, 0.8), (0.8, 0.8)])
+def test_the_surest_decides_whoever_comes_first(confidences: tuple[float, float]) -> None:
+    proposals = Proposals(9, Accuracy())
+    for drafter, confidence in zip("ab", confidences, strict=True):
+        proposals.add(drafter, [Candidate((1,), confidence)])
+    assert proposals.chances() == pytest.approx([1, 0.8])
+
+
 def test_a_path_from_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a proposes \(1, 2\)"):
         Proposals(9, Accuracy()).add("a", [Candidate((1, 2), 0.5)])

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from flashrt.speculate.tree import ROOT, TokenTree
-from tests.speculate.support import random_tree
+from tests.speculate.support import path_to, random_tree
 
 
 def token_paths(tree: TokenTree) -> list[tuple[int, ...]]:
-    return [tuple(tree.tokens[n] for n in tree.path(node)) for node in range(len(tree))]
+    return [tuple(tree.tokens[n] for n in path_to(tree, node)) for node in range(len(tree))]
 
 
 def test_paths_that_begin_alike_share_nodes() -> None:
@@ -19,7 +19,7 @@ def test_paths_that_begin_alike_share_nodes() -> None:
     assert tree.add(ROOT, 3) == 1
     other = tree.add(1, 5)
     assert (tree.tokens, tree.parents, tree.depths) == ([7, 3, 4, 5], [-1, 0, 1, 1], [0, 1, 2, 2])
-    assert tree.path(other) == [0, 1, 3]
+    assert path_to(tree, other) == [0, 1, 3]
     assert tree.children(1) == [first, other]
     assert tree.child(1, 5) == other
     assert tree.child(1, 9) is None
@@ -36,7 +36,7 @@ def test_random_trees(seed: int) -> None:
     assert tree.depths == [len(path) - 1 for path in paths]
     for node in range(len(tree)):
         assert tree.find(paths[node][1:]) == node
-        assert [tree.tokens[at] for at in tree.path(node)] == list(paths[node])
+        assert [tree.tokens[at] for at in path_to(tree, node)] == list(paths[node])
         assert tree.children(node) == [n for n, parent in enumerate(tree.parents) if parent == node]
 
 
@@ -45,7 +45,7 @@ def test_select(seed: int) -> None:
     random = np.random.default_rng(seed)
     tree = random_tree(random, 23, 3)
     wanted = random.permutation(len(tree))[:6].tolist()
-    nodes = sorted({n for node in wanted for n in tree.path(node)})
+    nodes = sorted({n for node in wanted for n in path_to(tree, node)})
     selected = tree.select(nodes)
     assert token_paths(selected) == [token_paths(tree)[node] for node in nodes]
     assert selected.select(range(len(selected))).parents == selected.parents
