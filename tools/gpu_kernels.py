@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashrt_kernels import reference
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.gpu import gather_rows, glu_rows, workspace
 from flashrt_kernels.rows import Codec, bundle_stride, row_bytes
 
@@ -86,14 +87,13 @@ def choose(rows: int, share: float, device: str) -> Tensor:
 def glu_rates(k: int, neurons: int, nbytes: int, device: str, seconds: Timer) -> Iterator[dict[str, Any]]:
     """`glu_rows` over random shares of the rows of as many layers as have `nbytes`."""
     layer = bundles(k, neurons).to(device)
-    layers = [layer.clone() for _ in range(max(nbytes // layer.numel(), 1))]
+    layers = [FfnWeights(layer.clone(), CODEC, "silu", True) for _ in range(max(nbytes // layer.numel(), 1))]
     for tokens in TOKENS:
         x, y = torch.randn((tokens, k), device=device), torch.zeros((tokens, k), device=device)
         scratch = workspace(neurons, tokens, k, device)
         for share in SHARES:
             calls = [
-                partial(glu_rows, x, rows, CODEC, "silu", True, y, choose(neurons, share, device), scratch=scratch)
-                for rows in layers
+                partial(glu_rows, x, weights, y, choose(neurons, share, device), scratch=scratch) for weights in layers
             ]
             yield {"tokens": tokens, **rate(round(share * neurons), layer.shape[1], seconds(calls))}
 

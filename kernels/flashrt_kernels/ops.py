@@ -1,44 +1,52 @@
 """The operations every backend has, and the choice of a backend.
 
-Array types are the backend's: numpy arrays for `cpu`, torch tensors for `torch`. Shapes, dtypes and strides are
-documented where they are checked, in `flashrt_kernels.cpu`.
+Arrays are the backend's: numpy arrays for `cpu`, torch tensors for `torch`. Shapes, dtypes and strides are documented
+where they are checked, in `flashrt_kernels.cpu`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overload
 
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
 BACKENDS = {"cpu": "flashrt_kernels.cpu", "torch": "flashrt_kernels.reference"}
+
+Array = TypeVar("Array")
 
 
 class BackendUnavailable(RuntimeError):
     """A backend cannot be used here; the message says why and what to do."""
 
 
-class Ops(Protocol):
+class Ops(Protocol[Array]):
     """A backend. Results are written into arrays of the caller's.
 
     B tokens, K numbers a row, D numbers a head, n bundles of `flashrt_kernels.rows`. Floats are float32.
     """
 
-    def linear(self, x: Any, bundles: Any, codec: Codec, out: Any, row0: int, rows: int, bias: Any = None) -> None:
+    def linear(
+        self, x: Array, bundles: Array, codec: Codec, out: Array, row0: int, rows: int, bias: Array | None = None
+    ) -> None:
         """out[b, row0 + r] = x[b] · W[r] + bias[r], few tokens; x [B, K], bundles [n, bytes], out [B, any]."""
 
     def gemm_linear(
         self,
-        x: Any,
-        bundles: Any,
+        x: Array,
+        bundles: Array,
         codec: Codec,
-        out: Any,
+        out: Array,
         row0: int,
         rows: int,
-        bias: Any = None,
-        scratch: Any = None,
+        bias: Array | None = None,
+        scratch: Array | None = None,
     ) -> None:
         """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)]."""
 
@@ -47,13 +55,13 @@ class Ops(Protocol):
 
     def glu(
         self,
-        x: Any,
-        weights: FfnWeights[Any],
-        y: Any,
-        routed: RoutedTokens[Any] | None = None,
-        slots: Any = None,
-        streamed_bundles: Sequence[Any] | None = None,
-        usage: Any = None,
+        x: Array,
+        weights: FfnWeights[Array],
+        y: Array,
+        routed: RoutedTokens[Array] | None = None,
+        slots: Array | None = None,
+        streamed_bundles: Sequence[Array] | None = None,
+        usage: Array | None = None,
     ) -> None:
         """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K].
 
@@ -63,38 +71,109 @@ class Ops(Protocol):
 
     def gemm_glu(
         self,
-        x: Any,
-        weights: FfnWeights[Any],
-        y: Any,
-        routed: RoutedTokens[Any] | None = None,
-        scratch: Any = None,
-        usage: Any = None,
+        x: Array,
+        weights: FfnWeights[Array],
+        y: Array,
+        routed: RoutedTokens[Array] | None = None,
+        scratch: Array | None = None,
+        usage: Array | None = None,
     ) -> None:
         """`glu` for many tokens; scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
 
-    def rms_norm(self, x: Any, weight: Any, eps: float, out: Any) -> None:
+    def gate_up(
+        self,
+        x: Array,
+        groups: Array,
+        first: int,
+        fine: int,
+        order: Array,
+        norms: Array,
+        ratio: Array,
+        sums: Array,
+        coarse_from: float,
+        fine_from: float,
+    ) -> tuple[int, int]:
+        """sums[b] += gate and up of x[b] by input channel (`flashrt_kernels.channels`), few tokens.
+
+        Channels take part from |x| * norm >= coarse_from on, with their fine halves from fine_from on. x [B, K], groups
+        [n, bytes] of which `first` is the first, order int32 [places], norms [K], ratio [C], sums [B, C]. Returns how
+        many coarse and fine halves took part.
+        """
+
+    def gemm_gate_up(
+        self,
+        x: Array,
+        groups: Array,
+        first: int,
+        fine: int,
+        order: Array,
+        ratio: Array,
+        sums: Array,
+        scratch: Array | None = None,
+    ) -> None:
+        """`gate_up` for many tokens, of all channels; scratch uint8 [gate_up_scratch_bytes(B, n)]."""
+
+    def gate_up_scratch_bytes(self, tokens: int, groups: int) -> int:
+        """Scratch of `gemm_gate_up` on `groups` groups."""
+
+    def down(
+        self,
+        sums: Array,
+        scale: Array,
+        norms: Array,
+        activation: str,
+        gated: bool,
+        up_bias: Array | None,
+        rows: Array,
+        codec: Codec,
+        first: int,
+        y: Array,
+        threshold: float,
+    ) -> int:
+        """y[b] += h * row, few tokens, where |h| * norm >= threshold; returns how many neurons that were.
+
+        sums [B, C] of `gate_up`, scale [C], norms and up_bias [neurons], rows [n, bytes] of which `first` is the first.
+        """
+
+    def gemm_down(
+        self,
+        sums: Array,
+        scale: Array,
+        norms: Array,
+        activation: str,
+        gated: bool,
+        up_bias: Array | None,
+        rows: Array,
+        codec: Codec,
+        first: int,
+        y: Array,
+        scratch: Array | None = None,
+    ) -> None:
+        """`down` for many tokens, of all neurons; scratch uint8 [gemm_scratch_bytes(B, K, n)]."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
         """out = x / sqrt(mean(x²) + eps) * weight over rows; x, out [B, K], weight [K]."""
 
-    def layer_norm(self, x: Any, weight: Any, bias: Any, eps: float, out: Any) -> None:
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float, out: Array) -> None:
         """out = (x - mean) / sqrt(variance + eps) * weight + bias over rows; x, out [B, K], weight, bias [K]."""
 
-    def rope(self, x: Any, cos: Any, sin: Any) -> None:
+    def rope(self, x: Array, cos: Array, sin: Array) -> None:
         """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 
-    def kv_append(self, k: Any, v: Any, kv: Any, start: int) -> None:
+    def kv_append(self, k: Array, v: Array, kv: Array, start: int) -> None:
         """Writes k, v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D]."""
 
     def attention(
         self,
-        q: Any,
-        kv: Any,
+        q: Array,
+        kv: Array,
         start: int,
         window: int | None,
         scale: float,
         softcap: float | None,
-        out: Any,
-        scratch: Any = None,
-        parents: Any = None,
+        out: Array,
+        scratch: Array | None = None,
+        parents: Array | None = None,
     ) -> None:
         """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D]; out [B, H * D].
 
@@ -103,10 +182,10 @@ class Ops(Protocol):
     def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
         """Scratch of `attention` for q [tokens, heads, dim], whatever the context."""
 
-    def quantize(self, weights: Any, codec: Codec, out: Any, importance: Any = None) -> None:
+    def quantize(self, weights: Array, codec: Codec, out: Array, importance: Array | None = None) -> None:
         """Encodes weights [n, k] into out uint8 [n, row_bytes]; importance [k] weighs the columns' errors."""
 
-    def dequantize(self, rows: Any, codec: Codec, k: int, out: Any) -> None:
+    def dequantize(self, rows: Array, codec: Codec, k: int, out: Array) -> None:
         """Decodes rows uint8 [n, ≥ row_bytes] into out [n, k]."""
 
     def reserve(self, k: int) -> int:
@@ -122,12 +201,25 @@ class Ops(Protocol):
         """The instruction set, or the device, in use."""
 
 
-def load(name: str) -> Ops:
+if TYPE_CHECKING:  # the backends are what Ops says
+    from flashrt_kernels import cpu, reference
+
+    _CPU: Ops[NDArray[Any]] = cpu
+    _TORCH: Ops[Tensor] = reference
+
+
+@overload
+def load(name: Literal["cpu"]) -> Ops[NDArray[Any]]: ...
+@overload
+def load(name: Literal["torch"]) -> Ops[Tensor]: ...
+@overload
+def load(name: str) -> Ops[Any]: ...
+def load(name: str) -> Ops[Any]:
     """The backend `name`: 'cpu' (numpy, C++) or 'torch' (any device). Raises BackendUnavailable with the reason."""
     if name not in BACKENDS:
         raise BackendUnavailable(f"no backend {name!r}: expected one of {', '.join(BACKENDS)}")
     try:
-        return cast(Ops, importlib.import_module(BACKENDS[name]))
+        return cast("Ops[Any]", importlib.import_module(BACKENDS[name]))
     except ImportError as error:
         if name == "cpu":
             remedy = "the compiled extension is missing: build it with `pip install .` (needs a C++17 compiler)"

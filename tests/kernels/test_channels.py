@@ -1,4 +1,4 @@
-"""Gate and up by input channel: the layout, and the kernels against plain arithmetic on the decoded weights."""
+"""Gate and up by input channel: the layout, and the kernels against the reference and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from flashrt_kernels.channels import (
     CHANNELS,
@@ -20,7 +21,7 @@ from flashrt_kernels.channels import (
 )
 from flashrt_kernels.rows import Codec, align, row_bytes
 
-from .helpers import cpu, empty, normal, rms_ratio, same, tolerance
+from .helpers import cpu, empty, normal, reference, rms_ratio, same, tensor, tolerance
 
 SHAPES = [(48, 3), (63, 300), (160, 37), (640, 515)]
 
@@ -170,6 +171,89 @@ def test_gate_up_is_the_same_however_it_is_cut(isa, k, n):
     assert same(gate_up(b, x, 0.4, 0.8)[0], whole)
 
 
+def lossless(seed, b, tokens):
+    """Inputs that 8 bits per group hold exactly, whichever channels take part: each group's largest counts most."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-120, 121, (tokens, align(b.k, 64))).astype(np.float32)
+    largest = np.arange(0, b.k, CHANNELS)
+    codes[:, largest] = rng.choice([-127, 127], (tokens, len(largest)))
+    b.norms[largest] = 2.5
+    return np.ldexp(codes[:, : b.k], rng.integers(-9, -5, (tokens, 1)))
+
+
+def on_torch(*arrays):
+    """Copies: what one side writes, the other does not see."""
+    return [tensor(a.copy()) if isinstance(a, np.ndarray) else a for a in arrays]
+
+
+@pytest.mark.parametrize(("gated", "fine"), [(True, 0), (True, 11), (False, 32)])
+@pytest.mark.parametrize(("k", "n"), SHAPES[1:3])
+def test_gate_up_matches_the_reference(isa, k, n, gated, fine):
+    b = block(21, k, n, fine, gated)
+    for tokens in (1, 17):
+        x, start = lossless(22, b, tokens), normal(23, tokens, len(b.scale))
+        for thresholds in ((-1.0, -1.0), (0.2, 0.9), (0.9, 0.2), (1e9, 1e9)):
+            sums = start.copy()
+            arguments = x, b.groups, 0, b.fine, b.order, b.norms, b.ratio, sums, *thresholds
+            expected = on_torch(*arguments)
+            counts = reference.gate_up(*expected)
+            assert cpu.gate_up(*arguments) == counts
+            assert rms_ratio(sums, expected[7]) < 2e-6
+            assert (rms_ratio(sums, start) > 1e-3) == (counts[0] > 0)
+
+
+@pytest.mark.parametrize("fine", [0, 11])
+@pytest.mark.parametrize(("k", "n"), SHAPES[1:3])
+def test_gemm_gate_up_matches_the_reference(isa, k, n, fine):
+    b, x = block(24, k, n, fine), normal(25, 19, k)
+    sums = normal(26, 19, len(b.scale))
+    for i, j in itertools.pairwise([0, len(b.groups) // 2, len(b.groups)]):
+        arguments = x, b.groups[i:j], i, b.fine, b.order, b.ratio, sums
+        expected = on_torch(*arguments)
+        reference.gemm_gate_up(*expected)
+        cpu.gemm_gate_up(*arguments)
+        assert rms_ratio(sums, expected[6]) < (2e-6 if isa != "avx512bf16" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "activation"),
+    [*((codec, "silu") for codec in Codec), *((Codec.INT4, name) for name in ("gelu_tanh", "gelu", "fatrelu:0.7"))],
+)
+@pytest.mark.parametrize("gated", [True, False])
+def test_down_matches_the_reference(isa, gated, activation, codec):
+    k, n, tokens = 95, 571, 5
+    rng, columns = np.random.default_rng(27), groups_columns(n, gated)
+    rows = np.empty((n, row_bytes(codec, k)), np.uint8)
+    cpu.quantize(normal(28, n, k), codec, rows)
+    scale, norms = (rng.uniform(0.5, 2, size).astype(np.float32) for size in (columns, n))
+    sums, y = normal(29, tokens, columns), normal(30, tokens, k)
+    up_bias = None if gated else normal(31, n)
+    for first, last in ((0, 512), (512, n)):
+        stored = sums, scale, norms, activation, gated, up_bias, rows[first:last], codec, first
+        for threshold in (-1.0, 0.8, 1e9):
+            before, expected = y.copy(), tensor(y.copy())
+            count = reference.down(*on_torch(*stored), expected, threshold)
+            assert cpu.down(*stored, y, threshold) == count
+            assert rms_ratio(y, expected) < tolerance(codec)
+            assert same(y, before) == (count == 0)
+        expected = tensor(y.copy())
+        reference.gemm_down(*on_torch(*stored), expected)
+        cpu.gemm_down(*stored, y)
+        assert rms_ratio(y, expected) < (3e-6 if isa != "avx512bf16" or codec is Codec.F32 else 1e-2)
+
+
+def test_a_channel_without_a_fine_half_that_is_no_number_takes_part_with_what_there_is(isa):
+    """What lies behind the last group's fine halves is no part of it."""
+    b, x = block(32, 160, 37, 8), normal(33, 2, 160)
+    x[0, b.order.reshape(-1, CHANNELS)[4, 31]] = np.nan
+    sums, counts = gate_up(b, x, 0.5, 0.9)
+    expected = torch.zeros(sums.shape)
+    arguments = on_torch(x, b.groups, 0, b.fine, b.order, b.norms, b.ratio)
+    assert counts == reference.gate_up(*arguments, expected, 0.5, 0.9)
+    assert np.isnan(sums[0]).all()
+    assert np.isfinite(sums[1]).all()
+
+
 def expected_h(b, sums, activation):
     def act(v):
         return {"silu": lambda: v / (1 + np.exp(-v)), "relu": lambda: np.maximum(v, 0)}[activation]()
@@ -260,3 +344,7 @@ def test_wrong_arguments_are_named():
         cpu.down(
             np.zeros((2, 512), np.float32), b.scale, b.down_norms, "silu", True, None, b.down[:3], Codec.INT4, 5, x, 0
         )  # fmt: skip
+    sums = np.zeros((2, 512), np.float32)
+    for name, up_bias, rows in (("up_bias", b.down_norms, b.down), ("rows", None, b.down[:, :9])):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            cpu.down(sums, b.scale, b.down_norms, "silu", True, up_bias, rows, Codec.INT4, 0, x, 0)

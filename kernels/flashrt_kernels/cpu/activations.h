@@ -41,7 +41,7 @@ inline void prepare_int4(const float* x, int8_t* q, float* scales, float* sums, 
         const Rounded<2> group(x + INT4_GROUP * g, 127.0f);
         int8_t codes[INT4_GROUP];
         for (int j = 0; j < 2; ++j) store_i8(codes + 16 * j, group.codes[j]);
-        int8_t* to = q + SPAN * (g / INT4_SPAN) + 8 * (g % INT4_SPAN);
+        int8_t* to = q + SPAN_WEIGHTS * (g / INT4_SPAN) + 8 * (g % INT4_SPAN);
         for (int part = 0; part < 4; ++part) std::memcpy(to + 8 * INT4_SPAN * part, codes + 8 * part, 8);
         scales[2 * g] = scales[2 * g + 1] = group.scale;
         sums[g] = sum(add(group.codes[0], group.codes[1])) * group.scale;

@@ -120,7 +120,7 @@ inline void axpys_one(const uint8_t* const* row, const uint8_t* const* next, int
         fetch_scales(next, kp, g);
         for (int z = 0; z < 2; ++z)
             add_half(factors, g % 16, row, next, 16 * static_cast<size_t>(g) + z * half, half,
-                     y + INT4_GROUP * g + z * SPAN / 2);
+                     y + INT4_GROUP * g + z * SPAN_WEIGHTS / 2);
     }
 }
 
@@ -217,11 +217,11 @@ inline void axpys_int4(const uint8_t* const* row, const uint8_t* const* next, in
 inline void collect_int4(const float* sums, int k, float* y) {
     for (int group = 0; group * INT4_GROUP < k; ++group) {
         const int place = group % INT4_SPAN;
-        const float* from = sums + SPAN * (group / INT4_SPAN) + 32 * (place % 2) + 4 * (place / 2);
+        const float* from = sums + SPAN_WEIGHTS * (group / INT4_SPAN) + 32 * (place % 2) + 4 * (place / 2);
         float values[INT4_GROUP];
         for (int i = 0; i < 8; ++i) {  // four weights each: half, nibble and word of the group
             const int half = i / 4, nibble = i / 2 % 2, word = i % 2;
-            std::memcpy(values + 4 * i, from + SPAN / 2 * half + 64 * nibble + 16 * word, 16);
+            std::memcpy(values + 4 * i, from + SPAN_WEIGHTS / 2 * half + 64 * nibble + 16 * word, 16);
         }
         float* to = y + INT4_GROUP * group;
         const int left = k - INT4_GROUP * group;

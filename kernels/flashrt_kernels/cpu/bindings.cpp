@@ -155,7 +155,8 @@ DownJob down_job(handle sums_, handle scale_, handle norms_, Named activation, b
     const Array<float> y("y", y_, 2);
     y.expect(0, sums.shape[0]);
     const Array<const float> norms("norms", norms_, 1);
-    const Rows w = bundles_of(rows, codec, 1, y.shape[1]);
+    if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
+    const Rows w = bundles_of(rows, codec, 1, y.shape[1], "rows");
     if (first < 0 || first % DOWN_STEP || first > norms.shape[0] - w.bundles)
         wrong("first", std::to_string(w.bundles) + " rows from " + std::to_string(first) + " are not among " +
                            std::to_string(norms.shape[0]) + ", or do not begin at a multiple of " +

@@ -11,7 +11,7 @@
 namespace flashrt {
 
 // h of `count` neurons from `first` on, of one token: act(gate) * up.
-void hidden(const DownJob& job, int token, int64_t first, int count, float* h, float* up) {
+void activations(const DownJob& job, int token, int64_t first, int count, float* h, float* up) {
     const float* sums = job.sums + token * job.sums_step;
     for (int i = 0; i < count; ++i) h[i] = sums[first + i] * job.scale[first + i];
     if (job.gated)
@@ -32,9 +32,9 @@ void weigh(const GateUpJob& job, const float* x, int64_t group, float* kept, uin
         const int32_t channel = job.order[group * CHANNELS + i];
         const float value = channel < 0 ? 0.0f : x[channel];
         const float weight = channel < 0 ? -1.0f : std::fabs(value) * job.norms[channel];
+        // Comparisons are such that what is not a number takes part.
         wanted[i] = weight < job.coarse_from ? 0 : weight < job.fine_from || i >= job.groups.fine ? 1 : 2;
         if (channel < 0) wanted[i] = 0;
-        if (std::isnan(weight)) wanted[i] = 2;  // what is not a number must not vanish
         kept[i] = wanted[i] ? value : 0.0f;
     }
 }
@@ -91,7 +91,7 @@ void choose(const DownJob& job, int token, int64_t unit, const Chosen& out) {
     const int64_t first = unit * UNIT, left = job.rows.bundles - first;
     const int count = static_cast<int>(left < UNIT ? left : UNIT);
     float up[UNIT];
-    hidden(job, token, job.first + first, count, out.h + first, up);
+    activations(job, token, job.first + first, count, out.h + first, up);
     int kept = 0;
     for (int64_t i = first; i < first + count; ++i) {
         out.neuron[first + kept] = static_cast<int32_t>(i);

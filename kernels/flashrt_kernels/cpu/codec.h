@@ -11,14 +11,14 @@ namespace flashrt {
 enum class Codec : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 constexpr int CHUNK = INT8_GROUP;  // weights decoded together; rows are padded to a multiple of it
-constexpr int SPAN = INT4_SPAN * INT4_GROUP;
+constexpr int SPAN_WEIGHTS = INT4_SPAN * INT4_GROUP;
 
 inline int padded(int k) { return (k + CHUNK - 1) / CHUNK * CHUNK; }
 
-inline int spans(int k) { return (k + SPAN - 1) / SPAN; }
+inline int spans(int k) { return (k + SPAN_WEIGHTS - 1) / SPAN_WEIGHTS; }
 
 // Numbers that kernels which sum rows of `k` weights keep of each token: whole spans.
-inline size_t sums_step(int k) { return static_cast<size_t>(spans(k)) * SPAN; }
+inline size_t sums_step(int k) { return static_cast<size_t>(spans(k)) * SPAN_WEIGHTS; }
 
 // Groups of the span that group g is in, in a row of `groups`.
 inline int span_groups(int groups, int g) {

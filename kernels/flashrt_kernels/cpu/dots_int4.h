@@ -33,12 +33,12 @@ FLASHRT_INLINE void finish(const uint8_t* const* rows, const Tokens& t, int toke
 }
 
 template <int R>
-struct Span {  // 256 weights of each of R rows, taken apart once for all tokens
+struct Int4Span {  // 256 weights of each of R rows, taken apart once for all tokens
     B part[R][4];
     F scale[R];
 
     // `half` is 8 bytes times its number of groups: 64 but in the last span of a row.
-    FLASHRT_INLINE Span(const uint8_t* const* rows, int kp, int g, int half) {
+    FLASHRT_INLINE Int4Span(const uint8_t* const* rows, int kp, int g, int half) {
         for (int r = 0; r < R; ++r) {
             const uint8_t* at = rows[r] + 16 * g;
             const B first = half == 64 ? load_bytes(at) : load_bytes(at, half);
@@ -78,7 +78,7 @@ FLASHRT_INLINE void dot_int4(const uint8_t* const* rows, const uint8_t* const* n
     auto span = [&](int g, int half) FLASHRT_LAMBDA {
         for (int r = 0; r < R; ++r)
             for (int line = 0; line < 128; line += 64) prefetch(next[r] + 16 * g + line);
-        const Span<R> w(rows, kp, g, half);
+        const Int4Span<R> w(rows, kp, g, half);
         for (int i = 0; i < count; ++i)
             w.add_to(acc[i], q + i * 2 * t.q_step + INT4_GROUP * g, t.scales + i * t.scale_step + 2 * g);
     };

@@ -271,7 +271,7 @@ void gemm_down(const DownJob& job, void* memory, int crew) {
     char* panels = scratch.take(crew * each);
     parallel_for(job.tokens, [&](int64_t t, int thread) {
         float* row = reinterpret_cast<float*>(panels + thread * each);  // not in use yet
-        hidden(job, static_cast<int>(t), job.first, neurons, row, row + neurons);
+        activations(job, static_cast<int>(t), job.first, neurons, row, row + neurons);
         fill_row(h, static_cast<int>(t), neurons, row);
     }, crew);
     multiply_down(job.rows, h, job.tokens, panels, each, sums, sums_bytes,

@@ -28,7 +28,7 @@ struct Block {
 };
 
 // gate·x and up·x of a block, then act(gate) * up, into h [tokens, BLOCK].
-void hidden(const GluJob& job, const Tokens& tokens, const float* factors, const Block& block, float* h) {
+void activations(const GluJob& job, const Tokens& tokens, const float* factors, const Block& block, float* h) {
     const Kernels& kernel = kernels();
     float both[2][NARROW_TOKENS * BLOCK];  // gate, up
     kernel.dots(job.neurons.codec, block.rows(job.gated ? 2 : 1), tokens, {both[0], 1, NARROW_TOKENS * BLOCK, BLOCK});
@@ -52,7 +52,7 @@ void unit(const GluJob& job, const Tokens& tokens, const float* factors, int64_t
     for (int64_t neuron = first; neuron < last; neuron += BLOCK) {
         const int count = static_cast<int>(last - neuron < BLOCK ? last - neuron : BLOCK);
         const Block block(job, neuron, count, neuron + BLOCK < last ? neuron + BLOCK : next);
-        hidden(job, tokens, factors, block, h);
+        activations(job, tokens, factors, block, h);
         kernels().axpys(job.neurons.codec, block.rows(1), job.gated ? 2 : 1, job.neurons.k, h, BLOCK, tokens.count,
                         sums, sums_step(job.neurons.k));
     }

@@ -123,7 +123,7 @@ void linear(const LinearJob&);
 void glu(const GluJob&);
 ChannelCount gate_up(const GateUpJob&);
 // h = act(gate) * up of `count` neurons from `first` on, of one token; `up` [count] is scratch.
-void hidden(const DownJob&, int token, int64_t first, int count, float* h, float* up);
+void activations(const DownJob&, int token, int64_t first, int count, float* h, float* up);
 int64_t down(const DownJob&);  // neurons that took part, over all tokens
 size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew);
 void gemm_linear(const LinearJob&, void* scratch, int crew);

@@ -13,7 +13,7 @@ inline Tokens tokens_of(int count, int k) {
     t.count = count;
     t.k = k;
     t.kp = kp;
-    t.q_step = static_cast<size_t>(spans(k)) * SPAN;
+    t.q_step = static_cast<size_t>(spans(k)) * SPAN_WEIGHTS;
     t.scale_step = static_cast<size_t>(spans(k)) * 2 * INT4_SPAN;
     t.groups = (kp / INT4_GROUP + 15) / 16 * 16;
     return t;

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashrt_kernels.activations import parse
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.gpu.arguments import check
 from flashrt_kernels.gpu.row_tile import row_codes, row_scales
-from flashrt_kernels.limits import LONGEST_ROW, NARROW_TOKENS
-from flashrt_kernels.rows import ALIGNMENT, Codec, align, bundle_stride, row_bytes
+from flashrt_kernels.limits import LONGEST_ROW, NARROW_TOKENS, NEURON_STEP
+from flashrt_kernels.rows import ALIGNMENT, align, bundle_stride, row_bytes
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 SLOTS = 32  # of one program: enough programs for a GPU even where few rows are chosen
-PARTS = 4  # partial sums that are added before they are added to y: 128 slots, as on the CPU
+PARTS = NEURON_STEP // SLOTS  # partial sums that are added before they are added to y
 TILE_GROUPS = 8  # groups of 32 weights that a program decodes at a time: a span of int4
 COLUMNS = 128  # of y, that one program of the reduction adds up
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """act(x), float32. Comparisons are written so that NaN stays NaN."""
-    if ACTIVATION == "silu":
+def activate(x, threshold, FUNCTION: tl.constexpr):
+    """act(x), float32; relu passes what is more than the threshold. Comparisons are such that NaN stays NaN."""
+    if FUNCTION == "silu":
         result = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))
+    elif FUNCTION == "gelu_tanh":  # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))
         result = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "gelu":
+    elif FUNCTION == "gelu":
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "relu":
-        result = tl.where(x < 0.0, 0.0, x)
+    elif FUNCTION == "relu":
+        result = tl.where(x <= threshold, 0.0, x)
     else:
         result = tl.where(x < 0.0, 0.0, x * x)
     return result
@@ -54,14 +52,15 @@ def _partial_kernel(
     slots_ptr,
     count_ptr,
     bias_ptr,
-    weights_ptr,
+    factors_ptr,
     parts_ptr,
     stride,
     capacity,
+    threshold,
     K: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     CODEC: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    FUNCTION: tl.constexpr,
     GATED: tl.constexpr,
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
@@ -96,11 +95,11 @@ def _partial_kernel(
     h = tl.sum(first, axis=1)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + slot, mask=valid, other=0.0)
-    h = activate(h, ACTIVATION)
+    h = activate(h, threshold, FUNCTION)
     if GATED:
         h *= tl.sum(second, axis=1)
-    if weights_ptr is not None:
-        h *= tl.load(weights_ptr + token)
+    if factors_ptr is not None:
+        h *= tl.load(factors_ptr + token)
     h = tl.where(valid, h, 0.0)
     down = row + (2 * ROW_BYTES if GATED else ROW_BYTES)
     out = parts_ptr + (part.to(tl.int64) * tl.num_programs(0) + token) * K
@@ -151,28 +150,29 @@ def workspace(slots: int, tokens: int, k: int, device: torch.device | str) -> Te
 
 def glu_rows(
     x: Tensor,
-    bundles: Tensor,
-    codec: Codec,
-    activation: Activation,
-    gated: bool,
+    weights: FfnWeights[Tensor],
     y: Tensor,
     slots: Tensor,
     count: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    weights: Tensor | None = None,
+    factors: Tensor | None = None,
     scratch: Tensor | None = None,
 ) -> None:
-    """y[b] += h * down, summed over the first `count` slots; h = act(gate·x) * (up·x), or act(up·x + up_bias) ungated.
+    """y[b] += h * down, summed over the first `count` slots; h is that of `FfnWeights`.
 
-    x and y float32 [B, K], B up to 16. bundles uint8 [n, stride] of (gate, up, down) rows, ungated (up, down). slots
+    x and y float32 [B, K], B up to 16. bundles uint8 [n, stride] and up_bias float32 [n] are indexed by slot. slots
     int32 [s], each in 0..n-1, and count int32 [1], up to s (None: s), lie on the device; their values are not checked.
-    up_bias float32 [n] is indexed by slot; weights float32 [B] multiplies a token's h. scratch: `workspace(s, B, K)`;
-    None allocates. Raises ValueError on anything else.
+    factors float32 [B] multiplies a token's h. scratch: `workspace(s, B, K)`; None allocates. Raises ValueError on
+    anything else.
 
     A token's result has the same bits whoever shares the batch, and when the slots are spread over several calls, in
     order, that begin at multiples of 128.
     """
-    tokens, k = _check(x, bundles, codec, activation, gated, y, slots, count, up_bias, weights)
+    function, threshold = parse(weights.activation)
+    tokens, k = _check(x, weights, y, slots)
+    if count is not None:
+        check("count", count, torch.int32, (1,), x.device)
+    if factors is not None:
+        check("factors", factors, torch.float32, (tokens,), x.device)
     capacity = slots.shape[0]
     if scratch is None:
         scratch = workspace(capacity, tokens, k, x.device)
@@ -183,19 +183,20 @@ def glu_rows(
         return
     _partial_kernel[(tokens, parts)](
         x,
-        bundles,
+        weights.bundles,
         slots,
         count,
-        up_bias,
-        weights,
+        weights.up_bias,
+        factors,
         scratch,
-        bundles.stride(0),
+        weights.bundles.stride(0),
         capacity,
+        threshold,
         K=k,
-        ROW_BYTES=row_bytes(codec, k),
-        CODEC=codec.value,
-        ACTIVATION=activation,
-        GATED=gated,
+        ROW_BYTES=row_bytes(weights.codec, k),
+        CODEC=weights.codec.value,
+        FUNCTION=function,
+        GATED=weights.gated,
         SLOTS=SLOTS,
         TILE=TILE_GROUPS,
         num_warps=8,
@@ -209,37 +210,21 @@ def _numbers(slots: int, x: Tensor) -> int:
     return triton.cdiv(slots, SLOTS) * x.numel()
 
 
-def _check(
-    x: Tensor,
-    bundles: Tensor,
-    codec: Codec,
-    activation: str,
-    gated: bool,
-    y: Tensor,
-    slots: Tensor,
-    count: Tensor | None,
-    up_bias: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[int, int]:
+def _check(x: Tensor, weights: FfnWeights[Tensor], y: Tensor, slots: Tensor) -> tuple[int, int]:
     """Tokens and row length."""
     check("x", x, torch.float32, (None, None), x.device)
     tokens, k = x.shape
     if not (1 <= tokens <= NARROW_TOKENS and 1 <= k <= LONGEST_ROW):
         raise ValueError(f"x: expected {NARROW_TOKENS} tokens of {LONGEST_ROW} numbers at most, found {tokens} of {k}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, found {activation!r}")
     check("y", y, torch.float32, (tokens, k), x.device)
+    bundles = weights.bundles
     check("bundles", bundles, torch.uint8, (None, None), x.device)
-    least = bundle_stride(codec, k, 3 if gated else 2)
+    least = bundle_stride(weights.codec, k, 3 if weights.gated else 2)
     if bundles.shape[1] < least or bundles.shape[1] != align(bundles.shape[1], ALIGNMENT):
         raise ValueError(f"bundles: expected a multiple of 64 bytes from {least} on, found {bundles.shape[1]}")
     check("slots", slots, torch.int32, (None,), x.device)
-    if count is not None:
-        check("count", count, torch.int32, (1,), x.device)
-    if up_bias is not None:
-        if gated:
+    if weights.up_bias is not None:
+        if weights.gated:
             raise ValueError("up_bias: expected None for a gated FFN")
-        check("up_bias", up_bias, torch.float32, (bundles.shape[0],), x.device)
-    if weights is not None:
-        check("weights", weights, torch.float32, (tokens,), x.device)
+        check("up_bias", weights.up_bias, torch.float32, (bundles.shape[0],), x.device)
     return tokens, k

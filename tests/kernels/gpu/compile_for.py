@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.gpu import LayerRows, SparseStep, glu_rows
 from flashrt_kernels.rows import Codec, bundle_stride
 
@@ -48,12 +49,12 @@ def main() -> None:
     for k, activation, gated in ((1536, "silu", True), (40, "gelu", False)):
         bias = None if gated else torch.ones(512)
         host = torch.zeros((512, bundle_stride(codec, k, 3 if gated else 2)), dtype=torch.uint8)
-        step = SparseStep(512, 256, 2, k, codec, activation, gated, "cpu")
+        step = SparseStep(512, 256, k, codec, activation, gated, "cpu")
         x, scores = torch.ones(2, k), torch.ones(2, 512)
         step(LayerRows.create(host, 256, "cpu", bias), x, scores, 0.5, torch.zeros(2, k))
     x, slots = torch.ones(1, k), torch.arange(33, dtype=torch.int32)
-    for activation in ("gelu_tanh", "relu", "relu2"):
-        glu_rows(x, host, codec, activation, False, x.clone(), slots, weights=torch.ones(1))
+    for activation in ("gelu_tanh", "relu", "relu2", "fatrelu:0.5"):
+        glu_rows(x, FfnWeights(host, codec, activation, False), x.clone(), slots, factors=torch.ones(1))
     print(*sorted(compiled))
 
 

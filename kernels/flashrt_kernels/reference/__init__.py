@@ -1,0 +1,61 @@
+"""The kernels in plain torch, on any device: the oracle of the `cpu` backend, and the operations of a CUDA device.
+
+Signatures are those of `flashrt_kernels.cpu`, on tensors; the key-value cache is bfloat16 or float32. Wide variants are
+the same maths; on a CUDA device they multiply in bfloat16, except for F32 rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashrt_kernels.reference.attention import attention, attention_scratch_bytes, kv_append
+from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_bytes, gemm_down, gemm_gate_up
+from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope
+from flashrt_kernels.reference.glu import gemm_glu, glu
+from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
+from flashrt_kernels.reference.quantize import dequantize, quantize
+
+__all__ = [
+    "attention",
+    "attention_scratch_bytes",
+    "dequantize",
+    "down",
+    "gate_up",
+    "gate_up_scratch_bytes",
+    "gemm_down",
+    "gemm_gate_up",
+    "gemm_glu",
+    "gemm_linear",
+    "gemm_scratch_bytes",
+    "glu",
+    "isa",
+    "kv_append",
+    "layer_norm",
+    "linear",
+    "quantize",
+    "reserve",
+    "rms_norm",
+    "rope",
+    "set_threads",
+    "threads",
+]
+
+
+def reserve(k: int) -> int:
+    """Torch allocates for itself."""
+    return 0
+
+
+def set_threads(n: int) -> None:
+    """Threads of torch's operations on the host."""
+    torch.set_num_threads(n)
+
+
+def threads() -> int:
+    """Threads of torch's operations on the host."""
+    return torch.get_num_threads()
+
+
+def isa() -> str:
+    """What computes."""
+    return "torch"
