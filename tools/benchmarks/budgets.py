@@ -63,9 +63,8 @@ def measure(args: argparse.Namespace, budget: str) -> tuple[Sample, set[tuple[in
     disk = plain_rates(Pack(args.pack).largest_file)
     if args.cold:
         runs.drop_page_cache()
-    options = ["--ignore-eos", "--speculate", "off", "--prompt", args.prompt, "--max-new-tokens", str(args.tokens)]
     try:
-        report = runs.flashrt_run(args.pack, budget, *options)
+        report = runs.flashrt_run(args.pack, budget, *runs.without_drafts(args.prompt, args.tokens))
     except runs.RunFailed as failure:
         return {"failed": str(failure), "oom_killed": failure.oom_killed}, set()
     rate, plain = report["disk_bytes_per_s"], disk["disk_plain_bytes_per_s"]

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def speeds(args: argparse.Namespace, budget: str) -> list[Sample]:
     """Runs of both modes in turn."""
     samples = []
-    options = ["--ignore-eos", "--speculate", "off", "--prompt", args.prompt, "--max-new-tokens", str(args.tokens)]
+    options = runs.without_drafts(args.prompt, args.tokens)
     for turn in range(args.repeat):
         for mode in in_turn(MODES, turn):
             report = runs.flashrt_run(args.pack, budget, "--mode", mode, *options)

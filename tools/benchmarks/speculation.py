@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from flashrt.storage.pack import Pack
 from tools.benchmarks.harness import facts, runs
-from tools.benchmarks.harness.disk import disk_label, disk_option, slow_disk
+from tools.benchmarks.harness.disk import disk_label, disk_option, plain_rates, slow_disk
 from tools.benchmarks.harness.record import Benchmark
 from tools.benchmarks.harness.samples import Sample, grouped, in_turn, median, only, ratios, spread, table, tabulated
 from tools.benchmarks.prompts import SETS
@@ -61,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disk_option(parser)
     args = benchmark.parse(arguments)
     with slow_disk(args.pack, args.disk_gb_per_s):
+        rates = plain_rates(Pack(args.pack).largest_file)
         samples = [s for budget in args.budgets for kind in args.sets for s in answers(args, budget, kind)]
     shape = {name: getattr(args, name) for name in ("tokens", "count", "ablation", "disk_gb_per_s")}
-    parameters = facts.pack(args.pack) | shape
+    parameters = facts.pack(args.pack) | shape | rates
     benchmark.publish(parameters, samples, summary(args, parameters, samples))
 
 
@@ -100,7 +102,7 @@ def answer(pack: Path, budget: str, tokens: int, question: str, mode: str) -> di
 def summary(args: argparse.Namespace, parameters: dict[str, Any], samples: list[Sample]) -> dict[str, Any]:
     text = (
         f"{parameters['model']}, {parameters['dtype']}: greedy answers of at most {args.tokens} tokens, the same text "
-        f"from all. {disk_label(args.disk_gb_per_s)}"
+        f"from all. {disk_label(args.disk_gb_per_s, parameters)}"
     )
     if args.ablation:
         labels = {"budget": ("budget", "budget"), "kind": "questions", "mode": "drafts"}

@@ -17,8 +17,9 @@ from flashrt.budget.planner import Workload
 from flashrt.engine.build import Prepared
 from flashrt.engine.runtime import runtime_for
 from flashrt.storage.names import default_cache
+from flashrt.storage.pack import Pack
 from tools.benchmarks.harness import facts
-from tools.benchmarks.harness.disk import disk_label, disk_option, slow_disk
+from tools.benchmarks.harness.disk import disk_label, disk_option, plain_rates, slow_disk
 from tools.benchmarks.harness.record import Benchmark
 from tools.benchmarks.harness.runs import gib_of, in_child
 from tools.benchmarks.harness.samples import Sample, grouped, in_turn, only, ratios, tabulated
@@ -41,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disk_option(benchmark.parser)
     args = benchmark.parse(arguments)
     with slow_disk(args.pack, args.disk_gb_per_s):
+        rates = plain_rates(Pack(args.pack).largest_file)
         samples = [s for budget in args.budgets for s in in_child(passes, args.pack, budget, args.rounds)]
-    parameters = facts.pack(args.pack) | {"rounds": args.rounds, "disk_gb_per_s": args.disk_gb_per_s}
-    text = f"{parameters['model']}, {parameters['dtype']}: {args.rounds} passes of each in turn. "
+    parameters = facts.pack(args.pack) | {"rounds": args.rounds, "disk_gb_per_s": args.disk_gb_per_s} | rates
+    text = f"{parameters['model']}, {parameters['dtype']}: {args.rounds} passes of each in turn."
     labels = {"budget": ("budget", "budget"), "positions": "positions"}
     ordered = sorted(samples, key=lambda sample: (args.budgets.index(sample["budget"]), sample["positions"]))
     tables = [tabulated(ordered, labels, COLUMNS)]
-    benchmark.publish(parameters, samples, {"text": [text + disk_label(args.disk_gb_per_s)], "tables": tables})
+    text += f" {disk_label(args.disk_gb_per_s, rates)}"
+    benchmark.publish(parameters, samples, {"text": [text], "tables": tables})
 
 
 def passes(pack: Path, budget: str, rounds: int) -> list[Sample]:

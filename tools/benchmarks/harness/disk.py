@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flashrt.budget.profile import PLAIN_BYTES, PLAIN_DEPTH, sequential_rate
@@ -28,8 +28,11 @@ def disk_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-gb-per-s", type=float, help="read no faster, whatever the disk can do (needs root)")
 
 
-def disk_label(gb_per_s: float | None) -> str:
-    return f"The disk is held to {gb_per_s} GB/s." if gb_per_s else "The disk is as fast as it is."
+def disk_label(gb_per_s: float | None, rates: Mapping[str, float]) -> str:
+    """What is said of the disk, with the rates that `plain_rates` found on it as it was."""
+    held = f"The disk is held to {gb_per_s} GB/s" if gb_per_s else "The disk is as fast as it is"
+    plain, several = (rates[f"disk_{way}_bytes_per_s"] / 1e9 for way in ("plain", "deep"))
+    return f"{held}; plain reads get {plain:.2f} GB/s, several at once {several:.2f}."
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ def confined(command: Sequence[str], budget: str) -> tuple[dict[str, Any], Resul
     return last_json(outcome.stdout), outcome
 
 
+def without_drafts(prompt: str, tokens: int) -> list[str]:
+    """Options of `flashrt run` for exactly so many tokens, one a pass."""
+    return ["--ignore-eos", "--speculate", "off", "--prompt", prompt, "--max-new-tokens", str(tokens)]
+
+
 def flashrt_run(pack: Path, budget: str, *options: str) -> dict[str, Any]:
     """The report of `flashrt run` within a budget, and what was seen from outside. Raises RunFailed."""
     command = [*flashrt("run", pack), *options]
