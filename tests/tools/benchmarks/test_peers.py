@@ -171,6 +171,7 @@ def comparison() -> Comparison:
     scores = {"flashrt int4": 2.2, "transformers bf16": 2.0}
     samples += [{"phase": "perplexity", "system": name, "text": "t", "ppl": ppl} for name, ppl in scores.items()]
     parameters = {"model": "m", "prompt": "def f(", "seconds": 60.0, "caps": CAPS, "prefill_tokens": 512}
+    parameters |= {"perplexity_tokens": 2048, "perplexity_window": 1024}
     return Comparison(parameters | {"systems": SYSTEMS}, samples, dict.fromkeys(SYSTEMS, True))
 
 
@@ -200,8 +201,8 @@ def test_a_peer_is_taken_at_its_best() -> None:
     """The best of a peer's ways to run is another one under another cap, and both are told."""
     section = page.section("peers-m", a_record())
     for expected in (
-        "flashrt over peer with the flags that are best for it: 1.5× no limit (peer), 5.5× 1 GiB (peer --flag), "
-        "2.5× 0.5 GiB (peer --flag).",
+        "flashrt over peer with the flags that are best for it: 1.5× without a limit (1 to 2, beside peer), "
+        "5.5× at 1 GiB (5 to 6, beside peer --flag), 2.5× at 0.5 GiB (2 to 3, beside peer --flag).",
         "| peer | 1.50× (1.00× to 2.00×) | 25.0× (20.0× to 30.0×) | – |",
         "| peer --flag | 2.50× (2.00× to 3.00×) | 5.50× (5.00× to 6.00×) | 2.50× (2.00× to 3.00×) |",
         "| **peer, its best** | 1.50× (1.00× to 2.00×) | 5.50× (5.00× to 6.00×) | 2.50× (2.00× to 3.00×) |",

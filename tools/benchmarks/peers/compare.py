@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(args, systems, Path(folder))
         bench.run()
     parameters = facts.pack(args.packs[0]) | {"prompt": COMPLETION} | {name: getattr(args, name) for name in SETTINGS}
+    parameters |= {"perplexity_tokens": SCORE_TOKENS, "perplexity_window": SCORE_WINDOW}
     parameters["systems"] = {name: system.weights for name, system in systems.items()}
     outputs = {name: bench.output(name) for name in systems}
     comparison = Comparison(parameters, bench.samples, {name: found["same"] for name, found in outputs.items()})

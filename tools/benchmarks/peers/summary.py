@@ -38,7 +38,9 @@ def summary(compared: Comparison) -> dict[str, Any]:
     if only(compared.samples, phase="prefill"):
         tables.append(prefill(compared))
     if scored := only(compared.samples, phase="perplexity"):
-        tables.append(perplexity_table(scored, 2048, 1024))
+        tables.append(
+            perplexity_table(scored, *(compared.parameters[f"perplexity_{of}"] for of in ("tokens", "window")))
+        )
     return {"text": text(compared), "tables": tables}
 
 
@@ -69,7 +71,9 @@ def headlines(compared: Comparison) -> Iterable[str]:
             best = best_of(compared, ways, cap)
             ratio = spread(against(compared, best, cap)) if best else None
             if ratio:
-                found.append(f"{ratio['median']:.3g}× {cap_words(cap)} ({best})")
+                where = "without a limit" if cap == "none" else f"at {cap} GiB"
+                extent = f"{ratio['least']:.3g} to {ratio['most']:.3g}"
+                found.append(f"{ratio['median']:.3g}× {where} ({extent}, beside {best})")
         if len(ways) > 1 and found:
             yield f"flashrt over {peer} with the flags that are best for it: {', '.join(found)}."
 
