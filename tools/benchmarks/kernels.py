@@ -22,7 +22,7 @@ from tools.benchmarks.harness.samples import Sample, median, tabulated, timed
 
 BYTES = 256 << 20  # of weights per kernel
 WIDE = 512  # tokens of a prefill chunk
-LEAST = 5  # readings of each
+LEAST, MOST = 5, 50  # readings of each: a record is to be read by people, too
 UNITS = {
     "gb_per_s": ("GB/s", "number"),
     "share": ("of the read rate", "share"),
@@ -33,10 +33,10 @@ UNITS = {
 
 
 def timings(call: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each of the calls that fit in `seconds`, at least five, after one to warm up."""
+    """Seconds of each of the calls that fit in `seconds`, LEAST to MOST of them, after one to warm up."""
     call()
     taken: list[float] = []
-    while sum(taken) < seconds or len(taken) < LEAST:
+    while len(taken) < LEAST or (sum(taken) < seconds and len(taken) < MOST):
         taken.append(timed(call))
     return taken
 
@@ -46,7 +46,7 @@ def beside_reads(call: Callable[[], object], nbytes: int, data: np.ndarray, seco
     call()
     samples: list[Sample] = []
     spent = 0.0
-    while spent < seconds or len(samples) < LEAST:
+    while len(samples) < LEAST or (spent < seconds and len(samples) < MOST):
         own, read = timed(call), timed(lambda: cpu.read_bandwidth(data))
         rate = nbytes / own / 1e9
         samples.append({"round": len(samples), "gb_per_s": rate, "share": rate / (data.nbytes / read / 1e9)})
