@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 Sample = dict[str, Any]
 Spread = dict[str, float]  # median, least, most, count
-Titles = Mapping[str, "str | tuple[str, str]"]  # key of a sample → title of its column, with its unit
+Title = Sequence[str]  # of a column: a word, or a word and a unit of tools.benchmarks.page
+Titles = Mapping[str, Title]  # by key of a sample
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def ratios(ours: Iterable[Sample], theirs: Iterable[Sample], figure: str, turn: 
     return [one / other for one, other in pairs if one and other]
 
 
-def table(columns: Sequence[str | tuple[str, str]], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
+def table(columns: Sequence[Title], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
     """A table of a record: titles with units, and rows of words, numbers and spreads."""
     titles = [(column, "") if isinstance(column, str) else column for column in columns]
     return {"columns": [{"name": name, "unit": unit} for name, unit in titles], "rows": [list(row) for row in rows]}
