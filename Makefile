@@ -7,8 +7,8 @@
 #   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
 #   make sanitize    native code under AddressSanitizer and ThreadSanitizer
 #   make bench       speed of the demo pack         make gpu-report  GPU tests and benchmark, with the Python at hand
-#   make peers       environments of the systems that tools/bench_peers.py compares with
-#   make benchmarks-page  docs/benchmarks.md and its plots, from the JSON in docs/benchmarks
+#   make peers       environments of the systems that tools.benchmarks.peers compares with
+#   make benchmarks-page  docs/benchmarks.md and its plots, from the records in docs/benchmarks
 #   make clean       remove what was built; models stay
 #
 # PYTHON names the interpreter to start from (3.10 or later), VENV the environment, MODELS where packs are kept, SINCE
@@ -23,6 +23,7 @@ DEMO_PROMPT ?= Write a Python function that returns the n-th Fibonacci number.
 PYTEST_ARGS ?=
 SINCE ?= main
 PEERS ?= .peers
+GPU_REPORT ?= docs/benchmarks/gpu.json
 
 comma := ,
 BIN := $(VENV)/bin
@@ -71,12 +72,12 @@ bench: $(DEMO_PACK)/manifest.json
 
 # No environment is made and nothing is installed: the machine with the GPU may be unable to download anything.
 gpu-report:
-	PYTHONPATH=.:kernels $(PYTHON) tools/gpu_report.py
+	PYTHONPATH=.:kernels $(PYTHON) -m tools.benchmarks.gpu_report --out $(GPU_REPORT)
 
 peers: $(PEERS)/llama.cpp/.made $(PEERS)/transformers/.made $(PEERS)/airllm/.made
 
-benchmarks-page: $(PEERS)/transformers/.made
-	$(PEERS)/transformers/bin/python -m tools.benchmarks_page --plots
+benchmarks-page: $(DEV)
+	$(BIN)/python -m tools.benchmarks.page --plots
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -96,7 +97,7 @@ $(DEV): $(RUNTIME)
 	touch $@
 
 # Each peer has an environment of its own. llama.cpp is compiled for this machine, as a user who wants speed would.
-$(PEERS)/%/.made: tools/peers/%.txt constraints.txt
+$(PEERS)/%/.made: tools/benchmarks/peers/%.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)/$*
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/$*/bin/python -m pip --disable-pip-version-check install -q \
 		-c constraints.txt -r $< --no-binary llama-cpp-python

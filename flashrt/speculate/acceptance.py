@@ -9,7 +9,7 @@ Speculative sampling with residuals (Leviathan et al. 2023; Chen et al. 2023; fo
 Sequoia, Chen et al. 2024) keeps the distribution only: a sample would change with every draft. It accepts more
 where the target is unsure and the drafter draws at random, nothing more of tokens that are drafted because they are the
 likeliest. A drafter here gets part of that back by drawing with a copy of the sequence's sampler, by the same random
-numbers (`tools/bench_acceptance.py`; Daliri et al. 2024, "Coupling without communication and drafter-invariant
+numbers (`tools/research/acceptance.py`; Daliri et al. 2024, "Coupling without communication and drafter-invariant
 speculative decoding").
 """
 

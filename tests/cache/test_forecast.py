@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flashrt.cache.forecast import DECAY, Forecast
-from tools.bench_experts import HABITS, Habit, simulations, synthetic_trace
 from tools.make_synthetic_pack import PRESETS
+from tools.research.expert_policies import HABITS, Habit, simulations, synthetic_trace
 
 SHAPE = replace(PRESETS["tiny"], layers=5, experts=9, experts_per_token=3)
 
@@ -53,7 +53,7 @@ def test_the_layer_that_computes_is_needed_last() -> None:
 
 def test_it_is_near_the_better_of_recency_and_frequency_under_every_habit() -> None:
     shape = replace(PRESETS["mixtral-8x7b"], layers=12)
-    rates = simulations(shape, slots=25, tokens=200)
+    rates = {sample["habit"]: sample for sample in simulations(shape, slots=25, tokens=200)}
     assert rates.keys() == HABITS.keys()
     for rate in rates.values():
         assert rate["forecast"] > max(rate["LRU"], rate["LFU"]) - 0.03

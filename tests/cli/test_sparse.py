@@ -91,6 +91,13 @@ def test_eval_quality_compares(cli: Cli, calibrated: Path, text: Path) -> None:
         assert word in cli(*arguments).stdout
 
 
+def test_eval_quality_draws(cli: Cli, calibrated: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("eval", "quality", calibrated, "--text-file", text, "--max-tokens", 100, "--ctx", 64, "--plot")
+    assert cli(*arguments, tmp_path / "plot.png").returncode == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_failure(cli(*arguments, tmp_path / "plot.doc"), 2, "plot.doc cannot be drawn")
+
+
 def test_relu_models_are_read_row_by_row(cli: Cli, text: Path, tmp_path: Path) -> None:
     _, checkpoint = tiny_checkpoint("opt", tmp_path / "opt", ffn_dim=700)
     pack = tmp_path / "pack"

@@ -1,0 +1,5 @@
+"""`python -m tools.benchmarks.peers`."""
+
+from tools.benchmarks.peers.compare import main
+
+main()
