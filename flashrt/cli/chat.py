@@ -94,8 +94,6 @@ def chat(
     options.sampling(**given)  # refuses bad values before anything is loaded
     check_argument(system, "--system")
 
-    import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
-
     from flashrt.cli.session import Session, Settings
     from flashrt.config import checked_context
 
@@ -116,6 +114,7 @@ def chat(
         )
     )
     template = session.tokenizer.chat_template
+    template.check()
 
     from flashrt.budget.planner import Workload
     from flashrt.engine.build import DEFAULT_CONTEXT

@@ -109,8 +109,6 @@ def run(
 
     from flashrt.cli.session import Session, Settings
 
-    if chat:
-        import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
     session = Session(
         Settings(
             pack,
