@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import say, write
+from flashrt.cli.console import say, stdin, write
 from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
 from flashrt.errors import PackError, UsageError
@@ -93,8 +92,7 @@ def chat(
     }
     options.sampling(**given)  # refuses bad values before anything is loaded
     check_argument(system, "--system")
-
-    import jinja2.sandbox  # noqa: F401 - what it takes must be there when the process is measured
+    typed = stdin().isatty()
 
     from flashrt.cli.session import Session, Settings
     from flashrt.config import checked_context
@@ -116,6 +114,7 @@ def chat(
         )
     )
     template = session.tokenizer.chat_template
+    template.check()
 
     from flashrt.budget.planner import Workload
     from flashrt.engine.build import DEFAULT_CONTEXT
@@ -123,7 +122,7 @@ def chat(
     length = checked_context(session.spec, context, DEFAULT_CONTEXT)
     choice = _sampling(given, session.tokenizer.text.generation)
     with session.engine(Workload(length)) as engine:
-        if sys.stdin.isatty():
+        if typed:
             say(f"{session.prepared.pack.manifest.name}, context {length} tokens. {HELP}")
         _converse(Conversation(engine, template, choice, system, max_new_tokens), stats)
 
@@ -213,7 +212,7 @@ def _converse(conversation: Conversation, stats: bool) -> None:
             try:
                 line_of_figures = conversation.answer(text)
             except UsageError as error:
-                if not sys.stdin.isatty():
+                if not stdin().isatty():
                     raise
                 say(f"error: {error}")
                 continue
@@ -223,8 +222,8 @@ def _converse(conversation: Conversation, stats: bool) -> None:
 
 def _lines() -> Iterator[str]:
     """Lines typed at a prompt, or those of a stream. Raises UsageError when a stream is not UTF-8."""
-    if not sys.stdin.isatty():
-        for number, line in enumerate(sys.stdin.buffer, 1):
+    if not stdin().isatty():
+        for number, line in enumerate(stdin().buffer, 1):
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError:
