@@ -137,6 +137,14 @@ def test_half_of_the_attention_biases_is_refused(tmp_path: Path) -> None:
         checkpoint.validate()
 
 
+@pytest.mark.parametrize("count", [9, 11, 1 << 20])
+def test_rope_factors_of_another_head_are_refused(count: int, tmp_path: Path) -> None:
+    factors = {"rope_freqs.weight": np.ones(count, np.float32)}
+    path = tiny_gguf("llama", tmp_path / "x.gguf", extra=factors)[1]
+    with pytest.raises(CheckpointError, match=r"rope_freqs"):
+        open_checkpoint(path)
+
+
 # --- a head beside a config that says tied ---
 
 TIED = ("llama-bias", "qwen2-window", "gemma3", "opt")
