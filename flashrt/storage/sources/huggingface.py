@@ -27,7 +27,7 @@ ADAPTER = "adapter_config.json"
 
 
 def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
-    """Open a directory; reads headers only. Raises CheckpointError."""
+    """Open a directory; see `open_checkpoint` for what is read. Raises CheckpointError."""
     _refuse_adapter(directory)
     config = _json(directory / "config.json")
     if "model_type" not in config:
