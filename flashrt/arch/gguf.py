@@ -143,6 +143,8 @@ def _rope(config: Mapping[str, Any], fields: Metadata, factors: Sequence[float] 
     if factors is not None:
         if kind != "none":
             raise UnsupportedModelError(f"GGUF with rope_freqs and rope scaling {kind!r} is not supported")
+        if len(factors) != config["head_dim"] // 2:
+            raise CheckpointError(f"GGUF with {len(factors)} rope_freqs, expected {config['head_dim'] // 2}")
         return {"rope_theta": theta, **llama3_parameters(factors, theta)}
     if kind == "none":
         # Files older than the scaling type say it with a scale alone.

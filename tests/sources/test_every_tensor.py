@@ -137,6 +137,31 @@ def test_half_of_the_attention_biases_is_refused(tmp_path: Path) -> None:
         checkpoint.validate()
 
 
+@pytest.mark.parametrize("count", [9, 11, 1 << 20])
+def test_rope_factors_of_another_head_are_refused(count: int, tmp_path: Path) -> None:
+    factors = {"rope_freqs.weight": np.ones(count, np.float32)}
+    path = tiny_gguf("llama", tmp_path / "x.gguf", extra=factors)[1]
+    with pytest.raises(CheckpointError, match=r"rope_freqs"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 0), (0, 2, 0), (0, 0, 1), (-1, 0, 0)])
+def test_a_stack_of_experts_is_used_whole(saved: dict[str, Path], shape: tuple[int, ...], tmp_path: Path) -> None:
+    experts, rows, columns = (a + b for a, b in zip((5, 80, 72), shape, strict=True))
+    tensors = load_file(saved["mixtral"] / "model.safetensors")
+    directory = Path(shutil.copytree(saved["mixtral"], tmp_path / "copy"))
+    kept = {name: values for name, values in tensors.items() if ".experts." not in name}
+    for i in range(3):
+        kept[f"model.layers.{i}.mlp.experts.gate_up_proj"] = np.ones((experts, rows, columns), np.float32)
+        kept[f"model.layers.{i}.mlp.experts.down_proj"] = np.ones((5, 72, 40), np.float32)
+    save_file(kept, directory / "model.safetensors")
+    with (
+        open_checkpoint(directory) as checkpoint,
+        pytest.raises(CheckpointError, match=r"gate_up_proj has shape .*, expected \[5, 80, 72\]"),
+    ):
+        checkpoint.validate()
+
+
 # --- a head beside a config that says tied ---
 
 TIED = ("llama-bias", "qwen2-window", "gemma3", "opt")

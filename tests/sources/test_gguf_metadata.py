@@ -203,9 +203,9 @@ def test_arrays_stay_as_small_as_they_are_stored(tmp_path: Path) -> None:
 
 GIB = 1 << 30
 LIES = {
-    "bytes": [entry("a", ARRAY, items(U8, 200 << 20))],
-    "booleans": [entry("a", ARRAY, items(BOOL, 200 << 20))],
-    "strings": [entry("a", ARRAY, items(STRING, 100 << 20))],
+    "bytes": [entry("a", ARRAY, items(U8, 100 << 20))],
+    "booleans": [entry("a", ARRAY, items(BOOL, 100 << 20))],
+    "strings": [entry("a", ARRAY, items(STRING, 10 << 20))],
     "arrays": [entry("a", ARRAY, items(ARRAY, 50 << 20))],
     "many arrays": [entry("a", ARRAY, items(U8, MAX_ITEMS // 2 + 1, bytes(MAX_ITEMS // 2 + 1)))] * 2,
     "a text": [entry("a", STRING, struct.pack("<Q", GIB // 2))],

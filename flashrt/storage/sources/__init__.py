@@ -19,7 +19,8 @@ def open_checkpoint(
 
     cache: where demo models are kept (by default below flashrt's own); hub repositories go to the hub's own cache
     progress: called with (what, parts done, parts in all) while a demo model is fetched
-    Headers are read, weights are not; call `validate()` before converting. Raises CheckpointError or UsageError.
+    Headers are read, weights are not, but for a head that is stored beside an embedding which it is said to be. Call
+    `validate()` before converting. Raises CheckpointError or UsageError.
     """
     from flashrt.storage.sources.demo import DEMOS, fetch_demo
     from flashrt.storage.sources.gguf import open_gguf

@@ -20,10 +20,11 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """A part and the shape it must have, stack dimension left out."""
+    """A part and the shape it must have, stack dimension left out; `experts` is the length of the stack."""
 
     part: Part
     shape: tuple[int, ...]
+    experts: int = 0
 
 
 class Checkpoint:
@@ -125,16 +126,12 @@ class Checkpoint:
             return f"tensor {part.tensor} is missing"
         if tensor.codec is None:
             return f"tensor {part.tensor} is stored as {tensor.dtype}, which is not supported"
-        shape = tensor.shape
-        if part.expert is not None:
-            if len(shape) != 3 or part.expert >= shape[0]:
-                return f"tensor {part.tensor} has shape {list(shape)}, expected {part.expert + 1} or more matrices"
-            shape = shape[1:]
         wanted = expected.shape
-        if part.rows is not None and len(shape) == 2:
-            # Several parts share the tensor: the last of them says how many rows there are.
-            shape = (min(shape[0], part.rows[1]) - part.rows[0], shape[1])
-        if shape != wanted:
+        if part.rows is not None:
+            wanted = (2 * wanted[0], *wanted[1:])  # gate and up share the tensor
+        if part.expert is not None:
+            wanted = (expected.experts, *wanted)
+        if tensor.shape != wanted:
             return f"tensor {part.tensor} has shape {list(tensor.shape)}, expected {list(wanted)}"
         return None
 
@@ -152,10 +149,11 @@ class Checkpoint:
         for i, layer in enumerate(spec.layers):
             for expert in range(layer.ffn.runs):
                 gate, up, down = self._map.neurons(i, expert)
+                neurons, experts = layer.ffn.neurons, layer.ffn.experts
                 if gate is not None:
-                    yield _Expected(gate, (layer.ffn.neurons, spec.hidden))
-                yield _Expected(up, (layer.ffn.neurons, spec.hidden))
-                yield _Expected(down, (spec.hidden, layer.ffn.neurons))
+                    yield _Expected(gate, (neurons, spec.hidden), experts)
+                yield _Expected(up, (neurons, spec.hidden), experts)
+                yield _Expected(down, (spec.hidden, neurons), experts)
 
     def _part_rows(self, key: str) -> tuple[int, ...]:
         """Rows of each part of a vector or matrix."""

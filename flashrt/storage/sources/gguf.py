@@ -15,6 +15,7 @@ from flashrt.storage.sources.files import MERGE_ADAPTER
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.gguf import text_from_gguf
+from flashrt_kernels.rows import WIDEST_HEAD
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -29,8 +30,8 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
     def shape(tensor: str) -> Sequence[int] | None:
         return header.tensors[tensor].shape if tensor in header.tensors else None
 
-    factors = reader.vector(ROPE_FACTORS).tolist() if ROPE_FACTORS in header.tensors else None
     try:
+        factors = _rope_factors(reader)
         config = gguf_config(header.metadata, shape, factors)
         family = family_of(config["model_type"])
         spec = with_biases(family.spec(config), header.tensors.__contains__)
@@ -47,3 +48,12 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
         tensor_map=family.gguf_tensors(spec, header.tensors.__contains__),
         text=lambda: text_from_gguf(header.metadata),
     )
+
+
+def _rope_factors(reader: TensorReader) -> list[float] | None:
+    tensor = reader.tensors.get(ROPE_FACTORS)
+    if tensor is None:
+        return None
+    if len(tensor.shape) != 1 or tensor.shape[0] > WIDEST_HEAD // 2:
+        raise CheckpointError(f"{tensor.path}: {ROPE_FACTORS} has shape {list(tensor.shape)}, expected half a head")
+    return reader.vector(ROPE_FACTORS).tolist()

@@ -11,6 +11,7 @@ from flashrt.storage.sources.huggingface import open_directory
 # Weights in other formats, and consolidated copies of the same weights, are left where they are.
 PATTERNS = (
     "config.json",
+    "adapter_config.json",  # so that an adapter is named as one
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -27,7 +27,7 @@ ADAPTER = "adapter_config.json"
 
 
 def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
-    """Open a directory; reads headers only. Raises CheckpointError."""
+    """Open a directory; see `open_checkpoint` for what is read. Raises CheckpointError."""
     _refuse_adapter(directory)
     config = _json(directory / "config.json")
     if "model_type" not in config:
@@ -81,9 +81,10 @@ def _with_end_tokens(spec: ModelSpec, generation: Mapping[str, Any]) -> ModelSpe
 def _with_stored_head(spec: ModelSpec, names: TensorMap, reader: TensorReader) -> ModelSpec:
     """Untied where a head is stored beside a config that says tied, and differs: as transformers decides it."""
     (embed,) = names.parts("embed")
-    stored = names.head in reader.tensors and embed.tensor in reader.tensors
-    tied = spec.tied and (not stored or reader.equal(embed.tensor, names.head))
-    return replace(spec, tied=tied)
+    found = reader.tensors.get(embed.tensor)
+    if not spec.tied or names.head not in reader.tensors or found is None or found.shape != (spec.vocab, spec.hidden):
+        return spec
+    return replace(spec, tied=reader.equal(embed.tensor, names.head))
 
 
 def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
