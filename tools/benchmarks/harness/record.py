@@ -39,14 +39,16 @@ class Benchmark:
         self.parser = argparse.ArgumentParser(
             prog=self._start, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        self._command = self._start
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The arguments given, or the process's. Adds --out."""
         self.parser.add_argument("--out", type=Path, help="also write the record here")
         given = sys.argv[1:] if arguments is None else list(arguments)
         args = self.parser.parse_args(given)
-        self._command, self._out = f"{self._start} {_public(given, args)}", args.out
+        self._out = args.out
+        # Taken at the start: whoever commits meanwhile does not change what is measured.
+        self._began = {"commit": facts.commit(), "date": facts.date()}
+        self._command = f"{self._start} {_public(given, args)}"
         return args
 
     def publish(
@@ -61,8 +63,7 @@ class Benchmark:
         record = {
             "schema": SCHEMA,
             "tool": self._tool,
-            "commit": facts.commit(),
-            "date": facts.date(),
+            **self._began,
             "machine": facts.machine() | machine,
             "versions": facts.versions() | versions,
             "command": self._command,

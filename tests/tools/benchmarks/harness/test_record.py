@@ -62,6 +62,18 @@ def test_any_value_is_written_as_json(value: Any) -> None:
     assert json.loads(record.dumps(value)) == value
 
 
+def test_the_commit_is_that_of_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = iter([{"hash": "a", "dirty": False}, {"hash": "b", "dirty": False}])
+    monkeypatch.setattr(facts, "commit", lambda: next(commits))
+    benchmark = Benchmark("tools.benchmarks.toy", "A toy.")
+    benchmark.parse([])
+    facts.commit()
+    benchmark.publish({}, SAMPLES, SUMMARY)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["commit"]["hash"] == "a"
+
+
 def git(folder: Path, *words: str) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
