@@ -12,6 +12,7 @@ from flashrt.budget.ledger import Ledger, populate
 from flashrt.cache.streamer import Streamer
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, BlockTicket, Reader
+from flashrt_kernels.ops import Ops
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 Progress = Callable[[int], None]  # bytes of a block that has arrived
@@ -40,7 +41,7 @@ class Reading(Protocol):
 class Device(Protocol):
     """A place that computes."""
 
-    ops: Any
+    ops: Ops[Tensor]
     split_invariant: bool  # whether kernels give the same bits for adjacent blocks at once as one by one
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> Tensor:
@@ -82,7 +83,7 @@ class CpuDevice:
 
     split_invariant = True
 
-    def __init__(self, ops: Any, ledger: Ledger, reader: Reader) -> None:
+    def __init__(self, ops: Ops[np.ndarray], ledger: Ledger, reader: Reader) -> None:
         self.ops, self._ledger, self._reader = ops, ledger, reader
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:

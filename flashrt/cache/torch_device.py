@@ -25,6 +25,7 @@ from flashrt.cache.streamer import next_block
 from flashrt.errors import BudgetError, FlashrtError, UsageError
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import BlockTicket, Reader
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import align
 
 Slot = torch.Tensor
@@ -43,7 +44,13 @@ class TorchDevice:
     split_invariant = False  # a matrix product sums in an order that depends on its shape
 
     def __init__(
-        self, ops: Any, name: str, ledger: Ledger, reader: Reader, arena_bytes: int, host_blocks: Mapping[str, int]
+        self,
+        ops: Ops[torch.Tensor],
+        name: str,
+        ledger: Ledger,
+        reader: Reader,
+        arena_bytes: int,
+        host_blocks: Mapping[str, int],
     ) -> None:
         """All memory is carved from one arena of `arena_bytes`: the allocator's rounding would break a tight budget."""
         self.ops, self._ledger, self._reader = ops, ledger, reader

@@ -26,6 +26,7 @@ from flashrt_kernels.channels import (
     take_apart,
 )
 from flashrt_kernels.curves import function
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import Codec, row_bytes
 
 # Shares of the channels that take part at all, and whole; each pair costs less than the one before.
@@ -164,7 +165,7 @@ class Inputs:
         return float((squares * self.weights).mean())
 
 
-def fit_channels(block: ChannelBlock, samples: Inputs, up_bias: Array | None, kernels: Any) -> ChannelFit:
+def fit_channels(block: ChannelBlock, samples: Inputs, up_bias: Array | None, kernels: Ops[Array]) -> ChannelFit:
     """Fit one block to samples of its input. All of them count."""
     natural = np.arange(len(block.parts()[0].codes[0]), dtype=np.int32)
     trial = _ChannelTrial(block, natural, np.ones(block.hidden, np.float32), up_bias, kernels)
@@ -180,7 +181,9 @@ def fit_channels(block: ChannelBlock, samples: Inputs, up_bias: Array | None, ke
 class _ChannelTrial:
     """A block stored whole, computed with any thresholds."""
 
-    def __init__(self, block: ChannelBlock, order: Array, norms: Array, up_bias: Array | None, kernels: Any) -> None:
+    def __init__(
+        self, block: ChannelBlock, order: Array, norms: Array, up_bias: Array | None, kernels: Ops[Array]
+    ) -> None:
         self.block, self.norms, self.up_bias, self.kernels = block, norms, up_bias, kernels
         self.groups, self.vectors = encode_channels(block.parts(), order, CHANNELS)
         self.order = np.where(order < block.hidden, order, -1).astype(np.int32)
@@ -218,7 +221,7 @@ class _ChannelTrial:
         return parts
 
 
-def _norms(block: ChannelBlock, trial: _ChannelTrial, samples: Inputs, kernels: Any) -> tuple[Array, Array]:
+def _norms(block: ChannelBlock, trial: _ChannelTrial, samples: Inputs, kernels: Ops[Array]) -> tuple[Array, Array]:
     """What a unit of each channel's x, and of each neuron's h, does to the output, to first order: root mean squares.
 
     A channel's weights count as much as the neurons they feed: by the slope of h and the length of the row of down.

@@ -8,7 +8,6 @@ classifiers (section 4) need a network of their own, and beside a head's queries
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from flashrt.calibration.fit_channels import Choice, Inputs
 from flashrt.calibration.fit_predictor import held_out
 from flashrt.model.predictors.heads import HeadPredictor
 from flashrt.model.predictors.low_rank import encode
+from flashrt_kernels.ops import Ops
 
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the heads that choices keep, beside all of them
 PROBE_SHARE = 0.5  # the share by which layers are weighed
@@ -63,7 +63,7 @@ class Attended:
         return result
 
 
-def fit_heads(given: Inputs, attended: Attended, query_bytes: int, kernels: Any) -> HeadFit:
+def fit_heads(given: Inputs, attended: Attended, query_bytes: int, kernels: Ops[Array]) -> HeadFit:
     """Fit one layer to samples of its input. `query_bytes` are those of the weights behind one head's queries."""
     held = held_out(len(given.x))
     importance = np.log(attended.lengths() * np.sqrt(given.weights)[:, None] + 1e-30)

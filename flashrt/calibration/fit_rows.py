@@ -23,6 +23,7 @@ from flashrt.model.predictors.low_rank import Factors, LowRank, encode
 from flashrt.sparsity import RowSparsity
 from flashrt.spec import Ffn
 from flashrt_kernels.curves import function
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import Codec, row_bytes
 
 RANKS = (64, 128, 256, 512, 1024)  # of predictors, as far as they are smaller than the hidden size
@@ -112,7 +113,7 @@ class Neurons:
     """One dense block's weights as float32, from its bundles uint8 [neurons, stride]."""
 
     def __init__(
-        self, ffn: Ffn, hidden: int, codec: Codec, bundles: Array, up_bias: Array | None, kernels: Any
+        self, ffn: Ffn, hidden: int, codec: Codec, bundles: Array, up_bias: Array | None, kernels: Ops[Array]
     ) -> None:
         self.ffn, self.stride = ffn, bundles.shape[1]
         self.bias = up_bias
@@ -140,7 +141,7 @@ class Neurons:
         return act(decided if self.bias is None else decided + self.bias)
 
 
-def fit_rows(neurons: Neurons, given: Inputs, kernels: Any) -> RowFit:
+def fit_rows(neurons: Neurons, given: Inputs, kernels: Ops[Array]) -> RowFit:
     """Fit one block to samples of its input. All of them count, by the residual stream that they are added to."""
     samples = Samples(len(given.x), given.x.shape[1], np.linalg.norm(neurons.down, axis=1))
     for begin in range(0, len(given.x), CHUNK):
@@ -171,7 +172,7 @@ def ranks(hidden: int) -> list[int]:
 class _RowTrial:
     """A predictor as it will be stored, and its scores for the tokens held out."""
 
-    def __init__(self, neurons: Neurons, factors: Factors, samples: Samples, held: Array, kernels: Any) -> None:
+    def __init__(self, neurons: Neurons, factors: Factors, samples: Samples, held: Array, kernels: Ops[Array]) -> None:
         self.neurons, self.factors = neurons, factors
         self.importance = samples.importance(held)
         down, up = encode(kernels, factors.down), encode(kernels, factors.up)

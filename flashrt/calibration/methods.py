@@ -17,6 +17,7 @@ from flashrt.errors import UnsupportedModelError
 from flashrt.sparsity import Layers, gives_zeros
 from flashrt.storage.layout import heads_apart
 from flashrt.storage.pack import Pack
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import MATRIX_ROWS, Codec
 
 
@@ -40,7 +41,7 @@ class Method(Protocol):
         """The contents of a calibrated pack."""
 
 
-def method_for(base: Pack, kernels: Any) -> Method:
+def method_for(base: Pack, kernels: Ops[Any]) -> Method:
     """By row where neurons are zero, else by channel. Raises UnsupportedModelError where neither will do."""
     if all(gives_zeros(layer.ffn.activation) for layer in base.spec.layers):
         return _Rows(base, kernels)
@@ -55,7 +56,7 @@ def method_for(base: Pack, kernels: Any) -> Method:
 class _Channels:
     unit, tokens = "channel", 2048
 
-    def __init__(self, base: Pack, kernels: Any) -> None:
+    def __init__(self, base: Pack, kernels: Ops[Any]) -> None:
         self.base, self.kernels = base, kernels
 
     @property
@@ -75,7 +76,7 @@ class _Channels:
 class _Rows:
     unit, tokens = "neuron", 8192  # predictors have more to learn than thresholds
 
-    def __init__(self, base: Pack, kernels: Any) -> None:
+    def __init__(self, base: Pack, kernels: Ops[Any]) -> None:
         self.base, self.kernels = base, kernels
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from flashrt.errors import PackError
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import Block, TensorLayout
 from flashrt.storage.pack import Pack
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import MATRIX_ROWS, row_bytes
 
 Array = np.ndarray
@@ -46,7 +46,7 @@ def read_bundles(pack: Pack, name: str) -> Array:
     return np.concatenate([read_block(pack, tensor.block(n)) for n in range(tensor.blocks)]).reshape(-1, tensor.stride)
 
 
-def read_matrix(pack: Pack, name: str, rows: int, kernels: Any) -> Array:
+def read_matrix(pack: Pack, name: str, rows: int, kernels: Ops[Array]) -> Array:
     """A matrix as float32 [rows, columns]. Raises PackError where it is damaged."""
     tensor = pack.layout.tensors[name]
     size = row_bytes(tensor.codec, tensor.columns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from flashrt.calibration.pack_copy import PackCopy, read_bundles
 from flashrt.model.predictors.low_rank import encode
 from flashrt.storage.layout import PREDICTOR, TensorLayout
 from flashrt.storage.pack import Pack
+from flashrt_kernels.ops import Ops
 
 Array = np.ndarray
 
@@ -20,7 +20,7 @@ Array = np.ndarray
 class RowPackSource(PackCopy):
     """What the packer asks of a checkpoint, and its encoder. `fit(i)` gives what was fitted to block i."""
 
-    def __init__(self, base: Pack, fit: Callable[[int], RowFit], kernels: Any) -> None:
+    def __init__(self, base: Pack, fit: Callable[[int], RowFit], kernels: Ops[Array]) -> None:
         super().__init__(base)
         self.fit, self.kernels = fit, kernels
         self._at = ""

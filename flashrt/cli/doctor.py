@@ -47,7 +47,7 @@ def doctor(
     from flashrt_kernels import ops
 
     cache = cache_dir or default_cache()
-    kernels: Any = ops.load("cpu")
+    kernels = ops.load("cpu")
     kernels.set_threads(threads or usable_cores())
     with Progress("measurements") as progress:
         disk = examine_disk(directory or cache, progress.of("measuring the disk"))

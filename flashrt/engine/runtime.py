@@ -24,6 +24,7 @@ from flashrt.storage.layout import PackLayout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt_kernels import ops
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import Codec
 
 RUNTIME_GROWTH = 4 << 20  # what the interpreter still takes after it was measured: reports, text, block lists
@@ -35,7 +36,7 @@ ITEM_BYTES = {Codec.F32: 4}  # of keys and values: float32 packs keep float32, a
 class Runtime(Protocol):
     """A device before any model is on it. Measure it when everything but the model is loaded."""
 
-    ops: Any
+    ops: Ops[Any]
     bounds_process: bool  # whether the budget is for the process itself
 
     def fixed_costs(self, pack: Pack) -> FixedCosts:
@@ -170,7 +171,7 @@ def runtime_for(device: str, threads: int | None = None, host_budget_gb: float |
     raise UsageError(f"unknown device {device!r}: expected cpu or cuda")
 
 
-def load_kernels(backend: str) -> ops.Ops:
+def load_kernels(backend: str) -> Ops[Any]:
     """A backend of the kernels. Raises DeviceError with the reason when there is none."""
     try:
         return ops.load(backend)

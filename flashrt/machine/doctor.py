@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -62,7 +61,7 @@ def examine_disk(directory: Path, progress: Progress = lambda done, total: None)
         return DiskFigures(directory, directory.stat().st_dev, meter.direct, meter.backend, profile, plain)
 
 
-def memory_bandwidth(kernels: Any, seconds: float = 0.5) -> float | None:
+def memory_bandwidth(kernels: object, seconds: float = 0.5) -> float | None:
     """Bytes per second that the compute threads read from memory; None when the kernels cannot tell."""
     read = getattr(kernels, "read_bandwidth", None)
     if read is None:

@@ -242,7 +242,7 @@ def test_down_matches_the_reference(isa, gated, activation, codec):
         assert rms_ratio(y, expected) < (3e-6 if isa != "avx512bf16" or codec is Codec.F32 else 1e-2)
 
 
-def test_a_channel_without_a_fine_half_that_is_no_number_takes_part_with_what_there_is(isa):
+def test_no_number_takes_part_without_a_fine_half_where_there_is_none(isa):
     """What lies behind the last group's fine halves is no part of it."""
     b, x = block(32, 160, 37, 8), normal(33, 2, 160)
     x[0, b.order.reshape(-1, CHANNELS)[4, 31]] = np.nan

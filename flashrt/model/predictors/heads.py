@@ -5,11 +5,10 @@ One row of weights a head. A bottleneck, as for neurons, would be larger than wh
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from flashrt.model.predictors.low_rank import CODEC
+from flashrt_kernels.ops import Ops
 
 Array = np.ndarray
 
@@ -20,7 +19,7 @@ class HeadPredictor:
     `nbytes` is the memory that it takes.
     """
 
-    def __init__(self, ops: Any, weights: Array, bias: Array) -> None:
+    def __init__(self, ops: Ops[Array], weights: Array, bias: Array) -> None:
         self._ops, self._weights, self._bias = ops, weights, bias
         self.nbytes = weights.nbytes + bias.nbytes
 

@@ -8,10 +8,10 @@ neurons.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride, row_bytes
 
 Array = np.ndarray
@@ -40,7 +40,7 @@ class LowRank:
     At most `tokens` at a time. Nothing is allocated per call but the answer.
     """
 
-    def __init__(self, ops: Any, down: Array, up: Array, bias: Array, rank: int, tokens: int) -> None:
+    def __init__(self, ops: Ops[Array], down: Array, up: Array, bias: Array, rank: int, tokens: int) -> None:
         self._ops, self._down, self._up, self._bias = ops, down, up, bias
         self._inner = np.zeros((tokens, rank), np.float32)
         self._scores = np.zeros((tokens, len(bias)), np.float32)
@@ -63,7 +63,7 @@ class LowRank:
         return scores
 
 
-def encode(ops: Any, matrix: Array) -> Array:
+def encode(ops: Ops[Array], matrix: Array) -> Array:
     """float32 [rows, k] → bundles uint8 [n, stride] of int4 rows; the last bundle is filled up with zeros."""
     rows, k = matrix.shape
     size = row_bytes(CODEC, k)

@@ -15,7 +15,7 @@ from flashrt.storage.sources.files import MERGE_ADAPTER
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.gguf import text_from_gguf
-from flashrt_kernels.rows import WIDEST_HEAD
+from flashrt_kernels.limits import WIDEST_HEAD
 
 ROPE_FACTORS = "rope_freqs.weight"
 
