@@ -2,7 +2,7 @@
 #
 #   make demo        install, fetch the demo model, pack it, run it under a budget
 #   make test        install with test tools, lint, type check, quick tests, native code under AddressSanitizer
-#   make check       lint, type check and the tests of what changed since SINCE, in less than two minutes
+#   make check       lint, type check and the tests that mirror what changed since SINCE
 #   make test-slow   the long tests: real models, memory cgroups
 #   make lint        ruff and mypy alone            make format      rewrite the sources with ruff
 #   make sanitize    native code under AddressSanitizer and ThreadSanitizer
