@@ -39,14 +39,14 @@ from flashrt.budget.planner import Workload
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
 from flashrt.calibration.pack_copy import read_bundles
-from flashrt.engine.build import LoadedPack
 from flashrt.engine.engine import Engine
+from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.open import sparse_pack
+from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import runtime_for
 from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.meter import Meter
-from flashrt.storage.names import default_cache
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import DEPTH, Reader
 from tools.bench_rows import make_cache, pages
@@ -99,7 +99,8 @@ def main() -> None:
 
 def ablate(path: Path, text: str, resident: float, tokens: int, threads: int | None = None) -> dict[str, Any]:
     """The figures. Raises UsageError when the pack is not calibrated."""
-    base, ordered = Pack(path), Pack(sparse_pack(path))
+    base = Pack(path)
+    ordered = sparse_pack(base)
     trace, sparse_s = decode(ordered.path, text, tokens, threads)
     _, exact_s = decode(path, text, tokens, threads)
     ahead = foresee(ordered.path, text, tokens, threads)
@@ -152,13 +153,13 @@ def run_text(
 
     `prepare` is given the engine, and gives what is called before each token.
     """
-    prepared = LoadedPack(path, default_cache(), runtime_for("cpu", threads))
-    ids = prepared.tokenizer.encode(text)[:tokens]
+    model = LoadedPack(Pack(path), LoadOptions(threads=threads, speculate="off"), runtime_for("cpu", threads))
+    ids = model.tokenizer.encode(text)[:tokens]
     if len(ids) < tokens:
         raise SystemExit(f"the text has {len(ids)} tokens, fewer than --tokens {tokens}")
-    window = min(tokens, prepared.spec.context)
+    window = min(tokens, model.spec.context)
     seconds = []
-    with prepared.engine(prepared.plan(Workload(window, prompt=window))) as engine:
+    with model.load(Workload(window, prompt=window)) as engine:
         begin = prepare(engine)
         for n, token in enumerate(ids):
             if n % window == 0:

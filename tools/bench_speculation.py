@@ -129,25 +129,25 @@ def acceptance(reports: list[dict[str, Any]]) -> list[float]:
 def ablation(pack: Path, budget: str, questions: tuple[str, ...], tokens: int) -> dict[str, Any]:
     """Medians over the questions, by variant."""
     from flashrt.budget.planner import Workload
-    from flashrt.engine.build import AUTO_DRAFT_TOKENS, LoadedPack
-    from flashrt.engine.runtime import runtime_for
-    from flashrt.storage.names import default_cache
+    from flashrt.engine.loaded_pack import AUTO_DRAFT_TOKENS
+    from flashrt.engine.open import open_model
+    from flashrt.engine.options import LoadOptions
 
     gib = None if budget == "none" else float(budget)
-    prepared = LoadedPack(pack, default_cache(), runtime_for("cpu"), gib)
-    template = prepared.tokenizer.chat_template
+    model = open_model(pack, LoadOptions(budget_gb=gib, speculate=AUTO_DRAFT_TOKENS))
+    template = model.tokenizer.chat_template
     prompts = [
-        prepared.tokenizer.encode(template.render([{"role": "user", "content": question}]), special=False)
+        model.tokenizer.encode(template.render([{"role": "user", "content": question}]), special=False)
         for question in questions
     ]
     longest = max(map(len, prompts))
-    workload = Workload(longest + tokens, prompt=longest, max_draft_tokens=AUTO_DRAFT_TOKENS)
+    workload = Workload(longest + tokens, prompt=longest)
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    the_plan = prepared.plan(workload)
+    the_plan = model.plan(workload)
     for prompt in prompts:
         texts = set()
         for name, patches in VARIANTS.items():
-            with patched(patches), prepared.engine(the_plan) as engine:
+            with patched(patches), model.engine(the_plan) as engine:
                 generation = engine.generate(prompt, tokens, ignore_eos=True)
                 texts.add("".join(token.text for token in generation))
             reports[name].append(generation.report.to_json())

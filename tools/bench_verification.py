@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flashrt.budget.planner import Workload
-from flashrt.engine.build import LoadedPack
-from flashrt.engine.runtime import runtime_for
-from flashrt.storage.names import default_cache
+from flashrt.engine.open import open_model
+from flashrt.engine.options import LoadOptions
 from tools.machine import facts, in_child
 from tools.prompts import CODE
 from tools.slow_disk import slow_disk
@@ -54,11 +53,12 @@ def main() -> None:
 
 def passes(pack: Path, budget: str, rounds: int) -> dict[str, Any]:
     """By number of positions: medians of seconds, of those that compute waited, and of bytes read."""
-    prepared = LoadedPack(pack, default_cache(), runtime_for("cpu"), None if budget == "none" else float(budget))
-    ids = prepared.tokenizer.encode(CODE[0])
-    workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids), max_draft_tokens=max(POSITIONS))
+    gib = None if budget == "none" else float(budget)
+    model = open_model(pack, LoadOptions(budget_gb=gib, speculate=max(POSITIONS)))
+    ids = model.tokenizer.encode(CODE[0])
+    workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids))
     found: dict[int, list[tuple[float, float, int]]] = {count: [] for count in POSITIONS}
-    with prepared.engine(prepared.plan(workload)) as engine:
+    with model.load(workload) as engine:
         engine.prefill(ids)
         tokens = (ids * max(POSITIONS))[: max(POSITIONS)]
         for _ in range(rounds):

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from flashrt.calibration.allocation import Fit, Picked, Weight, allocate, cost
 from flashrt.calibration.divergence import Divergence, diverge, logits_of, predicted, record, replay, targets_of
 from flashrt.calibration.fit_channels import Inputs
 from flashrt.calibration.methods import Method, method_for
-from flashrt.config import Sampling
-from flashrt.engine.build import LoadedPack
+from flashrt.config import Sampling, checked_loss, whole
 from flashrt.engine.engine import Engine
-from flashrt.engine.runtime import Runtime
+from flashrt.engine.loaded_pack import LoadedPack
+from flashrt.engine.options import LoadOptions
+from flashrt.engine.runtime import Runtime, runtime_for
 from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
@@ -71,26 +72,26 @@ class Request:
     max_loss: float = 0.02
     text: str | None = None
     tokens: int | None = None
-    budget_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_loss <= 1:
-            raise UsageError(f"the loss allowed is {self.max_loss}, expected more than 0 and at most 1 (0.02 is 2%)")
-        if self.tokens is not None and self.tokens < 6 * WINDOW:
-            raise UsageError(f"{self.tokens} tokens are too few to calibrate with, expected {6 * WINDOW} or more")
+        checked_loss(self.max_loss)
+        if self.tokens is not None:
+            whole("tokens", self.tokens, 6 * WINDOW)
 
 
-def calibrate(path: Path, cache: Path, runtime: Runtime, request: Request, progress: Progress) -> Sparsity:
-    """Calibrate the pack at `path`; what `flashrt.run` with mode 'sparse' then uses lies inside it.
+def calibrate(path: Path, options: LoadOptions, request: Request, progress: Progress) -> Sparsity:
+    """Calibrate the pack at `path`; what `flashrt run` with mode 'sparse' then uses lies inside it.
 
+    Of the options, budget, threads and cache count: it computes exactly, on the CPU, without drafts.
     Raises UnsupportedModelError for packs that cannot be thinned out, UsageError for too short a text and while another
     calibration is going on, DiskError when the disk fails or is full.
     """
     base = Pack(path)
     _check_supported(base)
+    runtime = runtime_for("cpu", options.threads)
     method = method_for(base, runtime.ops)
     with _work(path, _job(base, request, method)) as work:
-        return _Calibration(path, base, work, cache, runtime, request, progress, method).run()
+        return _Calibration(path, base, work, options, runtime, request, progress, method).run()
 
 
 class _Calibration:
@@ -99,13 +100,13 @@ class _Calibration:
         path: Path,
         base: Pack,
         work: Path,
-        cache: Path,
+        options: LoadOptions,
         runtime: Runtime,
         request: Request,
         progress: Progress,
         method: Method,
     ) -> None:
-        self.path, self.base, self.work, self.cache, self.runtime = path, base, work, cache, runtime
+        self.path, self.base, self.work, self.options, self.runtime = path, base, work, options, runtime
         self.request, self.progress = request, progress
         self.tokens = request.tokens or method.tokens
         self.spec: ModelSpec = base.spec
@@ -134,10 +135,10 @@ class _Calibration:
 
     @contextlib.contextmanager
     def _engine(self, path: Path) -> Iterator[Engine]:
-        prepared = LoadedPack(path, self.cache, self.runtime, self.request.budget_gb)
+        model = LoadedPack(Pack(path), replace(self.options, speculate="off"), self.runtime)
         context = min(max(WINDOW, NARROW), self.spec.context)
-        the_plan = prepared.plan(Workload(context, prompt=context, logit_rows=NARROW))
-        with prepared.engine(the_plan, self._in_mib("loading MiB")) as engine:
+        workload = Workload(context, prompt=context, logit_rows=NARROW)
+        with model.load(workload, self._in_mib("loading MiB")) as engine:
             yield engine
 
     def _in_mib(self, stage: str) -> Callable[[int, int], None]:

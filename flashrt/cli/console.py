@@ -10,6 +10,7 @@ from typing import Any
 
 from flashrt.config import GIB
 
+BAR_MODULES = ("rich.progress",)  # what a bar takes
 QUIET_S = 2.0  # without a terminal, work that is over before this prints nothing
 INTERVAL_S = 5.0
 
@@ -143,7 +144,6 @@ class Progress:
 
 
 def _bar() -> Any:
-    # Imported now rather than at the first report: what it takes must be there when the process is measured.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

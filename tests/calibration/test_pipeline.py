@@ -15,8 +15,8 @@ from flashrt.calibration.channel_pack import ChannelPackSource
 from flashrt.calibration.divergence import Divergence
 from flashrt.calibration.fit_channels import ChannelFit
 from flashrt.calibration.pipeline import Request, calibrate
-from flashrt.engine.open import pack_for, sparse_pack
-from flashrt.engine.runtime import runtime_for
+from flashrt.engine.open import open_model, sparse_pack
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
 from flashrt.model.ffn.sparse_channels import SINKS
 from flashrt.sparsity import ChannelSparsity, Sparsity
@@ -42,7 +42,7 @@ def quiet(stage, done, total):
 
 
 def calibrated(path, cache, request=REQUEST, progress=quiet):
-    return calibrate(path, cache, runtime_for("cpu", threads=2), request, progress)
+    return calibrate(path, LoadOptions(cache_dir=cache, threads=2), request, progress)
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3", "opt"])
@@ -71,7 +71,7 @@ def test_the_loss_is_kept_and_something_is_left_out(case):
     assert 0 <= sparsity.held_out_loss <= REQUEST.max_loss
     assert sparsity.figures["bytes"] < 0.97
     assert len(sparsity.figures["layers"]) == len(sparsity.layers)
-    opened = Pack(sparse_pack(path, REQUEST.max_loss))
+    opened = sparse_pack(Pack(path), REQUEST.max_loss)
     assert opened.manifest.sparsity == sparsity
     opened.verify()
     assert not (path / pipeline.WORK_DIR).exists()
@@ -96,7 +96,7 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
 
 def test_a_tree_leaves_out_what_its_paths_do(case, tokens):
     path, _ = case
-    with tiny_engine(Pack(sparse_pack(path, REQUEST.max_loss)), 0.4, chunk=16, logit_rows=16) as engine:
+    with tiny_engine(sparse_pack(Pack(path), REQUEST.max_loss), 0.4, chunk=16, logit_rows=16) as engine:
         check_a_thinned_tree(engine, tokens)
 
 
@@ -185,7 +185,7 @@ def test_another_packs_calibration_is_refused(case, tmp_path):
     make_pack(checkpoint, tmp_path / "other", Codec.INT4)
     shutil.copytree(path / SPARSE_DIR, tmp_path / "other" / SPARSE_DIR)
     with pytest.raises(PackError, match="calibrated for another pack"):
-        sparse_pack(tmp_path / "other")
+        sparse_pack(Pack(tmp_path / "other"))
 
 
 def test_another_versions_calibration_is_refused(case, tmp_path):
@@ -197,21 +197,21 @@ def test_another_versions_calibration_is_refused(case, tmp_path):
     newer = replace(manifest, sparsity=replace(manifest.sparsity, version=99))
     manifest_path.write_bytes(newer.to_bytes())
     with pytest.raises(PackError, match="version 99"):
-        sparse_pack(copy)
+        sparse_pack(Pack(copy))
 
 
 def test_what_cannot_be_calibrated_is_refused(case, tmp_path):
     path, _ = case
     with pytest.raises(UsageError, match="name .* and --mode sparse"):
-        pack_for(path / SPARSE_DIR, "exact", None)
+        open_model(path / SPARSE_DIR, LoadOptions())
     with pytest.raises(UsageError, match="is a calibrated one"):
         calibrated(path / SPARSE_DIR, tmp_path)
     with pytest.raises(UsageError, match="flashrt calibrate"):
-        sparse_pack(path, max_loss=0.01)
+        sparse_pack(Pack(path), max_loss=0.01)
     _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint")
     make_pack(checkpoint, tmp_path / "int8", Codec.INT8)
     with pytest.raises(UsageError, match="is not calibrated: run"):
-        sparse_pack(tmp_path / "int8")
+        sparse_pack(Pack(tmp_path / "int8"))
     with pytest.raises(UnsupportedModelError, match="--dtype int4"):
         calibrated(tmp_path / "int8", tmp_path)
     with pytest.raises(UsageError, match="more than 0"):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from flashrt.calibration.pipeline import Request, calibrate
-from flashrt.engine.runtime import runtime_for
+from flashrt.engine.options import LoadOptions
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack
 from tests.families import tiny_checkpoint
@@ -17,7 +17,7 @@ def test_bench_sparse(tmp_path: Path, capsys) -> None:
     _, checkpoint = tiny_checkpoint("qwen2", tmp_path / "checkpoint", seed=3)
     make_pack(checkpoint, tmp_path / "pack", Codec.INT4)
     request = Request(max_loss=1.0, tokens=768)
-    calibrate(tmp_path / "pack", tmp_path / "cache", runtime_for("cpu", threads=2), request, lambda *_: None)
+    calibrate(tmp_path / "pack", LoadOptions(cache_dir=tmp_path / "cache", threads=2), request, lambda *_: None)
     text = tmp_path / "text.txt"
     text.write_text("the thing and the ring are in the inn. " * 20)
     arguments = [str(tmp_path / "pack"), "--tokens", "4", "--repeat", "2", "--prompt", "the", "--text-tokens", "64"]
