@@ -29,6 +29,7 @@ from typing import Any
 from flashrt_kernels.rows import LONGEST_ROW, WIDEST_HEAD
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +253,8 @@ class ModelSpec:
             if attention["rope"] is not None:
                 attention["rope"] = Rope(**attention["rope"])
             count = run["count"]
-            if not isinstance(count, int) or not 0 < count <= 4096:
-                raise ValueError(f"a run of {count!r} layers")
+            if not isinstance(count, int) or not 0 < count <= MAX_LAYERS - len(layers):
+                raise ValueError(f"a run of {count!r} layers after {len(layers)}, expected at most {MAX_LAYERS} in all")
             layers += [Layer(Attention(**attention), Ffn(**ffn))] * count
         fields["layers"] = tuple(layers)
         fields["eos"] = tuple(fields["eos"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 FAMILIES = tuple(_VARIANTS)
-GGUF_FAMILIES = ("llama", "llama-llama3", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
+GGUF_FAMILIES = ("llama", "llama-bias", "llama-llama3", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
@@ -260,20 +261,32 @@ _GEMMA_LEAVES = {
 }
 
 
-def tiny_gguf(family: str, path: Path | str, seed: int = 0, quant: str = "F32", **overrides: Any) -> tuple[Any, Path]:
+def tiny_gguf(
+    family: str,
+    path: Path | str,
+    seed: int = 0,
+    quant: str = "F32",
+    *,
+    change: Callable[[Any], None] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    **overrides: Any,
+) -> tuple[Any, Path]:
     """Write the same weights as `tiny_checkpoint(family, seed=seed)` as GGUF. Returns (model, path).
 
     family: one of GGUF_FAMILIES; quant: type of the matrices whose rows it fits (F32, F16, BF16, Q8_0)
+    change: called with the model before it is written; extra: further tensors of the file
     """
     import gguf
 
     path = Path(path)
     model = tiny_model(family, seed, **overrides)
+    if change is not None:
+        change(model)
     config = model.config
     arch = _GGUF_ARCH.get(family.partition("-")[0], "gemma3")
     writer = gguf.GGUFWriter(path, arch)
     _write_metadata(writer, config, family, arch)
-    for name, values in _gguf_tensors(model, family).items():
+    for name, values in {**_gguf_tensors(model, family), **(extra or {})}.items():
         kind = gguf.GGMLQuantizationType[quant]
         if values.ndim > 1 and quant != "F32" and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from flashrt.arch import gemma3, llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
 from flashrt.arch.config import Config
 from flashrt.arch.names import GGUF_NAMES, Has, Names, Part, TensorMap
-from flashrt.errors import UnsupportedModelError
-from flashrt.spec import ModelSpec
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import ModelSpec, Rope
 
 __all__ = ["FAMILIES", "Family", "Part", "TensorMap", "family_of"]
 
@@ -32,6 +33,9 @@ class Family:
         spec = self.spec_of(Config(config, self.name))
         if problem := spec.unsupported():
             raise UnsupportedModelError(f"this {self.name} model is not supported: {problem}")
+        for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
+            if rope is not None and not _gives_frequencies(rope, head_dim):
+                raise CheckpointError(f"{self.name} config: {rope} gives no frequencies")
         return spec
 
     def tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
@@ -44,6 +48,13 @@ class Family:
     def gguf_tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
         """Tensor names of a GGUF file."""
         return replace(GGUF_NAMES, permuted=self.gguf_permuted).resolve(spec, has)
+
+
+def _gives_frequencies(rope: Rope, head_dim: int) -> bool:
+    try:
+        return all(map(math.isfinite, rope.inverse_frequencies(head_dim)))
+    except (ArithmeticError, ValueError):
+        return False
 
 
 _GEMMA3 = Family("gemma3", gemma3.spec, gemma3.NAMES)

@@ -56,6 +56,14 @@ class Config:
             raise CheckpointError(f"{self.family} config: {key} is {value!r}, expected {count} names")
         return value
 
+    def object(self, key: str) -> Mapping[str, Any]:
+        """A JSON object; an empty one when the field is absent or null."""
+        value = self.data.get(key)
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{self.family} config: {key} is {value!r:.80}, expected an object")
+        return value
+
     def refuse(self, key: str, *allowed: Any) -> None:
         """Raise unless the field is absent, null or one of `allowed`: any other value would change results."""
         value = self.data.get(key)
@@ -64,7 +72,10 @@ class Config:
 
     def activation(self, key: str, default: str) -> str:
         """The activation, as `flashrt_kernels.activations` names it."""
-        name = self.data.get(key) or default
+        name = self.data.get(key)
+        name = default if name is None else name
+        if not isinstance(name, str):
+            raise CheckpointError(f"{self.family} config: {key} is {name!r}, expected a name")
         if name == "fatrelu":
             return fatrelu(self._threshold())
         if name not in _ACTIVATION_NAMES:
@@ -111,9 +122,12 @@ class Config:
 
 
 def _number(value: Any, key: str, family: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckpointError(f"{family} config: {key} is {value!r}, expected a number")
-    return float(value)
+    try:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer that no float reaches
+        pass
+    raise CheckpointError(f"{family} config: {key} is {value!r:.80}, expected a number")
 
 
 def rope_from(config: Config, parameters: Any, theta: float) -> Rope:

@@ -7,9 +7,7 @@ from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
-
-MAX_LAYERS = 4096
+from flashrt.spec import MAX_LAYERS, Attention, Ffn, Layer, ModelSpec, Rope
 
 
 def attention(config: Config, head_dim: int, rope: Rope, **options: Any) -> Attention:

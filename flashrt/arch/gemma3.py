@@ -50,7 +50,6 @@ def spec(config: Config) -> ModelSpec:
     inherited = {key: outer[key] for key in ("dtype", "torch_dtype", "eos_token_id", "bos_token_id") if outer.get(key)}
     text = Config({**_DEFAULTS, **inherited, **{k: v for k, v in inner.items() if v is not None}}, "gemma3")
     text.refuse("use_bidirectional_attention", False)
-    text.refuse("tie_word_embeddings", True)
     scalar = text.number("query_pre_attn_scalar")
     if scalar <= 0:
         raise CheckpointError(f"gemma3 config: query_pre_attn_scalar is {scalar}, expected a positive number")
@@ -84,11 +83,9 @@ def _windows(config: Config) -> list[int | None]:
 
 def _ropes(config: Config) -> tuple[Rope, Rope]:
     """(global, local). Scaling applies to the global layers only."""
-    parameters = config.data.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        raise CheckpointError(f"gemma3 config: rope_parameters is {parameters!r}, expected an object")
-    full = {**(parameters.get("full_attention") or {}), **(config.data.get("rope_scaling") or {})}
-    sliding = parameters.get("sliding_attention") or {}
+    parameters = Config(config.object("rope_parameters"), "gemma3")
+    full = {**parameters.object("full_attention"), **config.object("rope_scaling")}
+    sliding = parameters.object("sliding_attention")
     return (
         rope_from(config, full, config.number("rope_theta", 1e6)),
         rope_from(config, sliding, config.number("rope_local_base_freq", 1e4)),

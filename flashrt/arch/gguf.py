@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import MAX_LAYERS, ModelSpec
 
 _MODEL_TYPES = {
     "llama": "llama",
@@ -19,12 +22,13 @@ _MODEL_TYPES = {
 _FIELDS = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count",
+    "head_dim": "attention.key_length",
+}
+_LAYER_FIELDS = {  # may be given for each layer
+    "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 # Fields that would change results and that no family here reads.
 _REFUSED = (
@@ -52,35 +56,48 @@ def gguf_config(
     shape: (rows, columns) or (length,) of the tensor of a name, None where the file has none
     rope_factors: the values of `rope_freqs.weight`, which divide the rotary frequencies (Llama 3.1)
     """
-    name = metadata.get("general.architecture")
+    values = Metadata(metadata)
+    name = values.string("general.architecture")
     if name not in _MODEL_TYPES:
         known = ", ".join(sorted(_MODEL_TYPES))
         raise UnsupportedModelError(f"GGUF architecture {name!r} is not supported; known: {known}")
-    fields = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    fields = values.below(f"{name}.")
     for key in _REFUSED:
         if fields.get(key):
-            raise UnsupportedModelError(f"GGUF {name} with {key}={fields[key]!r} is not supported")
-    config = {ours: fields[theirs] for ours, theirs in _FIELDS.items() if theirs in fields}
+            raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r} is not supported")
+    config: dict[str, Any] = {ours: fields.integer(theirs) for ours, theirs in _FIELDS.items()}
+    config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in _LAYER_FIELDS.items()}
     config |= {
         "model_type": _MODEL_TYPES[name],
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "vocab_size": _rows(shape, "token_embd.weight"),
         "tie_word_embeddings": shape("output.weight") is None,
-        "attention_bias": shape("blk.0.attn_output.bias") is not None,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _eos(metadata),
+        "bos_token_id": values.integer("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _eos(values.below("tokenizer.ggml.")),
     }
     _check_heads(config, fields)
     config["rope_parameters"] = _rope(config, fields, rope_factors)
-    if name == "llama" and fields.get("expert_count"):
-        config |= {"model_type": "mixtral", "num_local_experts": fields["expert_count"]}
-        config["num_experts_per_tok"] = fields.get("expert_used_count")
+    if name == "llama" and (experts := fields.integer("expert_count")):
+        config |= {"model_type": "mixtral", "num_local_experts": experts}
+        config["num_experts_per_tok"] = fields.integer("expert_used_count")
     if name == "qwen3moe":
         config |= _qwen3_moe(fields)
     if name == "gemma3":
         config |= _gemma3(config, fields)
     if name in ("llama", "mistral"):
-        config["sliding_window"] = fields.get("attention.sliding_window")
+        config["sliding_window"] = fields.integer("attention.sliding_window")
     return config
+
+
+def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
+    """The spec with the attention biases that the file holds: GGUF says by their presence which there are."""
+    layers = []
+    for i, layer in enumerate(spec.layers):
+        attention = layer.attention
+        qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in "qkv")
+        out = attention.out_bias or has(f"blk.{i}.attn_output.bias")
+        layers.append(replace(layer, attention=replace(attention, qkv_bias=qkv, out_bias=out)))
+    return replace(spec, layers=tuple(layers))
 
 
 def _rows(shape: Callable[[str], Sequence[int] | None], name: str) -> int:
@@ -90,57 +107,61 @@ def _rows(shape: Callable[[str], Sequence[int] | None], name: str) -> int:
     return found[0]
 
 
-def _eos(metadata: Mapping[str, Any]) -> list[int]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type")
-    ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+def _eos(fields: Metadata) -> list[int]:
+    tokens, kinds = fields.strings("tokens"), fields.integers("token_type")
+    ids = [fields.integer(f"{key}_token_id") for key in ("eos", "eot", "eom")]
     found = [i for i in ids if i is not None]
-    if isinstance(tokens, list) and isinstance(kinds, list) and len(kinds) == len(tokens):
+    if tokens is not None and kinds is not None and len(kinds) == len(tokens):
         wanted = set(END_TOKENS)
         found += [i for i, kind in enumerate(kinds) if kind in (3, 4) and tokens[i] in wanted]
     return list(dict.fromkeys(found))
 
 
-def _check_heads(config: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        value = config.get(key)
-        if isinstance(value, list) and len(set(value)) == 1:
-            config[key] = value[0]
-        elif isinstance(value, list):
-            raise UnsupportedModelError(f"GGUF with a different {_FIELDS[key]} per layer is not supported")
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+def _of_all_layers(fields: Metadata, key: str) -> int | None:
+    value = fields.per_layer(key)
+    if value is None or isinstance(value, int):
+        return value
+    if len(set(value)) != 1:
+        raise UnsupportedModelError(f"GGUF with a different {key} per layer is not supported")
+    return value[0]
+
+
+def _check_heads(config: dict[str, Any], fields: Metadata) -> None:
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if not heads or not hidden or heads < 1:
         raise CheckpointError(f"GGUF metadata: head_count is {heads!r} and embedding_length {hidden!r}")
-    head_dim = config.setdefault("head_dim", hidden // heads)
+    if config["head_dim"] is None:
+        config["head_dim"] = hidden // heads
     for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.get(key, head_dim) != head_dim:
-            raise UnsupportedModelError(f"GGUF with {key}={fields[key]!r} but head size {head_dim} is not supported")
+        if (found := fields.integer(key, config["head_dim"])) != config["head_dim"]:
+            raise UnsupportedModelError(f"GGUF with {key}={found} but head size {config['head_dim']} is not supported")
 
 
-def _rope(config: Mapping[str, Any], fields: Mapping[str, Any], factors: Sequence[float] | None) -> dict[str, Any]:
-    theta = fields.get("rope.freq_base", 10000.0)
-    kind = fields.get("rope.scaling.type", "none")
+def _rope(config: Mapping[str, Any], fields: Metadata, factors: Sequence[float] | None) -> dict[str, Any]:
+    theta = fields.number("rope.freq_base", 10000.0)
+    kind = fields.string("rope.scaling.type", "none")
     if factors is not None:
         if kind != "none":
             raise UnsupportedModelError(f"GGUF with rope_freqs and rope scaling {kind!r} is not supported")
         return {"rope_theta": theta, **llama3_parameters(factors, theta)}
     if kind == "none":
         # Files older than the scaling type say it with a scale alone.
-        scale = fields.get("rope.scale_linear", 1.0)
+        scale = fields.number("rope.scale_linear", 1.0)
         return {"rope_theta": theta} | ({"rope_type": "linear", "factor": scale} if scale not in (0, 1) else {})
-    result = {"rope_theta": theta, "rope_type": kind, "factor": fields.get("rope.scaling.factor", 1.0)}
+    factor = fields.number("rope.scaling.factor", 1.0)
+    result = {"rope_theta": theta, "rope_type": kind, "factor": factor}
     if kind != "yarn":
         return result
-    if (factor := fields.get("rope.scaling.yarn_ext_factor", 1.0)) != 1.0:
-        raise UnsupportedModelError(f"GGUF with yarn_ext_factor={factor} is not supported")
-    scale = fields.get("rope.scaling.attn_factor", 1.0)
+    if (extrapolated := fields.number("rope.scaling.yarn_ext_factor", 1.0)) != 1.0:
+        raise UnsupportedModelError(f"GGUF with yarn_ext_factor={extrapolated} is not supported")
+    scale = fields.number("rope.scaling.attn_factor", 1.0)
     return result | {
-        "original_max_position_embeddings": fields.get(
-            "rope.scaling.original_context_length", config.get("max_position_embeddings")
+        "original_max_position_embeddings": fields.integer(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
         ),
-        "beta_fast": fields.get("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": fields.get("rope.scaling.yarn_beta_slow", 1.0),
-        "attention_factor": scale * (0.1 * math.log(result["factor"]) + 1.0) if result["factor"] > 1 else scale,
+        "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        "attention_factor": scale * (0.1 * math.log(factor) + 1.0) if factor > 1 else scale,
     }
 
 
@@ -177,32 +198,33 @@ def _llama3_factor(frequency: float, factor: float, context: int) -> float:
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-def _qwen3_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3_moe(fields: Metadata) -> dict[str, Any]:
     return {
-        "num_experts": fields.get("expert_count"),
-        "num_experts_per_tok": fields.get("expert_used_count"),
-        "moe_intermediate_size": fields.get("expert_feed_forward_length"),
+        "num_experts": fields.integer("expert_count"),
+        "num_experts_per_tok": fields.integer("expert_used_count"),
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
         "norm_topk_prob": True,  # not in the file: llama.cpp always normalizes this architecture
     }
 
 
-def _gemma3(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    layers, rope = config.get("num_hidden_layers"), config["rope_parameters"]
-    if not isinstance(layers, int) or not 0 < layers <= 4096:
+def _gemma3(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    if layers is None or not 0 < layers <= MAX_LAYERS:
         raise CheckpointError(f"GGUF metadata: block_count is {layers!r}")
-    pattern = fields.get("attention.sliding_window_pattern", 6)
-    if not isinstance(pattern, list):
-        pattern = [bool((i + 1) % max(int(pattern), 1)) for i in range(layers)]
+    pattern = fields.per_layer("attention.sliding_window_pattern")
+    if pattern is None or isinstance(pattern, int):
+        period = 6 if pattern is None else max(pattern, 1)
+        pattern = [(i + 1) % period for i in range(layers)]
     # llama.cpp knows the 27B model, which alone scales by hidden / heads, by its layers.
     is_27b = layers == 62
     return {
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
-        "sliding_window": fields.get("attention.sliding_window"),
+        "sliding_window": fields.integer("attention.sliding_window"),
         "query_pre_attn_scalar": (
             config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
         ),
         "rope_parameters": {
             "full_attention": rope,
-            "sliding_attention": {"rope_theta": fields.get("rope.freq_base_swa", 10000.0)},
+            "sliding_attention": {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
         },
     }

@@ -6,9 +6,11 @@ is found under several ('model.', 'language_model.model.' in multimodal checkpoi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from flashrt.arch.harmless import GGUF_HARMLESS, HF_HARMLESS
 from flashrt.spec import ModelSpec
 
 Has = Callable[[str], bool]
@@ -57,11 +59,13 @@ class Names:
     norm_add: float = 0.0
     permuted: bool = False
     layer_prefix: str = "layers.{i}."
+    harmless: tuple[str, ...] = HF_HARMLESS
 
     def resolve(self, spec: ModelSpec, has: Has) -> TensorMap:
         """The names as one checkpoint spells them; `has` tells whether it holds a tensor of that name."""
         embed = self.shared["embed"]
-        prefix = next((p for p in self.prefixes if has(p + embed)), self.prefixes[0])
+        final = self.shared["norm.final"]
+        prefix = next((p for p in self.prefixes if has(p + embed) or has(p + final)), self.prefixes[0])
         head = next((name for name in self.head if has(name)), self.head[0])
         return TensorMap(self, spec, prefix, head, has)
 
@@ -81,7 +85,10 @@ class TensorMap:
         if key == "head":
             return (Part(self.head),)
         if key in self.names.shared:
-            return (self._adjust(key, Part(self.prefix + self.names.shared[key])),)
+            name = self.prefix + self.names.shared[key]
+            if key == "embed" and self.spec.tied and not self.has(name) and self.has(self.head):
+                name = self.head  # tied weights may be stored under either name
+            return (self._adjust(key, Part(name)),)
         layer, _, name = key.partition(".")
         parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
         if name in ("qkv", "qkv.bias") and self.names.permuted:
@@ -103,6 +110,10 @@ class TensorMap:
             return replace(fused, rows=(0, ffn.neurons)), replace(fused, rows=(ffn.neurons, 2 * ffn.neurons)), down
         gate = None if way.gate is None else Part(self._layer(layer, way.gate, index), part)
         return gate, Part(self._layer(layer, way.up, index), part), down
+
+    def is_harmless(self, tensor: str) -> bool:
+        """Whether no logit depends on a tensor that no part names."""
+        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless)
 
     def _layer(self, layer: int, template: str, expert: int | None = None) -> str:
         return self.prefix + (self.names.layer_prefix + template).format(i=layer, e=expert)
@@ -155,5 +166,6 @@ GGUF_NAMES = Names(
     ),
     head=("output.weight",),
     layer_prefix="blk.{i}.",
+    harmless=GGUF_HARMLESS,
 )
 """llama.cpp's naming, the same for every family; only the permutation of query and key rows differs."""

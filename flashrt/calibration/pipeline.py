@@ -41,10 +41,11 @@ from flashrt.errors import DiskError, UnsupportedModelError, UsageError
 from flashrt.model.decoder import NARROW
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
+from flashrt.storage.atomic import write_atomically
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
-from flashrt.storage.packer import pack, write_atomically
+from flashrt.storage.packer import pack
 from flashrt.text.tokenizer import Tokenizer
 
 WORK_DIR = "sparse.partial"

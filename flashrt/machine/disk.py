@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 
 from flashrt.errors import DiskError
+from flashrt.storage.atomic import replacing
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.direct import open_direct
 from flashrt.storage.meter import Meter
@@ -87,11 +88,10 @@ def save_disk_profile(cache: Path, device: int, disk: DiskProfile) -> bool:
     if not isinstance(data, dict) or not isinstance(data.get("disks"), dict):
         data = {"disks": {}}
     data["disks"][str(device)] = asdict(disk)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=1))
-        os.replace(temporary, path)
+        with replacing(path, f".{os.getpid()}.tmp") as handle:
+            handle.write(json.dumps(data, indent=1).encode())
     except OSError:
         return False
     return True

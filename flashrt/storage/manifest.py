@@ -17,7 +17,7 @@ from typing import Any
 from flashrt.errors import PackError
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
-from flashrt.spec import ROPE_KINDS, ModelSpec, Rope
+from flashrt.spec import MAX_LAYERS, ROPE_KINDS, ModelSpec, Rope
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
@@ -26,7 +26,7 @@ FORMAT = "flashrt-pack"
 VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SPARSE_DIR = "sparse"  # in a pack: the calibrated one made of it
-MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 16 << 20  # of blocks of 1 MiB: those of 2 TB
 TEXT_FILES = ("tokenizer.json", "text.json")
 
 
@@ -185,7 +185,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     bounded("context", spec.context, 1, 1 << 31)
     bounded("positions", spec.positions, 0, 1 << 31)
     bounded("position_offset", spec.position_offset, 0, spec.positions)
-    bounded("layers", len(spec.layers), 1, 4096)
+    bounded("layers", len(spec.layers), 1, MAX_LAYERS)
     for token in (*spec.eos, *([] if spec.bos is None else [spec.bos])):
         bounded("a BOS or EOS token", token, 0, 1 << 24)
     if spec.norm not in ("rms", "layer"):

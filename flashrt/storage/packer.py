@@ -8,7 +8,6 @@ a directory without a manifest is never mistaken for a pack.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import numpy as np
 from flashrt.errors import CheckpointError, DiskError, UnsupportedModelError, UsageError
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
+from flashrt.storage.atomic import disk_errors, replacing, write_atomically
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
@@ -163,7 +163,7 @@ def _job(
         if not (out / MANIFEST_FILE).exists():
             _check_room(out, layout)
         if not same:
-            with _disk_errors(out):
+            with disk_errors(out):
                 handle.truncate(0)
                 handle.write(json.dumps(job))
                 handle.flush()
@@ -234,22 +234,11 @@ class _FileWriter:
         self.flushed = 0
 
     def write(self) -> FileEntry:
-        path = self.out / self.file
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with _disk_errors(self.out), open(temporary, "wb") as handle:
-                with _source_errors(self.source):
-                    entry = self._contents(handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with _disk_errors(self.out):
-                os.replace(temporary, path)
-                _sync_directory(self.out)
-                write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with disk_errors(self.out), replacing(self.out / self.file) as handle:
+            with _source_errors(self.source):
+                entry = self._contents(handle)
+            _drop_pages(handle)
+        write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
         return entry
 
     def _contents(self, handle: IO[bytes]) -> FileEntry:
@@ -270,12 +259,10 @@ class _FileWriter:
     def _put(self, handle: IO[bytes], data: bytes | memoryview) -> None:
         self.sha.update(data)
         self.written += len(data)
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             handle.write(data)
             if self.written - self.flushed >= FLUSH_BYTES:
-                handle.flush()
-                os.fdatasync(handle.fileno())
-                os.posix_fadvise(handle.fileno(), 0, self.written, os.POSIX_FADV_DONTNEED)
+                _drop_pages(handle)
                 self.flushed = self.written
         self.progress(self.file, self.done + self.written, self.layout.nbytes)
 
@@ -364,33 +351,16 @@ def _check_finite(name: str, values: Array) -> None:
         raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity): the checkpoint is damaged")
 
 
+def _drop_pages(handle: IO[bytes]) -> None:
+    """Push what was written to disk and out of the page cache."""
+    handle.flush()
+    os.fdatasync(handle.fileno())
+    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _write_text(out: Path, name: str, data: bytes) -> str:
     write_atomically(out / name, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed. Raises DiskError."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _disk_errors(path.parent):
-        try:
-            with open(temporary, "wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -399,13 +369,3 @@ def _source_errors(source: Contents) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"reading {source.source} failed: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskError(f"the disk of {out} is full: free some space and run the same command again") from None
-        raise DiskError(f"writing to {out} failed: {error.strerror}") from None

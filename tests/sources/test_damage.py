@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from flashrt.errors import CheckpointError, FlashrtError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
-from flashrt.storage.sources.safetensors_header import read_header
+from flashrt.storage.sources.safetensors_header import MAX_HEADER, read_header
 from flashrt.storage.sources.tensors import TensorReader
 from tests.families import tiny_checkpoint, tiny_gguf
 
@@ -77,6 +79,79 @@ def test_files(directory: Path, name: str, content: bytes | None, message: str) 
     (directory / name).unlink(missing_ok=True)
     if content is not None:
         (directory / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        use(directory)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_git_lfs_pointers_are_named(directory: Path, name: str) -> None:
+    (directory / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a git-lfs pointer.*git lfs pull"):
+        use(directory)
+
+
+def test_a_git_lfs_pointer_to_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text(POINTER)
+    with pytest.raises(CheckpointError, match=r"x.gguf is a git-lfs pointer.*git lfs pull"):
+        use(tmp_path / "x.gguf")
+
+
+def test_shards_without_their_index(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    shutil.copy(directory / "model-00001-of-00002.safetensors", directory / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 safetensors files.*download model.safetensors.index.json"):
+        use(directory)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_adapters_are_named(directory: Path, with_config: bool) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+    use(directory)  # a merged model that kept the file
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    if not with_config:
+        (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds an adapter \(LoRA\), not a model: merge it"):
+        use(directory)
+
+
+def test_gguf_adapters_are_named(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"x.gguf is an adapter \(LoRA\), not a model: merge it"):
+        use(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("config.json", "32 MiB"), ("generation_config.json", "32 MiB"), ("tokenizer.json", "128 MiB")],
+)
+def test_files_are_bounded_before_they_are_read(directory: Path, name: str, limit: str) -> None:
+    (directory / name).touch()
+    os.truncate(directory / name, 1 << 34)
+    with pytest.raises(CheckpointError, match=f"{name} has more than {limit}"):
+        use(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token is 'yes', expected true or false"),
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template is 3, expected a text"),
+        ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id is '1', expected token ids"),
+    ],
+)
+def test_text_settings_of_wrong_types(directory: Path, name: str, fields: dict[str, Any], message: str) -> None:
+    (directory / name).write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=message):
         use(directory)
 
@@ -293,6 +368,17 @@ def test_header_length_is_bounded_before_anything_is_read(tmp_path: Path) -> Non
     for length in (9, 1 << 40, (1 << 64) - 1):
         with pytest.raises(CheckpointError, match="truncated"):
             read_header(write_safetensors(tmp_path / "x.safetensors", b"{}", length=length))
+
+
+def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "x.safetensors", b"{}", length=MAX_HEADER + 1)
+    os.truncate(path, 1 << 30)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=f"header of {MAX_HEADER + 1} bytes"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_unknown_dtype_matters_only_when_needed(tmp_path: Path) -> None:

@@ -228,6 +228,19 @@ def test_opening_with_the_seal_renewed_works(opened_with: Callable[[bytes], Pack
     assert opened_with(sealed(body)).spec == MOE  # so that the lies above are refused for what they say
 
 
+def test_layers_are_counted_before_they_are_built(body: Body) -> None:
+    changed = copy.deepcopy(body)
+    runs = [run | {"count": 4096} for run in body["spec"]["layers"]]
+    changed["spec"]["layers"] = runs * (11_000_000 // len(json.dumps(runs)))
+    raw = sealed(changed)
+    tracemalloc.start()
+    with pytest.raises(PackError, match="at most 4096 in all"):
+        Manifest.from_bytes(raw, "here")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * len(raw)  # what parsing it as JSON takes, and 1.4 GB before
+
+
 values = st.recursive(
     st.one_of(
         st.none(),

@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 
 from flashrt.arch import Part, TensorMap
-from flashrt.errors import CheckpointError
+from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.tensors import F32, TensorReader
 from flashrt.text.files import TextFiles
@@ -101,12 +101,22 @@ class Checkpoint:
         )
 
     def validate(self) -> None:
-        """Check name, shape and dtype of every needed tensor. Raises one CheckpointError listing the first problems."""
+        """Check name, shape and dtype of every needed tensor, and that no other tensor would change results.
+
+        Raises one CheckpointError listing the first problems, or UnsupportedModelError naming the first such tensors.
+        """
         problems = [problem for expected in self._expected() if (problem := self._problem(expected))]
         if problems:
-            more = len(problems) - _SHOWN
-            shown = "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-            raise CheckpointError(f"{self.source} cannot be used: {shown}")
+            raise CheckpointError(f"{self.source} cannot be used: {_first(problems)}")
+        read = {expected.part.tensor for expected in self._expected()}
+        if self.spec.tied:
+            read.add(self._map.head)  # equal to the embedding: see `sources.huggingface`
+        unread = [name for name in self._reader.tensors if name not in read and not self._map.is_harmless(name)]
+        if unread:
+            raise UnsupportedModelError(
+                f"{self.source} is not supported: flashrt does not use {len(unread)} of its tensors, without which "
+                f"results would be wrong: {_first(unread)}"
+            )
 
     def _problem(self, expected: _Expected) -> str | None:
         part = expected.part
@@ -191,6 +201,11 @@ class Checkpoint:
             return _unpermute(values, last - first)[start - first * head : stop - first * head]
         shift = part.rows[0] if part.rows else 0
         return self._reader.rows(part.tensor, start + shift, stop + shift, part.expert)
+
+
+def _first(items: list[str]) -> str:
+    more = len(items) - _SHOWN
+    return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _unpermute(values: F32, heads: int) -> F32:

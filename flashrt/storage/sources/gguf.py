@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashrt.arch import family_of
-from flashrt.arch.gguf import gguf_config
+from flashrt.arch.gguf import gguf_config, with_biases
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.checkpoint import Checkpoint
+from flashrt.storage.sources.files import MERGE_ADAPTER
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.gguf import text_from_gguf
@@ -21,18 +22,18 @@ ROPE_FACTORS = "rope_freqs.weight"
 def open_gguf(path: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
     """Open a file; reads its header only. Raises CheckpointError."""
     header = read_gguf_header(path)
+    if header.metadata.get("general.type") == "adapter":
+        raise CheckpointError(f"{path} is an adapter (LoRA), not a model: {MERGE_ADAPTER}")
     reader = TensorReader(header.tensors)
 
     def shape(tensor: str) -> Sequence[int] | None:
         return header.tensors[tensor].shape if tensor in header.tensors else None
 
-    if "rope_factors_long.weight" in header.tensors:
-        raise CheckpointError(f"{path}: long rope factors are not supported")
     factors = reader.vector(ROPE_FACTORS).tolist() if ROPE_FACTORS in header.tensors else None
     try:
         config = gguf_config(header.metadata, shape, factors)
         family = family_of(config["model_type"])
-        spec = family.spec(config)
+        spec = with_biases(family.spec(config), header.tensors.__contains__)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata makes no sense ({error})") from error
     status = path.stat()

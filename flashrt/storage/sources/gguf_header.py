@@ -12,29 +12,36 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError
+from flashrt.storage.sources.files import refuse_pointer
 from flashrt.storage.sources.tensors import F32, PLAIN_CODECS, Codec, Raw, StoredTensor, stored_tensor
 
 MAGIC = b"GGUF"
-MAX_HEADER = 1 << 30
-MAX_TENSORS = 1 << 20
+MAX_HEADER = 1 << 27  # bytes; a vocabulary of 262144 with its merges takes 16 MB
+MAX_TENSORS = 1 << 17
 MAX_KEYS = 1 << 16
+MAX_NAME = 1 << 16  # bytes of a key, or of a tensor's name
+MAX_ITEMS = 1 << 22  # of all arrays together
 MAX_DIMS = 4
 _CHUNK = 1 << 20
 
 # Type numbers of metadata values.
-_NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 10: "<Q", 11: "<q", 12: "<d"}
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 @dataclass(frozen=True)
 class GgufHeader:
+    """metadata: Python's own scalars, arrays of strings as lists, those of numbers and booleans as `array.array`."""
+
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
     digest: str  # of the header's bytes
@@ -49,6 +56,7 @@ class _Cursor:
         self.file = path.open("rb")
         self.buffer, self.position, self.base = b"", 0, 0
         self.hash = hashlib.sha256()
+        self.items = 0  # of all arrays so far
 
     def take(self, count: int) -> bytes:
         end = self.position + count
@@ -74,38 +82,39 @@ class _Cursor:
         return self.base + self.position
 
     def number(self, code: str) -> Any:
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+        """One number, little-endian."""
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def count(self, item_bytes: int, limit: int) -> int:
         """A 64-bit count of items that take at least `item_bytes` each."""
-        count: int = self.number("<Q")
+        count: int = self.number("Q")
         if count > limit or count * item_bytes > self.limit - self.offset:
             raise CheckpointError(f"{self.path} is damaged: its header counts {count} items at byte {self.offset}")
         return count
 
-    def string(self) -> str:
-        return self.take(self.count(1, MAX_HEADER)).decode("utf-8", errors="replace")
+    def string(self, limit: int = MAX_HEADER) -> str:
+        return self.take(self.count(1, limit)).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _BOOL:
             return self.number("B") != 0
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY and depth < 2:
-            return self._array(depth)
+        if kind == _ARRAY:
+            return self._array()
         raise CheckpointError(f"{self.path} is damaged: metadata of type {kind} at byte {self.offset}")
 
-    def _array(self, depth: int) -> list[Any]:
-        kind: int = self.number("<I")
-        if kind in _NUMBERS:
-            code = _NUMBERS[kind]
-            count = self.count(struct.calcsize(code), MAX_HEADER)
-            return np.frombuffer(self.take(count * struct.calcsize(code)), code).tolist()
-        if kind == _STRING:
-            return self._strings(self.count(8, MAX_HEADER))
-        return [self.value(kind, depth + 1) for _ in range(self.count(1, MAX_HEADER))]
+    def _array(self) -> list[str] | array[Any]:
+        kind: int = self.number("I")
+        code = "B" if kind == _BOOL else _NUMBERS.get(kind)
+        if code is None and kind != _STRING:
+            raise CheckpointError(f"{self.path} is damaged: an array of type {kind} at byte {self.offset}")
+        item_bytes = 8 if code is None else struct.calcsize(f"<{code}")
+        count = self.count(item_bytes, MAX_ITEMS - self.items)
+        self.items += count
+        return self._strings(count) if code is None else array(code, self.take(count * item_bytes))
 
     def _strings(self, count: int) -> list[str]:
         take, unpack = self.take, struct.Struct("<Q").unpack
@@ -120,6 +129,7 @@ class _Cursor:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Metadata and tensors. Raises CheckpointError when the file is damaged, cut short or of another version."""
+    refuse_pointer(path)
     try:
         cursor = _Cursor(path)
         with cursor.file:
@@ -134,19 +144,19 @@ def _read(cursor: _Cursor) -> GgufHeader:
     path = cursor.path
     if cursor.size < 24 or cursor.take(4) != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file")
-    version = cursor.number("<I")
+    version = cursor.number("I")
     if version not in (2, 3):
         raise CheckpointError(f"{path} is GGUF version {version}, expected 2 or 3 (little-endian)")
     tensor_count, key_count = cursor.count(24, MAX_TENSORS), cursor.count(12, MAX_KEYS)
     metadata = {}
     for _ in range(key_count):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.number("<I"))
-    if metadata.get("split.count", 1) > 1:
+        key = cursor.string(MAX_NAME)
+        metadata[key] = cursor.value(cursor.number("I"))
+    if Metadata(metadata).integer("split.count", 1) > 1:
         raise CheckpointError(f"{path} is one of several parts: join them first (llama-gguf-split --merge)")
     entries = [_entry(cursor) for _ in range(tensor_count)]
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+    alignment = Metadata(metadata).integer("general.alignment", 32)
+    if not 0 < alignment <= 1 << 20:
         raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}")
     data = -(-cursor.offset // alignment) * alignment
     tensors = {entry[0]: _tensor(cursor, data, *entry) for entry in entries}
@@ -156,13 +166,13 @@ def _read(cursor: _Cursor) -> GgufHeader:
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name, dims = cursor.string(), cursor.number("<I")
+    name, dims = cursor.string(MAX_NAME), cursor.number("I")
     if not 0 < dims <= MAX_DIMS:
         raise CheckpointError(f"{cursor.path} is damaged: tensor {name!r} has {dims} dimensions")
     shape = struct.unpack(f"<{dims}Q", cursor.take(8 * dims))[::-1]
     if math.prod(shape) >= 1 << 62:
         raise CheckpointError(f"{cursor.path} is damaged: tensor {name!r} has shape {list(shape)}")
-    return name, shape, cursor.number("<I"), cursor.number("<Q")
+    return name, shape, cursor.number("I"), cursor.number("Q")
 
 
 def _tensor(cursor: _Cursor, data: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:

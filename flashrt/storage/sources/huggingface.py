@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flashrt.arch import family_of
+from flashrt.arch import TensorMap, family_of
+from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import ModelSpec
 from flashrt.storage.sources.checkpoint import Checkpoint
+from flashrt.storage.sources.files import MAX_JSON, MAX_TOKENIZER, MERGE_ADAPTER, read_file
 from flashrt.storage.sources.safetensors_header import read_header
 from flashrt.storage.sources.tensors import StoredTensor, TensorReader
 from flashrt.text.bpe import gpt2_files
@@ -20,10 +23,12 @@ from flashrt.text.files import GENERATION_KEYS, TextFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
 
 def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
     """Open a directory; reads headers only. Raises CheckpointError."""
+    _refuse_adapter(directory)
     config = _json(directory / "config.json")
     if "model_type" not in config:
         raise CheckpointError(f"{directory / 'config.json'} names no model_type")
@@ -35,26 +40,31 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
     generation = _json(directory / "generation_config.json", required=False)
     spec = _with_end_tokens(family.spec(config), generation)
     tensors, digest = _tensors(directory)
+    reader = TensorReader(tensors)
+    spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
     return Checkpoint(
         spec=spec,
         name=name or directory.resolve().name,
         source=source or f"Hugging Face checkpoint {directory}",
         fingerprint=_fingerprint(config, generation, digest),
-        reader=TensorReader(tensors),
+        reader=reader,
         tensor_map=family.tensors(spec, tensors.__contains__),
         text=lambda: _text(directory, generation),
     )
 
 
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / ADAPTER).exists() and not any((directory / name).exists() for name in (SINGLE, INDEX)):
+        raise CheckpointError(f"{directory} holds an adapter (LoRA), not a model: {MERGE_ADAPTER}")
+
+
 def _json(path: Path, required: bool = True) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path, MAX_JSON))
     except FileNotFoundError:
         if required:
             raise CheckpointError(f"{path} is missing: this is not a complete Hugging Face checkpoint") from None
         return {}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -62,12 +72,18 @@ def _json(path: Path, required: bool = True) -> dict[str, Any]:
     return value
 
 
-def _with_end_tokens(spec: Any, generation: Mapping[str, Any]) -> Any:
+def _with_end_tokens(spec: ModelSpec, generation: Mapping[str, Any]) -> ModelSpec:
     """generation_config.json knows more end tokens than config.json (a chat model's end of turn)."""
-    found = generation.get("eos_token_id")
-    items = found if isinstance(found, list) else [found]
-    ids = [item for item in items if type(item) is int and item >= 0]
-    return replace(spec, eos=tuple(dict.fromkeys([*ids, *spec.eos])))
+    found = Config(generation, "generation").token_ids("eos_token_id")
+    return replace(spec, eos=tuple(dict.fromkeys([*found, *spec.eos])))
+
+
+def _with_stored_head(spec: ModelSpec, names: TensorMap, reader: TensorReader) -> ModelSpec:
+    """Untied where a head is stored beside a config that says tied, and differs: as transformers decides it."""
+    (embed,) = names.parts("embed")
+    stored = names.head in reader.tensors and embed.tensor in reader.tensors
+    tied = spec.tied and (not stored or reader.equal(embed.tensor, names.head))
+    return replace(spec, tied=tied)
 
 
 def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
@@ -90,6 +106,10 @@ def _weight_files(directory: Path) -> list[Path]:
     found = sorted(directory.glob("*.safetensors"))
     if len(found) == 1:
         return found
+    if found:
+        raise CheckpointError(
+            f"{directory} holds {len(found)} safetensors files, but not the index of them: download {INDEX} too"
+        )
     other = next((p.name for p in sorted(directory.glob("*")) if p.suffix in (".bin", ".pt", ".pth")), None)
     hint = f"{other} is a pickle, which is not read: convert it to safetensors" if other else f"expected {SINGLE}"
     raise CheckpointError(f"{directory} holds no safetensors weights: {hint}")
@@ -126,12 +146,14 @@ def _text_files(directory: Path, generation: Mapping[str, Any]) -> TextFiles:
     config = _json(directory / "tokenizer_config.json", required=False)
     special = _special_tokens({**_json(directory / "special_tokens_map.json", required=False), **config})
     add_bos = config.get("add_bos_token")
+    if not isinstance(add_bos, bool | None):
+        raise CheckpointError(f"{directory}: add_bos_token is {add_bos!r:.80}, expected true or false")
     return TextFiles(
         _tokenizer_json(directory, config, special),
         _chat_template(directory, config),
         special,
         {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None},
-        add_bos if isinstance(add_bos, bool) else None,
+        add_bos,
     )
 
 
@@ -148,24 +170,26 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return read_file(path, MAX_JSON).decode()
     found = config.get("chat_template")
     if found is None:
         found = _json(directory / "chat_template.json", required=False).get("chat_template")
     if isinstance(found, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
+    if not isinstance(found, str | None):
+        raise CheckpointError(f"{directory}: chat_template is {found!r:.80}, expected a text")
+    return found
 
 
 def _tokenizer_json(directory: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> bytes:
     path = directory / "tokenizer.json"
     if path.exists():
-        return path.read_bytes()
+        return read_file(path, MAX_TOKENIZER)
     if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         vocab = _json(directory / "vocab.json")
         if not all(type(index) is int for index in vocab.values()):
             raise CheckpointError(f"{directory / 'vocab.json'} is damaged: not every token has a number")
-        merges = (directory / "merges.txt").read_text(encoding="utf-8")
+        merges = read_file(directory / "merges.txt", MAX_JSON).decode()
         return gpt2_files(vocab, merges, {token: vocab[token] for token in special.values() if token in vocab})
     raise CheckpointError(f"{directory} holds no tokenizer.json (nor vocab.json and merges.txt)")

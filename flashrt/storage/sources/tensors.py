@@ -16,6 +16,7 @@ from flashrt.errors import CheckpointError
 F32 = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 
+COMPARED_NUMBERS = 4 << 20  # at a time
 CACHE_BYTES = 256 << 20  # a matrix up to this size is kept, as stored, while its columns are read
 
 
@@ -88,6 +89,15 @@ class TensorReader:
     def vector(self, name: str) -> F32:
         tensor, codec = self._tensor(name)
         return codec.decode(self._read(tensor, 0, tensor.nbytes).reshape(1, -1)).reshape(-1)
+
+    def equal(self, a: str, b: str) -> bool:
+        """Whether two stored matrices have the same shape and hold the same numbers."""
+        shape = self.tensors[a].shape
+        if shape != self.tensors[b].shape or len(shape) != 2 or not shape[1]:
+            return False
+        step = max(COMPARED_NUMBERS // shape[1], 1)
+        pieces = ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+        return all(np.array_equal(self.rows(a, *piece), self.rows(b, *piece)) for piece in pieces)
 
     def columns(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Columns start:stop of a matrix, transposed: float32 [stop - start, rows]."""

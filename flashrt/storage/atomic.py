@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from flashrt.errors import DiskError
+
+
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[IO[bytes]]:
+    """A file to write, which takes the name `path` when the block ends: synced, in place of what was there.
+
+    Until then it is called `path` + `suffix`; writers that may meet take suffixes of their own. A block that fails
+    removes it and leaves `path` as it was. Raises OSError.
+    """
+    temporary = path.with_name(path.name + suffix)
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file. Raises DiskError."""
+    with disk_errors(path.parent), replacing(path) as handle:
+        handle.write(data)
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns an OSError of writing below `out` into a DiskError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskError(f"the disk of {out} is full: free some space and run the same command again") from None
+        raise DiskError(f"writing to {out} failed: {error.strerror}") from None
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
