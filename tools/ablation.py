@@ -22,12 +22,13 @@ last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,15 @@ def foresee(path: Path, text: str, tokens: int, threads: int | None) -> Foresigh
 
 
 def run_text(
-    path: Path, text: str, tokens: int, threads: int | None, prepare: Callable[[Engine], Callable[[], None]]
+    path: Path,
+    text: str,
+    tokens: int,
+    threads: int | None,
+    watching: Callable[[Engine], contextlib.AbstractContextManager[Callable[[], None]]],
 ) -> float:
     """Decode the first tokens of a text with everything resident; the median seconds of one.
 
-    `prepare` is given the engine, and gives what is called before each token.
+    `watching` is entered with the engine, and gives what is called before each token.
     """
     model = LoadedPack(Pack(path), LoadOptions(threads=threads, speculate="off"), runtime_for("cpu", threads))
     ids = model.tokenizer.encode(text)[:tokens]
@@ -159,8 +164,7 @@ def run_text(
         raise SystemExit(f"the text has {len(ids)} tokens, fewer than --tokens {tokens}")
     window = min(tokens, model.spec.context)
     seconds = []
-    with model.load(Workload(window, prompt=window)) as engine:
-        begin = prepare(engine)
+    with model.load(Workload(window, prompt=window)) as engine, watching(engine) as begin:
         for n, token in enumerate(ids):
             if n % window == 0:
                 engine.rewind(0)
@@ -171,7 +175,8 @@ def run_text(
     return statistics.median(seconds)
 
 
-def watch(engine: Engine, trace: Trace) -> Callable[[], None]:
+@contextlib.contextmanager
+def watch(engine: Engine, trace: Trace) -> Iterator[Callable[[], None]]:
     """Have every layer's predictions noted in the last entry of `trace`; what makes room for another token."""
     for predictor in engine.decoder.rows.predictors if engine.decoder.rows else ():
         predict = predictor.predict
@@ -182,10 +187,11 @@ def watch(engine: Engine, trace: Trace) -> Callable[[], None]:
             return rows
 
         predictor.predict = noted  # type: ignore[method-assign]
-    return lambda: trace.append([])
+    yield lambda: trace.append([])
 
 
-def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Callable[[], None]:
+@contextlib.contextmanager
+def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Iterator[Callable[[], None]]:
     """Have guesses made and noted likewise, and the seconds of each guess and of the attention after it."""
     decoder, lookaheads = engine.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
     attention = decoder._attention
@@ -206,8 +212,8 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
         if kind == "ffn":
             lookaheads[i].learn(values)
 
-    decoder.observe = learn
-    return lambda: trace.append([])
+    with decoder.observing(learn):
+        yield lambda: trace.append([])
 
 
 def order_of(base: Pack, ordered: Pack, i: int) -> Array:

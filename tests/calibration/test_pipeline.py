@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from flashrt.budget import planner
-from flashrt.calibration import pipeline
+from flashrt.calibration import pipeline, windows
 from flashrt.calibration.channel_pack import ChannelPackSource
 from flashrt.calibration.divergence import Divergence
 from flashrt.calibration.fit_channels import ChannelFit
 from flashrt.calibration.pipeline import Request, calibrate
+from flashrt.calibration.work_dir import WORK_DIR
 from flashrt.engine.open import open_model, sparse_pack
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
@@ -74,7 +75,7 @@ def test_the_loss_is_kept_and_something_is_left_out(case):
     opened = sparse_pack(Pack(path), REQUEST.max_loss)
     assert opened.manifest.sparsity == sparsity
     opened.verify()
-    assert not (path / pipeline.WORK_DIR).exists()
+    assert not (path / WORK_DIR).exists()
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])
@@ -137,10 +138,10 @@ def test_what_is_sampled_does_not_depend_on_the_length_of_a_pass(case, tmp_path,
 def test_windows_of_a_text_begin_as_texts_do(case):
     with tiny_engine(Pack(case[0]), 1.0) as engine:
         prefix = engine.tokenizer.encode("")
-        windows = pipeline._windows(engine.tokenizer, "the ring " * 900, 128, 768)
+        pieces = windows.cut(engine.tokenizer, "the ring " * 900, 128, 768)
     assert prefix
-    assert len(windows) == 6
-    assert all(len(window) == 128 and window[: len(prefix)] == prefix for window in windows)
+    assert len(pieces) == 6
+    assert all(len(piece) == 128 and piece[: len(prefix)] == prefix for piece in pieces)
 
 
 def test_killed_at_any_stage_it_goes_on(case, tmp_path):
@@ -161,9 +162,9 @@ def test_every_sample_counts(tmp_path):
     for changed in (None, 1, 3, 5, 2):  # fitted to, but for 2, which the result is checked on
         copy = tmp_path / f"pack-{changed}"
         shutil.copytree(path, copy)
-        windows = [w[::-1] if i == changed else w for i, w in enumerate(text)]
+        pieces = [w[::-1] if i == changed else w for i, w in enumerate(text)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline._Calibration, "_text", lambda self, engine, windows=windows: windows)
+            patch.setattr(pipeline._Calibration, "_windows", lambda self, engine, pieces=pieces: pieces)
             found.append(calibrated(copy, tmp_path / "cache"))
     for other in found[1:]:
         assert other.layers != found[0].layers or other.held_out_loss != found[0].held_out_loss

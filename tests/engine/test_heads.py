@@ -74,9 +74,8 @@ def attended(engine, prompt, batch):
 
     engine.rewind(0)
     engine.prefill(prompt)
-    engine.decoder.observe = observe
-    engine.step_batch(batch)
-    engine.decoder.observe = None
+    with engine.decoder.observing(observe):
+        engine.step_batch(batch)
     return found
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashrt.calibration import pipeline
 from flashrt.calibration.evaluation import Reference, figures, select
 from flashrt.calibration.fit_rows import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
+from flashrt.calibration.work_dir import WORK_DIR
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.options import LoadOptions
 from flashrt.model.decoder import NARROW
@@ -75,7 +75,7 @@ def test_the_loss_is_kept_and_neurons_are_left_out(case):
     opened = sparse_pack(Pack(path), REQUEST.max_loss)
     assert opened.manifest.sparsity == sparsity
     opened.verify()
-    assert not (path / pipeline.WORK_DIR).exists()
+    assert not (path / WORK_DIR).exists()
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])
