@@ -41,20 +41,21 @@ def load(
     budget_gb: GiB that the process (with device='cuda': the GPU memory of the process) may hold; None takes what the
         model needs, or what the machine has
     context: tokens of prompt and answer together; None takes 4096, or less if the model ends earlier
-    threads: compute threads; None takes one per core
+    threads: compute threads, 1 to 1024; None takes one per core
     host_budget_gb: with device='cuda', GiB of host memory
     mode: 'exact' or, after `flashrt calibrate`, 'sparse'
     max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
 
-    Raises a FlashrtError that says what to do: BudgetError before anything is loaded when the budget is too small.
+    Raises a FlashrtError that says what to do: UsageError, before anything is opened, for an option of a wrong type or
+    out of range; BudgetError, before anything is loaded, when the budget is too small.
     """
     from flashrt.engine.open import load as open_engine
+    from flashrt.engine.options import LoadOptions
 
-    return open_engine(
-        path,
-        budget_gb,
+    options = LoadOptions(
+        budget_gb=budget_gb,
         context=context,
         dtype=dtype,
         cache_dir=cache_dir,
@@ -66,3 +67,4 @@ def load(
         speculate=speculate,
         draft=draft,
     )
+    return open_engine(path, options)

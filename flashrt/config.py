@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import reprlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashrt.errors import UsageError
 from flashrt_kernels.limits import NARROW_TOKENS
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from flashrt.spec import ModelSpec
 
 GIB = 1 << 30
+MOST_THREADS = 1024  # more than any machine has cores
 LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 
 
@@ -31,22 +34,56 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_k", self.top_k, 0, 1 << 31)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        number("temperature", self.temperature, 0.0, 100.0)
+        whole("top_k", self.top_k, 0, 1 << 31)
+        number("top_p", self.top_p, 0.0, 1.0)
+        number("min_p", self.min_p, 0.0, 1.0)
+        number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.top_p == 0.0:
             raise UsageError("top_p is 0, expected more than 0 and at most 1")
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more")
+        if self.seed is not None:
+            whole("seed", self.seed, 0)
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int: an integer of Python's or numpy's, from `low` to `high`. Raises UsageError for all else."""
+    upper = "or more" if high is None else f"to {high}"
+    if not _is(numbers.Integral, value):
+        raise UsageError(f"{name} is {reprlib.repr(value)}, expected a whole number, {low} {upper}")
+    if value < low or (high is not None and value > high):
+        raise UsageError(f"{name} is {reprlib.repr(value)}, expected {low} {upper}")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float: a number of Python's or numpy's, from `low` to `high`. Raises UsageError for all else."""
+    if not _is(numbers.Real, value):
+        raise UsageError(f"{name} is {reprlib.repr(value)}, expected a number, {low} to {high}")
+    if not low <= value <= high:
+        raise UsageError(f"{name} is {reprlib.repr(value)}, expected {low} to {high}")
+    return float(value)
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether `value` is a number of this kind, which True and False are not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def budget_bytes(budget_gb: float) -> int:
-    """A budget in GiB as bytes. Raises UsageError unless it is above 0 and no larger than any machine."""
-    if not 0 < budget_gb <= LARGEST_BUDGET_GB:
-        raise UsageError(f"the budget is {budget_gb} GiB, expected a number above 0, at most {LARGEST_BUDGET_GB:.0f}")
+    """A budget in GiB as bytes. Raises UsageError unless it is a number above 0 and no larger than any machine."""
+    if not _is(numbers.Real, budget_gb) or not 0 < budget_gb <= LARGEST_BUDGET_GB:
+        raise UsageError(
+            f"the budget is {reprlib.repr(budget_gb)} GiB, expected a number above 0, at most {LARGEST_BUDGET_GB:.0f}"
+        )
     return int(budget_gb * GIB)
+
+
+def checked_loss(max_loss: float) -> float:
+    """The rise of perplexity that is allowed, as a share. Raises UsageError."""
+    if not _is(numbers.Real, max_loss) or not 0 < max_loss <= 1:
+        found = reprlib.repr(max_loss)
+        raise UsageError(f"the loss allowed is {found}, expected more than 0 and at most 1 (0.02 is 2%)")
+    return float(max_loss)
 
 
 def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:
@@ -57,24 +94,18 @@ def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:
         raise UsageError(f"the context is {asked} tokens, expected 1 or more")
     if asked > spec.context:
         raise UsageError(f"a context of {asked} tokens was asked for, the model supports at most {spec.context}")
-    return asked
+    return int(asked)
 
 
 def parse_speculate(speculate: str | int) -> int | None:
     """Tokens of a pass that verifies a draft, at most: 1 for 'off', None for 'auto'. Raises UsageError."""
-    if speculate == "auto":
-        return None
-    if speculate == "off":
-        return 1
-    try:
-        count = int(speculate)
-    except ValueError:
-        count = 0
-    if not 2 <= count <= NARROW_TOKENS:
-        raise UsageError(f"--speculate is {speculate!r}, expected off, auto or 2 to {NARROW_TOKENS} tokens per pass")
-    return count
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{name} is {value}, expected {low} to {high}")
+    if isinstance(speculate, str):
+        if speculate in ("auto", "off"):
+            return None if speculate == "auto" else 1
+        count: Any = int(speculate) if speculate.isdecimal() and len(speculate) < 3 else 0
+    else:
+        count = speculate
+    if not _is(numbers.Integral, count) or not 2 <= count <= NARROW_TOKENS:
+        found = reprlib.repr(speculate)
+        raise UsageError(f"--speculate is {found}, expected off, auto or 2 to {NARROW_TOKENS} tokens per pass")
+    return int(count)

@@ -242,7 +242,7 @@ def main() -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     print(file=sys.stderr)
-    spec, nbytes = manifest.spec, manifest.layout().nbytes
+    spec, nbytes = manifest.spec, manifest.layout.nbytes
     print(
         json.dumps(
             {

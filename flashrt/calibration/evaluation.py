@@ -54,16 +54,11 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
     Those that should take part are those whose exact activation reaches the block's threshold, given the same input.
     """
     sparse: Any = engine.decoder.sparse
-    tallies = sparse.tallies
-    sparse.restart()  # these passes are not part of what was measured
-    sparse.selections = result = [Selection() for _ in engine.spec.layers]
-    try:
+    with sparse.comparing() as selections:  # these passes are not part of what was measured
         for window in windows:
             engine.rewind(0)
             engine.step_batch(window[:NARROW_TOKENS])
-    finally:
-        sparse.selections, sparse.tallies = None, tallies
-    return result
+    return list(selections)
 
 
 def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ choices of all blocks are then weighed against each other (`flashrt.calibration.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from flashrt.sparsity import ChannelSparsity
 from flashrt.spec import Ffn
+from flashrt.storage.atomic import disk_errors, replacing
 from flashrt_kernels.channels import (
     CHANNELS,
     Int4Parts,
@@ -106,9 +106,8 @@ class ChannelFit:
         """Write a file that is there whole or not at all."""
         choices = {name: [asdict(choice) for choice in getattr(self, name)] for name in ("channels", "neurons")}
         arrays: dict[str, Any] = {"order": self.order, "norms": self.norms, "down_norms": self.down_norms}
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, choices=json.dumps(choices), **arrays)
-        os.replace(temporary, path)
+        with disk_errors(path.parent), replacing(path) as file:
+            np.savez(file, choices=json.dumps(choices), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> ChannelFit:

@@ -7,7 +7,6 @@ and how many neurons a token reads from disk, by how much of the block is in mem
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from flashrt.calibration.samples import Samples
 from flashrt.model.predictors.low_rank import Factors, LowRank, encode
 from flashrt.sparsity import RowSparsity
 from flashrt.spec import Ffn
+from flashrt.storage.atomic import disk_errors, replacing
 from flashrt_kernels.curves import function
 from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import Codec, row_bytes
@@ -92,9 +92,8 @@ class RowFit:
         if self.heads is not None:
             noted["heads"] = [asdict(c) for c in self.heads.choices]
             arrays |= {"head_weights": self.heads.weights, "head_bias": self.heads.bias}
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, noted=json.dumps(noted), **arrays)
-        os.replace(temporary, path)
+        with disk_errors(path.parent), replacing(path) as file:
+            np.savez(file, noted=json.dumps(noted), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> RowFit:

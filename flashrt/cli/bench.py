@@ -13,8 +13,8 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import emit, rate, say, show, size, table
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
-from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,9 +29,9 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(bench))
 
 
+@options.loads("budget_gb", "dtype", "mode", "max_loss", *options.MACHINE, speculate="off")
 def bench(
     pack: options.Model,
-    budget_gb: options.BudgetGb = None,
     prompt_tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -44,13 +44,8 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, metavar="N", help="Tokens to decode.")] = 32,
     repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, help="Times that all is done; medians count.")] = 3,
-    dtype: options.Dtype = Codec.INT8,
-    mode: options.Mode = options.ModeName.EXACT,
-    max_loss: options.MaxLoss = None,
-    threads: options.Threads = None,
-    device: options.Device = options.DeviceName.CPU,
-    host_budget_gb: options.HostBudgetGb = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
     json: options.Json = False,
 ) -> None:
     """Measure prefill and decode speed, bytes read per token, and the share of the disk's rate that is reached.
@@ -61,15 +56,13 @@ def bench(
     Example: flashrt bench demo --budget-gb 1 --repeat 3 --json
     """
     from flashrt.budget.planner import Workload
-    from flashrt.cli.session import Session, Settings
+    from flashrt.cli import session
     from flashrt.machine.process import peak_resident_bytes
 
-    session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, mode=mode, max_loss=max_loss)
-    )
-    lengths = _lengths(session.spec, prompt_tokens, new_tokens)
+    model = session.open_model(pack, load)
+    lengths = _lengths(model.spec, prompt_tokens, new_tokens)
     workload = Workload(max(lengths) + new_tokens, prompt=max(lengths))
-    with session.engine(workload) as engine:
+    with session.load(model, workload) as engine:
         largest = engine.reader.pack.largest_file
         prefill: dict[int, list[float]] = {length: [] for length in lengths}
         decodes, disk = [], []

@@ -12,6 +12,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, show, table
 from flashrt.cli.run import read_text
+from flashrt.engine.options import LoadOptions
 
 if TYPE_CHECKING:
     from flashrt.sparsity import Sparsity
@@ -36,6 +37,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(calibrate))
 
 
+@options.loads("budget_gb", "threads", "cache_dir")
 def calibrate(
     pack: Annotated[
         Path,
@@ -68,37 +70,27 @@ def calibrate(
             help="Tokens of text to calibrate with. Omitted: 2048, or 8192 where neurons are to be predicted (ReLU).",
         ),
     ] = None,
-    budget_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--budget-gb",
-            metavar="GIB",
-            show_default=False,
-            help="Memory that this may take, and that runs will have. Where it is too small for the model, fewer bytes "
-            "are stored, so that fewer stream, rather than fewer computed.",
-        ),
-    ] = None,
-    threads: options.Threads = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
     json: options.Json = False,
 ) -> None:
     """Find out which weights tokens can do without, within a loss that is set beforehand, for `run --mode sparse`.
 
     Writes a second copy of the weights, in another order, inside the pack; the pack itself stays as it is. Interrupted,
-    it goes on where it was when it is run again. A second calibration replaces the first.
+    it goes on where it was when it is run again. A second calibration replaces the first. Runs are supposed to have the
+    same budget: where it is too small for the model, fewer bytes are stored, so that fewer stream, rather than fewer
+    computed.
 
     Example: flashrt calibrate ./qwen-int4 --max-loss 0.02
     """
     from flashrt.calibration.pipeline import Request
     from flashrt.calibration.pipeline import calibrate as run
-    from flashrt.engine.runtime import runtime_for
-    from flashrt.storage.names import default_cache
 
     text = None if text_file is None else read_text(text_file)
-    request = Request(max_loss, text, tokens, budget_gb)
+    request = Request(max_loss, text, tokens)
     began = time.perf_counter()
     with Progress("") as progress:
-        sparsity = run(pack, cache_dir or default_cache(), runtime_for("cpu", threads), request, progress)
+        sparsity = run(pack, load, request, progress)
     seconds = time.perf_counter() - began
     if json:
         emit({"path": str(pack), "seconds": seconds, **sparsity.to_json()})

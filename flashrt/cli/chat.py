@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from flashrt.cli import options
 from flashrt.cli.console import say, stdin, write
 from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import PackError, UsageError
-from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from flashrt.text.tokenizer import Tokenizer
 
 HELP = "/reset starts over, /exit (or end of input) ends the chat, Ctrl-C stops an answer"
+EDITING = ("readline",)  # once imported, it gives input() its line editing
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -31,21 +31,11 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(chat))
 
 
+@options.loads(*options.LOAD)
 def chat(
     pack: options.Model,
-    budget_gb: options.BudgetGb = None,
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", show_default=False, help="A system message.")
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            min=1,
-            metavar="N",
-            show_default=False,
-            help="Tokens of the whole conversation, up to what the model supports. Omitted: 4096, or the model's.",
-        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -65,15 +55,8 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a line of figures after every answer.")] = False,
-    dtype: options.Dtype = Codec.INT8,
-    mode: options.Mode = options.ModeName.EXACT,
-    max_loss: options.MaxLoss = None,
-    speculate: options.Speculate = "auto",
-    draft: options.Draft = None,
-    threads: options.Threads = None,
-    device: options.Device = options.DeviceName.CPU,
-    host_budget_gb: options.HostBudgetGb = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Talk to a model: one line is one message; without a terminal, the lines of stdin are.
 
@@ -92,38 +75,18 @@ def chat(
     }
     options.sampling(**given)  # refuses bad values before anything is loaded
     check_argument(system, "--system")
-    typed = stdin().isatty()
-
-    from flashrt.cli.session import Session, Settings
-    from flashrt.config import checked_context
-
-    session = Session(
-        Settings(
-            pack,
-            budget_gb,
-            dtype,
-            threads,
-            device,
-            host_budget_gb,
-            cache_dir,
-            context,
-            mode,
-            max_loss,
-            speculate,
-            draft,
-        )
-    )
-    template = session.tokenizer.chat_template
-    template.check()
 
     from flashrt.budget.planner import Workload
-    from flashrt.engine.build import DEFAULT_CONTEXT
+    from flashrt.cli import session
 
-    length = checked_context(session.spec, context, DEFAULT_CONTEXT)
-    choice = _sampling(given, session.tokenizer.text.generation)
-    with session.engine(Workload(length)) as engine:
+    typed = stdin().isatty()
+    model = session.open_model(pack, load, EDITING if typed else ())
+    template = model.tokenizer.chat_template
+    template.check()
+    choice = _sampling(given, model.tokenizer.text.generation)
+    with session.load(model, Workload(model.context)) as engine:
         if typed:
-            say(f"{session.prepared.pack.manifest.name}, context {length} tokens. {HELP}")
+            say(f"{model.pack.manifest.name}, context {model.context} tokens. {HELP}")
         _converse(Conversation(engine, template, choice, system, max_new_tokens), stats)
 
 
@@ -229,8 +192,6 @@ def _lines() -> Iterator[str]:
             except UnicodeDecodeError:
                 raise UsageError(f"line {number} of stdin is not UTF-8 text") from None
         return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing
     while True:
         try:
             yield input("> ")

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from flashrt.config import GIB
 from flashrt.errors import UsageError
 
+BAR_MODULES = ("rich.progress",)  # what a bar takes
 QUIET_S = 2.0  # without a terminal, work that is over before this prints nothing
 INTERVAL_S = 5.0
 
@@ -151,7 +152,6 @@ class Progress:
 
 
 def _bar() -> Any:
-    # Imported now rather than at the first report: what it takes must be there when the process is measured.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

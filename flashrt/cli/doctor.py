@@ -48,7 +48,7 @@ def doctor(
 
     cache = cache_dir or default_cache()
     kernels = ops.load("cpu")
-    kernels.set_threads(threads or usable_cores())
+    kernels.set_threads(usable_cores() if threads is None else threads)
     with Progress("measurements") as progress:
         disk = examine_disk(directory or cache, progress.of("measuring the disk"))
     kept = save_disk_profile(cache, disk.device, disk.profile)

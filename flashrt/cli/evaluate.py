@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,8 @@ from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
 from flashrt.cli.quality import quality
 from flashrt.cli.run import read_text
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
-from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.text.tokenizer import Tokenizer
@@ -36,12 +37,12 @@ def _eval() -> None:
     """Measure quality: the perplexity of a text, and what sparse mode costs on it."""
 
 
+@options.loads("budget_gb", "dtype", "mode", "max_loss", *options.MACHINE, speculate="off")
 def ppl(
     pack: options.Model,
     text_file: Annotated[
         Path, typer.Option("--text-file", metavar="FILE", show_default=False, help="UTF-8 text to score.")
     ],
-    budget_gb: options.BudgetGb = None,
     ctx: Annotated[
         int | None,
         typer.Option(
@@ -61,13 +62,8 @@ def ppl(
         bool,
         typer.Option("--as-decoded", help="Compute with the kernels of decoding: slower, and they round otherwise."),
     ] = False,
-    dtype: options.Dtype = Codec.INT8,
-    mode: options.Mode = options.ModeName.EXACT,
-    max_loss: options.MaxLoss = None,
-    threads: options.Threads = None,
-    device: options.Device = options.DeviceName.CPU,
-    host_budget_gb: options.HostBudgetGb = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
     json: options.Json = False,
 ) -> None:
     """Perplexity of a text, in consecutive windows.
@@ -79,16 +75,15 @@ def ppl(
         raise UsageError(f"{text_file} is empty: there is nothing to score")
 
     from flashrt.budget.planner import Workload
-    from flashrt.cli.session import Session, Settings
+    from flashrt.cli import session
     from flashrt.config import checked_context
     from flashrt.machine.process import peak_resident_bytes
 
     scored_so_far = Progress("tokens")
-    settings = Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, ctx, mode, max_loss)
-    session = Session(settings)
-    window = checked_context(session.spec, ctx, DEFAULT_CTX)
-    ids = first_ids(session.tokenizer, text, max_tokens)
-    with session.engine(Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, scored_so_far:
+    model = session.open_model(pack, replace(load, context=ctx))
+    window = checked_context(model.spec, ctx, DEFAULT_CTX)
+    ids = first_ids(model.tokenizer, text, max_tokens)
+    with session.load(model, Workload(window, prompt=min(window, len(ids)), scoring=True)) as engine, scored_so_far:
         began = time.perf_counter()
         perplexity, scored = engine.score(ids, window, scored_so_far.of("scoring"), as_decoded)
         seconds = time.perf_counter() - began

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flashrt.config import Sampling
+from flashrt.config import MOST_THREADS, Sampling
+from flashrt.engine.options import LoadOptions
 from flashrt_kernels.rows import Codec
 
 
@@ -49,6 +53,17 @@ HostBudgetGb = Annotated[
         help="With --device cuda: host memory, in GiB, that the process may hold. Omitted: half of what is free.",
     ),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="Tokens of prompt and answer together that memory is planned for, up to what the model supports. "
+        "Omitted: 4096, or the model's; `run` takes what its prompt and --max-new-tokens need.",
+    ),
+]
 Dtype = Annotated[
     Codec,
     typer.Option("--dtype", help="How a checkpoint is packed on first use; a pack has its own."),
@@ -56,7 +71,9 @@ Dtype = Annotated[
 PackDtype = Annotated[Codec, typer.Option("--dtype", help="How weights are stored; int8 is close to lossless.")]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, max=1024, show_default=False, help="Compute threads. Omitted: one per core."),
+    typer.Option(
+        "--threads", min=1, max=MOST_THREADS, show_default=False, help="Compute threads. Omitted: one per core."
+    ),
 ]
 Device = Annotated[DeviceName, typer.Option("--device", help="Where to compute.")]
 CacheDir = Annotated[
@@ -106,6 +123,53 @@ Draft = Annotated[
         help="The pack of a smaller model with the same tokens, which drafts from memory, within the same budget.",
     ),
 ]
+
+# The fields of LoadOptions, as the command line asks for them.
+LOAD: dict[str, Any] = {
+    "budget_gb": BudgetGb,
+    "context": Context,
+    "dtype": Dtype,
+    "mode": Mode,
+    "max_loss": MaxLoss,
+    "speculate": Speculate,
+    "draft": Draft,
+    "threads": Threads,
+    "device": Device,
+    "host_budget_gb": HostBudgetGb,
+    "cache_dir": CacheDir,
+}
+MACHINE = ("threads", "device", "host_budget_gb", "cache_dir")
+
+
+def loads(*fields: str, **fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turns a function that takes `load`, a LoadOptions, into a command with an option for each of these fields.
+
+    `fixed` are fields that the user has no say in. In the help, the options stand where `load` stands.
+    """
+    defaults = LoadOptions()
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            asked = {name: given.pop(name) for name in fields}
+            plain = {name: value.value if isinstance(value, enum.Enum) else value for name, value in asked.items()}
+            function(load=LoadOptions(**plain, **fixed), **given)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name != "load":
+                parameters.append(parameter)
+                continue
+            for name in fields:
+                kind, default = inspect.Parameter.KEYWORD_ONLY, getattr(defaults, name)
+                parameters.append(inspect.Parameter(name, kind, default=default, annotation=LOAD[name]))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 Temperature = Annotated[

@@ -41,7 +41,7 @@ def pack(
     with Progress() as progress:
         manifest = pack_checkpoint(checkpoint, out, dtype.value, cache_dir or default_cache(), progress)
     seconds = time.perf_counter() - began
-    layout = manifest.layout()
+    layout = manifest.layout
     bits = 8 * sum(t.nbytes for t in layout.tensors.values()) / manifest.spec.parameters
     result = {
         "path": str(out),

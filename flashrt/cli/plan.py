@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import emit, rate, say, show, size, table
-from flashrt_kernels.rows import Codec
+from flashrt.cli.console import BAR_MODULES, emit, rate, say, show, size, table
+from flashrt.engine.options import LoadOptions
 
 if TYPE_CHECKING:
     from flashrt.budget.planner import Plan
-    from flashrt.cli.session import Session
+    from flashrt.engine.loaded_pack import LoadedPack
 
 BAR = 24  # characters of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -23,27 +23,11 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(plan))
 
 
+@options.loads(*(field for field in options.LOAD if field != "draft"))
 def plan(
     pack: options.Model,
-    budget_gb: options.BudgetGb = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            min=1,
-            metavar="N",
-            show_default=False,
-            help="Tokens of prompt and answer together, up to what the model supports. Omitted: 4096, or the model's.",
-        ),
-    ] = None,
-    dtype: options.Dtype = Codec.INT8,
-    mode: options.Mode = options.ModeName.EXACT,
-    max_loss: options.MaxLoss = None,
-    speculate: options.Speculate = "auto",
-    threads: options.Threads = None,
-    device: options.Device = options.DeviceName.CPU,
-    host_budget_gb: options.HostBudgetGb = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
     json: options.Json = False,
 ) -> None:
     """Show where every byte of a budget would go, without loading the model.
@@ -53,47 +37,41 @@ def plan(
 
     Example: flashrt plan demo --budget-gb 1 --context 4096
     """
-    import rich.progress
-    import rich.table  # noqa: F401 - counted, so that `run` accepts the smallest budget even where it draws bars
-
     from flashrt.budget.planner import Workload
-    from flashrt.cli.session import Session, Settings
-    from flashrt.config import checked_context
-    from flashrt.engine.build import DEFAULT_CONTEXT
+    from flashrt.cli import session
     from flashrt.machine.disk import load_disk_profile
 
-    session = Session(
-        Settings(pack, budget_gb, dtype, threads, device, host_budget_gb, cache_dir, context, mode, max_loss, speculate)
-    )
-    workload = Workload(checked_context(session.spec, context, DEFAULT_CONTEXT))
-    the_plan = session.plan(workload)
-    disk = load_disk_profile(session.settings.cache, session.prepared.pack.path.stat().st_dev)
+    # Bars are counted, so that `run` accepts the smallest budget even where it draws them.
+    model = session.open_model(pack, load, BAR_MODULES)
+    workload = Workload(model.context)
+    the_plan = model.plan(workload)
+    disk = load_disk_profile(model.cache, model.disk_number)
     speed = disk.sequential if disk is not None else None
     streamed = the_plan.streamed_bytes_per_token
     extra = {
-        "smallest_budget_bytes": session.prepared.smallest_budget(workload),
+        "smallest_budget_bytes": model.smallest_budget(workload),
         "resident_share": the_plan.pinned_bytes / the_plan.weight_bytes,
         "disk_bytes_per_s": speed,
         "expected_tok_per_s": speed / streamed if speed and streamed else None,
     }
-    warning = session.slower(workload, the_plan)
+    warning = session.slower(model, workload, the_plan)
     if json:
-        emit(the_plan.to_json() | extra | {"mode": mode.value, "pays": warning is None})
+        emit(the_plan.to_json() | extra | {"mode": load.mode, "pays": warning is None})
     else:
-        show(_table(the_plan, _resident(session, the_plan)))
+        show(_table(the_plan, _resident(model, the_plan)))
         print("\n".join(_lines(the_plan, extra)))
         if warning:
             say(warning)
 
 
-def _resident(session: Session, the_plan: Plan) -> dict[str, float]:
+def _resident(model: LoadedPack, the_plan: Plan) -> dict[str, float]:
     """Owner of weights → the share of them that stays resident."""
     from flashrt.budget.planner import owner_of, prefix_bytes
 
     total: dict[str, int] = {}
     pinned: dict[str, int] = {}
-    for tensor in session.prepared.pack.layout.tensors.values():
-        owner = owner_of(session.spec, tensor)
+    for tensor in model.pack.layout.tensors.values():
+        owner = owner_of(model.spec, tensor)
         total[owner] = total.get(owner, 0) + tensor.nbytes
         pinned[owner] = pinned.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[tensor.name])
     if the_plan.expert_slots:

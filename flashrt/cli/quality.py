@@ -13,8 +13,8 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, show, table
 from flashrt.cli.run import read_text
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
-from flashrt_kernels.rows import Codec
 
 DEFAULT_TOKENS, DEFAULT_CTX = 1024, 256
 COLUMNS = {
@@ -29,12 +29,12 @@ COLUMNS = {
 }
 
 
+@options.loads("budget_gb", "threads", "cache_dir", mode="sparse", speculate="off")
 def quality(
     pack: options.Model,
     text_file: Annotated[
         Path, typer.Option("--text-file", metavar="FILE", show_default=False, help="UTF-8 text to predict.")
     ],
-    budget_gb: options.BudgetGb = None,
     ctx: Annotated[
         int, typer.Option("--ctx", min=32, metavar="N", help="Tokens of a window; every window starts afresh.")
     ] = DEFAULT_CTX,
@@ -45,8 +45,8 @@ def quality(
         Path | None,
         typer.Option("--plot", metavar="FILE", show_default=False, help="Save the table as a plot (.png, .svg, .pdf)."),
     ] = None,
-    threads: options.Threads = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
     json: options.Json = False,
 ) -> None:
     """Compare sparse mode with exact mode on a text: perplexity, divergence, agreement, and what each block touched.
@@ -57,20 +57,19 @@ def quality(
     """
     from flashrt.budget.planner import Workload
     from flashrt.calibration.evaluation import Reference, figures, select
+    from flashrt.cli import session
     from flashrt.cli.evaluate import first_ids
-    from flashrt.cli.session import Session, Settings
     from flashrt.config import checked_context
+    from flashrt.engine.loaded_pack import LoadedPack
     from flashrt_kernels.limits import NARROW_TOKENS
 
     if plot is not None:
         check_plots()
     text = read_text(text_file)
-    settings = Settings(pack, budget_gb, Codec.INT8, threads, options.DeviceName.CPU, None, cache_dir, ctx)
-    sparse_settings = replace(settings, mode=options.ModeName.SPARSE)
-    sparse_settings.check()
+    load = replace(load, context=ctx)
     with Progress("tokens") as progress:
-        exact = Session(settings)
-        sparse = Session(sparse_settings)  # refuses what is not calibrated, before an hour is spent
+        sparse = session.open_model(pack, load)  # refuses what is not calibrated, before an hour is spent
+        exact = LoadedPack(sparse.exact, replace(load, mode="exact"), sparse.runtime)
         window = checked_context(exact.spec, ctx, DEFAULT_CTX)
         workload = Workload(window, prompt=window, logit_rows=NARROW_TOKENS)
         ids = first_ids(exact.tokenizer, text, max_tokens)
@@ -80,9 +79,9 @@ def quality(
         windows = [w for w in windows if len(w) > 1]
         if not windows:
             raise UsageError(f"{text_file} has fewer than two tokens: there is nothing to predict")
-        with exact.engine(workload) as engine:
-            reference = Reference(engine, windows, settings.cache, progress)
-        with reference, sparse.engine(workload) as engine:
+        with session.load(exact, workload) as engine:
+            reference = Reference(engine, windows, load.cache, progress)
+        with reference, session.load(sparse, workload) as engine:
             found = reference.divergence(engine, progress)
             result = figures(found, engine, select(engine, windows))
     if plot is not None:

@@ -11,8 +11,8 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import duration, emit, rate, say, size, stdin, write
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
-from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.engine.report import Report
@@ -26,9 +26,9 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(run))
 
 
+@options.loads(*options.LOAD)
 def run(
     pack: options.Model,
-    budget_gb: options.BudgetGb = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The text to continue.")
     ] = None,
@@ -49,17 +49,6 @@ def run(
             help="Stop after N tokens. Omitted: 256, or where the context ends.",
         ),
     ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            min=1,
-            metavar="N",
-            show_default=False,
-            help="Tokens of prompt and answer that memory is planned for, up to what the model supports. "
-            "Omitted: as many as the prompt and --max-new-tokens take.",
-        ),
-    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask the prompt as one message, in the model's chat template.")
     ] = False,
@@ -77,15 +66,8 @@ def run(
         typer.Option("--stop", metavar="TEXT", show_default=False, help="Stop before this text; may be repeated."),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
-    dtype: options.Dtype = Codec.INT8,
-    mode: options.Mode = options.ModeName.EXACT,
-    max_loss: options.MaxLoss = None,
-    speculate: options.Speculate = "auto",
-    draft: options.Draft = None,
-    threads: options.Threads = None,
-    device: options.Device = options.DeviceName.CPU,
-    host_budget_gb: options.HostBudgetGb = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    load: LoadOptions,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt: the text on stdout as it comes, a closing line of figures on stderr.
@@ -107,30 +89,13 @@ def run(
     check_argument(system, "--system")
     text = read_prompt(prompt, prompt_file)
 
-    from flashrt.cli.session import Session, Settings
-
-    session = Session(
-        Settings(
-            pack,
-            budget_gb,
-            dtype,
-            threads,
-            device,
-            host_budget_gb,
-            cache_dir,
-            context,
-            mode,
-            max_loss,
-            speculate,
-            draft,
-        )
-    )
-    ids = _prompt_ids(session.tokenizer, text, chat, system)
-    length, new = _lengths(session.spec.context, context, len(ids), max_new_tokens)
-
     from flashrt.budget.planner import Workload
+    from flashrt.cli import session
 
-    with session.engine(Workload(length, prompt=len(ids))) as engine:
+    model = session.open_model(pack, load)
+    ids = _prompt_ids(model.tokenizer, text, chat, system)
+    length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
+    with session.load(model, Workload(length, prompt=len(ids))) as engine:
         generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos)
         interrupted = False
         try:

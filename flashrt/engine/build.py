@@ -4,151 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import (
-    GIB,
-    SLACK_BASE,
-    FixedCosts,
-    Plan,
-    Workload,
-    ceil_gib,
-    plan,
-    resident_budget,
-    smallest_budget,
-)
+from flashrt.budget.planner import GIB, SLACK_BASE, Plan, ceil_gib
 from flashrt.budget.working_set import working_set
 from flashrt.cache.weights import Weights
-from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
 from flashrt.kv.contiguous import KVCache
-from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
-from flashrt.machine.process import reset_peak, resident_bytes
+from flashrt.machine.disk import DiskRoof
+from flashrt.machine.process import resident_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.model.workspace import Workspace
-from flashrt.spec import ModelSpec
-from flashrt.storage.cost import CostCurve
 from flashrt.storage.pack import Pack
-from flashrt.storage.reader import CHUNK_BYTES, STAGING_BYTES, Reader
+from flashrt.storage.reader import STAGING_BYTES, Reader
 from flashrt.text.files import TOKENIZER
 from flashrt.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
-DEFAULT_CONTEXT = 4096
 # Bytes taken at the peak of loading for each byte of a compact tokenizer.json: 21.0 (Qwen2.5) and 22.2 (Gemma 3).
 TOKENIZER_GROWTH = 21
 LARGE_TOKENIZER = 32 << 20  # bytes of growth that are worth an estimate
-AUTO_DRAFT_TOKENS = 12  # tokens of a pass with a draft: logits for more take memory that weights could have
-AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
-
-
-class LoadedPack:
-    """An opened pack and all that a plan depends on: what `flashrt plan` and `flashrt run` have in common.
-
-    The process is measured when a plan is made: by then everything but the model is loaded, prompts included.
-    """
-
-    def __init__(self, path: Path | str, cache: Path, runtime: Runtime, budget_gb: float | None = None) -> None:
-        """Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded."""
-        self.pack, self.cache, self.runtime = Pack(path), cache, runtime
-        self.budget = None if budget_gb is None else budget_bytes(budget_gb)
-        if self.budget is not None and runtime.bounds_process:
-            check_start(self.pack, self.budget)
-        reset_peak()  # what the process was before is no concern of this budget
-        self.tokenizer = load_tokenizer(self.pack)
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.pack.spec
-
-    def plan(self, workload: Workload) -> Plan:
-        """Plan the budget; without one, all that the model needs or that the machine has."""
-        arguments = (self.spec, self.pack.layout)
-        costs = self._fixed_costs()
-        if self.budget is not None:
-            return plan(*arguments, self.budget, workload, costs)
-        enough = resident_budget(*arguments, workload, costs)
-        available = int(AVAILABLE_SHARE * self.runtime.available())
-        return plan(*arguments, min(enough, available), workload, costs)
-
-    def drafting(self, workload: Workload, max_draft_tokens: int | None) -> Workload:
-        """A workload whose passes verify drafts of up to so many tokens; None: where that may pay, and there is room.
-
-        On a GPU a pass of several tokens rounds otherwise than one of one, so it only drafts when it is told to.
-        """
-        if max_draft_tokens is not None:
-            return replace(workload, max_draft_tokens=max_draft_tokens)
-        drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
-        fits = self.budget is None or self.smallest_budget(drafting) <= self.budget
-        return drafting if fits and self.runtime.bounds_process else workload
-
-    def exact_plan(self, path: Path, workload: Workload) -> Plan:
-        """What the plan would be for the pack at `path`, which this calibrated one was made of.
-
-        Where the budget does not even hold that one, its smallest is planned for.
-        """
-        arguments = (self.spec, Pack(path).layout)
-        costs = self._fixed_costs()
-        enough = resident_budget(*arguments, workload, costs)
-        smallest = smallest_budget(*arguments, workload, costs)
-        return plan(*arguments, max(smallest, enough if self.budget is None else self.budget), workload, costs)
-
-    def _fixed_costs(self) -> FixedCosts:
-        return self.runtime.fixed_costs(self.pack)
-
-    def read_seconds(self, the_plan: Plan) -> float | None:
-        """What a token's reads take under a plan, by what is known of the disk; None where nothing is known.
-
-        Each row is a read of its own, so it costs more than its bytes.
-        """
-        known = load_disk_profile(self.cache, self.disk_number)
-        curve = None if known is None else known.curve()
-        if curve is None:
-            return None
-        rows, row_bytes = the_plan.row_reads_per_token, the_plan.row_bytes_per_token
-        blocks = the_plan.streamed_bytes_per_token - row_bytes
-        whole = curve.seconds(CHUNK_BYTES) / CHUNK_BYTES
-        return blocks * whole + (rows * curve.seconds(int(row_bytes / rows)) if row_bytes else 0.0)
-
-    def smallest_budget(self, workload: Workload) -> int:
-        """Bytes of the smallest budget that `plan` accepts."""
-        return smallest_budget(self.spec, self.pack.layout, workload, self._fixed_costs())
-
-    def engine(self, the_plan: Plan, progress: Progress = lambda done, total: None) -> Engine:
-        """Allocate what the plan says, load what it pins, and return an engine."""
-        disk = None if the_plan.resident else self.disk()
-        began = time.perf_counter()
-        # Taken now: to measure beside a loaded model takes memory that is not planned, and reads that disturb.
-        curve = None if disk is None else disk.curve()
-        engine = build_engine(self.pack, the_plan, self.tokenizer, self.runtime, progress, curve)
-        engine.load_s = time.perf_counter() - began
-        engine.roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
-        return engine
-
-    @property
-    def disk_number(self) -> int:
-        """The device number under which the pack's disk is known."""
-        return self.pack.path.stat().st_dev
-
-    def disk(self) -> DiskProfile | None:
-        """What the disk that holds the pack can do: measured once, then taken from the cache.
-
-        None when nothing is known and the pack is too small to measure with.
-        """
-        known = load_disk_profile(self.cache, self.disk_number)
-        if known is not None and known.curve() is not None:
-            return known
-        measured = measure_disk(self.pack.largest_file)
-        if measured is not None:
-            save_disk_profile(self.cache, self.disk_number, measured)
-        return measured or known
 
 
 def check_start(pack: Pack, budget: int) -> None:
@@ -178,11 +58,15 @@ def build_engine(
     the_plan: Plan,
     tokenizer: Tokenizer,
     runtime: Runtime,
+    *,
     progress: Progress = lambda done, total: None,
-    curve: CostCurve | None = None,
+    roof: DiskRoof | None = None,
+    drafting: Engine | None = None,
 ) -> Engine:
-    """An engine for exactly this plan, loaded. `curve` says what reads cost, by which rows are read together."""
+    """An engine for exactly this plan, loaded. `roof` says what reads cost, by which rows are read together."""
+    began = time.perf_counter()
     spec, ledger = pack.spec, Ledger(the_plan.owners)
+    curve = None if roof is None else roof.curve()
     reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
     try:
         device = runtime.device(pack, the_plan, ledger, reader)
@@ -198,7 +82,9 @@ def build_engine(
         }
         scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
         weights.load(progress)
-        return Engine(Decoder(Workspace(weights, buffers, scratch), kv), reader, the_plan, tokenizer, runtime)
+        decoder = Decoder(Workspace(weights, buffers, scratch), kv)
+        load_s = time.perf_counter() - began
+        return Engine(decoder, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
     except BaseException:
         reader.close()
         raise

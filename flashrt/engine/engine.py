@@ -13,8 +13,9 @@ import numpy as np
 
 from flashrt.budget.planner import Plan
 from flashrt.cache.weights import PassKind
-from flashrt.config import Sampling
+from flashrt.config import Sampling, whole
 from flashrt.engine.generation import Generation
+from flashrt.engine.request import checked_flag, checked_ids, checked_limit, checked_sampling, checked_stops
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
 from flashrt.machine.disk import DiskRoof
@@ -42,12 +43,15 @@ class Engine:
         plan: Plan,
         tokenizer: Tokenizer,
         runtime: Runtime,
+        *,
+        roof: DiskRoof | None = None,
+        load_s: float = 0.0,
+        drafting: Engine | None = None,
     ) -> None:
+        """For reports, `roof` is what the disk gives and `load_s` what loading took; `drafting` is closed with this."""
         self.plan, self.tokenizer, self.runtime = plan, tokenizer, runtime
         self.reader = reader
-        self.roof: DiskRoof | None = None  # what the disk gives; for reports
-        self.load_s = 0.0
-        self.drafting: Engine | None = None  # of a smaller model, closed with this one
+        self.roof, self.load_s, self.drafting = roof, load_s, drafting
         self._decoder: Decoder | None = decoder
         self._spec = decoder.spec
         self._sparsity = decoder.weights.pack.manifest.sparsity
@@ -140,11 +144,11 @@ class Engine:
         the prompt shares with the sequence before it (a conversation). Raises UsageError for an empty prompt, for
         unknown ids and for a prompt that does not fit in the context.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        limit = self._limit(ids, max_new_tokens)
-        stop_ids = set() if ignore_eos else set(self.spec.eos)
-        stops = [stop] if isinstance(stop, str) else stop
-        return Generation(self, ids, limit, sampling or Sampling(), stops, stop_ids, reuse)
+        ids = checked_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, self.spec.vocab)
+        limit = checked_limit(max_new_tokens, len(ids), self.plan.context)
+        stop_ids = set() if checked_flag("ignore_eos", ignore_eos) else set(self.spec.eos)
+        reuse = checked_flag("reuse", reuse)
+        return Generation(self, ids, limit, checked_sampling(sampling), checked_stops(stop), stop_ids, reuse)
 
     def begin(self, generation: Generation, reuse: bool) -> None:
         """Make `generation` the one that runs; without `reuse` it starts from an empty cache."""
@@ -172,11 +176,10 @@ class Engine:
         first token is not predicted. `as_decoded` computes with the kernels that decoding uses, which are slower on
         many tokens and round otherwise. Needs a plan made for scoring.
         """
-        if window < 2 or window > self.plan.context:
-            raise UsageError(f"the window is {window} tokens, expected 2 to the context of {self.plan.context}")
+        window = whole("the window", window, 2, self.plan.context)
         if not self.plan.scoring:
             raise UsageError("this engine was planned for generating: make a plan with Workload(scoring=True)")
-        self._check_ids(ids)
+        ids = checked_ids(ids, self.spec.vocab)
         prefix = self.tokenizer.encode("")
         step = window - len(prefix)
         if step < 1:
@@ -293,33 +296,6 @@ class Engine:
         else:
             self._tree = list(tokens)
         return states
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if len(ids) and not (min(ids) >= 0 and max(ids) < self.spec.vocab):
-            raise UsageError(
-                f"the text has token ids outside 0 to {self.spec.vocab - 1}, which the model does not know"
-            )
-
-    def _limit(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
-        context = self.plan.context
-        if not ids:
-            raise UsageError("the prompt is empty: give at least one token")
-        self._check_ids(ids)
-        if len(ids) >= context:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context is {context}: "
-                "use a shorter prompt or a larger --context"
-            )
-        if max_new_tokens is None:
-            return context - len(ids)
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
-        if len(ids) + max_new_tokens > context:
-            raise UsageError(
-                f"{len(ids)} prompt tokens and {max_new_tokens} new ones do not fit in the context of {context}: "
-                "ask for fewer, or for a larger --context"
-            )
-        return max_new_tokens
 
     def _score_window(self, ids: Sequence[int], wide: bool) -> float:
         """Sum of the log-probabilities of all tokens of a window but the first."""

@@ -10,7 +10,7 @@ from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import GIB, FixedCosts, Plan, host_tier
 from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
-from flashrt.errors import BudgetError, DeviceError, UsageError
+from flashrt.errors import BudgetError, DeviceError
 from flashrt.machine.process import (
     available_bytes,
     peak_resident_bytes,
@@ -62,7 +62,7 @@ class CpuRuntime:
 
     def __init__(self, threads: int | None) -> None:
         self.ops = load_kernels("cpu")
-        self.ops.set_threads(threads or usable_cores())
+        self.ops.set_threads(usable_cores() if threads is None else threads)
 
     def fixed_costs(self, pack: Pack) -> FixedCosts:
         reserve(pack.spec, self.ops)
@@ -161,14 +161,8 @@ class CudaRuntime:
 
 
 def runtime_for(device: str, threads: int | None = None, host_budget_gb: float | None = None) -> Runtime:
-    """The runtime named by `--device`. Raises DeviceError or UsageError."""
-    if device == "cpu":
-        if host_budget_gb is not None:
-            raise UsageError("a host budget is for --device cuda; on the CPU the budget bounds the whole process")
-        return CpuRuntime(threads)
-    if device == "cuda":
-        return CudaRuntime(host_budget_gb)
-    raise UsageError(f"unknown device {device!r}: expected cpu or cuda")
+    """The runtime named by `--device`, for checked options. Raises DeviceError when it is not there."""
+    return CpuRuntime(threads) if device == "cpu" else CudaRuntime(host_budget_gb)
 
 
 def load_kernels(backend: str) -> Ops[Any]:

@@ -51,6 +51,10 @@ class DiskRoof:
     def __init__(self, cache: Path, device: int, profile: DiskProfile) -> None:
         self._cache, self._device, self._profile = cache, device, profile
 
+    def curve(self) -> CostCurve | None:
+        """See `DiskProfile.curve`."""
+        return self._profile.curve()
+
     def share(self, rate: float) -> float:
         """`rate` (bytes per second) as a share of the roof: at most 1."""
         if rate > self._profile.sequential:

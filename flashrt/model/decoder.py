@@ -7,7 +7,8 @@ by many tokens, and give a token the same bits however the prompt is cut into pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from flashrt_kernels.rows import MATRIX_ROWS
 DRAFT_SHARE = 0.5  # of a block's neurons that a draft computes with, if so many are resident
 
 
+# Is shown a kind ('attention' and 'ffn' are inputs of these blocks, 'heads' what the heads give), the layer, the
+# residual stream before the block, and the values.
+Observer = Callable[[str, int, Tensor, Tensor], None]
+
+
 class Decoder:
     """Runs passes in the buffers of `work` over its weights, appending to `kv`."""
 
@@ -33,9 +39,7 @@ class Decoder:
         self.spec, self.layout = work.spec, work.layout
         self.weights, self.device, self.ops = work.weights, work.device, work.ops
         self.attention = AttentionBlocks(work, kv)
-        # Is shown, of every block, what ('attention' and 'ffn' are their inputs, 'heads' what heads give), the layer,
-        # the residual stream before the block, and the values.
-        self.observe: Callable[[str, int, Tensor, Tensor], None] | None = None
+        self._observe: Observer | None = None
         sparsity = work.weights.pack.manifest.sparsity
         self.channels = ChannelFfn(work.weights, self.ops) if sparsity and sparsity.channels else None
         self.rows = RowFfn(work.weights, self.ops, sparsity.rows) if sparsity and sparsity.rows else None
@@ -44,6 +48,15 @@ class Decoder:
     def sparse(self) -> ChannelFfn | RowFfn | None:
         """The feed-forward blocks of a calibrated pack."""
         return self.channels or self.rows
+
+    @contextlib.contextmanager
+    def observing(self, observe: Observer) -> Iterator[None]:
+        """Meanwhile, show `observe` what every block is given, and what its heads give."""
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
 
     @property
     def wait_s(self) -> float:
@@ -147,17 +160,17 @@ class Decoder:
         work.norm(f"{i}.norm.attention", x, normed)
         chosen = None if self.rows is None or wide else self.rows.choose_heads(i, normed, start)
         attended = attention.attend(i, attention.project(i, normed, wide, chosen), start, chosen, tree)
-        if self.observe is not None:
-            self.observe("attention", i, x, normed)
-            self.observe("heads", i, x, attended)
+        if self._observe is not None:
+            self._observe("attention", i, x, normed)
+            self._observe("heads", i, x, attended)
         x += attention.output(i, attended, wide)
 
     def _ffn(self, i: int, x: Tensor, start: int, wide: bool, draft: bool) -> None:
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
         normed, y = self.work.view("normed", count, hidden), self.work.view("y", count, hidden)
         self.work.norm(f"{i}.norm.ffn", x, normed)
-        if self.observe is not None:
-            self.observe("ffn", i, x, normed)
+        if self._observe is not None:
+            self._observe("ffn", i, x, normed)
         y[:] = 0
         if self.channels is not None:
             self._sparse(i, self.channels, normed, start, y, wide)

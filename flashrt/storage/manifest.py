@@ -7,6 +7,7 @@ from the spec, the dtype and the block size (`pack_layout`), and the manifest on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -59,7 +60,7 @@ class FileEntry:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """What a pack holds. `text_files` maps the names in TEXT_FILES to their SHA-256."""
 
@@ -73,7 +74,9 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     sparsity: Sparsity | None = None  # of a calibrated pack
 
+    @functools.cached_property
     def layout(self) -> PackLayout:
+        """Where everything lies, worked out once."""
         return pack_layout(self.spec, self.dtype, self.block_bytes, self.sparsity)
 
     def to_bytes(self) -> bytes:
@@ -151,7 +154,7 @@ class Manifest:
         unknown = set(self.text_files) - set(TEXT_FILES)
         if unknown:
             raise PackError(f"{where}: unexpected text files {sorted(unknown)}")
-        layout = self.layout()
+        layout = self.layout
         if set(self.files) != set(layout.file_bytes):
             odd = sorted(set(self.files) ^ set(layout.file_bytes))[:3]
             raise PackError(f"{where}: the files listed are not those of this model ({', '.join(odd)} ...)")

@@ -25,7 +25,7 @@ class Pack:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
-        self.layout: PackLayout = self.manifest.layout()
+        self.layout: PackLayout = self.manifest.layout
         for name, entry in self.manifest.files.items():
             _check_file(self.path / name, entry, self._header_bytes(name))
         for name in self.manifest.text_files:

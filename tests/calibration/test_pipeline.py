@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from flashrt.budget import planner
-from flashrt.calibration import pipeline
+from flashrt.calibration import pipeline, windows
 from flashrt.calibration.channel_pack import ChannelPackSource
 from flashrt.calibration.divergence import Divergence
 from flashrt.calibration.fit_channels import ChannelFit
 from flashrt.calibration.pipeline import Request, calibrate
-from flashrt.engine.open import pack_for, sparse_pack
-from flashrt.engine.runtime import runtime_for
+from flashrt.calibration.work_dir import WORK_DIR
+from flashrt.engine.open import open_model, sparse_pack
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
 from flashrt.model.ffn.sparse_channels import SINKS
 from flashrt.sparsity import ChannelSparsity, Sparsity
@@ -42,7 +43,7 @@ def quiet(stage, done, total):
 
 
 def calibrated(path, cache, request=REQUEST, progress=quiet):
-    return calibrate(path, cache, runtime_for("cpu", threads=2), request, progress)
+    return calibrate(path, LoadOptions(cache_dir=cache, threads=2), request, progress)
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3", "opt"])
@@ -71,10 +72,10 @@ def test_the_loss_is_kept_and_something_is_left_out(case):
     assert 0 <= sparsity.held_out_loss <= REQUEST.max_loss
     assert sparsity.figures["bytes"] < 0.97
     assert len(sparsity.figures["layers"]) == len(sparsity.layers)
-    opened = Pack(sparse_pack(path, REQUEST.max_loss))
+    opened = sparse_pack(Pack(path), REQUEST.max_loss)
     assert opened.manifest.sparsity == sparsity
     opened.verify()
-    assert not (path / pipeline.WORK_DIR).exists()
+    assert not (path / WORK_DIR).exists()
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])
@@ -96,7 +97,7 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
 
 def test_a_tree_leaves_out_what_its_paths_do(case, tokens):
     path, _ = case
-    with tiny_engine(Pack(sparse_pack(path, REQUEST.max_loss)), 0.4, chunk=16, logit_rows=16) as engine:
+    with tiny_engine(sparse_pack(Pack(path), REQUEST.max_loss), 0.4, chunk=16, logit_rows=16) as engine:
         check_a_thinned_tree(engine, tokens)
 
 
@@ -137,10 +138,10 @@ def test_what_is_sampled_does_not_depend_on_the_length_of_a_pass(case, tmp_path,
 def test_windows_of_a_text_begin_as_texts_do(case):
     with tiny_engine(Pack(case[0]), 1.0) as engine:
         prefix = engine.tokenizer.encode("")
-        windows = pipeline._windows(engine.tokenizer, "the ring " * 900, 128, 768)
+        pieces = windows.cut(engine.tokenizer, "the ring " * 900, 128, 768)
     assert prefix
-    assert len(windows) == 6
-    assert all(len(window) == 128 and window[: len(prefix)] == prefix for window in windows)
+    assert len(pieces) == 6
+    assert all(len(piece) == 128 and piece[: len(prefix)] == prefix for piece in pieces)
 
 
 def test_killed_at_any_stage_it_goes_on(case, tmp_path):
@@ -161,9 +162,9 @@ def test_every_sample_counts(tmp_path):
     for changed in (None, 1, 3, 5, 2):  # fitted to, but for 2, which the result is checked on
         copy = tmp_path / f"pack-{changed}"
         shutil.copytree(path, copy)
-        windows = [w[::-1] if i == changed else w for i, w in enumerate(text)]
+        pieces = [w[::-1] if i == changed else w for i, w in enumerate(text)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline._Calibration, "_text", lambda self, engine, windows=windows: windows)
+            patch.setattr(pipeline._Calibration, "_windows", lambda self, engine, pieces=pieces: pieces)
             found.append(calibrated(copy, tmp_path / "cache"))
     for other in found[1:]:
         assert other.layers != found[0].layers or other.held_out_loss != found[0].held_out_loss
@@ -185,7 +186,7 @@ def test_another_packs_calibration_is_refused(case, tmp_path):
     make_pack(checkpoint, tmp_path / "other", Codec.INT4)
     shutil.copytree(path / SPARSE_DIR, tmp_path / "other" / SPARSE_DIR)
     with pytest.raises(PackError, match="calibrated for another pack"):
-        sparse_pack(tmp_path / "other")
+        sparse_pack(Pack(tmp_path / "other"))
 
 
 def test_another_versions_calibration_is_refused(case, tmp_path):
@@ -197,21 +198,21 @@ def test_another_versions_calibration_is_refused(case, tmp_path):
     newer = replace(manifest, sparsity=replace(manifest.sparsity, version=99))
     manifest_path.write_bytes(newer.to_bytes())
     with pytest.raises(PackError, match="version 99"):
-        sparse_pack(copy)
+        sparse_pack(Pack(copy))
 
 
 def test_what_cannot_be_calibrated_is_refused(case, tmp_path):
     path, _ = case
     with pytest.raises(UsageError, match="name .* and --mode sparse"):
-        pack_for(path / SPARSE_DIR, "exact", None)
+        open_model(path / SPARSE_DIR, LoadOptions())
     with pytest.raises(UsageError, match="is a calibrated one"):
         calibrated(path / SPARSE_DIR, tmp_path)
     with pytest.raises(UsageError, match="flashrt calibrate"):
-        sparse_pack(path, max_loss=0.01)
+        sparse_pack(Pack(path), max_loss=0.01)
     _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint")
     make_pack(checkpoint, tmp_path / "int8", Codec.INT8)
     with pytest.raises(UsageError, match="is not calibrated: run"):
-        sparse_pack(tmp_path / "int8")
+        sparse_pack(Pack(tmp_path / "int8"))
     with pytest.raises(UnsupportedModelError, match="--dtype int4"):
         calibrated(tmp_path / "int8", tmp_path)
     with pytest.raises(UsageError, match="more than 0"):

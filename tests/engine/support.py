@@ -24,6 +24,7 @@ from flashrt.cache.torch_device import TorchDevice, arena_bytes
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.engine import Engine
+from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError
 from flashrt.sparsity import Sparsity
@@ -101,7 +102,7 @@ def killed_once_at_every_stage(path: Path, cache: Path, request: Request) -> tup
 
     while True:
         try:
-            return calibrate(path, cache, runtime_for("cpu", threads=2), request, killing), seen
+            return calibrate(path, LoadOptions(cache_dir=cache, threads=2), request, killing), seen
         except KeyboardInterrupt:
             assert not (path / SPARSE_DIR).exists()
 

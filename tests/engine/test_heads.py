@@ -12,7 +12,7 @@ from flashrt.calibration import fit_heads
 from flashrt.calibration.evaluation import Reference, figures, select
 from flashrt.calibration.fit_heads import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
-from flashrt.engine.runtime import runtime_for
+from flashrt.engine.options import LoadOptions
 from flashrt.errors import PackError
 from flashrt.model.ffn.sparse import SINKS
 from flashrt.model.heads import computed_rows, runs
@@ -36,7 +36,7 @@ def quiet(stage, done, total):
 
 
 def calibrated(path, cache):
-    return calibrate(path, cache, runtime_for("cpu", threads=2), REQUEST, quiet)
+    return calibrate(path, LoadOptions(cache_dir=cache, threads=2), REQUEST, quiet)
 
 
 @pytest.fixture(scope="module", params=[("opt", Codec.INT8), ("llama", Codec.INT4)], ids=["opt-int8", "llama-int4"])
@@ -74,9 +74,8 @@ def attended(engine, prompt, batch):
 
     engine.rewind(0)
     engine.prefill(prompt)
-    engine.decoder.observe = observe
-    engine.step_batch(batch)
-    engine.decoder.observe = None
+    with engine.decoder.observing(observe):
+        engine.step_batch(batch)
     return found
 
 

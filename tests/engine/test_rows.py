@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashrt.calibration import pipeline
 from flashrt.calibration.evaluation import Reference, figures, select
 from flashrt.calibration.fit_rows import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
+from flashrt.calibration.work_dir import WORK_DIR
 from flashrt.engine.open import sparse_pack
-from flashrt.engine.runtime import runtime_for
+from flashrt.engine.options import LoadOptions
 from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -41,7 +41,7 @@ def quiet(stage, done, total):
 
 
 def calibrated(path, cache, request=REQUEST, progress=quiet):
-    return calibrate(path, cache, runtime_for("cpu", threads=2), request, progress)
+    return calibrate(path, LoadOptions(cache_dir=cache, threads=2), request, progress)
 
 
 @pytest.fixture(scope="module", params=[("opt", Codec.INT8), ("llama", Codec.INT4)], ids=["opt-int8", "llama-int4"])
@@ -72,10 +72,10 @@ def test_the_loss_is_kept_and_neurons_are_left_out(case):
     assert 0 <= sparsity.held_out_loss <= REQUEST.max_loss
     assert sparsity.figures["rows"] < 0.95
     assert all(0.3 < layer["recall"] <= 1 and 0 < layer["precision"] <= 1 for layer in sparsity.figures["layers"])
-    opened = Pack(sparse_pack(path, REQUEST.max_loss))
+    opened = sparse_pack(Pack(path), REQUEST.max_loss)
     assert opened.manifest.sparsity == sparsity
     opened.verify()
-    assert not (path / pipeline.WORK_DIR).exists()
+    assert not (path / WORK_DIR).exists()
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])
@@ -102,7 +102,7 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
 
 def test_a_tree_leaves_out_what_its_paths_do(case, tokens):
     path, _ = case
-    with tiny_engine(Pack(sparse_pack(path, REQUEST.max_loss)), 0.4, chunk=16, logit_rows=16) as engine:
+    with tiny_engine(sparse_pack(Pack(path), REQUEST.max_loss), 0.4, chunk=16, logit_rows=16) as engine:
         check_a_thinned_tree(engine, tokens)
 
 

@@ -282,8 +282,8 @@ def test_fuzz(whole: Path, body: Body, data: st.DataObject) -> None:
     tracemalloc.start()
     try:
         manifest = Manifest.from_bytes(raw, "here")
-        files = {name: (whole / name).stat().st_size for name in manifest.layout().file_bytes}
-        assert files == manifest.layout().file_bytes
+        files = {name: (whole / name).stat().st_size for name in manifest.layout.file_bytes}
+        assert files == manifest.layout.file_bytes
         for layer in manifest.spec.layers:
             if layer.attention.rope is not None:
                 layer.attention.rope.inverse_frequencies(layer.attention.head_dim)

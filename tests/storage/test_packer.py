@@ -330,7 +330,7 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
         FakeSource(DENSE), tmp_path / "p", Codec.BF16, progress=lambda file, done, total: seen.append((done, total))
     )
     assert seen == sorted(seen)
-    assert seen[-1] == (manifest.layout().nbytes,) * 2
+    assert seen[-1] == (manifest.layout.nbytes,) * 2
 
 
 def test_the_job_file_is_gone_and_the_manifest_says_where_it_came_from(tmp_path: Path) -> None:

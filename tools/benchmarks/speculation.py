@@ -143,21 +143,21 @@ def acceptance(samples: list[Sample]) -> list[float]:
 def variants(pack: Path, budget: str, questions: Sequence[str], tokens: int) -> list[Sample]:
     """The answers of every variant, in this process."""
     from flashrt.budget.planner import Workload
-    from flashrt.engine.build import AUTO_DRAFT_TOKENS, LoadedPack
-    from flashrt.engine.runtime import runtime_for
-    from flashrt.storage.names import default_cache
+    from flashrt.engine.loaded_pack import AUTO_DRAFT_TOKENS
+    from flashrt.engine.open import open_model
+    from flashrt.engine.options import LoadOptions
 
-    prepared = LoadedPack(pack, default_cache(), runtime_for("cpu"), runs.gib_of(budget))
-    template = prepared.tokenizer.chat_template
+    model = open_model(pack, LoadOptions(budget_gb=runs.gib_of(budget), speculate=AUTO_DRAFT_TOKENS))
+    template = model.tokenizer.chat_template
     prompts = [
-        prepared.tokenizer.encode(template.render([{"role": "user", "content": question}]), special=False)
+        model.tokenizer.encode(template.render([{"role": "user", "content": question}]), special=False)
         for question in questions
     ]
     longest = max(map(len, prompts))
-    plan = prepared.plan(Workload(longest + tokens, prompt=longest, max_draft_tokens=AUTO_DRAFT_TOKENS))
+    plan = model.plan(Workload(longest + tokens, prompt=longest))
 
     def run(prompt: list[int], name: str) -> dict[str, Any]:
-        with patched(VARIANTS[name]), prepared.engine(plan) as engine:
+        with patched(VARIANTS[name]), model.engine(plan) as engine:
             generation = engine.generate(prompt, tokens)
             for _ in generation:
                 pass

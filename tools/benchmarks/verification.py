@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashrt.budget.planner import Workload
-from flashrt.engine.build import LoadedPack
-from flashrt.engine.runtime import runtime_for
-from flashrt.storage.names import default_cache
+from flashrt.engine.open import open_model
+from flashrt.engine.options import LoadOptions
 from flashrt.storage.pack import Pack
 from tools.benchmarks.harness import facts
 from tools.benchmarks.harness.disk import disk_label, disk_option, plain_rates, slow_disk
@@ -55,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def passes(pack: Path, budget: str, rounds: int) -> list[Sample]:
     """Seconds of each pass, those that compute waited, and bytes read."""
-    prepared = LoadedPack(pack, default_cache(), runtime_for("cpu"), gib_of(budget))
-    ids = prepared.tokenizer.encode(CODE[0])
-    workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids), max_draft_tokens=max(POSITIONS))
+    model = open_model(pack, LoadOptions(budget_gb=gib_of(budget), speculate=max(POSITIONS)))
+    ids = model.tokenizer.encode(CODE[0])
+    workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids))
     samples = []
-    with prepared.engine(prepared.plan(workload)) as engine:
+    with model.load(workload) as engine:
         engine.prefill(ids)
         tokens = (ids * max(POSITIONS))[: max(POSITIONS)]
         for turn in range(rounds):

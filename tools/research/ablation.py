@@ -20,10 +20,11 @@ wait as long as attention takes stands for it, and is not counted as reading; wh
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,14 @@ from flashrt.budget.planner import Workload
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
 from flashrt.calibration.pack_copy import read_bundles
-from flashrt.engine.build import LoadedPack
 from flashrt.engine.engine import Engine
+from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.open import sparse_pack
+from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import runtime_for
 from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.meter import Meter
-from flashrt.storage.names import default_cache
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import DEPTH, Reader
 from tools.benchmarks.harness import facts
@@ -120,7 +121,8 @@ def ablate(
     path: Path, text: str, resident: float, tokens: int, threads: int | None = None
 ) -> tuple[dict[str, Any], list[Step]]:
     """What the text asks for, and the steps. Raises UsageError when the pack is not calibrated."""
-    base, ordered = Pack(path), Pack(sparse_pack(path))
+    base = Pack(path)
+    ordered = sparse_pack(base)
     trace, sparse_s = decode(ordered.path, text, tokens, threads)
     _, exact_s = decode(path, text, tokens, threads)
     ahead = foresee(ordered.path, text, tokens, threads)
@@ -162,20 +164,23 @@ def foresee(path: Path, text: str, tokens: int, threads: int | None) -> Foresigh
 
 
 def run_text(
-    path: Path, text: str, tokens: int, threads: int | None, prepare: Callable[[Engine], Callable[[], None]]
+    path: Path,
+    text: str,
+    tokens: int,
+    threads: int | None,
+    watching: Callable[[Engine], contextlib.AbstractContextManager[Callable[[], None]]],
 ) -> float:
     """Decode the first tokens of a text with everything resident; the median seconds of one.
 
-    `prepare` is given the engine, and gives what is called before each token.
+    `watching` is entered with the engine, and gives what is called before each token.
     """
-    prepared = LoadedPack(path, default_cache(), runtime_for("cpu", threads))
-    ids = prepared.tokenizer.encode(text)[:tokens]
+    model = LoadedPack(Pack(path), LoadOptions(threads=threads, speculate="off"), runtime_for("cpu", threads))
+    ids = model.tokenizer.encode(text)[:tokens]
     if len(ids) < tokens:
         raise SystemExit(f"the text has {len(ids)} tokens, fewer than --tokens {tokens}")
-    window = min(tokens, prepared.spec.context)
+    window = min(tokens, model.spec.context)
     seconds = []
-    with prepared.engine(prepared.plan(Workload(window, prompt=window))) as engine:
-        begin = prepare(engine)
+    with model.load(Workload(window, prompt=window)) as engine, watching(engine) as begin:
         for n, token in enumerate(ids):
             if n % window == 0:
                 engine.rewind(0)
@@ -186,7 +191,8 @@ def run_text(
     return statistics.median(seconds)
 
 
-def watch(engine: Engine, trace: Trace) -> Callable[[], None]:
+@contextlib.contextmanager
+def watch(engine: Engine, trace: Trace) -> Iterator[Callable[[], None]]:
     """Have every layer's predictions noted in the last entry of `trace`; what makes room for another token."""
     for predictor in engine.decoder.rows.predictors if engine.decoder.rows else ():
         predict = predictor.predict
@@ -197,10 +203,11 @@ def watch(engine: Engine, trace: Trace) -> Callable[[], None]:
             return rows
 
         predictor.predict = noted  # type: ignore[method-assign]
-    return lambda: trace.append([])
+    yield lambda: trace.append([])
 
 
-def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Callable[[], None]:
+@contextlib.contextmanager
+def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Iterator[Callable[[], None]]:
     """Have guesses made and noted likewise, and the seconds of each guess and of the attention after it."""
     decoder, lookaheads = engine.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
     attention = decoder._attention
@@ -221,8 +228,8 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
         if kind == "ffn":
             lookaheads[i].learn(values)
 
-    decoder.observe = learn
-    return lambda: trace.append([])
+    with decoder.observing(learn):
+        yield lambda: trace.append([])
 
 
 def order_of(base: Pack, ordered: Pack, i: int) -> Array:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Layer = TypeVar("Layer")
 
@@ -34,11 +35,23 @@ class Selection:
 class SparseFfn(ABC, Generic[Layer]):
     """The feed-forward blocks of a calibrated pack.
 
-    While `selections` are given, narrow passes also compute what everything would have given, and compare.
+    While `comparing`, narrow passes also compute what everything would have given.
     """
 
     layers: Sequence[Layer]
-    selections: Sequence[Selection] | None = None
+    tallies: Sequence[Any]
+    _selections: Sequence[Selection] | None = None
+
+    @contextlib.contextmanager
+    def comparing(self) -> Iterator[Sequence[Selection]]:
+        """Meanwhile, compare what takes part with what should, layer by layer; nothing else is counted."""
+        tallies = self.tallies
+        self.restart()
+        self._selections = [Selection() for _ in self.layers]
+        try:
+            yield self._selections
+        finally:
+            self._selections, self.tallies = None, tallies
 
     @abstractmethod
     def restart(self, layers: Sequence[Layer] | None = None) -> None:

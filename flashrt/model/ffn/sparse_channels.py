@@ -43,7 +43,7 @@ def everything(layer: ChannelSparsity) -> ChannelSparsity:
 class ChannelFfn(SparseFfn[ChannelSparsity]):
     """The blocks of a calibrated pack. `weights` are loaded.
 
-    While `selections` are given, narrow passes also compute what all channels would have given, and compare.
+    While `comparing`, narrow passes also compute what all channels would have given, and compare.
     """
 
     def __init__(self, weights: Weights, ops: Any) -> None:
@@ -70,15 +70,15 @@ class ChannelFfn(SparseFfn[ChannelSparsity]):
         parts = [(slice(sinks, None), layer, tally)]
         if sinks:
             parts.append((slice(sinks), everything(layer), Tally()))
-        all_sums = None if self.selections is None else np.zeros_like(sums)
+        all_sums = None if self._selections is None else np.zeros_like(sums)
         sums[:] = 0
         for first, groups in self.weights.runs(f"{i}.channels"):
             for tokens, thresholds, counts in parts:
                 self._gate_up(i, x[tokens], groups, first, sums[tokens], thresholds, counts)
             if all_sums is not None:
                 self._gate_up(i, x, groups, first, all_sums, everything(layer), Tally())
-        if self.selections is not None and all_sums is not None:
-            self._compare(i, sums[sinks:], all_sums[sinks:], self.selections[i])
+        if self._selections is not None and all_sums is not None:
+            self._compare(i, sums[sinks:], all_sums[sinks:], self._selections[i])
         for first, rows in self.weights.runs(f"{i}.down"):
             for tokens, thresholds, counts in parts:
                 arguments = self._down(i, sums[tokens], rows, first, y[tokens])

@@ -41,7 +41,7 @@ class RowTally:
 class RowFfn(SparseFfn[RowSparsity]):
     """The blocks of a pack calibrated by row. `weights` are loaded.
 
-    While `selections` are given, narrow passes also compute which neurons are active, and compare.
+    While `comparing`, narrow passes also compute which neurons are active, and compare.
     """
 
     def __init__(self, weights: Weights, ops: Any, layers: Sequence[RowSparsity]) -> None:
@@ -141,8 +141,8 @@ class RowFfn(SparseFfn[RowSparsity]):
         rows = self.predictors[i].predict(x)
         self.tallies[i].tokens += 1
         self.tallies[i].neurons += len(rows)
-        if self.selections is not None:
-            self._compare(i, x, rows, self.selections[i])
+        if self._selections is not None:
+            self._compare(i, x, rows, self._selections[i])
         ffn, codec = self.weights.spec.layers[i].ffn, self.weights.layout.tensors[f"{i}.ffn"].codec
         memory, bias = self._memory(i), self._up_bias(i)
         for part in self._passes(i, rows):

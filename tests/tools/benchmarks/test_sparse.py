@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashrt.calibration.pipeline import Request, calibrate
-from flashrt.engine.runtime import runtime_for
+from flashrt.engine.options import LoadOptions
 from tests.tools.support import run_tool, tiny_pack
 
 
 def test_sparse(tmp_path: Path) -> None:
     pack = tiny_pack(tmp_path)
     request = Request(max_loss=1.0, tokens=768)
-    calibrate(pack, tmp_path / "cache", runtime_for("cpu", threads=2), request, lambda *_: None)
+    calibrate(pack, LoadOptions(cache_dir=tmp_path / "cache", threads=2), request, lambda *_: None)
     text = tmp_path / "text.txt"
     text.write_text("the thing and the ring are in the inn. " * 20)
     options = ("--tokens", "4", "--repeat", "2", "--prompt", "the", "--text-tokens", "64", "--texts", text)

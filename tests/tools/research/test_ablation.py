@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flashrt.calibration.pipeline import Request, calibrate
-from flashrt.engine.runtime import runtime_for
+from flashrt.engine.options import LoadOptions
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack
@@ -25,7 +25,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, checkpoint = tiny_checkpoint("opt", root / "checkpoint", ffn_dim=700)
     make_pack(checkpoint, root / "pack", Codec.INT8)
     request = Request(max_loss=0.9, text=TEXT, tokens=1024)
-    calibrate(root / "pack", root / "cache", runtime_for("cpu", 1), request, lambda *_: None)
+    calibrate(root / "pack", LoadOptions(cache_dir=root / "cache", threads=1), request, lambda *_: None)
     return root / "pack"
 
 

@@ -1,0 +1,162 @@
+"""A pack that is open and ready to be planned and loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+from flashrt.budget.planner import FixedCosts, Plan, Workload, plan, resident_budget, smallest_budget
+from flashrt.config import checked_context
+from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
+from flashrt.engine.draft import load_draft
+from flashrt.engine.engine import Engine
+from flashrt.engine.options import LoadOptions
+from flashrt.engine.runtime import Runtime
+from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
+from flashrt.machine.process import reset_peak
+from flashrt.spec import ModelSpec
+from flashrt.storage.pack import Pack
+from flashrt.storage.reader import CHUNK_BYTES
+
+DEFAULT_CONTEXT = 4096
+AUTO_DRAFT_TOKENS = 12  # tokens of a pass with a draft: logits for more take memory that weights could have
+AVAILABLE_SHARE = 0.85  # of what is available that is used when no budget is given
+
+
+class LoadedPack:
+    """An opened pack and all that a plan depends on: what `flashrt plan` and `flashrt run` have in common.
+
+    `exact` is the pack that a calibrated one was made of, otherwise the pack itself; `draft` a smaller model's.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        options: LoadOptions,
+        runtime: Runtime,
+        *,
+        exact: Pack | None = None,
+        draft: Pack | None = None,
+    ) -> None:
+        """Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded."""
+        self.pack, self.options, self.runtime = pack, options, runtime
+        self.exact, self.draft = exact or pack, draft
+        self.budget, self.cache = options.budget, options.cache
+        if self.budget is not None and runtime.bounds_process:
+            check_start(pack, self.budget)
+        reset_peak()  # what the process was before is no concern of this budget
+        self.tokenizer = load_tokenizer(pack)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.pack.spec
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, where nothing else is known of them. Raises UsageError."""
+        return checked_context(self.spec, self.options.context, DEFAULT_CONTEXT)
+
+    @functools.cached_property
+    def costs(self) -> FixedCosts:
+        """What the process takes, measured once, for the first plan: by then everything but the model is loaded."""
+        return self.runtime.fixed_costs(self.pack)
+
+    def plan(self, workload: Workload) -> Plan:
+        """Plan the budget for `workload` and drafts; without one, all that the model needs or that the machine has."""
+        arguments = (self.spec, self.pack.layout)
+        workload = self._with_drafts(workload)
+        if self.budget is not None:
+            return plan(*arguments, self.budget, workload, self.costs)
+        enough = resident_budget(*arguments, workload, self.costs)
+        available = int(AVAILABLE_SHARE * self.runtime.available())
+        return plan(*arguments, min(enough, available), workload, self.costs)
+
+    def exact_plan(self, workload: Workload) -> Plan:
+        """What the plan would be for the pack that this calibrated one was made of.
+
+        Where the budget does not even hold that one, its smallest is planned for.
+        """
+        arguments = (self.spec, self.exact.layout)
+        wanted = resident_budget(*arguments, workload, self.costs) if self.budget is None else self.budget
+        smallest = smallest_budget(*arguments, workload, self.costs)
+        return plan(*arguments, max(smallest, wanted), workload, self.costs)
+
+    def smallest_budget(self, workload: Workload) -> int:
+        """Bytes of the smallest budget that `plan` accepts."""
+        return smallest_budget(self.spec, self.pack.layout, workload, self.costs)
+
+    def load(
+        self,
+        workload: Workload,
+        progress: Progress = lambda done, total: None,
+        planned: Callable[[Plan], None] = lambda the_plan: None,
+    ) -> Engine:
+        """Plan for `workload` and load, behind the model that drafts; `planned` is shown the plan in between.
+
+        Raises BudgetError, before anything else is loaded, when the budget is too small.
+        """
+        drafting = None if self.draft is None else load_draft(self.draft, self, workload.context)
+        try:
+            the_plan = self.plan(workload)
+            planned(the_plan)
+            return self.engine(the_plan, progress, drafting)
+        except BaseException:
+            if drafting is not None:
+                drafting.close()
+            raise
+
+    def engine(
+        self, the_plan: Plan, progress: Progress = lambda done, total: None, drafting: Engine | None = None
+    ) -> Engine:
+        """Allocate what the plan says, load what it pins, and return an engine, which closes the one that drafts."""
+        # Measured now: beside a loaded model that takes memory that is not planned, and reads that disturb.
+        disk = None if the_plan.resident else self.disk()
+        roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
+        return build_engine(
+            self.pack, the_plan, self.tokenizer, self.runtime, progress=progress, roof=roof, drafting=drafting
+        )
+
+    def _with_drafts(self, workload: Workload) -> Workload:
+        """`workload` with drafts as they are asked for; by default where they may pay, and there is room.
+
+        On a GPU a pass of several tokens rounds otherwise than one of one, so it only drafts when it is told to.
+        """
+        most = self.options.max_draft_tokens
+        if most is not None:
+            return replace(workload, max_draft_tokens=most)
+        drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
+        fits = self.budget is None or self.smallest_budget(drafting) <= self.budget
+        return drafting if fits and self.runtime.bounds_process else workload
+
+    def read_seconds(self, the_plan: Plan) -> float | None:
+        """What a token's reads take under a plan, by what is known of the disk; None where nothing is known.
+
+        Each row is a read of its own, so it costs more than its bytes.
+        """
+        known = load_disk_profile(self.cache, self.disk_number)
+        curve = None if known is None else known.curve()
+        if curve is None:
+            return None
+        rows, row_bytes = the_plan.row_reads_per_token, the_plan.row_bytes_per_token
+        blocks = the_plan.streamed_bytes_per_token - row_bytes
+        whole = curve.seconds(CHUNK_BYTES) / CHUNK_BYTES
+        return blocks * whole + (rows * curve.seconds(int(row_bytes / rows)) if row_bytes else 0.0)
+
+    @property
+    def disk_number(self) -> int:
+        """The device number under which the pack's disk is known."""
+        return self.pack.path.stat().st_dev
+
+    def disk(self) -> DiskProfile | None:
+        """What the disk that holds the pack can do: measured once, then taken from the cache.
+
+        None when nothing is known and the pack is too small to measure with.
+        """
+        known = load_disk_profile(self.cache, self.disk_number)
+        if known is not None and known.curve() is not None:
+            return known
+        measured = measure_disk(self.pack.largest_file)
+        if measured is not None:
+            save_disk_profile(self.cache, self.disk_number, measured)
+        return measured or known

@@ -1,0 +1,94 @@
+"""What a user asks of a run beside the model: the same for `flashrt.load`, the command line and calibration."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashrt.config import MOST_THREADS, budget_bytes, checked_loss, parse_speculate, whole
+from flashrt.errors import UsageError
+from flashrt.storage.names import default_cache
+from flashrt_kernels.rows import Codec
+
+CHOICES = {
+    "dtype": tuple(codec.value for codec in Codec),
+    "device": ("cpu", "cuda"),
+    "mode": ("exact", "sparse"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """See `flashrt.load`. All is checked here, before anything is opened; raises UsageError."""
+
+    budget_gb: float | None = None
+    context: int | None = None
+    dtype: str = "int8"
+    cache_dir: str | Path | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    host_budget_gb: float | None = None
+    mode: str = "exact"
+    max_loss: float | None = None
+    speculate: str | int = "auto"
+    draft: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for budget in (self.budget_gb, self.host_budget_gb):
+            if budget is not None:
+                budget_bytes(budget)
+        if self.context is not None:
+            whole("the context", self.context, 1)
+        if self.threads is not None:
+            whole("threads", self.threads, 1, MOST_THREADS)
+        for name in ("cache_dir", "draft"):
+            if getattr(self, name) is not None:
+                checked_path(name, getattr(self, name))
+        parse_speculate(self.speculate)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.host_budget_gb is not None and self.device == "cpu":
+            raise UsageError("a host budget is for --device cuda; on the CPU the budget bounds the whole process")
+        if self.max_loss is not None:
+            if self.mode == "exact":
+                raise UsageError("--max-loss needs --mode sparse: exact mode loses nothing")
+            checked_loss(self.max_loss)
+        if self.draft is not None and self.max_draft_tokens == 1:
+            raise UsageError("--draft needs drafts: leave --speculate off out")
+        if self.draft is not None and self.device != "cpu":
+            raise UsageError("--draft computes on the CPU only: use --device cpu")
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes; None: what the model needs, or what the machine has."""
+        return None if self.budget_gb is None else budget_bytes(self.budget_gb)
+
+    @property
+    def cache(self) -> Path:
+        """The directory where checkpoints, packs and measurements are kept."""
+        return default_cache() if self.cache_dir is None else Path(self.cache_dir)
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """Tokens of a pass that verifies a draft, at most; None: as many as pay."""
+        return parse_speculate(self.speculate)
+
+
+def checked_path(name: str, value: Any) -> Path:
+    """Raises UsageError for what is neither a text nor a path, and for an empty one."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise UsageError(f"{name} is {reprlib.repr(value)}, expected a path")
+    return Path(path)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise UsageError(f"unknown {name} {reprlib.repr(value)}: expected {', '.join(choices[:-1])} or {choices[-1]}")

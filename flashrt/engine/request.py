@@ -1,0 +1,77 @@
+"""What a user asks of a loaded model, checked before anything runs."""
+
+from __future__ import annotations
+
+import numbers
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flashrt.config import Sampling, whole
+from flashrt.errors import UsageError
+
+
+def checked_ids(ids: Any, vocab: int) -> list[int]:
+    """Token ids as a list of int, from a sequence of integers, numpy's included.
+
+    Raises UsageError for text, bytes and other types, and for ids outside 0 to `vocab` - 1.
+    """
+    if isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Sequence | np.ndarray):
+        raise UsageError(f"token ids are {reprlib.repr(ids)}, expected a list of whole numbers")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise UsageError(f"a token id is {reprlib.repr(token)}, expected a whole number")
+    result = [int(token) for token in ids]
+    if result and not (min(result) >= 0 and max(result) < vocab):
+        raise UsageError(f"the text has token ids outside 0 to {vocab - 1}, which the model does not know")
+    return result
+
+
+def checked_limit(max_new_tokens: int | None, prompt: int, context: int) -> int:
+    """How many tokens may follow `prompt` tokens in a context. Raises UsageError when they do not fit."""
+    if prompt == 0:
+        raise UsageError("the prompt is empty: give at least one token")
+    if prompt >= context:
+        raise UsageError(
+            f"the prompt has {prompt} tokens, the context is {context}: use a shorter prompt or a larger --context"
+        )
+    if max_new_tokens is None:
+        return context - prompt
+    limit = whole("max_new_tokens", max_new_tokens, 1)
+    if prompt + limit > context:
+        raise UsageError(
+            f"{prompt} prompt tokens and {limit} new ones do not fit in the context of {context}: "
+            "ask for fewer, or for a larger --context"
+        )
+    return limit
+
+
+def checked_sampling(sampling: Sampling | None) -> Sampling:
+    """Greedy for None. Raises UsageError for anything but a Sampling."""
+    if sampling is None:
+        return Sampling()
+    if not isinstance(sampling, Sampling):
+        raise UsageError(
+            f"sampling is {reprlib.repr(sampling)}, expected a flashrt.config.Sampling, or None for greedy"
+        )
+    return sampling
+
+
+def checked_stops(stop: str | Sequence[str]) -> list[str]:
+    """The texts before which to stop. Raises UsageError for anything but texts, and for an empty one."""
+    stops: Any = [stop] if isinstance(stop, str) else stop
+    if isinstance(stops, bytes | bytearray) or not isinstance(stops, Sequence):
+        raise UsageError(f"stop is {reprlib.repr(stop)}, expected a text or a list of texts")
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"a stop text is {reprlib.repr(text)}, expected one character or more")
+    return list(stops)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Raises UsageError for anything but True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {reprlib.repr(value)}, expected True or False")
+    return value
