@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import assume, given, settings
@@ -204,12 +203,10 @@ def test_layers_stream_the_same_share() -> None:
     assert all(the_plan.pinned[f"{i}.qkv"] == layout.tensors[f"{i}.qkv"].blocks for i in range(80))
 
 
-def test_a_70b_is_planned_in_a_blink() -> None:
-    began = time.perf_counter()
+def test_a_70b_holds_an_eighth_to_a_quarter_of_its_weights_in_8_gib() -> None:
     layout = pack_layout(LLAMA_70B, Codec.INT4)
     the_plan = plan(LLAMA_70B, layout, 8 * GIB, Workload(4096), fixed_costs())
-    assert time.perf_counter() - began < 1
-    assert 0.1 < the_plan.pinned_bytes / the_plan.weight_bytes < 0.25
+    assert 1 / 8 < the_plan.pinned_bytes / the_plan.weight_bytes < 0.25
 
 
 def test_planning_is_pure() -> None:
