@@ -59,16 +59,16 @@ def passes(pack: Path, budget: str, rounds: int) -> dict[str, Any]:
     workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids), max_draft_tokens=max(POSITIONS))
     found: dict[int, list[tuple[float, float, int]]] = {count: [] for count in POSITIONS}
     with prepared.engine(prepared.plan(workload)) as engine:
-        engine.prefill(ids)
+        engine.runner.prefill(engine.sequence, ids)
         tokens = (ids * max(POSITIONS))[: max(POSITIONS)]
         for _ in range(rounds):
             for count in POSITIONS:
                 began, waited, read = time.perf_counter(), engine.wait_s, engine.reader.bytes_read
-                engine.step_batch(tokens[:count])
+                engine.runner.step_batch(engine.sequence, tokens[:count])
                 found[count].append(
                     (time.perf_counter() - began, engine.wait_s - waited, engine.reader.bytes_read - read)
                 )
-                engine.rewind(engine.length - count)
+                engine.sequence.rewind(engine.sequence.length - count)
     figures = {
         str(count): dict(
             zip(("seconds", "wait_s", "bytes_read"), map(statistics.median, zip(*runs, strict=True)), strict=True)

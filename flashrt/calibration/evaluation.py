@@ -12,7 +12,7 @@ import numpy as np
 
 from flashrt.calibration.divergence import Divergence, diverge, logits_of, predicted, record, replay, targets_of
 from flashrt.engine.engine import Engine
-from flashrt.model.decoder import NARROW
+from flashrt.model.batch import NARROW
 from flashrt.model.ffn.sparse import Selection
 
 Array = np.ndarray
@@ -53,14 +53,14 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
 
     Those that should take part are those whose exact activation reaches the block's threshold, given the same input.
     """
-    sparse: Any = engine.decoder.sparse
+    sparse: Any = engine.runner.decoder.sparse
     tallies = sparse.tallies
     sparse.restart()  # these passes are not part of what was measured
     sparse.selections = result = [Selection() for _ in engine.spec.layers]
     try:
         for window in windows:
-            engine.rewind(0)
-            engine.step_batch(window[:NARROW])
+            engine.sequence.rewind(0)
+            engine.runner.step_batch(engine.sequence, window[:NARROW])
     finally:
         sparse.selections, sparse.tallies = None, tallies
     return result
@@ -68,7 +68,7 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
 
 def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) -> dict[str, Any]:
     """The figures of `flashrt eval quality`, for programs."""
-    sparse, sparsity = engine.decoder.sparse, engine.sparsity
+    sparse, sparsity = engine.runner.decoder.sparse, engine.sparsity
     assert sparse is not None
     assert sparsity is not None
     layers = [

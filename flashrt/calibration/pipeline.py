@@ -38,7 +38,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
-from flashrt.model.decoder import NARROW
+from flashrt.model.batch import NARROW
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
@@ -184,12 +184,12 @@ class _Calibration:
                     squares[kind][i, own] = (residual**2).mean(1)
                     seen[kind][i] = own.stop
 
-            engine.decoder.observe = observe
+            engine.runner.decoder.observe = observe
             for window in windows:
-                engine.prefill(window)
-                engine.rewind(0)
+                engine.runner.prefill(engine.sequence, window)
+                engine.sequence.rewind(0)
                 self.progress("sampling", seen["ffn"][0], total)
-            engine.decoder.observe = None
+            engine.runner.decoder.observe = None
             for kind in asked:
                 np.save(self._squares_file(kind), squares[kind])
 
@@ -310,14 +310,14 @@ class _Calibration:
 
     def _divergence(self, engine: Engine, thresholds: Layers, windows: list[list[int]], first: int) -> Divergence:
         """Of the tokens of `windows`, whose reference begins at row `first`."""
-        sparse: Any = engine.decoder.sparse
+        sparse: Any = engine.runner.decoder.sparse
         sparse.restart(thresholds)
         with open(self.work / REFERENCE_FILE, "rb") as file:
             expected = replay(file, self.spec.vocab, windows, first)
             return diverge(expected, logits_of(engine, windows), targets_of(windows))
 
     def _figures(self, engine: Engine, fits: Sequence[Fit], picked: Sequence[Picked]) -> dict[str, Any]:
-        sparse = engine.decoder.sparse
+        sparse = engine.runner.decoder.sparse
         assert sparse is not None
         layers = [
             {**sparse.shares(i), **fit.figures(choices)}
@@ -417,13 +417,13 @@ def _written(engine: Engine, seed: int, length: int) -> list[int]:
     start = int(np.random.default_rng(seed).integers(engine.spec.vocab))
     ids = [*prefix, start]
     sampler = Sampler(Sampling(temperature=1.0, top_p=TOP_P, seed=seed), ids)
-    logits = engine.prefill(ids)
+    logits = engine.runner.prefill(engine.sequence, ids)
     while len(ids) < length:
         token = sampler.choose(logits)
         ids.append(token)
         if len(ids) < length:
-            logits = engine.step(token)
-    engine.rewind(0)
+            logits = engine.runner.step(engine.sequence, token)
+    engine.sequence.rewind(0)
     return ids
 
 

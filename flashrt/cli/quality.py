@@ -60,7 +60,7 @@ def quality(
     from flashrt.cli.evaluate import first_ids
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
-    from flashrt.model.decoder import NARROW
+    from flashrt.model.batch import NARROW
 
     if plot is not None:
         check_plots()

@@ -29,7 +29,8 @@ from flashrt.config import budget_bytes
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
-from flashrt.kv.contiguous import KVCache
+from flashrt.kv.base import Kernels, KvLimits
+from flashrt.kv.cache import open_cache
 from flashrt.model.decoder import Decoder
 from flashrt.model.workspace import Workspace
 from flashrt.spec import ModelSpec
@@ -187,8 +188,6 @@ def build_engine(
     try:
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)
-        kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
-        kv = KVCache(spec, the_plan.context, lambda shape: device.allocate("KV", shape, kv_type))
         codec = pack.layout.tensors["embed"].codec
         columns = pack.layout.channel_columns
         shapes = working_set(spec, codec, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring, columns)
@@ -197,8 +196,16 @@ def build_engine(
             for name, shape in shapes.items()
         }
         scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
+        kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
+        kv = open_cache(
+            spec,
+            KvLimits(the_plan.context, the_plan.prefill_chunk),
+            Kernels(device.ops, scratch),
+            lambda shape: device.allocate("KV", shape, kv_type),
+            runtime.kv_kinds,
+        )
         weights.load(progress)
-        return Engine(Decoder(Workspace(weights, buffers, scratch), kv), reader, the_plan, tokenizer, runtime)
+        return Engine(Decoder(Workspace(weights, buffers, scratch)), kv, reader, the_plan, tokenizer, runtime)
     except BaseException:
         reader.close()
         raise

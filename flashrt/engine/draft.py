@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flashrt.budget.planner import GIB, Workload, plan, resident_budget
 from flashrt.engine.build import LoadedPack, build_engine
+from flashrt.engine.engine import Engine
 from flashrt.errors import BudgetError, UsageError
 from flashrt.storage.pack import Pack
 from flashrt.text.files import TOKENIZER
-
-if TYPE_CHECKING:
-    from flashrt.engine.engine import Engine
 
 
 def load_draft(path: Path, prepared: LoadedPack, context: int) -> Engine:
