@@ -24,6 +24,8 @@ from flashrt.budget.claims.rows import RowMemory, divide_windows, predictor_work
 from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
 from flashrt.errors import BudgetError
+from flashrt.kv.base import KvLimits
+from flashrt.kv.cache import KINDS, KvKinds, kv_bytes
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PAGE, PREDICTOR, PackLayout, TensorLayout
 from flashrt.storage.reader import STAGING_BYTES
@@ -63,6 +65,7 @@ class FixedCosts:
     kv_item_bytes: int
     scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
     supports_gather: bool = True  # whether its kernels take neurons from several places at once
+    kv_kinds: KvKinds = KINDS  # stores that keys and values may be kept in
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,7 @@ class _Planner:
         return {owner: nbytes for owner, nbytes in optional.items() if nbytes} | {
             "process": self.costs.runtime_bytes,
             "norms and biases": vector_bytes(self.layout),
-            "KV": workload.context * spec.kv_bytes_per_token(self.costs.kv_item_bytes),
+            "KV": kv_bytes(spec, KvLimits(workload.context, chunk), self.costs.kv_item_bytes, self.costs.kv_kinds),
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
             "embedding reads": self.slot_bytes + STAGING_BYTES,
         }

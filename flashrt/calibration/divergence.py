@@ -49,9 +49,9 @@ def logits_of(engine: Engine, windows: Iterable[Sequence[int]]) -> Iterator[Arra
     Computed as decoding computes them. What is yielded is valid until the next.
     """
     for window in windows:
-        engine.rewind(0)
+        engine.sequence.rewind(0)
         for begin in range(0, len(window) - 1, NARROW_TOKENS):
-            yield engine.step_batch(window[begin : min(begin + NARROW_TOKENS, len(window) - 1)])
+            yield engine.runner.step_batch(engine.sequence, window[begin : min(begin + NARROW_TOKENS, len(window) - 1)])
 
 
 def targets_of(windows: Iterable[Sequence[int]]) -> Iterator[Array]:

@@ -53,17 +53,17 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
 
     Those that should take part are those whose exact activation reaches the block's threshold, given the same input.
     """
-    sparse: Any = engine.decoder.sparse
+    sparse: Any = engine.runner.decoder.sparse
     with sparse.comparing() as selections:  # these passes are not part of what was measured
         for window in windows:
-            engine.rewind(0)
-            engine.step_batch(window[:NARROW_TOKENS])
+            engine.sequence.rewind(0)
+            engine.runner.step_batch(engine.sequence, window[:NARROW_TOKENS])
     return list(selections)
 
 
 def figures(found: Divergence, engine: Engine, selections: Sequence[Selection]) -> dict[str, Any]:
     """The figures of `flashrt eval quality`, for programs."""
-    sparse, sparsity = engine.decoder.sparse, engine.sparsity
+    sparse, sparsity = engine.runner.decoder.sparse, engine.sparsity
     assert sparse is not None
     assert sparsity is not None
     layers = [

@@ -52,10 +52,10 @@ class SampleFiles:
                     samples[kind].write(i, begin, np.clip(values, -LARGEST, LARGEST))
                     squares[kind][i, begin : seen[kind][i]] = (residual**2).mean(1)
 
-            with engine.decoder.observing(observe):
+            with engine.runner.decoder.observing(observe):
                 for window in windows:
-                    engine.prefill(window)
-                    engine.rewind(0)
+                    engine.runner.prefill(engine.sequence, window)
+                    engine.sequence.rewind(0)
                     progress(seen["ffn"][0], total)
             for kind in self._numbers:
                 with replacing(self._squares_path(kind)) as file:

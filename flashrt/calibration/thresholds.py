@@ -38,7 +38,7 @@ class Trial:
 
     def divergence(self, picked: Sequence[Picked], name: str) -> Divergence:
         """Under these choices, on the windows of this name."""
-        sparse: Any = self.engine.decoder.sparse
+        sparse: Any = self.engine.runner.decoder.sparse
         sparse.restart(self.thresholds(picked))
         windows = self.split.compared[name]
         with open(self.reference, "rb") as file:
@@ -54,7 +54,7 @@ class Trial:
 
     def figures(self, picked: Sequence[Picked]) -> dict[str, Any]:
         """What took part since the last `divergence`, block by block and on average."""
-        sparse: Any = self.engine.decoder.sparse
+        sparse: Any = self.engine.runner.decoder.sparse
         layers = [
             {**sparse.shares(i), **fit.figures(choices)}
             for i, (fit, choices) in enumerate(zip(self.fits, picked, strict=True))

@@ -77,13 +77,13 @@ def written(engine: Engine, seed: int, length: int) -> list[int]:
     start = int(np.random.default_rng(seed).integers(engine.spec.vocab))
     ids = [*prefix, start]
     sampler = Sampler(Sampling(temperature=1.0, top_p=TOP_P, seed=seed), ids)
-    logits = engine.prefill(ids)
+    logits = engine.runner.prefill(engine.sequence, ids)
     while len(ids) < length:
         token = sampler.choose(logits)
         ids.append(token)
         if len(ids) < length:
-            logits = engine.step(token)
-    engine.rewind(0)
+            logits = engine.runner.step(engine.sequence, token)
+    engine.sequence.rewind(0)
     return ids
 
 

@@ -118,19 +118,19 @@ def _ids(engine: Engine, length: int) -> list[int]:
 
 def _prefill(engine: Engine, length: int) -> float:
     ids = _ids(engine, length)
-    engine.rewind(0)
+    engine.sequence.rewind(0)
     began = time.perf_counter()
-    engine.prefill(ids)
+    engine.runner.prefill(engine.sequence, ids)
     return time.perf_counter() - began
 
 
 def _decode(engine: Engine, prompt: int, new_tokens: int) -> _Decode:
-    engine.rewind(0)
-    logits = engine.prefill(_ids(engine, prompt))
+    engine.sequence.rewind(0)
+    logits = engine.runner.prefill(engine.sequence, _ids(engine, prompt))
     read, wait = engine.reader.bytes_read, engine.wait_s
     began = time.perf_counter()
     for _ in range(new_tokens):
-        logits = engine.step(int(logits.argmax()))
+        logits = engine.runner.step(engine.sequence, int(logits.argmax()))
     seconds = time.perf_counter() - began
     return _Decode(seconds, engine.reader.bytes_read - read, engine.wait_s - wait)
 

@@ -14,7 +14,8 @@ from flashrt.cache.weights import Weights
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
-from flashrt.kv.contiguous import KVCache
+from flashrt.kv.base import Kernels, KvLimits
+from flashrt.kv.cache import open_cache
 from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import resident_bytes
 from flashrt.model.decoder import Decoder
@@ -71,8 +72,6 @@ def build_engine(
     try:
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)
-        kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
-        kv = KVCache(spec, the_plan.context, lambda shape: device.allocate("KV", shape, kv_type))
         codec = pack.layout.tensors["embed"].codec
         columns = pack.layout.channel_columns
         shapes = working_set(spec, codec, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring, columns)
@@ -81,10 +80,18 @@ def build_engine(
             for name, shape in shapes.items()
         }
         scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
+        kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
+        kv = open_cache(
+            spec,
+            KvLimits(the_plan.context, the_plan.prefill_chunk),
+            Kernels(device.ops, scratch),
+            lambda shape: device.allocate("KV", shape, kv_type),
+            runtime.kv_kinds,
+        )
         weights.load(progress)
-        decoder = Decoder(Workspace(weights, buffers, scratch), kv)
+        decoder = Decoder(Workspace(weights, buffers, scratch))
         load_s = time.perf_counter() - began
-        return Engine(decoder, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
+        return Engine(decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
     except BaseException:
         reader.close()
         raise

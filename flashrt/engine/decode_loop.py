@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as Items
+from collections.abc import Set
 
-from flashrt.engine.drafters import drafters_of
-from flashrt.engine.sampling import Sampler
+from flashrt.engine.runner import Runner
+from flashrt.engine.sequence import Sequence
 from flashrt.speculate.acceptance import Step, verify
+from flashrt.speculate.drafter import Drafter
 from flashrt.speculate.speculator import Speculator
 from flashrt.speculate.tree import TokenTree
 
-if TYPE_CHECKING:
-    from flashrt.engine.engine import Engine
-
 
 class DecodeLoop:
-    """Continues `tokens`, of which all but the last are in the engine's cache. Counts what it does."""
+    """Continues `tokens`, of which all but the last are in `sequence`. Counts what it does."""
 
-    def __init__(self, engine: Engine, tokens: Sequence[int], sampler: Sampler) -> None:
-        self._engine, self._sampler = engine, sampler
-        self._speculator = None
-        if engine.plan.max_draft_tokens > 1:
-            self._speculator = Speculator(drafters_of(engine, sampler), tokens)
+    def __init__(self, runner: Runner, sequence: Sequence, drafters: Items[Drafter], tokens: Items[int]) -> None:
+        """`drafters` are those that draft, the cheapest first; none: every pass has one position."""
+        self._runner, self._sequence = runner, sequence
+        self._speculator = Speculator(drafters, tokens, runner.experience) if drafters else None
         self._last = tokens[-1]
         self.count = 0
         self.tokens = 0  # that they gave
@@ -56,21 +53,23 @@ class DecodeLoop:
     def _draft(self, limit: int) -> TokenTree:
         if self._speculator is None:
             return TokenTree(self._last)
-        return self._speculator.draft(min(self._engine.most_positions, limit))
+        return self._speculator.draft(min(self._runner.most_positions(self._sequence), limit))
 
     def _verify(self, tree: TokenTree, limit: int, ends: Set[int]) -> list[Step]:
-        engine, steps = self._engine, []
-        alone = len(tree) == 1
-        logits = engine.step_batch(tree.tokens) if alone else engine.step_tree(tree.tokens, tree.parents)
-        for step in verify(tree, logits, self._sampler):
+        runner, sequence, steps = self._runner, self._sequence, []
+        if len(tree) == 1:
+            logits = runner.step_batch(sequence, tree.tokens)
+        else:
+            logits = runner.step_tree(sequence, tree.tokens, tree.parents)
+        for step in verify(tree, logits, sequence.sampler):
             steps.append(step)
             if step.token in ends or len(steps) == limit:
                 break
-        if not alone:
-            engine.commit([step.node for step in steps])
+        if len(tree) > 1:
+            sequence.commit([step.node for step in steps])
         return steps
 
-    def _count(self, tree: TokenTree, steps: Sequence[Step]) -> None:
+    def _count(self, tree: TokenTree, steps: Items[Step]) -> None:
         self.count += 1
         self.tokens += len(steps)
         self.positions += len(tree)

@@ -1,61 +1,65 @@
-"""What drafts for an engine: the text itself, a smaller model, and the engine's own resident neurons."""
+"""What drafts for a sequence: the text itself, a smaller model, and the model's own resident neurons."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as Items
 
 import numpy as np
 
-from flashrt.engine.sampling import Sampler
+from flashrt.engine.runner import Runner
+from flashrt.engine.sequence import Sequence
 from flashrt.speculate.drafter import Drafter
 from flashrt.speculate.lookup import Lookup
 from flashrt.speculate.model import ModelDrafter
 
-if TYPE_CHECKING:
-    from flashrt.engine.engine import Engine
-
 Array = np.ndarray
 
 
-def drafters_of(engine: Engine, sampler: Sampler) -> list[Drafter]:
-    """The cheapest first."""
-    drafters: list[Drafter] = [Lookup(engine.plan.context + 1)]
-    if engine.drafting is not None:
-        drafters.append(ModelDrafter("checkpoint", CheckpointModel(engine.drafting), sampler))
-    if engine.plan.adaptive_ffns:
-        drafters.append(ModelDrafter("resident", ResidentModel(engine), sampler))
+def drafters_of(runner: Runner, sequence: Sequence, smaller: tuple[Runner, Sequence] | None) -> list[Drafter]:
+    """Those that draft for `sequence`, the cheapest first; none where the plan has no room for drafts.
+
+    smaller: the runner of a smaller model, and its sequence
+    """
+    if runner.plan.max_draft_tokens == 1:
+        return []
+    drafters: list[Drafter] = [Lookup(runner.plan.context + 1)]
+    if smaller is not None:
+        drafters.append(ModelDrafter("checkpoint", CheckpointModel(*smaller), sequence.sampler))
+    if runner.plan.adaptive_ffns:
+        drafters.append(ModelDrafter("resident", ResidentModel(runner, sequence), sequence.sampler))
     return drafters
 
 
 class ResidentModel:
-    """The resident neurons of the engine's own model, as a `DraftModel`."""
+    """The resident neurons of the sequence's own model, as a `DraftModel`."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, runner: Runner, sequence: Sequence) -> None:
+        self._runner, self._sequence = runner, sequence
 
-    def follow(self, tokens: Sequence[int]) -> None:
-        """The engine's own sequence is what is certain."""
+    def follow(self, tokens: Items[int]) -> None:
+        """The sequence itself is what is certain."""
 
     def draft(self, token: int, depth: int) -> Array | None:
         """See `DraftModel.draft`."""
-        engine = self._engine
-        return engine.draft(token, depth) if engine.length + depth < engine.plan.context else None
+        if self._sequence.length + depth >= self._runner.plan.context:
+            return None
+        return self._runner.draft(self._sequence, token, depth)
 
 
 class CheckpointModel:
-    """An engine of its own, as a `DraftModel`."""
+    """A smaller model with a sequence of its own, as a `DraftModel`."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, runner: Runner, sequence: Sequence) -> None:
+        self._runner, self._sequence = runner, sequence
         self._certain: list[int] = []
 
-    def follow(self, tokens: Sequence[int]) -> None:
+    def follow(self, tokens: Items[int]) -> None:
         """See `DraftModel.follow`."""
         self._certain.extend(tokens)
 
     def draft(self, token: int, depth: int) -> Array | None:
         """See `DraftModel.draft`."""
-        if len(self._certain) + depth > self._engine.plan.context:
+        runner, sequence = self._runner, self._sequence
+        if len(self._certain) + depth > runner.plan.context:
             return None
-        return self._engine.prefill(self._certain) if depth == 0 else self._engine.step(token)
+        return runner.prefill(sequence, self._certain) if depth == 0 else runner.step(sequence, token)

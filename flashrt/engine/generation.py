@@ -5,18 +5,52 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from flashrt.config import Sampling
+from flashrt.budget.planner import Plan
 from flashrt.engine.decode_loop import DecodeLoop
+from flashrt.engine.drafters import drafters_of
 from flashrt.engine.report import Report, expert_figures
-from flashrt.engine.sampling import Sampler
+from flashrt.engine.request import Request
+from flashrt.engine.runner import Runner
+from flashrt.engine.runtime import Runtime
+from flashrt.engine.sequence import Sequence
+from flashrt.engine.turns import Turns
+from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import peak_resident_bytes
+from flashrt.sparsity import Sparsity
+from flashrt.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from flashrt.engine.engine import Engine
+
+class Host(Protocol):
+    """What a generation needs of its engine: who computes, on what sequence, and figures; see `Engine`."""
+
+    plan: Plan
+    tokenizer: Tokenizer
+    runtime: Runtime
+    turns: Turns
+    sequence: Sequence
+    roof: DiskRoof | None
+    load_s: float
+
+    @property
+    def runner(self) -> Runner: ...
+    @property
+    def drafting(self) -> Host | None: ...
+    @property
+    def sparsity(self) -> Sparsity | None: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def wait_s(self) -> float: ...
+    @property
+    def expert_counts(self) -> Counter[str]: ...
+    def ffn_shares(self) -> dict[str, float] | None: ...
+    def row_hit_rate(self) -> float | None: ...
+    def begin(self, request: Request) -> Sequence: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +78,12 @@ class Generation:
     """Yields tokens as they come. After the last one, or after `close`, `report` holds the figures.
 
     Nothing runs before the first token is asked for. An engine serves one generation at a time: going on with one after
-    another has begun raises UsageError.
+    another has begun raises UsageError, and so does asking for a token while another thread's generation goes on.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: list[int],
-        limit: int,
-        sampling: Sampling,
-        stop: Sequence[str],
-        stop_ids: set[int],
-        reuse: bool,
-    ) -> None:
-        self._engine, self._prompt, self._limit, self._reuse = engine, prompt, limit, reuse
-        self._sampler = Sampler(sampling, prompt)
-        self._stops = _StopStrings(stop)
-        self._stop_ids = stop_ids
+    def __init__(self, engine: Host, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._stops = _StopStrings(request.stop)
         self._ids: list[int] = []
         self._text: list[str] = []
         self._prefill, self._decode = _Phase(), _Phase()
@@ -73,12 +96,14 @@ class Generation:
         return self
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        with self._engine.turns.using(self):
+            return next(self._tokens)
 
     def close(self) -> None:
-        """Stop early."""
-        self._tokens.close()
-        self._end()
+        """Stop early; after the token that another thread may be computing."""
+        with self._engine.turns.stop():
+            self._tokens.close()
+            self._end()
 
     @property
     def report(self) -> Report:
@@ -88,15 +113,17 @@ class Generation:
         return self._report
 
     def _run(self) -> Generator[Token, None, None]:
-        stream = self._engine.tokenizer.stream()
+        engine, request = self._engine, self._request
+        stream = engine.tokenizer.stream()
         try:
             with self._measured(self._prefill):
-                self._engine.begin(self, self._reuse)
-                token = self._sampler.choose(self._engine.prefill(self._prompt))
+                engine.turns.begin(self)
+                sequence = engine.begin(request)
+                token = sequence.sampler.choose(engine.runner.prefill(sequence, request.prompt))
             ahead: deque[int] = deque()  # tokens that the last pass gave, and that are not handed out yet
             while True:
                 self._ids.append(token)
-                if token in self._stop_ids:
+                if token in request.stop_ids:
                     self._finish = "eos"
                     break
                 piece = self._stops.push(stream.push(token))
@@ -105,13 +132,13 @@ class Generation:
                 if self._stops.found:
                     self._finish = "stop"
                     break
-                if len(self._ids) == self._limit:
+                if len(self._ids) == request.limit:
                     self._finish = "length"
                     break
-                self._engine.check_current(self)
+                engine.turns.check(self)
                 if not ahead:
                     with self._measured(self._decode):
-                        ahead.extend(self._next(token))
+                        ahead.extend(self._next(sequence, token))
                 token = ahead.popleft()
             rest = self._stops.flush(stream.flush())
             if rest:
@@ -120,11 +147,15 @@ class Generation:
         finally:
             self._end()
 
-    def _next(self, token: int) -> list[int]:
+    def _next(self, sequence: Sequence, token: int) -> list[int]:
         """What comes after `token`, the last so far."""
+        engine, request = self._engine, self._request
         if self._passes is None:
-            self._passes = DecodeLoop(self._engine, [*self._prompt, token], self._sampler)
-        return self._passes.next(self._limit - len(self._ids), self._stop_ids)
+            smaller = engine.drafting
+            drafting = None if smaller is None else (smaller.runner, smaller.sequence)
+            drafters = drafters_of(engine.runner, sequence, drafting)
+            self._passes = DecodeLoop(engine.runner, sequence, drafters, [*request.prompt, token])
+        return self._passes.next(request.limit - len(self._ids), request.stop_ids)
 
     @contextlib.contextmanager
     def _measured(self, phase: _Phase) -> Iterator[None]:
@@ -140,6 +171,7 @@ class Generation:
             phase.experts += engine.expert_counts - experts
 
     def _end(self) -> None:
+        self._engine.turns.end(self)
         if self._report is None:
             self._report = self._make_report()
 
@@ -156,7 +188,7 @@ class Generation:
             text="".join(self._text),
             token_ids=self._ids,
             finish_reason=self._finish,
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=len(self._request.prompt),
             new_tokens=len(self._ids),
             load_s=engine.load_s,
             ttft_s=prefill.seconds,
@@ -190,7 +222,7 @@ class Generation:
 class _StopStrings:
     """Holds back text that may turn out to be the beginning of a stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Items[str]) -> None:
         self._stops = [s for s in stops if s]
         self._held = ""
         self.found = False

@@ -5,12 +5,25 @@ from __future__ import annotations
 import numbers
 import reprlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from flashrt.config import Sampling, whole
 from flashrt.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A text to go on with. `stop_ids` end it, and so do the strings `stop`; `reuse` keeps what the last one shares."""
+
+    prompt: list[int]
+    limit: int  # new tokens, at most
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    reuse: bool = False
 
 
 def checked_ids(ids: Any, vocab: int) -> list[int]:
@@ -59,7 +72,7 @@ def checked_sampling(sampling: Sampling | None) -> Sampling:
     return sampling
 
 
-def checked_stops(stop: str | Sequence[str]) -> list[str]:
+def checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     """The texts before which to stop. Raises UsageError for anything but texts, and for an empty one."""
     stops: Any = [stop] if isinstance(stop, str) else stop
     if isinstance(stops, bytes | bytearray) or not isinstance(stops, Sequence):
@@ -67,7 +80,7 @@ def checked_stops(stop: str | Sequence[str]) -> list[str]:
     for text in stops:
         if not isinstance(text, str) or not text:
             raise UsageError(f"a stop text is {reprlib.repr(text)}, expected one character or more")
-    return list(stops)
+    return tuple(stops)
 
 
 def checked_flag(name: str, value: Any) -> bool:

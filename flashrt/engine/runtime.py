@@ -11,6 +11,7 @@ from flashrt.budget.planner import GIB, FixedCosts, Plan, host_tier
 from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
 from flashrt.errors import BudgetError, DeviceError
+from flashrt.kv.cache import KINDS, KvKinds
 from flashrt.machine.process import (
     available_bytes,
     peak_resident_bytes,
@@ -38,6 +39,7 @@ class Runtime(Protocol):
 
     ops: Ops[Any]
     bounds_process: bool  # whether the budget is for the process itself
+    kv_kinds: KvKinds  # stores that keys and values may be kept in
 
     def fixed_costs(self, pack: Pack) -> FixedCosts:
         """What the process costs on the budgeted device."""
@@ -60,7 +62,8 @@ class CpuRuntime:
 
     bounds_process = True
 
-    def __init__(self, threads: int | None) -> None:
+    def __init__(self, threads: int | None, kv_kinds: KvKinds = KINDS) -> None:
+        self.kv_kinds = kv_kinds
         self.ops = load_kernels("cpu")
         self.ops.set_threads(usable_cores() if threads is None else threads)
 
@@ -72,6 +75,7 @@ class CpuRuntime:
             peak_resident_bytes(),
             kv_item_bytes(pack),
             functools.partial(self.scratch_bytes, pack),
+            kv_kinds=self.kv_kinds,
         )
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
@@ -91,6 +95,7 @@ class CudaRuntime:
     """The budget bounds all GPU memory of the process, its context included; `host_budget_gb` bounds host memory."""
 
     bounds_process = False
+    kv_kinds = KINDS
 
     def __init__(self, host_budget_gb: float | None) -> None:
         before = _gpu_used_bytes()

@@ -1,50 +1,46 @@
-"""Keys and values of one sequence, every layer's in one preallocated array; cut back by setting a length."""
+"""Keys and values of all positions, in one array."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from flashrt.spec import ModelSpec
-
-Array = np.ndarray
-Allocate = Callable[[Sequence[int]], Array]
+from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows, KvStore, Tensor
+from flashrt.spec import Attention
 
 
-class KVCache:
-    """`layers[i]` is [kv_heads, capacity, 2, head_dim]: K and V of a token and head are contiguous.
+class ContiguousStore(KvStore):
+    """`memory` is [kv_heads, slots, 2, head_dim]: K and V of a token and head lie together, a slot for each position.
 
-    Elements are float32, or bfloat16 bits in uint16. Positions from `length` on hold garbage, or the tokens of a tree:
-    `tree` names the parent of each, a token before it, or -1 for the end of the sequence.
+    `first` is the position of the first slot.
     """
 
-    def __init__(self, spec: ModelSpec, capacity: int, allocate: Allocate) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.tree: tuple[int, ...] = ()
-        self.layers = []
-        for layer in spec.layers:
-            attention = layer.attention
-            self.layers.append(allocate((attention.kv_heads, capacity, 2, attention.head_dim)))
+    @classmethod
+    def slots(cls, attention: Attention, limits: KvLimits) -> int:
+        """Positions that are held at a time."""
+        return limits.context
 
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from position `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut a sequence of {self.length} tokens back to {length}")
-        self.length, self.tree = length, ()
+    @classmethod
+    def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+        return 2 * attention.kv_heads * attention.head_dim * cls.slots(attention, limits)
 
-    def append(self, count: int) -> None:
-        """Make the `count` tokens that were written behind the sequence part of it."""
-        self.length, self.tree = self.length + count, ()
+    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
+        self._attention, self._kernels = attention, kernels
+        self.memory = allocate((attention.kv_heads, self.slots(attention, limits), 2, attention.head_dim))
+        self.first = 0
 
-    def commit(self, path: Sequence[int]) -> None:
-        """Make the tokens `path` of the tree part of the sequence, each the parent of the next; forget the others."""
-        known = all(0 <= node < len(self.tree) for node in path)
-        if not known or any(self.tree[node] != parent for node, parent in zip(path, [-1, *path], strict=False)):
-            raise ValueError(f"{list(path)} is not a path through the tree {list(self.tree)}")
-        for layer in self.layers:
-            for depth, node in enumerate(path):
-                if node != depth:  # always behind its place: nothing is overwritten that is still to come
-                    layer[:, self.length + depth] = layer[:, self.length + node]
-        self.append(len(path))
+    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+        self._kernels.ops.kv_append(key, value, self.memory, start - self.first)
+
+    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
+        ops, scratch = self._kernels
+        options = (rows.start - self.first, self._attention.window, self._attention.scale, None)
+        ops.attention(query, self.memory[heads], *options, out, scratch, rows.parents)
+
+    def commit(self, start: int, path: Sequence[int]) -> None:
+        base = start - self.first
+        for place, row in enumerate(path):
+            if row != place:  # always behind its place: nothing is overwritten that is still to come
+                self.memory[:, base + place] = self.memory[:, base + row]
+
+    def truncate(self, length: int) -> int:
+        return length

@@ -5,28 +5,35 @@ from __future__ import annotations
 import numpy as np
 
 from flashrt.budget.working_set import ropes
-from flashrt.kv.contiguous import KVCache
+from flashrt.kv.base import KvRows
+from flashrt.kv.cache import KvCache
+from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.workspace import Tensor, Workspace
 
 
 class AttentionBlocks:
-    """Computes the block of a layer for the tokens of a pass, whose keys and values it appends to `kv`."""
+    """Computes the block of a layer for the rows of a pass, whose keys and values go to their sequences."""
 
-    def __init__(self, work: Workspace, kv: KVCache) -> None:
-        self.work, self.kv, self.ops = work, kv, work.ops
+    def __init__(self, work: Workspace) -> None:
+        self.work, self.ops = work, work.ops
         pairs = ropes(work.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
+        self._parts: list[tuple[slice, KvCache, KvRows]] = []
 
-    def rotate_to(self, positions: np.ndarray) -> None:
-        """Cosines and sines of the pass's positions (int64 [T]), for every distinct rope."""
-        count = len(positions)
+    def begin(self, batch: Batch) -> None:
+        """Prepare what all layers need of a pass: cosines and sines of its positions for every rope, and its trees."""
+        count, make = len(batch), self.work.device.make
         for (rope, dim), i in self._rope_index.items():
-            angles = positions[:, None].astype(np.float64) * self._frequencies[i]
+            angles = batch.positions[:, None].astype(np.float64) * self._frequencies[i]
             for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
                 out = self.work.view(name, count, dim // 2)
                 self.work.device.put((values * rope.attention_factor).astype(np.float32), out)
+        self._parts = []
+        for own, part in batch.parts:
+            parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
+            self._parts.append((own, part.kv, KvRows(part.start, parents)))
 
     def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
         """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""
@@ -36,34 +43,32 @@ class AttentionBlocks:
         self.work.linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
         return qkv
 
-    def attend(self, i: int, qkv: Tensor, start: int, chosen: Chosen | None, tree: Tensor | None) -> Tensor:
+    def attend(self, i: int, qkv: Tensor, chosen: Chosen | None) -> Tensor:
         """What the chosen heads (None: all) give, float32 [T, heads * head_dim].
 
         The others give zeros, whatever their queries hold.
         """
-        attention = self.work.spec.layers[i].attention
-        ops, count, dim, kv = self.ops, len(qkv), attention.head_dim, self.kv.layers[i]
-        out = self.work.view("attended", count, attention.heads * dim)
-        heads = qkv.reshape(count, -1, dim)
-        query = heads[:, : attention.heads]
-        key = heads[:, attention.heads : attention.heads + attention.kv_heads]
-        value = heads[:, attention.heads + attention.kv_heads :]
+        attention, count = self.work.spec.layers[i].attention, len(qkv)
+        heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
+        out = self.work.view("attended", count, heads * dim)
+        split = qkv.reshape(count, -1, dim)
+        query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
         if attention.qk_norm:
             self._norm_heads(query, f"{i}.q_norm")
             self._norm_heads(key, f"{i}.k_norm")
         if attention.rope is not None:
             index = self._rope_index[attention.rope, dim]
             cos, sin = (self.work.view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
-            ops.rope(heads[:, : attention.heads + attention.kv_heads], cos, sin)
-        ops.kv_append(key, value, kv, start)
-        options = (start, attention.window, attention.scale, None)
-        if chosen is None:
-            ops.attention(query, kv, *options, out, self.work.scratch, tree)
-            return out
-        for first, end in chosen.spans:
-            part, own = out[:, first * dim : end * dim], kv[first:end]
-            ops.attention(query[:, first:end], own, *options, part, self.work.scratch, tree)
-        out.reshape(count, -1, dim)[~chosen.each] = 0
+            self.ops.rope(split[:, : heads + kv_heads], cos, sin)
+        group = heads // kv_heads
+        spans = [(0, heads)] if chosen is None else chosen.spans
+        for own, kv, rows in self._parts:
+            kv.stores[i].append(key[own], value[own], rows.start)
+            for first, end in spans:
+                part = out[own, first * dim : end * dim]
+                kv.stores[i].attend(query[own, first:end], rows, slice(first // group, end // group), part)
+        if chosen is not None:
+            out.reshape(count, -1, dim)[~chosen.each] = 0
         return out
 
     def output(self, i: int, attended: Tensor, wide: bool) -> Tensor:

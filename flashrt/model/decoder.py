@@ -8,13 +8,13 @@ by many tokens, and give a token the same bits however the prompt is cut into pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from flashrt.budget.working_set import SCORE_ROWS
-from flashrt.kv.contiguous import KVCache
 from flashrt.model.attention import AttentionBlocks
+from flashrt.model.batch import Batch
 from flashrt.model.ffn.router import route
 from flashrt.model.ffn.sparse_channels import ChannelFfn
 from flashrt.model.ffn.sparse_rows import RowFfn
@@ -32,13 +32,13 @@ Observer = Callable[[str, int, Tensor, Tensor], None]
 
 
 class Decoder:
-    """Runs passes in the buffers of `work` over its weights, appending to `kv`."""
+    """Runs passes in the buffers of `work` over its weights."""
 
-    def __init__(self, work: Workspace, kv: KVCache) -> None:
-        self.work, self.kv = work, kv
+    def __init__(self, work: Workspace) -> None:
+        self.work = work
         self.spec, self.layout = work.spec, work.layout
         self.weights, self.device, self.ops = work.weights, work.device, work.ops
-        self.attention = AttentionBlocks(work, kv)
+        self.attention = AttentionBlocks(work)
         self._observe: Observer | None = None
         sparsity = work.weights.pack.manifest.sparsity
         self.channels = ChannelFfn(work.weights, self.ops) if sparsity and sparsity.channels else None
@@ -69,45 +69,22 @@ class Decoder:
             self.rows.abandon()
         self.weights.abandon_pass()
 
-    def drafted(self, token: int, depth: int) -> Tensor:
-        """Logits float32 [1, vocab] after `token`, by the resident neurons of most use alone.
+    def forward(self, batch: Batch) -> Tensor:
+        """Run a pass through all layers. Returns the normed states of its rows, float32 [T, hidden].
 
-        It follows `depth` other drafted tokens behind the sequence, which stays as it is. Nothing is read but a row of
-        the embeddings; for plans with `adaptive_ffns`.
+        The result is a view of a buffer that the next pass overwrites. `weights.begin_pass` comes first, but for a
+        draft. Keys and values are written behind the sequences, which stay as they are: what becomes part of them is
+        for their owner to say.
         """
-        return self.logits(self._run([token], self.kv.length + depth, wide=False, parents=None, draft=True))
-
-    def hidden(self, ids: Sequence[int], wide: bool, parents: Sequence[int] | None = None) -> Tensor:
-        """Run `ids` through all layers at the end of the sequence. Returns the normed states, float32 [T, hidden].
-
-        The result is a view of a buffer that the next pass overwrites. `weights.begin_pass` comes first. `parents`
-        makes the tokens of a narrow pass a tree (see `KVCache.tree`): each follows its parent, and is no part of the
-        sequence until `kv.commit` says so.
-        """
-        states = self._run(ids, self.kv.length, wide, parents, draft=False)
-        if parents is None:
-            self.kv.append(len(ids))
-        else:
-            self.kv.tree = tuple(parents)
-        return states
-
-    def _run(self, ids: Sequence[int], start: int, wide: bool, parents: Sequence[int] | None, draft: bool) -> Tensor:
-        """Normed states of `ids` from position `start` on, whose keys and values are written there."""
-        count = len(ids)
-        if start + count > self.kv.capacity:
-            raise ValueError(f"{start} + {count} tokens do not fit in a KV cache of {self.kv.capacity}")
-        self.kv.tree = ()  # its tokens are about to be overwritten
-        positions = start + (np.arange(count) if parents is None else depths(parents))
-        tree = None if parents is None else self.device.make(np.asarray(parents, np.int32))
-        x = self.work.view("x", count, self.spec.hidden)
-        self._embed(ids, positions, x)
-        self.attention.rotate_to(positions)
+        x = self.work.view("x", len(batch), self.spec.hidden)
+        self._embed(batch, x)
+        self.attention.begin(batch)
         for i in range(len(self.spec.layers)):
-            if self.rows is not None and not wide:
+            if self.rows is not None and not batch.wide:
                 self._look_ahead_rows(i, x, self.rows)
-            self._attention(i, x, start, wide, tree)
-            self._ffn(i, x, start, wide, draft)
-        normed = self.work.view("normed", count, self.spec.hidden)
+            self._attention(i, x, batch)
+            self._ffn(i, x, batch)
+        normed = self.work.view("normed", len(batch), self.spec.hidden)
         self.work.norm("norm.final", x, normed)
         return normed
 
@@ -145,27 +122,28 @@ class Decoder:
                 top = peak
         return chosen - top - np.log(total)
 
-    def _embed(self, ids: Sequence[int], positions: np.ndarray, x: Tensor) -> None:
-        self.work.lookup("embed", ids, x)
+    def _embed(self, batch: Batch, x: Tensor) -> None:
+        self.work.lookup("embed", batch.tokens, x)
         if self.spec.embed_scale != 1.0:
             x *= self.spec.embed_scale
         if self.spec.positions:
-            y = self.work.view("y", len(ids), self.spec.hidden)
-            self.work.lookup("positions", (positions + self.spec.position_offset).tolist(), y)
+            y = self.work.view("y", len(batch), self.spec.hidden)
+            self.work.lookup("positions", (batch.positions + self.spec.position_offset).tolist(), y)
             x += y
 
-    def _attention(self, i: int, x: Tensor, start: int, wide: bool, tree: Tensor | None) -> None:
-        work, attention = self.work, self.attention
+    def _attention(self, i: int, x: Tensor, batch: Batch) -> None:
+        work, attention, wide = self.work, self.attention, batch.wide
         normed = work.view("normed", len(x), self.spec.hidden)
         work.norm(f"{i}.norm.attention", x, normed)
-        chosen = None if self.rows is None or wide else self.rows.choose_heads(i, normed, start)
-        attended = attention.attend(i, attention.project(i, normed, wide, chosen), start, chosen, tree)
+        chosen = None if self.rows is None or wide else self.rows.choose_heads(i, normed, batch.positions)
+        attended = attention.attend(i, attention.project(i, normed, wide, chosen), chosen)
         if self._observe is not None:
             self._observe("attention", i, x, normed)
             self._observe("heads", i, x, attended)
         x += attention.output(i, attended, wide)
 
-    def _ffn(self, i: int, x: Tensor, start: int, wide: bool, draft: bool) -> None:
+    def _ffn(self, i: int, x: Tensor, batch: Batch) -> None:
+        wide = batch.wide
         ffn, count, hidden = self.spec.layers[i].ffn, len(x), self.spec.hidden
         normed, y = self.work.view("normed", count, hidden), self.work.view("y", count, hidden)
         self.work.norm(f"{i}.norm.ffn", x, normed)
@@ -173,11 +151,11 @@ class Decoder:
             self._observe("ffn", i, x, normed)
         y[:] = 0
         if self.channels is not None:
-            self._sparse(i, self.channels, normed, start, y, wide)
+            self._sparse(i, self.channels, normed, batch, y)
         elif self.rows is not None and not wide:
             self.rows.add(i, normed, y)
         elif f"{i}.ffn" in self.weights.resident:
-            self._followed(i, ffn, normed, y, wide, draft)
+            self._followed(i, ffn, normed, y, wide, batch.draft)
         elif ffn.experts:
             self._experts(i, ffn, x, normed, y, wide)
         else:
@@ -195,12 +173,12 @@ class Decoder:
             self.work.norm(f"{i}.norm.ffn", x, normed)
             rows.look_ahead(i, normed)
 
-    def _sparse(self, i: int, channels: ChannelFfn, x: Tensor, start: int, y: Tensor, wide: bool) -> None:
+    def _sparse(self, i: int, channels: ChannelFfn, x: Tensor, batch: Batch, y: Tensor) -> None:
         sums = self.work.view("sums", len(x), self.layout.tensors[f"{i}.channels"].columns)
-        if wide:
+        if batch.wide:
             channels.add_wide(i, x, sums, y, self.work.scratch)
         else:
-            channels.add(i, x, start, sums, y)
+            channels.add(i, x, batch.positions, sums, y)
 
     def _followed(self, i: int, ffn: Ffn, x: Tensor, y: Tensor, wide: bool, draft: bool) -> None:
         """A block whose resident neurons are those that the text uses: all of it, or for a draft only the best."""
@@ -274,12 +252,3 @@ class Decoder:
                     ops.gemm_glu(x, neurons, y, routed, self.work.scratch)
                 else:
                     ops.glu(x, neurons, y, routed)
-
-
-def depths(parents: Sequence[int]) -> np.ndarray:
-    """How many tokens of its tree each token follows, int64 [T]; parents as in `KVCache.tree`."""
-    result = np.zeros(len(parents), np.int64)
-    for i, parent in enumerate(parents):
-        if parent >= 0:
-            result[i] = result[parent] + 1
-    return result

@@ -38,10 +38,10 @@ class Heads:
         name = f"{i}{PREDICTOR}heads"
         self._predictor = HeadPredictor(ops, weights.whole(name), weights.vector(f"{name}.bias"))
 
-    def choose(self, x: Array, start: int, threshold: float) -> Chosen:
-        """Heads that score above `threshold`, for inputs x of the attention, float32 [B, hidden], from `start` on."""
+    def choose(self, x: Array, positions: Array, threshold: float) -> Chosen:
+        """Heads that score above `threshold`, for inputs x of the attention, float32 [B, hidden], at `positions`."""
         each = self._predictor.scores(x) > threshold
-        each[: max(SINKS - start, 0)] = True
+        each[positions < SINKS] = True
         return Chosen(each, runs(each))
 
 

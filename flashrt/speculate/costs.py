@@ -1,53 +1,87 @@
-"""Seconds that passes and draft steps take, as measured in this run, recent ones weighing more."""
+"""Seconds that passes and draft steps take, as measured of late: medians, which one disturbed time cannot move."""
 
 from __future__ import annotations
 
-DECAY = 0.95  # of what was measured, per measurement
-PRIOR = 0.1  # how firmly more positions are thought to cost nothing: as one measurement of 1 + sqrt(PRIOR) positions
+import statistics
+from collections import deque
+from collections.abc import Iterable
+
+RECENT = 5  # measurements of a kind that count
+DECAY = 0.98  # of what a measurement tells of the slope, per pass
+FLAT = 1.0  # how firmly more positions are thought to cost nothing: as a pair of measurements one position apart
+GROWTH = 2  # times as many positions as were ever measured are tried at most
 
 
 class PassCost:
-    """Seconds of a pass by its number of positions: a line through what was measured, weighted least squares.
+    """Seconds of a pass by its number of positions: a line through medians (Theil 1950, Sen 1968).
 
     Passes differ little where bytes have to come from disk or memory, and grow with the positions where arithmetic is
-    the bound. Since the past fades, the line is the one near the numbers in use. It is not thought to rise until that
-    was seen; where it was seen long ago, that fades too, and more positions are tried again.
+    the bound. The slope is the weighted median of the slopes between any two numbers of positions, each of which counts
+    with the median of its last times; those measured long ago count less, and pairs far apart more. The level follows
+    the last few passes, whatever their numbers: a machine that gets slower for a while is no reason to draft less.
     """
 
     def __init__(self) -> None:
-        self._weight = self._x = self._xx = self._y = self._xy = 0.0  # sums; x: positions beyond one, y: seconds
+        self._times: dict[int, deque[tuple[float, int]]] = {}  # by positions: (seconds, pass)
+        self._last: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._passes = 0
 
     def record(self, positions: int, seconds: float) -> None:
-        x = positions - 1
-        sums = (self._weight, self._x, self._xx, self._y, self._xy)
-        new = (1.0, x, x * x, seconds, x * seconds)
-        self._weight, self._x, self._xx, self._y, self._xy = (
-            DECAY * old + more for old, more in zip(sums, new, strict=True)
-        )
+        """A pass over `positions` took `seconds`."""
+        self._passes += 1
+        self._times.setdefault(positions, deque(maxlen=RECENT)).append((seconds, self._passes))
+        self._last.append((positions, seconds))
 
     @property
     def measured(self) -> bool:
-        return self._weight > 0
+        return self._passes > 0
 
     def seconds(self, limit: int) -> list[float]:
-        """Of passes over 1 to `limit` positions; some pass must have been measured."""
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = self._xx - self._x * mean_x
-        slope = max((self._xy - self._x * mean_y) / (spread + PRIOR), 0.0)
-        first = max(mean_y - slope * mean_x, 0.0)
-        return [first + slope * x for x in range(limit)]
+        """Of passes over 1 to `limit` positions, or fewer where so many were never near; some must have been measured.
+
+        They are not thought to rise until that was seen; where it was seen long ago, more positions are tried again.
+        """
+        slope = self._slope()
+        first = statistics.median(max(seconds - slope * (positions - 1), 0.0) for positions, seconds in self._last)
+        return [first + slope * x for x in range(min(limit, GROWTH * max(self._times)))]
+
+    def _slope(self) -> float:
+        points = [
+            (positions, statistics.median(seconds for seconds, _ in times), self._weight(times))
+            for positions, times in self._times.items()
+        ]
+        slopes = [(0.0, FLAT)]
+        for i, (x, y, weight) in enumerate(points):
+            for other_x, other_y, other in points[:i]:
+                slopes.append(((y - other_y) / (x - other_x), weight * other * abs(x - other_x)))
+        return max(_weighted_median(slopes), 0.0)
+
+    def _weight(self, times: Iterable[tuple[float, int]]) -> float:
+        return float(sum(DECAY ** (self._passes - asof) for _, asof in times))
 
 
 class StepCosts:
-    """Seconds of a draft step by drafter."""
+    """Seconds of a draft step by drafter: medians of the last ones."""
 
     def __init__(self) -> None:
-        self._means: dict[str, float] = {}
+        self._times: dict[str, deque[float]] = {}
 
     def record(self, drafter: str, seconds: float) -> None:
-        mean = self._means.get(drafter, seconds)
-        self._means[drafter] = DECAY * mean + (1 - DECAY) * seconds
+        """A step took `seconds`."""
+        self._times.setdefault(drafter, deque(maxlen=RECENT)).append(seconds)
 
     def seconds(self, drafter: str) -> float:
         """0 for one that was never measured: it is tried."""
-        return self._means.get(drafter, 0.0)
+        times = self._times.get(drafter)
+        return statistics.median(times) if times else 0.0
+
+
+def _weighted_median(pairs: Iterable[tuple[float, float]]) -> float:
+    """The smallest value up to which half of the weight lies, of (value, weight)."""
+    ordered = sorted(pairs)
+    half, total = sum(weight for _, weight in ordered) / 2, 0.0
+    for value, weight in ordered:
+        total += weight
+        if total >= half:
+            return value
+    return ordered[-1][0]

@@ -33,7 +33,7 @@ for i, _ in enumerate(engine.generate("The budget holds.", int(sys.argv[4]), ign
     if i % 100 == 0:
         resident.append(process.memory_info().rss)
 print(json.dumps({"resident": resident, "threads": process.num_threads(), "files": process.num_fds(),
-                  "read": engine.bytes_read, "tokens": engine.length}))
+                  "read": engine.bytes_read, "tokens": engine.sequence.length}))
 """
 
 

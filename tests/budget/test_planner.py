@@ -24,6 +24,8 @@ from flashrt.budget.planner import (
     smallest_budget,
 )
 from flashrt.errors import BudgetError
+from flashrt.kv.base import KvLimits
+from flashrt.kv.cache import kv_bytes
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
 from flashrt.storage.layout import PAGE, TensorLayout, pack_layout
 from flashrt_kernels.rows import Codec
@@ -101,7 +103,7 @@ def test_every_byte_has_one_owner(spec: ModelSpec, codec: Codec, workload: Workl
     assert sum(the_plan.owners.values()) == budget == the_plan.budget_bytes
     assert min(the_plan.owners.values()) >= 0
     assert the_plan.owners["slack"] >= max(slack_bytes(budget), nobody_counts(budget))
-    assert the_plan.owners["KV"] == workload.context * spec.kv_bytes_per_token(2)
+    assert the_plan.owners["KV"] == kv_bytes(spec, KvLimits(workload.context, the_plan.prefill_chunk), 2)
     assert the_plan.prefill_chunk in CHUNKS
 
 

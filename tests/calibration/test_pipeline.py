@@ -62,7 +62,7 @@ def tokens():
 
 
 def with_thresholds(engine, **thresholds):
-    channels = engine.decoder.channels
+    channels = engine.runner.decoder.channels
     channels.restart([replace(layer, **thresholds) for layer in channels.layers])
     return engine
 
@@ -87,9 +87,11 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
         with tiny_engine(packed, share, chunk=16, logit_rows=16) as engine:
             assert engine.plan.resident == (share == 1)
             results.append(logits_of(engine, prompt, rest))
-            engine.rewind(0)
-            engine.prefill(prompt)
-            batched = np.concatenate([engine.step_batch(rest[i : i + 16]).copy() for i in range(0, len(rest), 16)])
+            engine.sequence.rewind(0)
+            engine.runner.prefill(engine.sequence, prompt)
+            batched = np.concatenate(
+                [engine.runner.step_batch(engine.sequence, rest[i : i + 16]).copy() for i in range(0, len(rest), 16)]
+            )
             assert np.array_equal(batched, results[-1][1:])
     assert np.array_equal(results[0], results[2])
     assert np.array_equal(results[1], results[2])

@@ -27,6 +27,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError
+from flashrt.kv.cache import KINDS
 from flashrt.sparsity import Sparsity
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -68,22 +69,24 @@ def tiny_engine(packed: Pack, share: float, runtime: Runtime | None = None, **pl
 
 def logits_of(engine: Engine, prompt: list[int], tokens: list[int]) -> np.ndarray:
     """Logits after the prompt and after each of `tokens`, float32 [1 + len(tokens), vocab]."""
-    engine.rewind(0)
-    rows = [engine.prefill(prompt).copy()]
-    rows += [engine.step(token).copy() for token in tokens]
+    engine.sequence.rewind(0)
+    rows = [engine.runner.prefill(engine.sequence, prompt).copy()]
+    rows += [engine.runner.step(engine.sequence, token).copy() for token in tokens]
     return np.stack(rows)
 
 
 def check_a_thinned_tree(engine: Engine, tokens: list[int]) -> None:
     """In sparse mode a tree has the bits of its paths, and needs the first tokens of a sequence before it."""
-    engine.prefill(tokens[:9])
-    found = engine.step_tree(tokens[9:14], [-1, 0, 0, -1, 2]).copy()
+    engine.runner.prefill(engine.sequence, tokens[:9])
+    found = engine.runner.step_tree(engine.sequence, tokens[9:14], [-1, 0, 0, -1, 2]).copy()
     for i, nodes in enumerate(([0], [0, 1], [0, 2], [3], [0, 2, 4])):
-        engine.rewind(9)
-        assert np.array_equal(engine.step_batch([tokens[9 + node] for node in nodes])[-1], found[i])
-    engine.rewind(3)
+        engine.sequence.rewind(9)
+        assert np.array_equal(
+            engine.runner.step_batch(engine.sequence, [tokens[9 + node] for node in nodes])[-1], found[i]
+        )
+    engine.sequence.rewind(3)
     with pytest.raises(UsageError, match="needs 4"):
-        engine.step_tree(tokens[3:5], [-1, -1])
+        engine.runner.step_tree(engine.sequence, tokens[3:5], [-1, -1])
 
 
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -114,6 +117,7 @@ class TorchRuntime:
     """
 
     bounds_process = False
+    kv_kinds = KINDS
 
     def __init__(self, name: str = "cpu", host_share: float = 0.0) -> None:
         self.ops, self.name, self.host_share = ops.load("torch"), name, host_share

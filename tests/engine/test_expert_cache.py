@@ -51,7 +51,7 @@ def test_logits_equal_transformers(case, slots):
         loaded = engine.reader.bytes_read
         result = logits_of(engine, prompt, tokens)
         assert engine.reader.bytes_read - loaded > engine.plan.weight_bytes
-        engine.decoder.weights.experts.check_integrity()
+        engine.runner.decoder.weights.experts.check_integrity()
         counts = engine.expert_counts
     assert relative_rms(result, expected) < 1e-4
     assert np.array_equal(result, resident)
@@ -63,9 +63,9 @@ def test_logits_equal_transformers(case, slots):
 def test_batches_equal_single_tokens(case, size):
     _, packed, prompt, tokens, resident = case
     with cached_engine(packed, 3, logit_rows=16) as engine:
-        engine.prefill(prompt)
-        assert np.array_equal(engine.step_batch(tokens[:size]), resident[1 : 1 + size])
-        engine.decoder.weights.experts.check_integrity()
+        engine.runner.prefill(engine.sequence, prompt)
+        assert np.array_equal(engine.runner.step_batch(engine.sequence, tokens[:size]), resident[1 : 1 + size])
+        engine.runner.decoder.weights.experts.check_integrity()
 
 
 def test_looking_ahead_changes_no_bit(case, monkeypatch):
@@ -85,7 +85,7 @@ def test_torch(case, host_share):
     for slots in (2, 4):
         with cached_engine(packed, slots, TorchRuntime(host_share=host_share)) as engine:
             assert np.array_equal(logits_of(engine, prompt, tokens), resident)
-            engine.decoder.weights.experts.check_integrity()
+            engine.runner.decoder.weights.experts.check_integrity()
 
 
 @pytest.mark.parametrize("make_runtime", [lambda: None, TorchRuntime], ids=["native", "torch"])
@@ -104,7 +104,7 @@ def test_a_failed_read_leaves_the_cache_usable(case, make_runtime, monkeypatch):
         for _ in range(5):
             with pytest.raises(DiskError, match="the disk is gone"):
                 logits_of(engine, prompt, tokens)
-            engine.decoder.weights.experts.check_integrity()
+            engine.runner.decoder.weights.experts.check_integrity()
         monkeypatch.undo()
         assert np.array_equal(logits_of(engine, prompt, tokens), expected)
 
@@ -128,7 +128,7 @@ def test_an_interrupt_leaves_the_cache_usable(case, make_runtime):
                 except KeyboardInterrupt:
                     pass
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                engine.decoder.weights.experts.check_integrity()
+                engine.runner.decoder.weights.experts.check_integrity()
             assert np.array_equal(logits_of(engine, prompt, tokens), expected)
     finally:
         signal.signal(signal.SIGALRM, previous)

@@ -78,13 +78,13 @@ def test_reuse_keeps_what_two_prompts_share(tmp_path):
     _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint")
     with tiny_engine(make_pack(checkpoint, tmp_path / "pack", Codec.F32), 0.3, context=120) as engine:
         longer = PROMPT + ids(engine) + [7, 8, 9]
-        fresh = engine.prefill([*longer[:-1], 11]).copy()
-        engine.rewind(0)
+        fresh = engine.runner.prefill(engine.sequence, [*longer[:-1], 11]).copy()
+        engine.sequence.rewind(0)
         ids(engine)
-        kept = engine.length
+        kept = engine.sequence.length
         assert kept > len(PROMPT)
         before = engine.reader.bytes_read
-        continued = engine.prefill([*longer[:-1], 11])
+        continued = engine.runner.prefill(engine.sequence, [*longer[:-1], 11])
         assert relative_rms(continued, fresh) < 1e-5
         assert engine.reader.bytes_read - before < 2 * engine.plan.weight_bytes  # one short pass, not the prompt again
 
@@ -97,12 +97,12 @@ def test_reuse_keeps_what_two_prompts_share(tmp_path):
 def test_a_prompt_that_shares_its_beginning_gives_the_bits_of_a_fresh_one(engine, shared, length):
     """In narrow passes, whose bits do not depend on how many tokens are new."""
     earlier, later = PROMPT[:12], PROMPT[:shared] + [60 + i for i in range(length - shared)]
-    fresh = engine.prefill(later).copy()
-    engine.rewind(0)
-    engine.prefill(earlier)
-    assert np.array_equal(engine.prefill(later), fresh)
-    assert engine.length == length
-    engine.prefill(earlier)
+    fresh = engine.runner.prefill(engine.sequence, later).copy()
+    engine.sequence.rewind(0)
+    engine.runner.prefill(engine.sequence, earlier)
+    assert np.array_equal(engine.runner.prefill(engine.sequence, later), fresh)
+    assert engine.sequence.length == length
+    engine.runner.prefill(engine.sequence, earlier)
     answers = [
         [token.id for token in engine.generate(later, 6, ignore_eos=True, reuse=reuse)] for reuse in (True, False)
     ]
@@ -180,9 +180,9 @@ def test_requests_that_cannot_be_served(engine, prompt, limit, message):
 
 
 def test_batches_are_bounded(engine):
-    engine.prefill(PROMPT)
+    engine.runner.prefill(engine.sequence, PROMPT)
     with pytest.raises(UsageError, match="expected 1 to 1"):
-        engine.step_batch([5, 6])
+        engine.runner.step_batch(engine.sequence, [5, 6])
 
 
 def test_distribution_against_a_plain_computation():
@@ -211,9 +211,11 @@ def test_sampling_refuses_nonsense(field):
 def test_prefill_gives_the_last_token_s_logits_whatever_a_pass_may_hold(packed):
     with tiny_engine(packed, 1.0, logit_rows=16) as wide, tiny_engine(packed, 1.0) as narrow:
         for prompt in (PROMPT[:5], PROMPT):
-            assert np.array_equal(wide.prefill(prompt), narrow.prefill(prompt))
-            wide.rewind(0)
-            narrow.rewind(0)
+            assert np.array_equal(
+                wide.runner.prefill(wide.sequence, prompt), narrow.runner.prefill(narrow.sequence, prompt)
+            )
+            wide.sequence.rewind(0)
+            narrow.sequence.rewind(0)
 
 
 def test_one_generation_at_a_time(engine):
@@ -233,14 +235,18 @@ def test_a_closed_engine_says_so(packed):
         unused = engine.generate(PROMPT, 4)
     assert generation.report.new_tokens >= 1
     assert generation.report.finish_reason == "interrupted"
-    for call in (lambda: next(unused), lambda: engine.step(5), lambda: engine.prefill([5])):
+    for call in (
+        lambda: next(unused),
+        lambda: engine.runner.step(engine.sequence, 5),
+        lambda: engine.runner.prefill(engine.sequence, [5]),
+    ):
         with pytest.raises(UsageError, match="closed"):
             call()
 
 
 def test_a_failed_read_leaves_the_engine_usable(engine, monkeypatch):
     expected = ids(engine)
-    engine.prefill(PROMPT)
+    engine.runner.prefill(engine.sequence, PROMPT)
     with monkeypatch.context() as patch:
         patch.setattr(engine.reader.pack, "block_crc", lambda *_: 0)
         for flags in engine.reader._verified.values():
@@ -260,4 +266,4 @@ def test_scoring_needs_a_plan_for_it_and_known_tokens(packed, engine):
 def test_expectations_do_not_pile_up_when_everything_is_resident(packed):
     with tiny_engine(packed, 1.0) as engine:
         ids(engine)
-        assert not engine.decoder.weights._static._wanted
+        assert not engine.runner.decoder.weights._static._wanted

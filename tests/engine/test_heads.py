@@ -59,7 +59,7 @@ def tokens():
 
 def with_heads_from(engine, threshold):
     """Another threshold, in the layers that have a predictor."""
-    rows = engine.decoder.rows
+    rows = engine.runner.decoder.rows
     rows.restart([replace(x, heads_from=threshold if x.heads_from is not None else None) for x in rows.layers])
     return engine
 
@@ -72,10 +72,10 @@ def attended(engine, prompt, batch):
         if kind == "heads":
             found[i] = values.reshape(len(values), engine.spec.layers[i].attention.heads, -1).copy()
 
-    engine.rewind(0)
-    engine.prefill(prompt)
-    with engine.decoder.observing(observe):
-        engine.step_batch(batch)
+    engine.sequence.rewind(0)
+    engine.runner.prefill(engine.sequence, prompt)
+    with engine.runner.decoder.observing(observe):
+        engine.runner.step_batch(engine.sequence, batch)
     return found
 
 
@@ -97,9 +97,11 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens):
         with tiny_engine(packed, share, chunk=16, logit_rows=16) as engine:
             results.append(logits_of(engine, prompt, rest))
             assert engine.ffn_shares()["heads"] < 1
-            engine.rewind(0)
-            engine.prefill(prompt)
-            batched = np.concatenate([engine.step_batch(rest[i : i + 16]).copy() for i in range(0, len(rest), 16)])
+            engine.sequence.rewind(0)
+            engine.runner.prefill(engine.sequence, prompt)
+            batched = np.concatenate(
+                [engine.runner.step_batch(engine.sequence, rest[i : i + 16]).copy() for i in range(0, len(rest), 16)]
+            )
             assert np.array_equal(batched, results[-1][1:])
     for other in results[1:]:
         assert np.array_equal(other, results[0])
@@ -123,15 +125,15 @@ def test_a_head_left_out_gives_nothing_and_the_others_all(case, tokens):
     first = next(i for i, layer in enumerate(sparsity.layers) if layer.heads_from is not None)
     prompt, batch = tokens[:7], tokens[7:20]
     with tiny_engine(Pack(path / SPARSE_DIR), 0.3, logit_rows=NARROW_TOKENS) as engine:
-        heads = engine.decoder.rows._heads[first]
+        heads = engine.runner.decoder.rows._heads[first]
         chosen = []
         choose = heads.choose
         heads.choose = lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1]
         found = attended(engine, prompt, batch)[first]
-        cache = engine.decoder.kv.layers[first][:, :20].copy()
+        cache = engine.sequence.kv.stores[first].memory[:, :20].copy()
         exact = attended(with_heads_from(engine, None), prompt, batch)[first]
         chosen = chosen[-1].each
-        assert np.array_equal(cache, engine.decoder.kv.layers[first][:, :20])  # no holes
+        assert np.array_equal(cache, engine.sequence.kv.stores[first].memory[:, :20])  # no holes
     assert 0 < chosen.sum() < chosen.size
     assert exact.all()
     assert not found[~chosen].any()
@@ -163,7 +165,7 @@ def test_heads_are_reported(case, tokens, tmp_path):
         assert 0 < generated(engine, tokens).heads_share < 1
         result = figures(reference.divergence(engine, quiet), engine, select(engine, windows))
         assert 0 < result["heads_share"] < 1
-        engine.decoder.rows.restart()
+        engine.runner.decoder.rows.restart()
         attended(with_heads_from(engine, -EVERYTHING), tokens[:20], tokens[20:30])
         predicted = np.mean([layer.heads_from is not None for layer in case[1].layers])
         assert engine.ffn_shares()["heads"] == pytest.approx(1 - predicted)

@@ -103,7 +103,7 @@ def engine(tmp_path_factory):
 @pytest.fixture
 def idle(engine, monkeypatch):
     """An engine that fails when anything runs."""
-    monkeypatch.setattr(engine.decoder, "hidden", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(engine.runner.decoder, "forward", lambda *_, **__: pytest.fail("ran"))
     return engine
 
 

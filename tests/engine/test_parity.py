@@ -69,8 +69,8 @@ def test_batch_equals_single_steps_and_rewind(case):
     with tiny_engine(packed, 0.35, logit_rows=16) as engine:
         single = logits_of(engine, prompt, tokens[:16])
         for size in (2, 5, 16):
-            engine.rewind(len(prompt))
-            batch = engine.step_batch(tokens[:size])
+            engine.sequence.rewind(len(prompt))
+            batch = engine.runner.step_batch(engine.sequence, tokens[:size])
             assert np.array_equal(batch, single[1 : 1 + size])
 
 

@@ -61,7 +61,7 @@ def tokens():
 
 def everything(engine):
     """Let every neuron through."""
-    rows = engine.decoder.rows
+    rows = engine.runner.decoder.rows
     rows.restart([replace(layer, threshold=EVERYTHING) for layer in rows.layers])
     return engine
 
@@ -88,11 +88,13 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
             windows.append(sum(engine.plan.windows.values()))
             assert bool(windows[-1]) == (share < 1)
             results.append(logits_of(engine, prompt, rest))
-            engine.rewind(0)
-            engine.prefill(prompt)
-            batched = np.concatenate([engine.step_batch(rest[i : i + 16]).copy() for i in range(0, len(rest), 16)])
+            engine.sequence.rewind(0)
+            engine.runner.prefill(engine.sequence, prompt)
+            batched = np.concatenate(
+                [engine.runner.step_batch(engine.sequence, rest[i : i + 16]).copy() for i in range(0, len(rest), 16)]
+            )
             assert np.array_equal(batched, results[-1][1:])
-            for cache in engine.decoder.rows._caches:
+            for cache in engine.runner.decoder.rows._caches:
                 if cache is not None:
                     cache.check_integrity()
     assert len(set(windows)) == 4
@@ -111,12 +113,12 @@ def test_with_every_neuron_chosen_it_is_exact_on_the_same_order(case, tokens, sh
     """The dense way through the calibrated pack, narrow passes included, is the reference."""
     packed = Pack(case[0] / SPARSE_DIR)
     with tiny_engine(packed, 1.0) as engine:
-        engine.decoder.rows = None
+        engine.runner.decoder.rows = None
         exact = logits_of(engine, tokens[:9], tokens[9:])
     with tiny_engine(packed, share) as engine:
         found = logits_of(everything(engine), tokens[:9], tokens[9:])
         assert engine.ffn_shares()["rows"] == 1
-        engine.decoder.rows.restart(packed.manifest.sparsity.layers)
+        engine.runner.decoder.rows.restart(packed.manifest.sparsity.layers)
         thinned = logits_of(engine, tokens[:9], tokens[9:])
         assert engine.ffn_shares()["rows"] < 1
     assert np.array_equal(found, exact)
@@ -131,7 +133,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(case, tokens):
     packed = Pack(case[0] / SPARSE_DIR)
     with tiny_engine(packed, 0.1) as engine:
         expected = logits_of(engine, tokens[:9], tokens[9:])
-        cache = engine.decoder.rows._caches[1]
+        cache = engine.runner.decoder.rows._caches[1]
         ensure = cache.ensure
 
         def interrupted(rows):
@@ -140,7 +142,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(case, tokens):
 
         cache.ensure = interrupted
         with pytest.raises(KeyboardInterrupt):
-            engine.step(5)
+            engine.runner.step(engine.sequence, 5)
         cache.ensure = ensure
         assert np.array_equal(logits_of(engine, tokens[:9], tokens[9:]), expected)
 
@@ -152,7 +154,7 @@ def test_results_do_not_depend_on_guesses(case, tokens, share, monkeypatch):
         monkeypatch.setattr(Lookahead, "begin", lambda self, guessing=guessing: began(self, guessing))
         with tiny_engine(packed, share) as engine:
             results[guessing] = logits_of(engine, tokens[:9], tokens[9:])
-            rows = engine.decoder.rows
+            rows = engine.runner.decoder.rows
             caches = [cache for cache in rows._caches if cache is not None]
             for cache in caches:
                 cache.check_integrity()
@@ -174,19 +176,19 @@ def test_a_guess_that_nobody_came_for(case, tokens, monkeypatch):
     packed = Pack(case[0] / SPARSE_DIR)
     with tiny_engine(packed, 0.1) as engine:
         expected = logits_of(engine, tokens[:9], tokens[9:])
-        attention = engine.decoder._attention
+        attention = engine.runner.decoder._attention
 
         def interrupted(i, *rest):
             if i == 1:
                 raise KeyboardInterrupt
             attention(i, *rest)
 
-        engine.decoder._attention = interrupted
+        engine.runner.decoder._attention = interrupted
         for token in tokens[:5]:
             with pytest.raises(KeyboardInterrupt):
-                engine.step(token)
-            engine.decoder.rows._caches[1].check_integrity()
-        engine.decoder._attention = attention
+                engine.runner.step(engine.sequence, token)
+            engine.runner.decoder.rows._caches[1].check_integrity()
+        engine.runner.decoder._attention = attention
         assert np.array_equal(logits_of(engine, tokens[:9], tokens[9:]), expected)
 
 

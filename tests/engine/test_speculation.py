@@ -51,7 +51,7 @@ def test_text_is_the_same_under_every_budget(case, sampling):
             for _ in range(2):  # the second time with other neurons resident
                 tokens, report = written(engine, prompt, sampling)
                 assert tokens == expected
-            for rows in engine.decoder.weights.resident.values():
+            for rows in engine.runner.decoder.weights.resident.values():
                 rows.check_integrity()
         assert 1 <= report.tokens_per_pass <= report.positions_per_pass <= positions
 
@@ -74,7 +74,7 @@ def test_resident_neurons_follow_the_text_and_change_nothing(wide_case, sampling
     for share, positions in ((0.4, 12), (0.5, 4), (0.65, 16)):
         with tiny_engine(packed, share, chunk=16, max_draft_tokens=positions) as engine:
             assert engine.plan.adaptive_ffns
-            followed = engine.decoder.weights.resident.values()
+            followed = engine.runner.decoder.weights.resident.values()
             before = [set(residents(rows).tolist()) for rows in followed]
             for _ in range(2):
                 assert written(engine, prompt, sampling)[0] == expected
@@ -128,7 +128,7 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
     with tiny_engine(packed, 1.0, chunk=16) as engine:
         expected, _ = written(engine, prompt, Sampling())
     with tiny_engine(packed, 0.5, chunk=16, max_draft_tokens=8) as engine:
-        glu, calls = engine.decoder.ops.glu, 0
+        glu, calls = engine.runner.decoder.ops.glu, 0
 
         class Struck:
             def __getattr__(self, name):
@@ -141,25 +141,25 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
                     raise KeyboardInterrupt
                 glu(*args, **options)
 
-        ops = engine.decoder.ops
+        ops = engine.runner.decoder.ops
         for _ in range(8):
-            engine.decoder.ops = Struck()
+            engine.runner.decoder.ops = Struck()
             with pytest.raises(KeyboardInterrupt):
                 written(engine, prompt, Sampling())
-            engine.decoder.ops = ops
+            engine.runner.decoder.ops = ops
             assert written(engine, prompt, Sampling())[0] == expected
-            for rows in engine.decoder.weights.resident.values():
+            for rows in engine.runner.decoder.weights.resident.values():
                 rows.check_integrity()
 
 
 def test_a_draft_leaves_the_sequence_alone_and_resembles_it(wide_case):
     packed, prompt = wide_case
     with tiny_engine(packed, 0.65, chunk=16, max_draft_tokens=6) as engine:
-        logits = engine.prefill(prompt)
+        logits = engine.runner.prefill(engine.sequence, prompt)
         token = int(logits.argmax())
-        drafted = engine.draft(token, 0).copy()
-        exact = engine.step(token).copy()
-        assert engine.length == len(prompt) + 1
+        drafted = engine.runner.draft(engine.sequence, token, 0).copy()
+        exact = engine.runner.step(engine.sequence, token).copy()
+        assert engine.sequence.length == len(prompt) + 1
         assert np.corrcoef(drafted, exact)[0, 1] > 0.3
 
 
@@ -167,13 +167,13 @@ def test_a_checkpoint_drafts_what_it_would_say_itself(case):
     """Whatever was drafted before, and whichever of it stood."""
     packed, prompt = case
     with tiny_engine(packed, 1.0, chunk=16) as engine, tiny_engine(packed, 1.0, chunk=16) as other:
-        model = CheckpointModel(engine)
+        model = CheckpointModel(engine.runner, engine.sequence)
         model.follow(prompt)
-        assert np.array_equal(model.draft(prompt[-1], 0), other.prefill(prompt))
+        assert np.array_equal(model.draft(prompt[-1], 0), other.runner.prefill(other.sequence, prompt))
         for depth, token in enumerate((5, 9), start=1):
-            assert np.array_equal(model.draft(token, depth), other.step(token))
+            assert np.array_equal(model.draft(token, depth), other.runner.step(other.sequence, token))
         model.follow([5, 11])  # the first stood, the second did not
-        assert np.array_equal(model.draft(11, 0), other.prefill([*prompt, 5, 11]))
+        assert np.array_equal(model.draft(11, 0), other.runner.prefill(other.sequence, [*prompt, 5, 11]))
         model.follow(range(3, 3 + engine.plan.context - len(prompt) - 2))
         assert model.draft(4, 0) is not None
         assert model.draft(4, 1) is None

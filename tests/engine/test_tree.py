@@ -36,10 +36,10 @@ def case(request, tmp_path_factory):
 def along_paths(engine, prompt, tokens, parents):
     """The logits of a tree's tokens, each after its own path in a pass of its own."""
     rows = []
-    engine.prefill(prompt)
+    engine.runner.prefill(engine.sequence, prompt)
     for path in paths(parents):
-        engine.rewind(len(prompt))
-        rows.append(engine.step_batch([tokens[i] for i in path])[-1].copy())
+        engine.sequence.rewind(len(prompt))
+        rows.append(engine.runner.step_batch(engine.sequence, [tokens[i] for i in path])[-1].copy())
     return np.stack(rows)
 
 
@@ -49,33 +49,35 @@ def test_a_tree_has_the_bits_of_its_paths(case):
         expected = along_paths(engine, prompt, tokens, PARENTS)
     for share in (0.2, 0.6, 1.0):
         with tiny_engine(packed, share, chunk=16, logit_rows=16) as engine:
-            engine.prefill(prompt)
+            engine.runner.prefill(engine.sequence, prompt)
             for count in (1, 3, 7, 16):
-                assert np.array_equal(engine.step_tree(tokens[:count], PARENTS[:count]), expected[:count])
-                assert engine.length == PROMPT
+                assert np.array_equal(
+                    engine.runner.step_tree(engine.sequence, tokens[:count], PARENTS[:count]), expected[:count]
+                )
+                assert engine.sequence.length == PROMPT
 
 
 def test_keeping_a_path_is_decoding_it(case):
     packed, prompt, tokens = case
     path = paths(PARENTS)[-1]
     with tiny_engine(packed, 0.3, chunk=16, logit_rows=16) as engine:
-        engine.prefill(prompt)
+        engine.runner.prefill(engine.sequence, prompt)
         for i in path:
-            engine.step(tokens[i])
-        length = engine.length
-        wanted = [layer[:, :length].copy() for layer in engine.decoder.kv.layers]
-        logits = engine.step(5)
+            engine.runner.step(engine.sequence, tokens[i])
+        length = engine.sequence.length
+        wanted = [store.memory[:, :length].copy() for store in engine.sequence.kv.stores]
+        logits = engine.runner.step(engine.sequence, 5)
         for kept in (path, path[:1], []):
-            engine.rewind(PROMPT)
-            engine.step_tree(tokens, PARENTS)
-            engine.commit(kept)
-            assert engine.length == PROMPT + len(kept)
-            for layer, expected in zip(engine.decoder.kv.layers, wanted, strict=True):
-                assert np.array_equal(layer[:, : engine.length], expected[:, : engine.length])
-        engine.step_tree(tokens, PARENTS)
-        engine.commit(path)
-        assert np.array_equal(engine.step(5), logits)
-        assert np.array_equal(engine.prefill([*prompt, *(tokens[i] for i in path), 5]), logits)
+            engine.sequence.rewind(PROMPT)
+            engine.runner.step_tree(engine.sequence, tokens, PARENTS)
+            engine.sequence.commit(kept)
+            assert engine.sequence.length == PROMPT + len(kept)
+            for store, expected in zip(engine.sequence.kv.stores, wanted, strict=True):
+                assert np.array_equal(store.memory[:, : engine.sequence.length], expected[:, : engine.sequence.length])
+        engine.runner.step_tree(engine.sequence, tokens, PARENTS)
+        engine.sequence.commit(path)
+        assert np.array_equal(engine.runner.step(engine.sequence, 5), logits)
+        assert np.array_equal(engine.runner.prefill(engine.sequence, [*prompt, *(tokens[i] for i in path), 5]), logits)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "opt", "qwen3_moe"])
@@ -87,30 +89,30 @@ def test_the_reference_agrees(tmp_path, family):
     found = []
     for runtime in (None, TorchRuntime()):
         with tiny_engine(packed, 0.4, runtime, chunk=32, logit_rows=16) as engine:
-            engine.prefill(prompt)
-            logits = engine.step_tree(tokens, PARENTS).copy()
-            engine.commit([1, 4, 14])
-            found.append(np.concatenate((logits, engine.step(5)[None])))
+            engine.runner.prefill(engine.sequence, prompt)
+            logits = engine.runner.step_tree(engine.sequence, tokens, PARENTS).copy()
+            engine.sequence.commit([1, 4, 14])
+            found.append(np.concatenate((logits, engine.runner.step(engine.sequence, 5)[None])))
     assert relative_rms(found[0], found[1]) < 1e-4
 
 
 def test_what_is_no_tree_or_path_is_refused(case):
     packed, prompt, tokens = case
     with tiny_engine(packed, 0.3, chunk=16, logit_rows=16) as engine:
-        engine.prefill(prompt)
+        engine.runner.prefill(engine.sequence, prompt)
         for count, parents in ((2, [-1]), (2, [-1, 1]), (1, [-2]), (0, [])):
             with pytest.raises(UsageError):
-                engine.step_tree(tokens[:count], parents)
+                engine.runner.step_tree(engine.sequence, tokens[:count], parents)
         with pytest.raises(ValueError, match="not a path"):
-            engine.commit([0])
-        engine.step_tree(tokens, PARENTS)
+            engine.sequence.commit([0])
+        engine.runner.step_tree(engine.sequence, tokens, PARENTS)
         for path in ([2], [0, 4], [0, 2, 16], [-1], [0, 0]):
             with pytest.raises(ValueError, match="not a path"):
-                engine.commit(path)
-        engine.commit([0, 2])
+                engine.sequence.commit(path)
+        engine.sequence.commit([0, 2])
         with pytest.raises(ValueError, match="not a path"):
-            engine.commit([0])
-        engine.step_tree(tokens, PARENTS)
-        engine.rewind(PROMPT)
+            engine.sequence.commit([0])
+        engine.runner.step_tree(engine.sequence, tokens, PARENTS)
+        engine.sequence.rewind(PROMPT)
         with pytest.raises(ValueError, match="not a path"):
-            engine.commit([0])
+            engine.sequence.commit([0])

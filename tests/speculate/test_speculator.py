@@ -12,7 +12,7 @@ from flashrt.engine.sampling import Sampler
 from flashrt.speculate.acceptance import verify
 from flashrt.speculate.drafter import Candidate, Drafter
 from flashrt.speculate.lookup import Lookup
-from flashrt.speculate.speculator import Speculator
+from flashrt.speculate.speculator import Experience, Speculator
 from tests.speculate.support import Target, plain
 
 LIMIT = 16
@@ -56,7 +56,7 @@ def decode(
 ) -> list[int]:
     """`count` tokens or a few more, passes over n positions taking passes(n) seconds."""
     sampler, tokens = Sampler(Sampling(), PROMPT), list(PROMPT)
-    speculator = Speculator(drafters, PROMPT, clock)
+    speculator = Speculator(drafters, PROMPT, Experience(), clock)
     while len(tokens) < count + len(PROMPT):
         tree = speculator.draft(LIMIT)
         assert tree.tokens[0] == tokens[-1]

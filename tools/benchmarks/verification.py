@@ -59,19 +59,19 @@ def passes(pack: Path, budget: str, rounds: int) -> list[Sample]:
     workload = Workload(len(ids) + 2 * max(POSITIONS), prompt=len(ids))
     samples = []
     with model.load(workload) as engine:
-        engine.prefill(ids)
+        engine.runner.prefill(engine.sequence, ids)
         tokens = (ids * max(POSITIONS))[: max(POSITIONS)]
         for turn in range(rounds):
             for count in in_turn(POSITIONS, turn):
                 began, waited, read = time.perf_counter(), engine.wait_s, engine.reader.bytes_read
-                engine.step_batch(tokens[:count])
+                engine.runner.step_batch(engine.sequence, tokens[:count])
                 taken = {
                     "seconds": time.perf_counter() - began,
                     "wait_s": engine.wait_s - waited,
                     "bytes_read": engine.reader.bytes_read - read,
                 }
                 samples.append({"budget": budget, "positions": count, "round": turn} | taken)
-                engine.rewind(engine.length - count)
+                engine.sequence.rewind(engine.sequence.length - count)
     return beside_one(samples)
 
 

@@ -183,10 +183,10 @@ def run_text(
     with model.load(Workload(window, prompt=window)) as engine, watching(engine) as begin:
         for n, token in enumerate(ids):
             if n % window == 0:
-                engine.rewind(0)
+                engine.sequence.rewind(0)
             begin()
             began = time.perf_counter()
-            engine.step(token)
+            engine.runner.step(engine.sequence, token)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
@@ -194,7 +194,7 @@ def run_text(
 @contextlib.contextmanager
 def watch(engine: Engine, trace: Trace) -> Iterator[Callable[[], None]]:
     """Have every layer's predictions noted in the last entry of `trace`; what makes room for another token."""
-    for predictor in engine.decoder.rows.predictors if engine.decoder.rows else ():
+    for predictor in engine.runner.decoder.rows.predictors if engine.runner.decoder.rows else ():
         predict = predictor.predict
 
         def noted(hidden: Array, predict: Callable[[Array], Array] = predict) -> Array:
@@ -209,7 +209,7 @@ def watch(engine: Engine, trace: Trace) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Iterator[Callable[[], None]]:
     """Have guesses made and noted likewise, and the seconds of each guess and of the attention after it."""
-    decoder, lookaheads = engine.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
+    decoder, lookaheads = engine.runner.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
     attention = decoder._attention
 
     def noted(i: int, x: Array, *others: Any) -> None:

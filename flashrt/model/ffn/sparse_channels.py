@@ -7,6 +7,7 @@ decided by the activations, which are known by then. Nothing is predicted, so no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,16 +61,17 @@ class ChannelFfn(SparseFfn[ChannelSparsity]):
         self.layers = self.layers if layers is None else layers
         self.tallies = [Tally() for _ in self.layers]
 
-    def add(self, i: int, x: Tensor, start: int, sums: Tensor, y: Tensor) -> None:
-        """y += block `i` of x for a few tokens from position `start` on, float32 [B, hidden].
+    def add(self, i: int, x: Tensor, positions: np.ndarray, sums: Tensor, y: Tensor) -> None:
+        """y += block `i` of x for a few tokens at `positions`, float32 [B, hidden].
 
         sums float32 [B, columns] is scratch.
         """
         layer, tally = self.layers[i], self.tallies[i]
-        sinks = min(max(SINKS - start, 0), len(x))
-        parts = [(slice(sinks, None), layer, tally)]
-        if sinks:
-            parts.append((slice(sinks), everything(layer), Tally()))
+        later = positions >= SINKS
+        parts = [
+            (tokens, layer, tally) if later[tokens.start] else (tokens, everything(layer), Tally())
+            for tokens in _stretches(later)
+        ]
         all_sums = None if self._selections is None else np.zeros_like(sums)
         sums[:] = 0
         for first, groups in self.weights.runs(f"{i}.channels"):
@@ -78,12 +80,12 @@ class ChannelFfn(SparseFfn[ChannelSparsity]):
             if all_sums is not None:
                 self._gate_up(i, x, groups, first, all_sums, everything(layer), Tally())
         if self._selections is not None and all_sums is not None:
-            self._compare(i, sums[sinks:], all_sums[sinks:], self._selections[i])
+            self._compare(i, sums[later], all_sums[later], self._selections[i])
         for first, rows in self.weights.runs(f"{i}.down"):
             for tokens, thresholds, counts in parts:
                 arguments = self._down(i, sums[tokens], rows, first, y[tokens])
                 counts.neurons += self.ops.down(*arguments, thresholds.neurons_from)
-        tally.tokens += len(x) - sinks
+        tally.tokens += int(later.sum())
 
     def _gate_up(
         self, i: int, x: Tensor, groups: Tensor, first: int, sums: Tensor, thresholds: ChannelSparsity, counts: Tally
@@ -166,6 +168,12 @@ class ChannelFfn(SparseFfn[ChannelSparsity]):
             "rows": tally.neurons / tokens / ffn.neurons,
             "bytes": touched / self._dense_bytes(i),
         }
+
+
+def _stretches(marks: np.ndarray) -> list[slice]:
+    """Neighbours that are marked alike, of bool [B]."""
+    cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(marks)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(cuts)]
 
 
 def _order(weights: Weights, i: int) -> np.ndarray:

@@ -65,12 +65,12 @@ class RowFfn(SparseFfn[RowSparsity]):
         for i, (layer, bias) in enumerate(zip(self.layers, self._thresholded, strict=True)):
             np.subtract(self.weights.vector(f"{i}{PREDICTOR}bias"), layer.threshold, out=bias)
 
-    def choose_heads(self, i: int, x: Array, start: int) -> Chosen | None:
+    def choose_heads(self, i: int, x: Array, positions: Array) -> Chosen | None:
         """See `Heads.choose`; None, which is all of them, where heads are not predicted."""
         heads, threshold = self._heads[i], self.layers[i].heads_from
         if heads is None or threshold is None:
             return None
-        chosen = heads.choose(x, start, threshold)
+        chosen = heads.choose(x, positions, threshold)
         self.tallies[i].idle_heads += chosen.each.size - np.count_nonzero(chosen.each)
         return chosen
 

@@ -1,0 +1,133 @@
+"""Computes passes for sequences, and keeps what was learned of passes from one request to the next."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+
+import numpy as np
+
+from flashrt.budget.planner import Plan
+from flashrt.cache.weights import PassKind
+from flashrt.engine.sequence import Sequence
+from flashrt.errors import UsageError
+from flashrt.model.batch import Batch, Rows
+from flashrt.model.decoder import Decoder, Tensor
+from flashrt.model.ffn.sparse import SINKS
+from flashrt.speculate.speculator import Experience
+from flashrt_kernels.limits import NARROW_TOKENS
+
+Array = np.ndarray
+
+DECODE = PassKind(head=True, wide=False)
+
+
+class Runner:
+    """Runs a decoder under a plan. A pass that fails or is interrupted leaves nothing of it behind."""
+
+    def __init__(self, decoder: Decoder, plan: Plan) -> None:
+        self.decoder, self.plan = decoder, plan
+        self.experience = Experience()
+
+    def prefill(self, sequence: Sequence, ids: Items[int]) -> Array:
+        """Make `sequence` hold exactly `ids`; logits after the last one, float32 [vocab] on the host.
+
+        Whether the kernels for few or for many tokens run depends on how many tokens are new, never on the budget.
+        """
+        new, chunk = ids[sequence.keep_shared(ids) :], self.plan.prefill_chunk
+        wide = len(new) > NARROW_TOKENS
+        with self._pass_or_nothing():
+            for begin in range(0, len(new), chunk):
+                last = begin + chunk >= len(new)
+                next_is_last = last or begin + 2 * chunk >= len(new)
+                self.decoder.weights.begin_pass(PassKind(last, wide), PassKind(next_is_last, wide and not last))
+                tokens = new[begin : begin + chunk]
+                states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
+                sequence.extend(tokens)
+            return self._on_host(self.decoder.logits(states[-1:]))[0]
+
+    def step(self, sequence: Sequence, token: int) -> Array:
+        """Append one token; logits after it, float32 [vocab] on the host."""
+        return self.step_batch(sequence, [token])[0]
+
+    def step_batch(self, sequence: Sequence, tokens: Items[int]) -> Array:
+        """Append 1 to 16 tokens in one pass; logits after each, float32 [B, vocab] on the host.
+
+        The plan's `logit_rows` bounds B. `Sequence.rewind` takes tokens back.
+        """
+        logits = self._narrow(sequence, Rows(sequence.kv, tokens))
+        sequence.extend(tokens)
+        return logits
+
+    def step_tree(self, sequence: Sequence, tokens: Items[int], parents: Items[int]) -> Array:
+        """Compute 1 to 16 tokens in one pass, each after its own past; logits after each, float32 [B, vocab].
+
+        Token i follows token parents[i] < i, or the sequence where that is -1; its logits are those that `step` would
+        give there, bit for bit on the CPU. The sequence stays as it is until `Sequence.commit` takes some of the tokens
+        into it; the next pass forgets the others. The plan's `logit_rows` bounds B. Raises UsageError for what is no
+        tree.
+        """
+        if len(parents) != len(tokens) or any(not -1 <= parent < i for i, parent in enumerate(parents)):
+            raise UsageError(f"parents are {list(parents)}, expected -1 or an earlier token for each of {len(tokens)}")
+        if self.decoder.sparse is not None and sequence.length < SINKS:
+            raise UsageError(
+                f"the sequence has {sequence.length} tokens, a tree in sparse mode needs {SINKS} before it"
+            )
+        logits = self._narrow(sequence, Rows(sequence.kv, tokens, parents))
+        sequence.hold(tokens, parents)
+        return logits
+
+    def draft(self, sequence: Sequence, token: int, depth: int) -> Array:
+        """Logits after `token`, which follows `depth` drafted ones, by resident neurons alone: float32 [vocab].
+
+        For plans with `adaptive_ffns`. Neither the sequence nor what streams is touched.
+        """
+        with self._pass_or_nothing():
+            batch = Batch([Rows(sequence.kv, [token], ahead=depth)], draft=True)
+            return self._on_host(self.decoder.logits(self._forward(sequence, batch)))[0]
+
+    def score(self, sequence: Sequence, ids: Items[int], wide: bool) -> float:
+        """Make `sequence` hold all but the last of `ids`; the sum of the log-probabilities of all but the first."""
+        sequence.rewind(0)
+        chunk, total, kind = self.plan.prefill_chunk, 0.0, PassKind(head=True, wide=wide)
+        with self._pass_or_nothing():
+            for begin in range(0, len(ids) - 1, chunk):
+                tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
+                self.decoder.weights.begin_pass(kind, kind)
+                states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
+                sequence.extend(tokens)
+                targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
+                total += float(self.decoder.scores(states, targets, wide).sum())
+        return total
+
+    def most_positions(self, sequence: Sequence) -> int:
+        """Tokens that `step_tree` takes now, at most."""
+        if self.decoder.sparse is not None and sequence.length < SINKS:
+            return 1
+        return min(self.plan.max_draft_tokens, self.plan.context - sequence.length)
+
+    def _narrow(self, sequence: Sequence, rows: Rows) -> Array:
+        """Logits after each row of a narrow pass."""
+        most = min(NARROW_TOKENS, self.plan.logit_rows)
+        if not 1 <= len(rows.tokens) <= most:
+            raise UsageError(f"a pass of {len(rows.tokens)} tokens, expected 1 to {most}")
+        with self._pass_or_nothing():
+            self.decoder.weights.begin_pass(DECODE, DECODE)
+            return self._on_host(self.decoder.logits(self._forward(sequence, Batch([rows]))))
+
+    def _forward(self, sequence: Sequence, batch: Batch) -> Tensor:
+        sequence.forget_tree()
+        return self.decoder.forward(batch)
+
+    def _on_host(self, values: Tensor) -> Array:
+        return self.decoder.device.get(values)
+
+    @contextlib.contextmanager
+    def _pass_or_nothing(self) -> Iterator[None]:
+        """For passes after whose failure or interruption nothing read ahead is kept."""
+        try:
+            yield
+        except BaseException:
+            self.decoder.abandon_pass()
+            raise

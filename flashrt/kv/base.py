@@ -1,0 +1,72 @@
+"""What keys and values are kept in: a store for each layer of a sequence, of a kind chosen by what it takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flashrt.spec import Attention
+
+Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
+Allocate = Callable[[Sequence[int]], Tensor]  # zeroed memory for keys and values: float32, or bfloat16 bits in uint16
+
+
+@dataclass(frozen=True, slots=True)
+class KvLimits:
+    """What a store must hold."""
+
+    context: int  # positions of the sequence
+    rows: int  # of one pass that belong to the sequence, drafts behind it included
+
+
+class Kernels(NamedTuple):
+    """What attention is computed with."""
+
+    ops: Any
+    scratch: Tensor  # uint8, as large as the ops ask for; None where they allocate for themselves
+
+
+class KvRows(NamedTuple):
+    """Where the rows that a sequence has in a pass stand."""
+
+    start: int  # position of the first; a tree's rows without a parent all stand there
+    parents: Tensor | None = None  # int32 [T]: makes the rows a tree, as `flashrt_kernels.cpu.attention` takes it
+
+
+class KvStore(ABC):
+    """Keys and values of one layer of one sequence.
+
+    Positions are those of the sequence. The store is told where rows stand, and need not know how long it is.
+    """
+
+    @classmethod
+    @abstractmethod
+    def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+        """How many numbers (keys and values) a store takes from its `allocate`; None for a layer it cannot hold."""
+
+    @abstractmethod
+    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None: ...
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+        """Write the keys and values of rows, float32 [T, kv_heads, head_dim], from position `start` on.
+
+        What stood there is overwritten: a tree, or drafts behind the sequence.
+        """
+
+    @abstractmethod
+    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
+        """Attention of `rows`, whose keys and values were appended, over what they follow.
+
+        query: float32 [T, H, head_dim]; out: float32 [T, H * head_dim]; heads: the KV heads that these H belong to
+        """
+
+    @abstractmethod
+    def commit(self, start: int, path: Sequence[int]) -> None:
+        """Keep the rows `path`, ascending, of a tree that was appended at `start`: one after the other from there."""
+
+    @abstractmethod
+    def truncate(self, length: int) -> int:
+        """How many of the first `length` tokens can be gone on from; what follows them is overwritten later."""

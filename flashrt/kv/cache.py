@@ -1,0 +1,68 @@
+"""Keys and values of one sequence: a store for each layer, of the kind that takes least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashrt.kv.base import Allocate, Kernels, KvLimits, KvStore
+from flashrt.kv.contiguous import ContiguousStore
+from flashrt.kv.window import WindowStore
+from flashrt.spec import Attention, ModelSpec
+
+KvKinds = Sequence[type[KvStore]]
+
+KINDS: KvKinds = (ContiguousStore, WindowStore)
+
+
+class KvCache:
+    """`stores` by layer. Behind `length` they hold garbage, or the rows of a pass that are yet to be committed."""
+
+    def __init__(self, stores: Sequence[KvStore], capacity: int) -> None:
+        self.stores, self.capacity = stores, capacity
+        self.length = 0
+
+    def append(self, count: int) -> None:
+        """Make the `count` rows that were written behind the sequence part of it."""
+        self.length += count
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Make the rows `path`, ascending, of those written behind the sequence part of it; forget the others."""
+        for store in self.stores:
+            store.commit(self.length, path)
+        self.length += len(path)
+
+    def truncate(self, length: int) -> int:
+        """Cut the sequence back to its first `length` tokens, or to as many of these as can be gone on from.
+
+        Returns how many that are.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a sequence of {self.length} tokens back to {length}")
+        kept = min(store.truncate(length) for store in self.stores)
+        if kept < length:
+            for store in self.stores:
+                store.truncate(kept)
+        self.length = kept
+        return kept
+
+
+def open_cache(
+    spec: ModelSpec, limits: KvLimits, kernels: Kernels, allocate: Allocate, kinds: KvKinds = KINDS
+) -> KvCache:
+    """An empty cache for a sequence of `spec`."""
+    attentions = [layer.attention for layer in spec.layers]
+    stores = [choose(attention, limits, kinds)[0](attention, limits, kernels, allocate) for attention in attentions]
+    return KvCache(stores, limits.context)
+
+
+def kv_bytes(spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS) -> int:
+    """Bytes that `open_cache` allocates, `item_bytes` each number."""
+    return item_bytes * sum(choose(layer.attention, limits, kinds)[1] for layer in spec.layers)
+
+
+def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type[KvStore], int]:
+    """The kind that takes least, the first of those equal, and the numbers that it takes."""
+    claims = [(kind, claim) for kind in kinds if (claim := kind.claim(attention, limits)) is not None]
+    if not claims:
+        raise ValueError(f"none of {[kind.__name__ for kind in kinds]} holds keys and values of {attention}")
+    return min(claims, key=lambda pair: pair[1])

@@ -1,0 +1,56 @@
+"""Keys and values of a layer that sees a window: the last positions only, which slide down when memory is full.
+
+A ring whose positions wrap would split what kernels see as one array. Moved down in one piece it stays one, and costs
+little: slots move once in 256 positions or more. Attention sums in segments of positions. Since slots move by whole
+segments, sums are those of a store that holds all positions, bit for bit.
+"""
+
+from __future__ import annotations
+
+from flashrt.kv.base import KvLimits, Tensor
+from flashrt.kv.contiguous import ContiguousStore
+from flashrt.spec import Attention
+
+SEGMENT = 256  # positions that attention's kernels sum by themselves, from multiples of it on
+KEPT = 128  # positions before the window that stay: a sequence can be cut back by so many tokens, or more
+LOST = 1 << 62  # the first position while slots move: should that be interrupted, only `truncate` goes on from it
+
+
+class WindowStore(ContiguousStore):
+    """A `ContiguousStore` of the window, of what is `KEPT` before it, and of the rows of a pass."""
+
+    @classmethod
+    def slots(cls, attention: Attention, limits: KvLimits) -> int:
+        if attention.window is None:
+            return limits.context
+        return min(attention.window - 1 + KEPT + SEGMENT - 1 + limits.rows, limits.context)
+
+    @classmethod
+    def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+        return None if attention.window is None else super().claim(attention, limits)
+
+    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+        if start - self.first + len(key) > self.memory.shape[1]:
+            self._slide(start)
+        super().append(key, value, start)
+
+    def truncate(self, length: int) -> int:
+        if self.first > max(self._needed(length), 0):  # nothing before the first slot is left to go on from
+            self.first = 0
+            return 0
+        return length
+
+    def _needed(self, position: int) -> int:
+        """The first position that a token at `position` sees."""
+        assert self._attention.window is not None
+        return position - self._attention.window + 1
+
+    def _slide(self, start: int) -> None:
+        """Make room for rows from `start` on; what the tokens before them and the window needs stays."""
+        first = (self._needed(start) - KEPT) // SEGMENT * SEGMENT
+        moved, self.first = first - self.first, LOST
+        for head in self.memory:
+            for begin in range(moved, len(head), moved):  # in pieces that do not overlap
+                piece = head[begin : begin + moved]
+                head[begin - moved : begin - moved + len(piece)] = piece
+        self.first = first
