@@ -243,8 +243,8 @@ void staging_hands_out_no_byte_twice() {
     }
 }
 
-// Rows of any length, long ones among short ones: spans cover them in order, and only a single row may be too long.
-void spans_are_bounded() {
+// Rows of any length, long ones among short ones: reads cover them in order, and only a single row may be too long.
+void merged_reads_are_bounded() {
     constexpr size_t MOST = 16;
     std::vector<double> costs;
     for (size_t pages = 1; pages <= MOST; ++pages) costs.push_back(8.0 + static_cast<double>(pages));
@@ -252,21 +252,21 @@ void spans_are_bounded() {
     merger.set_costs(costs);
     std::mt19937 random(11);
     std::vector<Merger::Run> runs;
-    std::vector<Span> spans;
+    std::vector<MergedRead> reads;
     for (int round = 0; round < 3000; ++round) {
         std::vector<Row> rows(1 + random() % 12);
         for (Row& row : rows) row = {random() % (40 * PAGE), 1 + random() % (random() % 3 ? PAGE : 40 * PAGE), nullptr};
         std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.offset < b.offset; });
-        merger.cut(rows, runs, spans);
+        merger.cut(rows, runs, reads);
         size_t next = 0;
-        for (const Span& span : spans) {
-            CHECK(span.first == next && span.last > span.first);
-            next = span.last;
-            if (span.last - span.first == 1) continue;
+        for (const MergedRead& read : reads) {
+            CHECK(read.first == next && read.last > read.first);
+            next = read.last;
+            if (read.last - read.first == 1) continue;
             uint64_t end = 0;
-            for (size_t i = span.first; i < span.last; ++i)
+            for (size_t i = read.first; i < read.last; ++i)
                 end = std::max(end, (rows[i].offset + rows[i].bytes + PAGE - 1) / PAGE);
-            CHECK(end - rows[span.first].offset / PAGE <= MOST);
+            CHECK(end - rows[read.first].offset / PAGE <= MOST);
         }
         CHECK(next == rows.size());
     }
@@ -289,7 +289,7 @@ int main() {
     const TestFile file;
     checksums();
     staging_hands_out_no_byte_twice();
-    spans_are_bounded();
+    merged_reads_are_bounded();
     error_is_reported_where_it_struck(file);
     for (const Maker maker : {uring, pool, flaky}) {
         if (!maker()) {

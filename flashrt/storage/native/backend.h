@@ -27,7 +27,7 @@ struct Op {
     uint64_t needed;  // that must be read: the end of the file may cut the rest
     uint64_t done;    // that were read so far
     uint8_t* to;
-    Span rows;  // of the request, that are copied to their places from `to`, which is staging memory; or none
+    MergedRead rows;  // of the request, that are copied to their places from `to`, which is staging memory; or none
 
     bool staged() const { return rows.first < rows.last; }
 };

@@ -132,10 +132,10 @@ NB_MODULE(_io, m) {
         std::vector<Row> rows;
         for (size_t i = 0; i < offsets.size(); ++i) rows.push_back({static_cast<uint64_t>(offsets(i)), bytes, nullptr});
         std::vector<Merger::Run> runs;
-        std::vector<Span> spans;
-        merger.cut(rows, runs, spans);
+        std::vector<MergedRead> reads;
+        merger.cut(rows, runs, reads);
         nb::list result;
-        for (const Span& span : spans) result.append(nb::make_tuple(span.first, span.last));
+        for (const MergedRead& read : reads) result.append(nb::make_tuple(read.first, read.last));
         return result;
     }, "offsets"_a, "row_bytes"_a, "costs"_a);
 

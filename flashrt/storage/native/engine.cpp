@@ -135,12 +135,12 @@ void Engine::add_row(Request* request, Row row) {
 }
 
 void Engine::submit(Request* request, File file, List& list) {
-    request->merger->cut(request->rows, request->runs, request->spans);
+    request->merger->cut(request->rows, request->runs, request->reads);
     std::unique_lock<std::mutex> lock(mutex_);
-    for (const Span& span : request->spans) {
-        const Row& row = request->rows[span.first];
-        if (span.last - span.first == 1 && aligned(row)) add_direct(request, file, row, list);
-        else add_staged(request, file, span, list);
+    for (const MergedRead& read : request->reads) {
+        const Row& row = request->rows[read.first];
+        if (read.last - read.first == 1 && aligned(row)) add_direct(request, file, row, list);
+        else add_staged(request, file, read, list);
     }
     if (request->left == 0) finish(request, lock);
     else if (closed_) drop(request, lock);  // in the meantime
@@ -156,13 +156,13 @@ void Engine::add_direct(Request* request, File file, const Row& row, List& list)
     }
 }
 
-void Engine::add_staged(Request* request, File file, const Span& span, List& list) {
-    const uint64_t begin = request->rows[span.first].offset / PAGE * PAGE;
+void Engine::add_staged(Request* request, File file, const MergedRead& read, List& list) {
+    const uint64_t begin = request->rows[read.first].offset / PAGE * PAGE;
     uint64_t end = 0;
-    for (size_t i = span.first; i < span.last; ++i)
+    for (size_t i = read.first; i < read.last; ++i)
         end = std::max(end, request->rows[i].offset + request->rows[i].bytes);
     const uint64_t bytes = (end - begin + PAGE - 1) / PAGE * PAGE;
-    add_op({request, nullptr, file, begin, bytes, end - begin, 0, nullptr, span}, list);
+    add_op({request, nullptr, file, begin, bytes, end - begin, 0, nullptr, read}, list);
 }
 
 void Engine::add_op(Op values, List& list) {

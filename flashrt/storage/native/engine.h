@@ -29,7 +29,7 @@ struct Request {
     std::shared_ptr<const Merger> merger;
     std::vector<Row> rows;
     std::vector<Merger::Run> runs;  // of a plan; kept, like all memory here, for the next one who asks
-    std::vector<Span> spans;
+    std::vector<MergedRead> reads;
     std::optional<uint32_t> crc;  // of the bytes of `whole`
     Row whole{};
     size_t left = 0;  // reads that are not over
@@ -43,10 +43,10 @@ struct Request {
 // blocks are read ahead.
 class Engine final : private Source {
    public:
-    static constexpr size_t SPANS = 16;  // reads of the largest span that staging has room for at least
+    static constexpr size_t MERGED_READS = 16;  // of the largest, that staging has room for at least
 
-    // Reads are issued in pieces of `chunk` bytes, a multiple of PAGE. `staging` is page-aligned, has at least SPANS
-    // pages, and outlives the engine. Throws std::system_error when the system refuses a thread.
+    // Reads are issued in pieces of `chunk` bytes, a multiple of PAGE. `staging` is page-aligned, has MERGED_READS pages
+    // at least, and outlives the engine. Throws std::system_error when the system refuses a thread.
     Engine(std::unique_ptr<Backend> backend, size_t chunk, uint8_t* staging, size_t staging_bytes);
     ~Engine() override;
 
@@ -55,7 +55,7 @@ class Engine final : private Source {
 
     // costs[n - 1]: what a read of n pages costs, for the merging of rows. See Merger.
     void set_costs(std::vector<double> costs);
-    size_t max_span_pages() const { return staging_.bytes() / PAGE / SPANS; }
+    size_t max_span_pages() const { return staging_.bytes() / PAGE / MERGED_READS; }
 
     // Starts to read into `to`; with `crc`, the bytes are compared with it. Null once closed. Every request must go back
     // through `release`, and its memory must stay until then.
@@ -96,7 +96,7 @@ class Engine final : private Source {
     void add_row(Request* request, Row row);
     void submit(Request* request, File file, List& list);
     void add_direct(Request* request, File file, const Row& row, List& list);
-    void add_staged(Request* request, File file, const Span& span, List& list);
+    void add_staged(Request* request, File file, const MergedRead& read, List& list);
     void add_op(Op op, List& list);
     Op* next(List& list);
     void drop(Request* request, std::unique_lock<std::mutex>& lock);

@@ -10,7 +10,7 @@ double Merger::cost(uint64_t pages) const {
     return costs_.back() * static_cast<double>(pages) / static_cast<double>(costs_.size());
 }
 
-// A row whose pages another one needs anyway costs nothing beside it, so they count as one, up to the largest span.
+// A row whose pages another one needs anyway costs nothing beside it, so they count as one, up to the largest read.
 void Merger::find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) const {
     runs.clear();
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -21,18 +21,18 @@ void Merger::find_runs(const std::vector<Row>& rows, std::vector<Run>& runs) con
     }
 }
 
-void Merger::cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<Span>& spans) const {
-    spans.clear();
+void Merger::cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<MergedRead>& reads) const {
+    reads.clear();
     if (costs_.empty() || rows.size() < 2) {
-        for (size_t i = 0; i < rows.size(); ++i) spans.push_back({i, i + 1});
+        for (size_t i = 0; i < rows.size(); ++i) reads.push_back({i, i + 1});
         return;
     }
     find_runs(rows, runs);
     for (size_t j = 0; j < runs.size(); ++j) {
         runs[j].cost = std::numeric_limits<double>::infinity();
-        for (size_t i = j + 1; i-- > 0;) {  // the last span holds runs i to j
+        for (size_t i = j + 1; i-- > 0;) {  // the last read holds runs i to j
             const uint64_t pages = runs[j].end - runs[i].begin;
-            // Neither may a longer row before hide in a span that ends before it does.
+            // Neither may a longer row before hide in a read that ends before it does.
             if (i < j && (pages > costs_.size() || runs[i].end > runs[j].end)) break;
             const double total = (i > 0 ? runs[i - 1].cost : 0) + cost(pages);
             if (total < runs[j].cost) {
@@ -44,10 +44,10 @@ void Merger::cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vect
     size_t last = rows.size();
     for (size_t j = runs.size(); j > 0; j = runs[j - 1].from) {
         const size_t first = runs[runs[j - 1].from].first;
-        spans.push_back({first, last});
+        reads.push_back({first, last});
         last = first;
     }
-    std::reverse(spans.begin(), spans.end());
+    std::reverse(reads.begin(), reads.end());
 }
 
 }  // namespace flashrt::io

@@ -16,11 +16,11 @@ struct Row {
 };
 
 // Rows [first, last) that one read brings.
-struct Span {
+struct MergedRead {
     size_t first, last;
 };
 
-// Cuts rows into spans such that reading the spans, each from page boundary to page boundary, costs least.
+// Cuts rows into reads such that these, each from page boundary to page boundary, costs least.
 class Merger {
    public:
     // Rows whose pages lie within those of the first, and the cheapest way to read all rows up to them.
@@ -28,16 +28,16 @@ class Merger {
         size_t first;         // row
         uint64_t begin, end;  // pages
         double cost;
-        size_t from;  // the run with which the last span begins
+        size_t from;  // the run with which the last read begins
     };
 
-    // costs[n - 1] is the time that a read of n pages takes of the disk, in any unit. No span has more than
+    // costs[n - 1] is the time that a read of n pages takes of the disk, in any unit. No read has more than
     // costs.size() pages, unless it is a single row.
     void set_costs(std::vector<double> costs) { costs_ = std::move(costs); }
 
-    // The cheapest cut of `rows`, ascending by offset, into `spans`; without costs, every row is a span of its own.
+    // The cheapest cut of `rows`, ascending by offset, into `reads`; without costs, every row is a read of its own.
     // `runs` is memory to work in.
-    void cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<Span>& spans) const;
+    void cut(const std::vector<Row>& rows, std::vector<Run>& runs, std::vector<MergedRead>& reads) const;
 
    private:
     double cost(uint64_t pages) const;
