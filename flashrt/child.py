@@ -23,8 +23,10 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def _path() -> list[str]:
-    here = _real(os.curdir)
-    kept = [entry for entry in sys.path if os.path.isabs(entry) and _real(entry) != here]
+    # Python has made absolute what PYTHONPATH names relative to the current directory.
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    refused = {_real(entry or os.curdir) for entry in ("", *named) if not os.path.isabs(entry)}
+    kept = [entry for entry in sys.path if os.path.isabs(entry) and _real(entry) not in refused]
     # Flashrt may lie in the current directory itself. Last, it hides no module of that name anywhere else.
     return kept + [root for root in dict.fromkeys(_ROOTS) if root not in kept]
 

@@ -86,6 +86,23 @@ def test_a_path_of_imports_that_names_the_current_directory(folder: Path, entrie
     assert "llama" in run([sys.executable, "-I", "-c", f"import runpy; {program}"], folder)
 
 
+def test_relative_entries_of_pythonpath(folder: Path) -> None:
+    (folder / "lib").mkdir()
+    (folder / "json.py").rename(folder / "lib" / "json.py")
+    program = "import sys; from flashrt import child; print(child._path()); print(sys.path)"
+    environment = {"PYTHONPATH": f"lib:/elsewhere:{folder}/..", "PATH": os.environ["PATH"]}
+    for name in HOSTILE:
+        (folder / f"{name}.py").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    handed, own = done.stdout.splitlines()
+    assert f"{folder}/lib'" in own
+    assert f"{folder}/lib'" not in handed
+    assert "'/elsewhere'" in handed
+    assert f"'{folder.parent}'" in handed, "what is named absolutely is the caller's own choice"
+
+
 def test_a_path_of_imports_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is installed where isolated mode does not look, such as a user's own packages."""
     (tmp_path / "elsewhere.py").write_text("import sys; print(sys.argv[1:], __name__)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import say, write
+from flashrt.cli.console import say, stdin, write
 from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
 from flashrt.engine.options import LoadOptions
@@ -80,9 +79,10 @@ def chat(
     from flashrt.budget.planner import Workload
     from flashrt.cli import session
 
-    typed = sys.stdin.isatty()
+    typed = stdin().isatty()
     model = session.open_model(pack, load, EDITING if typed else ())
     template = model.tokenizer.chat_template
+    template.check()
     choice = _sampling(given, model.tokenizer.text.generation)
     with session.load(model, Workload(model.context)) as engine:
         if typed:
@@ -175,7 +175,7 @@ def _converse(conversation: Conversation, stats: bool) -> None:
             try:
                 line_of_figures = conversation.answer(text)
             except UsageError as error:
-                if not sys.stdin.isatty():
+                if not stdin().isatty():
                     raise
                 say(f"error: {error}")
                 continue
@@ -185,8 +185,8 @@ def _converse(conversation: Conversation, stats: bool) -> None:
 
 def _lines() -> Iterator[str]:
     """Lines typed at a prompt, or those of a stream. Raises UsageError when a stream is not UTF-8."""
-    if not sys.stdin.isatty():
-        for number, line in enumerate(sys.stdin.buffer, 1):
+    if not stdin().isatty():
+        for number, line in enumerate(stdin().buffer, 1):
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError:

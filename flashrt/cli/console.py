@@ -6,9 +6,10 @@ import json
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from flashrt.config import GIB
+from flashrt.errors import UsageError
 
 BAR_MODULES = ("rich.progress",)  # what a bar takes
 QUIET_S = 2.0  # without a terminal, work that is over before this prints nothing
@@ -25,6 +26,13 @@ def write(text: str) -> None:
     """Text of the answer, shown at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def stdin() -> TextIO:
+    """The stream that is read from. Raises UsageError when the caller closed it."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed, there is nothing to read: give the text on it, or as an option")
+    return sys.stdin
 
 
 def emit(data: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import duration, emit, rate, say, size, write
+from flashrt.cli.console import duration, emit, rate, say, size, stdin, write
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
 
@@ -150,10 +150,10 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         text = prompt
     elif prompt_file is not None and prompt_file != "-":
         text = read_text(Path(prompt_file))
-    elif prompt_file is None and sys.stdin.isatty():
+    elif prompt_file is None and stdin().isatty():
         raise UsageError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or text on stdin")
     else:
-        text = _utf8(sys.stdin.buffer.read(), "the prompt on stdin")
+        text = _utf8(stdin().buffer.read(), "the prompt on stdin")
     if not text:
         raise UsageError("the prompt is empty: give at least one character")
     return text

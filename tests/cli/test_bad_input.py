@@ -16,7 +16,7 @@ import pytest
 
 import flashrt
 from flashrt.checkpoints.resolve import resolve
-from flashrt.cli import guarded
+from flashrt.cli.guard import guarded
 from flashrt.errors import CheckpointError, UsageError
 from flashrt.storage.manifest import _checksum
 from tests.cli.conftest import COMMAND, Cli, check_failure

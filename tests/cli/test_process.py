@@ -69,10 +69,11 @@ def test_a_reader_that_leaves_is_no_error(launch: Launch, long_pack: Path) -> No
     assert process.wait(timeout=60) == 141
 
 
-def test_run_imports_only_what_it_needs(pack: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--chat"]])
+def test_run_imports_only_what_it_needs(pack: Path, tmp_path: Path, options: list[str]) -> None:
     program = (
         "import sys\n"
-        f"sys.argv = ['flashrt', 'run', {str(pack)!r}, '-p', 'hello', '-n', '2']\n"
+        f"sys.argv = ['flashrt', 'run', {str(pack)!r}, '-p', 'hello', '-n', '2', *{options!r}]\n"
         "import flashrt.cli\n"
         "try:\n"
         "    flashrt.cli.main()\n"

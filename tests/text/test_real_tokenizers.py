@@ -69,6 +69,13 @@ def test_qwen_template_as_transformers() -> None:
     model_path(QWEN)
     ours, theirs = both(QWEN)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe? <b>"}]
-    for conversation in (messages, messages[1:]):
-        expected = theirs.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        assert ours.chat_template.render(conversation) == expected
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"où": "Zürich"}}}
+    called = [
+        *messages,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "21 °C"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    for conversation, options in ((messages, None), (messages[1:], None), (called, tools)):
+        expected = theirs.apply_chat_template(conversation, tools=options, add_generation_prompt=True, tokenize=False)
+        assert ours.chat_template.render(conversation, tools=options) == expected

@@ -22,6 +22,105 @@ TEMPLATES = (
     "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}{%- endfor -%}{{ ns.n }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ tools is none }}",
 )
+# What the templates of published families are made of.
+PUBLISHED = {
+    "llama": """{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|system|>Today Date: " + date_string + "\\n\\n" + system_message }}
+{%- if tools is not none %}
+    {%- for t in tools %}
+        {{- t | tojson(indent=4) }}
+        {{- "\\n\\n" }}
+    {%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|' + message['role'] + '|>' + message['content'] | trim + '<|eot|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls|length == 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '{"name": "' + tool_call.name + '", "parameters": ' + (tool_call.arguments | tojson) + "}" }}
+    {%- elif message.content is mapping or message.content is iterable and message.content is not string %}
+        {{- message.content | tojson }}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+{%- endfor %}""",
+    "qwen3": """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {{- loop.index0 ~ ':' ~ thought ~ (loop.index0 > ns.last_query_index) }}
+    {%- endif %}
+    {{- content.strip() }}
+    {%- if loop.last or (not loop.last and messages[loop.index0 + 1].role == 'user') %}{{- '<|im_end|>' }}{%- endif %}
+{%- endfor %}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}""",
+    "gemma": """{{ bos_token }}{%- set first = messages[0]['content'] if messages[0]['role'] == 'system' else '' -%}
+{%- set loop_messages = messages[1:] if first else messages -%}
+{%- for message in loop_messages -%}
+    {%- if message['role'] == 'tool' %}{% continue %}{% endif -%}
+    {%- if loop.index0 > 9 %}{% break %}{% endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (first ~ '\\n' if loop.first else '') }}
+    {%- if message['content'] is iterable and message['content'] is not string -%}
+        {%- for item in message['content'] -%}{{ item['text'] | trim }}{%- endfor -%}
+    {%- else -%}
+        {{ message['content'] | default('', true) | trim | upper }}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}""",
+    "macros": """{%- macro described(name, spec, level=0) %}
+{{- '  ' * level ~ name ~ ': ' ~ spec.type | default('object') }}
+{%- for key, value in (spec.properties or {}).items() | sort(attribute='0') %}{{ described(key, value, level + 1) }}
+{%- endfor %}{% endmacro %}
+{%- for tool in tools or [] %}{{ described(tool.function.name, tool.function.parameters) }}{% endfor %}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list %}
+{{- users | join('|') }}{{ '%-8s|%05.2f' | format('a', 1.5) }}{{ '{:>6}'.format(7 ** 2 % 10) }}{{ [1, 2] + [3] }}
+{%- macro outer() %}[{{ caller() }}]{% endmacro %}{% call outer() %}in{% endcall %}
+{% filter upper %}done{% endfilter %}{{ dict(a=1) | tojson }}""",
+}
+TOOL = {
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"où": {"type": "string"}, "day": {"type": "int"}}},
+}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"où": "Zürich", "day": 1.5, "x": [None, True]}},
+}
+CONVERSATIONS = {
+    "plain": MESSAGES,
+    "system": [{"role": "system", "content": " Be <brief>. "}, *MESSAGES],
+    "tools": [
+        {"role": "system", "content": "You call."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\n", "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"°C": 21}'},
+        {"role": "user", "content": "<tool_response>no</tool_response>"},
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +139,21 @@ def test_as_transformers(source: str, prompt: bool, directory: Path) -> None:
     assert ours.render(MESSAGES, add_generation_prompt=prompt) == expected
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_templates_of_published_families(name: str, conversation: str, directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory)
+    ours = ChatTemplate(PUBLISHED[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    messages = CONVERSATIONS[conversation]
+    tools = [{"type": "function", "function": TOOL}] if conversation == "tools" else None
+    options = {"tools": tools, "enable_thinking": False, "add_generation_prompt": False}
+    expected = theirs.apply_chat_template(messages, chat_template=PUBLISHED[name], tokenize=False, **options)
+    assert len(expected) > 10
+    assert ours.render(messages, **options) == expected
+
+
 def test_checkpoint_template(directory: Path) -> None:
     with open_checkpoint(directory) as checkpoint:
         tokenizer = Tokenizer.from_text(checkpoint.text)
@@ -53,7 +167,10 @@ def test_base_model_has_no_template() -> None:
 
 def test_errors_and_sandbox() -> None:
     with pytest.raises(CheckpointError, match="compiled"):
-        ChatTemplate("{% for %}", {})
+        ChatTemplate("{% for %}", {}).check()
+    with pytest.raises(CheckpointError, match="compiled: line 2: "):
+        ChatTemplate("a\n{% for %}", {}).render([])
+    ChatTemplate("{{ raise_exception('only when rendered') }}", {}).check()
     with pytest.raises(UsageError, match="alternate"):
         ChatTemplate("{{ raise_exception('roles must alternate') }}", {}).render([])
     with pytest.raises(UsageError):
