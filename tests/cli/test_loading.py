@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import flashrt.cli
 from flashrt.budget import planner
 from flashrt.calibration.pipeline import Request, calibrate
+from flashrt.cli.app import build
 from flashrt.engine import draft, loaded_pack
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import CpuRuntime
@@ -57,7 +57,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def command(root: Path, name: str, *arguments: str) -> None:
-    app = flashrt.cli.build([name])
+    app = build([name])
     app([name, *arguments, "--cache-dir", str(root / "cache")], standalone_mode=False)
 
 

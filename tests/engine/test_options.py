@@ -153,8 +153,9 @@ def test_a_wrong_prompt_is_refused(idle, prompt):
     ],
 )
 def test_a_wrong_request_is_refused(idle, asked):
-    with pytest.raises(UsageError):
-        idle.generate([5, 6], **asked)
+    (name,) = asked
+    with pytest.raises(UsageError, match=f"(a )?{name}( text)? is "):
+        idle.generate([5, 6], **({"max_new_tokens": 4} | asked))
 
 
 @pytest.mark.parametrize("window", [16.0, "16", 1, True, 10**9])
@@ -178,7 +179,8 @@ def test_a_wrong_window_is_refused(idle, window):
     ],
 )
 def test_a_wrong_sampling_is_refused(asked):
-    with pytest.raises(UsageError):
+    (name,) = asked
+    with pytest.raises(UsageError, match=f"{name} is "):
         Sampling(**asked)
 
 
