@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashrt.errors import UsageError
+from flashrt_kernels.limits import NARROW_TOKENS
 
 GIB = 1 << 30
-MOST_POSITIONS = 16  # tokens of a pass that verifies a draft
 LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 
 
@@ -55,8 +55,8 @@ def parse_speculate(speculate: str | int) -> int | None:
         count = int(speculate)
     except ValueError:
         count = 0
-    if not 2 <= count <= MOST_POSITIONS:
-        raise UsageError(f"--speculate is {speculate!r}, expected off, auto or 2 to {MOST_POSITIONS} tokens per pass")
+    if not 2 <= count <= NARROW_TOKENS:
+        raise UsageError(f"--speculate is {speculate!r}, expected off, auto or 2 to {NARROW_TOKENS} tokens per pass")
     return count
 
 

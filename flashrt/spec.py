@@ -26,7 +26,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashrt_kernels.rows import LONGEST_ROW, WIDEST_HEAD
+from flashrt_kernels.limits import LONGEST_ROW, WIDEST_HEAD
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 

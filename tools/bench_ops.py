@@ -19,6 +19,7 @@ import numpy as np
 
 from flashrt.budget.process import usable_cores
 from flashrt_kernels import cpu
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, bundle_stride, row_bytes
 
 BYTES = 256 << 20  # of weights per kernel
@@ -78,7 +79,7 @@ def narrow(k: int, seconds: float, data: np.ndarray) -> dict[str, dict[str, floa
                 cpu.linear(x, matrix, codec, out, 0, rows)
 
             def glu(x=x, neurons=neurons, codec=codec, y=y) -> None:
-                cpu.glu(x, neurons, codec, "silu", True, y)
+                cpu.glu(x, FfnWeights(neurons, codec, "silu", True), y)
 
             for name, call, size in (("linear", linear, matrix.nbytes), ("glu", glu, neurons.nbytes)):
                 found = beside_reads(call, size, data, seconds)
@@ -105,7 +106,7 @@ def wide(k: int, seconds: float) -> dict[str, float]:
                 cpu.gemm_linear(x, matrix, codec, out, 0, rows, scratch=scratch)
 
             def glu(x=x, neurons=neurons, codec=codec, y=y, scratch=scratch) -> None:
-                cpu.gemm_glu(x, neurons, codec, "silu", True, y, scratch=scratch)
+                cpu.gemm_glu(x, FfnWeights(neurons, codec, "silu", True), y, scratch=scratch)
 
             for name, call, weights in (("gemm_linear", linear, rows * k), ("gemm_glu", glu, 3 * len(neurons) * k)):
                 rate = 2 * weights * tokens / best_seconds(call, seconds) / 1e9

@@ -18,8 +18,9 @@ import numpy as np
 from flashrt.budget.claims.rows import QUEUE_FACTOR, least_slots
 from flashrt.cache.verification import Verifier
 from flashrt.errors import BudgetError
-from flashrt.storage.layout import NEURON_STEP, TensorLayout
+from flashrt.storage.layout import TensorLayout
 from flashrt.storage.reader import Reader, Ticket
+from flashrt_kernels.limits import NEURON_STEP
 
 Array = np.ndarray
 

@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 
 from flashrt.engine.engine import Engine
-from flashrt.model.decoder import NARROW
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
@@ -50,15 +50,15 @@ def logits_of(engine: Engine, windows: Iterable[Sequence[int]]) -> Iterator[Arra
     """
     for window in windows:
         engine.rewind(0)
-        for begin in range(0, len(window) - 1, NARROW):
-            yield engine.step_batch(window[begin : min(begin + NARROW, len(window) - 1)])
+        for begin in range(0, len(window) - 1, NARROW_TOKENS):
+            yield engine.step_batch(window[begin : min(begin + NARROW_TOKENS, len(window) - 1)])
 
 
 def targets_of(windows: Iterable[Sequence[int]]) -> Iterator[Array]:
     """What follows the tokens of `logits_of`, pass by pass."""
     for window in windows:
-        for begin in range(0, len(window) - 1, NARROW):
-            yield np.asarray(window[begin + 1 : min(begin + NARROW, len(window) - 1) + 1])
+        for begin in range(0, len(window) - 1, NARROW_TOKENS):
+            yield np.asarray(window[begin + 1 : min(begin + NARROW_TOKENS, len(window) - 1) + 1])
 
 
 def record(

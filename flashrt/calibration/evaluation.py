@@ -12,8 +12,8 @@ import numpy as np
 
 from flashrt.calibration.divergence import Divergence, diverge, logits_of, predicted, record, replay, targets_of
 from flashrt.engine.engine import Engine
-from flashrt.model.decoder import NARROW
 from flashrt.model.ffn.sparse import Selection
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -53,16 +53,12 @@ def select(engine: Engine, windows: Sequence[Sequence[int]]) -> list[Selection]:
 
     Those that should take part are those whose exact activation reaches the block's threshold, given the same input.
     """
-    sparse: Any = engine.decoder.sparse
-    tallies = sparse.tallies
-    sparse.restart()  # these passes are not part of what was measured
-    sparse.selections = result = [Selection() for _ in engine.spec.layers]
-    try:
+    sparse = engine.decoder.sparse
+    assert sparse is not None
+    with sparse.comparing() as result:  # these passes are no part of what was measured
         for window in windows:
             engine.rewind(0)
-            engine.step_batch(window[:NARROW])
-    finally:
-        sparse.selections, sparse.tallies = None, tallies
+            engine.step_batch(window[:NARROW_TOKENS])
     return result
 
 

@@ -38,13 +38,13 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
 from flashrt.errors import DiskError, UnsupportedModelError, UsageError
-from flashrt.model.decoder import NARROW
 from flashrt.sparsity import VERSION, Layers, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack, write_atomically
 from flashrt.text.tokenizer import Tokenizer
+from flashrt_kernels.limits import NARROW_TOKENS
 
 WORK_DIR = "sparse.partial"
 TRIAL_DIR = "trial"  # in the working directory: the pack with everything stored whole, to choose by
@@ -135,8 +135,8 @@ class _Calibration:
     @contextlib.contextmanager
     def _engine(self, path: Path) -> Iterator[Engine]:
         prepared = LoadedPack(path, self.cache, self.runtime, self.request.budget_gb)
-        context = min(max(WINDOW, NARROW), self.spec.context)
-        the_plan = prepared.plan(Workload(context, prompt=context, logit_rows=NARROW))
+        context = min(max(WINDOW, NARROW_TOKENS), self.spec.context)
+        the_plan = prepared.plan(Workload(context, prompt=context, logit_rows=NARROW_TOKENS))
         with prepared.engine(the_plan, self._in_mib("loading MiB")) as engine:
             yield engine
 
@@ -310,7 +310,8 @@ class _Calibration:
 
     def _divergence(self, engine: Engine, thresholds: Layers, windows: list[list[int]], first: int) -> Divergence:
         """Of the tokens of `windows`, whose reference begins at row `first`."""
-        sparse: Any = engine.decoder.sparse
+        sparse = engine.decoder.sparse
+        assert sparse is not None
         sparse.restart(thresholds)
         with open(self.work / REFERENCE_FILE, "rb") as file:
             expected = replay(file, self.spec.vocab, windows, first)
@@ -436,8 +437,8 @@ def _split(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]], 
 
 def _cut(windows: list[list[int]], tokens: int) -> list[list[int]]:
     """The beginnings of a few windows, about `tokens` tokens in all."""
-    each = 2 * NARROW + 1
-    return [window[:each] for window in windows[: max(tokens // (2 * NARROW), 1)]]
+    each = 2 * NARROW_TOKENS + 1
+    return [window[:each] for window in windows[: max(tokens // (2 * NARROW_TOKENS), 1)]]
 
 
 def _free(fit: Fit) -> Picked:

@@ -60,7 +60,7 @@ def quality(
     from flashrt.cli.evaluate import first_ids
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
-    from flashrt.model.decoder import NARROW
+    from flashrt_kernels.limits import NARROW_TOKENS
 
     if plot is not None:
         check_plots()
@@ -72,7 +72,7 @@ def quality(
         exact = Session(settings)
         sparse = Session(sparse_settings)  # refuses what is not calibrated, before an hour is spent
         window = checked_context(exact.spec, ctx, DEFAULT_CTX)
-        workload = Workload(window, prompt=window, logit_rows=NARROW)
+        workload = Workload(window, prompt=window, logit_rows=NARROW_TOKENS)
         ids = first_ids(exact.tokenizer, text, max_tokens)
         prefix = exact.tokenizer.encode("")
         step = window - len(prefix)

@@ -31,6 +31,7 @@ from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.errors import BudgetError
 from flashrt.kv.contiguous import KVCache
 from flashrt.model.decoder import Decoder
+from flashrt.model.ffn.choose import KINDS, Ffns, Kinds
 from flashrt.model.workspace import Workspace
 from flashrt.spec import ModelSpec
 from flashrt.storage.cost import CostCurve
@@ -112,7 +113,7 @@ class LoadedPack:
         curve = None if known is None else known.curve()
         if curve is None:
             return None
-        rows, row_bytes = the_plan.row_reads_per_token, the_plan.row_bytes_per_token
+        rows, row_bytes = the_plan.scattered_reads_per_token, the_plan.scattered_bytes_per_token
         blocks = the_plan.streamed_bytes_per_token - row_bytes
         whole = curve.seconds(CHUNK_BYTES) / CHUNK_BYTES
         return blocks * whole + (rows * curve.seconds(int(row_bytes / rows)) if row_bytes else 0.0)
@@ -180,8 +181,12 @@ def build_engine(
     runtime: Runtime,
     progress: Progress = lambda done, total: None,
     curve: CostCurve | None = None,
+    kinds: Kinds = KINDS,
 ) -> Engine:
-    """An engine for exactly this plan, loaded. `curve` says what reads cost, by which rows are read together."""
+    """An engine for exactly this plan, loaded. `curve` says what reads cost, by which rows are read together.
+
+    kinds: those of feed-forward blocks that its layers may be of.
+    """
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
     try:
@@ -197,8 +202,25 @@ def build_engine(
             for name, shape in shapes.items()
         }
         scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
-        weights.load(progress)
-        return Engine(Decoder(Workspace(weights, buffers, scratch), kv), reader, the_plan, tokenizer, runtime)
+        arrived = _counting(progress, the_plan.pinned_bytes)
+        weights.load(arrived)
+        work = Workspace(weights, buffers, scratch)
+        ffns = Ffns(work, kinds)
+        ffns.load(arrived)
+        device.cache_on_host(weights.streamed(pack.layout.tensors))
+        return Engine(Decoder(work, kv, ffns), reader, the_plan, tokenizer, runtime)
     except BaseException:
         reader.close()
         raise
+
+
+def _counting(progress: Progress, total: int) -> Callable[[int], None]:
+    """Adds up what arrives, for `progress`."""
+    done = 0
+
+    def arrived(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return arrived

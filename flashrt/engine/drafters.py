@@ -23,7 +23,7 @@ def drafters_of(engine: Engine, sampler: Sampler) -> list[Drafter]:
     drafters: list[Drafter] = [Lookup(engine.plan.context + 1)]
     if engine.drafting is not None:
         drafters.append(ModelDrafter("checkpoint", CheckpointModel(engine.drafting), sampler))
-    if engine.plan.adaptive_ffns:
+    if engine.plan.drafts:
         drafters.append(ModelDrafter("resident", ResidentModel(engine), sampler))
     return drafters
 

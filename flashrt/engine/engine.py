@@ -13,17 +13,17 @@ import numpy as np
 
 from flashrt.budget.planner import Plan
 from flashrt.budget.profile import DiskRoof
-from flashrt.cache.weights import PassKind
 from flashrt.config import Sampling
 from flashrt.engine.generation import Generation
 from flashrt.engine.runtime import Runtime
 from flashrt.errors import UsageError
-from flashrt.model.decoder import NARROW, Decoder
-from flashrt.model.ffn.sparse import SINKS
-from flashrt.sparsity import Sparsity
+from flashrt.model.decoder import Decoder
+from flashrt.model.schedule import PassKind
+from flashrt.sparsity import SINKS, Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader
 from flashrt.text.tokenizer import Tokenizer
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
@@ -51,8 +51,7 @@ class Engine:
         self._spec = decoder.spec
         self._sparsity = decoder.weights.pack.manifest.sparsity
         self._wait_s = 0.0
-        experts = decoder.weights.experts
-        self._expert_counts: Counter[str] = experts.counts if experts else Counter()
+        self._ffn_counts: Counter[str] = Counter()  # once closed
         self._cached: list[int] = []  # tokens whose keys and values are in the cache
         self._tree: list[int] = []  # tokens of the tree behind them
         self._current: Generation | None = None
@@ -91,24 +90,16 @@ class Engine:
         """How the model is thinned out; None in exact mode."""
         return self._sparsity
 
-    def ffn_shares(self) -> dict[str, float] | None:
-        """Shares of the feed-forward blocks that took part in narrow passes since the last request began.
+    def ffn_counts(self) -> Counter[str]:
+        """What the feed-forward blocks have counted so far, by name; see `FfnKind.counts`."""
+        return self._ffn_counts if self._decoder is None else self._decoder.ffns.counts()
 
-        See `ChannelFfn.shares`, `RowFfn.shares`; None in exact mode, once closed, and before the first such pass.
-        """
-        if self._decoder is None or self._decoder.sparse is None:
-            return None
-        return self._decoder.sparse.mean_shares()
-
-    def row_hit_rate(self) -> float | None:
-        """See `RowFfn.hit_rate`; None where neurons are not read one by one, and once closed."""
-        rows = None if self._decoder is None else self._decoder.rows
-        return None if rows is None else rows.hit_rate()
-
-    @property
-    def expert_counts(self) -> Counter[str]:
-        """What the cache of experts has seen so far; see `ExpertCache`. Empty without one."""
-        return self._expert_counts.copy()
+    def ffn_figures(self, counts: Counter[str]) -> tuple[dict[str, Any], list[str]]:
+        """Figures and remarks for a report; see `Ffns.figures`. Empty once closed."""
+        if self._decoder is None:
+            return {}, []
+        ffns = self._decoder.ffns
+        return (found := ffns.figures(counts)), ffns.remarks(found)
 
     def close(self) -> None:
         """Stop reading and free the memory. A generation that is going on ends here."""
@@ -120,7 +111,7 @@ class Engine:
         if self.drafting is not None:
             self.drafting.close()
         self.reader.close()
-        self._wait_s = self._decoder.wait_s
+        self._wait_s, self._ffn_counts = self._decoder.wait_s, self._decoder.ffns.counts()
         self._decoder = None
 
     def generate(
@@ -185,7 +176,7 @@ class Engine:
         for begin in range(0, len(ids), step):
             part = [*prefix, *ids[begin : begin + step]]
             if len(part) > 1:
-                total += self._score_window(part, wide=len(part) > NARROW and not as_decoded)
+                total += self._score_window(part, wide=len(part) > NARROW_TOKENS and not as_decoded)
                 count += len(part) - 1
             progress(min(begin + step, len(ids)), len(ids))
         if count == 0:
@@ -199,11 +190,11 @@ class Engine:
         """
         self.rewind(min(_shared_length(self._cached, ids), len(ids) - 1))
         new = ids[self.decoder.kv.length :]
-        wide, chunk = len(new) > NARROW, self.plan.prefill_chunk
+        wide, chunk = len(new) > NARROW_TOKENS, self.plan.prefill_chunk
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)
-                decoder.weights.begin_pass(
+                decoder.begin_pass(
                     PassKind(last, wide), PassKind(last or begin + 2 * chunk >= len(new), wide and not last)
                 )
                 states = self._hidden(decoder, new[begin : begin + chunk], wide)
@@ -236,7 +227,7 @@ class Engine:
     def draft(self, token: int, depth: int) -> Array:
         """Logits after `token`, which follows `depth` drafted ones, by resident neurons alone: float32 [vocab].
 
-        For plans with `adaptive_ffns`. Neither the sequence nor what streams is touched.
+        For plans with `drafts`. Neither the sequence nor what streams is touched.
         """
         with self._pass_or_nothing() as decoder:
             return decoder.device.get(decoder.drafted(token, depth))[0]
@@ -278,10 +269,11 @@ class Engine:
 
     def _narrow(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Array:
         """Logits of a narrow pass, after each of its tokens."""
-        if not 1 <= len(tokens) <= min(NARROW, self.plan.logit_rows):
-            raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {min(NARROW, self.plan.logit_rows)}")
+        most = min(NARROW_TOKENS, self.plan.logit_rows)
+        if not 1 <= len(tokens) <= most:
+            raise UsageError(f"a pass of {len(tokens)} tokens, expected 1 to {most}")
         with self._pass_or_nothing() as decoder:
-            decoder.weights.begin_pass(PassKind(head=True, wide=False), PassKind(head=True, wide=False))
+            decoder.begin_pass(PassKind(head=True, wide=False), PassKind(head=True, wide=False))
             return decoder.device.get(decoder.logits(self._hidden(decoder, tokens, wide=False, parents=parents)))
 
     def _hidden(self, decoder: Decoder, tokens: Sequence[int], wide: bool, parents: Sequence[int] | None = None) -> Any:
@@ -326,7 +318,7 @@ class Engine:
         with self._pass_or_nothing() as decoder:
             for begin in range(0, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
-                decoder.weights.begin_pass(PassKind(head=True, wide=wide), PassKind(head=True, wide=wide))
+                decoder.begin_pass(PassKind(head=True, wide=wide), PassKind(head=True, wide=wide))
                 states = self._hidden(decoder, tokens, wide)
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
                 total += float(decoder.scores(states, targets, wide).sum())

@@ -15,12 +15,10 @@ from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.spec import Attention, ModelSpec
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
+from flashrt_kernels.limits import DOWN_STEP, MATRIX_STEP, NEURON_STEP
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride
 
 BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, small enough to keep the ring small
-NEURON_STEP = 128  # neurons: kernels give the same bits however a run is cut at multiples of this
-MATRIX_STEP = 8  # bundles of eight rows, likewise
-DOWN_STEP = 512  # rows of down in a calibrated pack, likewise
 PREDICTOR = ".predictor."  # in the names of all that belongs to one
 RESIDENT_FILE = "resident.safetensors"
 

@@ -7,8 +7,10 @@ documented where they are checked, in `flashrt_kernels.cpu`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
 BACKENDS = {"cpu": "flashrt_kernels.cpu", "torch": "flashrt_kernels.reference"}
@@ -46,34 +48,25 @@ class Ops(Protocol):
     def glu(
         self,
         x: Any,
-        bundles: Any,
-        codec: Codec,
-        activation: Any,
-        gated: bool,
+        weights: FfnWeights[Any],
         y: Any,
-        up_bias: Any = None,
-        tokens: Any = None,
-        weights: Any = None,
+        routed: RoutedTokens[Any] | None = None,
         slots: Any = None,
-        beside: Any = None,
+        streamed_bundles: Sequence[Any] | None = None,
         usage: Any = None,
     ) -> None:
-        """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K], bundles [n, bytes], tokens, weights [m].
+        """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K].
 
-        slots int32 [s] names the bundles that take part (None: all), -1 - i those of the arrays `beside`; usage [s]
-        += their |h|."""
+        slots int32 [s] names the bundles that take part (None: all): i >= 0 is bundle i of the weights, -1 - i bundle
+        i of the arrays `streamed_bundles`, numbered one after the other. usage [s] += their |h|.
+        """
 
     def gemm_glu(
         self,
         x: Any,
-        bundles: Any,
-        codec: Codec,
-        activation: Any,
-        gated: bool,
+        weights: FfnWeights[Any],
         y: Any,
-        up_bias: Any = None,
-        tokens: Any = None,
-        weights: Any = None,
+        routed: RoutedTokens[Any] | None = None,
         scratch: Any = None,
         usage: Any = None,
     ) -> None:

@@ -7,16 +7,18 @@ the same maths; on a CUDA device they multiply in bfloat16, except for F32 rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flashrt_kernels.activations import parse
+from flashrt_kernels.ffn import FfnWeights, RoutedTokens
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import INT4_GROUP, INT4_SPAN, INT8_GROUP, MATRIX_ROWS, Codec, align, row_bytes
 
 QUERIES = 64  # tokens whose attention scores exist at once
-WIDE = 16  # more tokens than this may be multiplied in bfloat16 on a device that is fast at it
 
 
 def _numbers(rows: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -62,7 +64,7 @@ def _bundle_rows(bundles: Tensor, codec: Codec, k: int, index: int) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor, codec: Codec, wide: bool) -> Tensor:
-    if wide and x.is_cuda and codec is not Codec.F32 and x.shape[0] > WIDE:
+    if wide and x.is_cuda and codec is not Codec.F32 and x.shape[0] > NARROW_TOKENS:
         return (x.to(torch.bfloat16) @ w.to(torch.bfloat16)).to(torch.float32)
     return x @ w
 
@@ -116,72 +118,60 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 
 def _glu(
     x: Tensor,
-    bundles: Tensor,
-    codec: Codec,
-    activation: str,
-    gated: bool,
+    weights: FfnWeights[Tensor],
     y: Tensor,
-    up_bias: Tensor | None,
-    tokens: Tensor | None,
-    weights: Tensor | None,
+    routed: RoutedTokens[Tensor] | None,
     wide: bool,
     usage: Tensor | None,
 ) -> None:
-    k = x.shape[1]
-    part = x if tokens is None else x[tokens.long()]
+    k, bundles, codec = x.shape[1], weights.bundles, weights.codec
+    tokens = None if routed is None else routed.tokens.long()
+    part = x if tokens is None else x[tokens]
     first = _product(part, _bundle_rows(bundles, codec, k, 0).T, codec, wide)
-    if gated:
-        h = _activate(first, activation) * _product(part, _bundle_rows(bundles, codec, k, 1).T, codec, wide)
+    if weights.gated:
+        up = _product(part, _bundle_rows(bundles, codec, k, 1).T, codec, wide)
+        h = _activate(first, weights.activation) * up
     else:
-        h = _activate(first if up_bias is None else first + up_bias, activation)
-    if weights is not None:
-        h = h * weights[:, None]
+        h = _activate(first if weights.up_bias is None else first + weights.up_bias, weights.activation)
+    if routed is not None:
+        h = h * routed.factors[:, None]
     if usage is not None:
         usage += h.abs().sum(0)
-    result = _product(h, _bundle_rows(bundles, codec, k, 2 if gated else 1), codec, wide)
+    result = _product(h, _bundle_rows(bundles, codec, k, 2 if weights.gated else 1), codec, wide)
     if tokens is None:
         y += result
     else:
-        y.index_add_(0, tokens.long(), result)
+        y.index_add_(0, tokens, result)
 
 
 def glu(
     x: Tensor,
-    bundles: Tensor,
-    codec: Codec,
-    activation: str,
-    gated: bool,
+    weights: FfnWeights[Tensor],
     y: Tensor,
-    up_bias: Tensor | None = None,
-    tokens: Tensor | None = None,
-    weights: Tensor | None = None,
+    routed: RoutedTokens[Tensor] | None = None,
     slots: Tensor | None = None,
-    beside: Sequence[Tensor] | None = None,
+    streamed_bundles: Sequence[Tensor] | None = None,
     usage: Tensor | None = None,
 ) -> None:
-    """y[b] += h * down, summed over neurons; h = act(gate·x) * (up·x), or act(up·x + up_bias) when ungated."""
+    """y[b] += h * down, summed over neurons."""
     if slots is not None:
-        places = slots.long()
-        every = bundles if beside is None else torch.cat([bundles, *beside])
-        bundles = every[torch.where(places < 0, len(bundles) - 1 - places, places)]
-    _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, False, usage)
+        own, places = weights.bundles, slots.long()
+        every = own if streamed_bundles is None else torch.cat([own, *streamed_bundles])
+        taken = every[torch.where(places < 0, len(own) - 1 - places, places)]
+        weights = replace(weights, bundles=taken)
+    _glu(x, weights, y, routed, False, usage)
 
 
 def gemm_glu(
     x: Tensor,
-    bundles: Tensor,
-    codec: Codec,
-    activation: str,
-    gated: bool,
+    weights: FfnWeights[Tensor],
     y: Tensor,
-    up_bias: Tensor | None = None,
-    tokens: Tensor | None = None,
-    weights: Tensor | None = None,
+    routed: RoutedTokens[Tensor] | None = None,
     scratch: Tensor | None = None,
     usage: Tensor | None = None,
 ) -> None:
     """`glu` for many tokens."""
-    _glu(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, True, usage)
+    _glu(x, weights, y, routed, True, usage)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:

@@ -24,8 +24,6 @@ MATRIX_ROWS = 8  # rows of a matrix in one bundle: 8 rows of int4 waste less tha
 INT8_GROUP = 64
 INT4_GROUP = 32
 INT4_SPAN = 8  # groups
-LONGEST_ROW = 65536  # weights: longer rows no kernel takes
-WIDEST_HEAD = 256  # numbers of one attention head, likewise
 
 
 class Codec(enum.Enum):

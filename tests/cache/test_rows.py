@@ -24,6 +24,7 @@ from flashrt.storage.layout import TensorLayout, pack_layout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt_kernels import cpu
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.rows import Codec
 from tests.conftest import MakePack
 
@@ -376,9 +377,9 @@ def test_a_result_does_not_depend_on_the_cache(pack: Pack, reader: Reader, slots
         x = np.random.default_rng(seed).standard_normal((2, 20)).astype(np.float32)
         rows = some(seed, 700, 100 * seed + 30)
         expected, found = np.zeros((2, 20), np.float32), np.zeros((2, 20), np.float32)
-        cpu.glu(x, everything, Codec.INT8, "relu", False, expected, bias[rows], slots=rows)
+        cpu.glu(x, FfnWeights(everything, Codec.INT8, "relu", False, bias[rows]), expected, slots=rows)
         for part, places in cache.ensure(rows):
-            cpu.glu(x, cache.memory, Codec.INT8, "relu", False, found, bias[part], slots=places)
+            cpu.glu(x, FfnWeights(cache.memory, Codec.INT8, "relu", False, bias[part]), found, slots=places)
         assert np.abs(expected).sum() > 0
         assert found.tobytes() == expected.tobytes()
 

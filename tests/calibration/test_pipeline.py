@@ -18,8 +18,7 @@ from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.open import pack_for, sparse_pack
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
-from flashrt.model.ffn.sparse_channels import SINKS
-from flashrt.sparsity import ChannelSparsity, Sparsity
+from flashrt.sparsity import SINKS, ChannelSparsity, Sparsity
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
@@ -61,7 +60,7 @@ def tokens():
 
 
 def with_thresholds(engine, **thresholds):
-    channels = engine.decoder.channels
+    channels = engine.decoder.sparse
     channels.restart([replace(layer, **thresholds) for layer in channels.layers])
     return engine
 
@@ -250,7 +249,7 @@ def test_the_figures_are_json(case):
 def test_the_first_tokens_leave_nothing_out(case, tokens):
     with tiny_engine(Pack(case[0] / SPARSE_DIR), 1.0) as engine:
         found = logits_of(engine, tokens[:1], tokens[1:9])
-        shares = engine.ffn_shares()
+        shares = engine.decoder.sparse.mean_shares()
         with_thresholds(engine, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
         everything = logits_of(engine, tokens[:1], tokens[1:9])
     assert np.array_equal(found[:SINKS], everything[:SINKS])

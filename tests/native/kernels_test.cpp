@@ -84,7 +84,7 @@ std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int toke
         rest.bundles -= half;
         job.y = gathered.data();
         job.neurons.bundles = half;
-        job.beside = {rest};
+        job.streamed = {rest};
         job.slots = slots.data();
         glu(job);
         CHECK(gathered == y);

@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import (
-    MATRIX_STEP,
-    NEURON_STEP,
     PAGE,
     RESIDENT_FILE,
     codec_of,
     layer_file,
     pack_layout,
 )
+from flashrt_kernels.limits import MATRIX_STEP, NEURON_STEP
 from flashrt_kernels.rows import MATRIX_ROWS, Codec
 from tests.fake_source import DENSE, MOE, SPECS
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flashrt_kernels.activations import parse
 from flashrt_kernels.cpu import _cpu
+from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
 __all__ = [
@@ -65,6 +66,14 @@ def _codec(codec: Codec) -> int:
 def _activation(activation: str) -> tuple[int, float]:
     function, threshold = parse(activation)
     return _FUNCTIONS[function], threshold
+
+
+def _ffn(weights: FfnWeights[Any]) -> tuple[Any, int, tuple[int, float], bool]:
+    return weights.bundles, _codec(weights.codec), _activation(weights.activation), weights.gated
+
+
+def _routed(routed: RoutedTokens[Any] | None) -> tuple[Any, Any]:
+    return (None, None) if routed is None else (routed.tokens, routed.factors)
 
 
 def set_threads(n: int) -> None:
@@ -138,48 +147,37 @@ def gemm_scratch_bytes(tokens: int, k: int, neurons: int = 0) -> int:
 
 def glu(
     x: Floats,
-    bundles: Bytes,
-    codec: Codec,
-    activation: str,
-    gated: bool,
+    weights: FfnWeights[Any],
     y: Floats,
-    up_bias: Floats | None = None,
-    tokens: NDArray[np.int32] | None = None,
-    weights: Floats | None = None,
+    routed: RoutedTokens[Any] | None = None,
     slots: NDArray[np.int32] | None = None,
-    beside: Sequence[Bytes] | None = None,
+    streamed_bundles: Sequence[Bytes] | None = None,
     usage: Floats | None = None,
 ) -> None:
     """y[b] += h * down for each neuron in ascending order, for a few tokens.
 
-    h = act(gate·x) * (up·x) with bundles of (gate, up, down) rows; ungated h = act(up·x + up_bias) with (up, down).
-    activation is a name of `flashrt_kernels.activations`.
-    x and y [B, K] may have a row stride and must not share memory. bundles uint8 [n, bytes], any stride. tokens int32
-    [m] names the rows of x and y that take part, each at most once; weights [m] (or [B]) multiplies their h. slots
-    int32 [s] names the bundles that take part, in that order (None: all), wherever rows are kept that are not
-    neighbours; -1 - i names bundle i of the arrays `beside`, numbered one after the other, which have equally many,
-    the last possibly fewer. up_bias [s] is of those that take part; usage [s] += |h|, summed over the tokens.
+    h is that of `FfnWeights`, multiplied by the factors of the `routed` tokens where those alone take part. x and y
+    [B, K] may have a row stride and must not share memory; bundles may have any stride. slots int32 [s] names the
+    bundles that take part, in that order (None: all), wherever rows are kept that are not neighbours: i >= 0 is bundle
+    i of the weights, and -1 - i bundle i of the arrays `streamed_bundles` (uint8 [n, bytes] each), numbered one after
+    the other, which have equally many, the last possibly fewer. up_bias [s] is of those that take part; usage [s] +=
+    |h|, summed over the tokens.
     """
-    name, act = _codec(codec), _activation(activation)
-    _cpu.glu(x, bundles, name, act, gated, y, up_bias, tokens, weights, slots, beside, usage)
+    tokens, factors = _routed(routed)
+    _cpu.glu(x, *_ffn(weights), y, weights.up_bias, tokens, factors, slots, streamed_bundles, usage)
 
 
 def gemm_glu(
     x: Floats,
-    bundles: Bytes,
-    codec: Codec,
-    activation: str,
-    gated: bool,
+    weights: FfnWeights[Any],
     y: Floats,
-    up_bias: Floats | None = None,
-    tokens: NDArray[np.int32] | None = None,
-    weights: Floats | None = None,
+    routed: RoutedTokens[Any] | None = None,
     scratch: Bytes | None = None,
     usage: Floats | None = None,
 ) -> None:
     """`glu` for many tokens, rounding like `gemm_linear`. scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
-    name, act = _codec(codec), _activation(activation)
-    _cpu.gemm_glu(x, bundles, name, act, gated, y, up_bias, tokens, weights, scratch, usage)
+    tokens, factors = _routed(routed)
+    _cpu.gemm_glu(x, *_ffn(weights), y, weights.up_bias, tokens, factors, scratch, usage)
 
 
 def gate_up(

@@ -13,9 +13,6 @@ namespace flashrt {
 
 namespace nb = nanobind;
 
-constexpr int LONGEST_ROW = 65536;  // weights, as in rows.py
-constexpr int WIDEST_HEAD = 256;
-
 [[noreturn]] inline void wrong(const char* name, const std::string& what) {
     throw nb::value_error((std::string(name) + ": " + what).c_str());
 }

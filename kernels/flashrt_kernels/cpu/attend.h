@@ -139,7 +139,7 @@ FLASHRT_INLINE void each_above(const Segment& s, int query, Fn&& f) {
 // Scores of a tree's nodes move from their slots to their positions, so that sums have the order of a plain sequence.
 FLASHRT_INLINE void to_positions(const Segment& s, int query) {
     float* row = s.scores + static_cast<size_t>(query) * SCORES;
-    float nodes[BATCH];
+    float nodes[NARROW_TOKENS];
     std::memcpy(nodes, row + s.start - s.begin, 4 * static_cast<size_t>(s.tree->nodes));
     each_above(s, query, [&](int lane, int node) { row[lane] = nodes[node]; });
 }
@@ -147,7 +147,7 @@ FLASHRT_INLINE void to_positions(const Segment& s, int query) {
 // And back: a node comes after those that it follows, so their values are summed in the order of positions too.
 FLASHRT_INLINE void to_slots(const Segment& s, int query) {
     float* row = s.scores + static_cast<size_t>(query) * SCORES;
-    float nodes[BATCH] = {};
+    float nodes[NARROW_TOKENS] = {};
     each_above(s, query, [&](int lane, int node) { nodes[node] = row[lane]; });
     std::memcpy(row + s.start - s.begin, nodes, 4 * static_cast<size_t>(s.tree->nodes));
 }

@@ -169,7 +169,7 @@ inline void axpys_several(const uint8_t* const* row, const uint8_t* const* next,
                           const float unit[2][NEURONS], const float* h, size_t h_step, int tokens, float* y,
                           size_t y_step) {
     const int groups = kp / INT4_GROUP;
-    Int4Factors factors[BATCH];
+    Int4Factors factors[NARROW_TOKENS];
     for (int g = 0; g < groups; g += INT4_SPAN) {
         if (g % 16 == 0) {
             F a[NEURONS], b[NEURONS];

@@ -44,29 +44,29 @@ LinearJob linear_job(handle x_, handle bundles, int codec, handle out_, int64_t 
             static_cast<size_t>(out.step[0]), row0, rows, vector_or_null<float>("bias", bias, rows)};
 }
 
-// Places of bundles, in any order; -1 - i is place i of those `beside` them.
-const int32_t* slots_of(handle object, int64_t bundles, int64_t beside, int64_t& count) {
+// Places of bundles, in any order; -1 - i is number i of those streamed.
+const int32_t* slots_of(handle object, int64_t bundles, int64_t streamed, int64_t& count) {
     if (object.is_none()) return nullptr;
     const Array<const int32_t> slots("slots", object, 1);
     count = slots.shape[0];
     for (int64_t i = 0; i < count; ++i)
-        if (slots.data[i] < -beside || slots.data[i] >= bundles)
-            wrong("slots", "expected numbers of " + std::to_string(-beside) + " to below " + std::to_string(bundles) +
+        if (slots.data[i] < -streamed || slots.data[i] >= bundles)
+            wrong("slots", "expected numbers of " + std::to_string(-streamed) + " to below " + std::to_string(bundles) +
                                ", found " + std::to_string(slots.data[i]));
     return slots.data;
 }
 
 // Arrays of bundles that are numbered one after the other.
-std::vector<Rows> beside_of(handle object, int codec, int rows, int64_t k) {
+std::vector<Rows> streamed_of(handle object, int codec, int rows, int64_t k) {
     std::vector<Rows> result;
     if (object.is_none()) return result;
     for (handle each : nb::borrow<nb::sequence>(object)) {
         if (!result.empty() && result.back().bundles != result[0].bundles)
-            wrong("beside", "all arrays but the last must have as many bundles as the first");
-        result.push_back(bundles_of(each, codec, rows, k, "beside"));
+            wrong("streamed_bundles", "all arrays but the last must have as many bundles as the first");
+        result.push_back(bundles_of(each, codec, rows, k, "streamed_bundles"));
     }
     if (result.size() > 1 && result.back().bundles > result[0].bundles)
-        wrong("beside", "the last array has more bundles than the first");
+        wrong("streamed_bundles", "the last array has more bundles than the first");
     return result;
 }
 
@@ -93,17 +93,17 @@ const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
 }
 
 GluJob glu_job(handle x_, handle bundles, int codec, Named activation, bool gated, handle y_, handle up_bias,
-               handle tokens, handle weights, handle slots, handle beside_, handle usage_) {
+               handle tokens, handle factors, handle slots, handle streamed_, handle usage_) {
     const Array<const float> x("x", x_, 2);
     const int rows = gated ? 3 : 2;
     const Rows w = bundles_of(bundles, codec, rows, x.shape[1]);
-    std::vector<Rows> beside = beside_of(beside_, codec, rows, x.shape[1]);
+    std::vector<Rows> streamed = streamed_of(streamed_, codec, rows, x.shape[1]);
     const Array<float> y("y", y_, 2);
     for (int i = 0; i < 2; ++i) y.expect(i, x.shape[i]);
     if (overlap(x, y)) wrong("y", "shares memory with x");
     if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
     int64_t count = x.shape[0], neurons = w.bundles;
-    const int32_t* places = slots_of(slots, w.bundles, bundles_in(beside), neurons);
+    const int32_t* places = slots_of(slots, w.bundles, bundles_in(streamed), neurons);
     const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
     float* usage = nullptr;
     if (!usage_.is_none()) {
@@ -112,7 +112,7 @@ GluJob glu_job(handle x_, handle bundles, int codec, Named activation, bool gate
         usage = found.data;
     }
     return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
-            chosen, vector_or_null<float>("weights", weights, count), w, std::move(beside), places, neurons,
+            chosen, vector_or_null<float>("factors", factors, count), w, std::move(streamed), places, neurons,
             activation_of(activation), gated, vector_or_null<float>("up_bias", up_bias, neurons), usage};
 }
 
@@ -121,7 +121,8 @@ ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t
     if (columns < TILE_COLUMNS || columns % TILE_COLUMNS)
         wrong("sums", "expected a multiple of " + std::to_string(TILE_COLUMNS) + " columns, found " +
                           std::to_string(columns));
-    if (fine < 0 || fine > CHANNELS) wrong("fine", "expected 0 to 32 channels, found " + std::to_string(fine));
+    if (fine < 0 || fine > CHANNELS)
+        wrong("fine", "expected 0 to " + std::to_string(CHANNELS) + " channels, found " + std::to_string(fine));
     const int64_t need = 2 * columns + (CHANNELS + fine) * columns / 4;
     if (groups.shape[1] < need)
         wrong("groups", std::to_string(columns) + " columns take " + std::to_string(need) + " bytes, found " +
@@ -155,9 +156,10 @@ DownJob down_job(handle sums_, handle scale_, handle norms_, Named activation, b
     y.expect(0, sums.shape[0]);
     const Array<const float> norms("norms", norms_, 1);
     const Rows w = bundles_of(rows, codec, 1, y.shape[1]);
-    if (first < 0 || first % 512 || first > norms.shape[0] - w.bundles)
+    if (first < 0 || first % DOWN_STEP || first > norms.shape[0] - w.bundles)
         wrong("first", std::to_string(w.bundles) + " rows from " + std::to_string(first) + " are not among " +
-                           std::to_string(norms.shape[0]) + ", or do not begin at a multiple of 512");
+                           std::to_string(norms.shape[0]) + ", or do not begin at a multiple of " +
+                           std::to_string(DOWN_STEP));
     const int64_t padded = (norms.shape[0] + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     sums.expect(1, gated ? 2 * padded : padded);
     return {sums.data, static_cast<size_t>(sums.step[0]), static_cast<int>(sums.shape[0]), gated, padded,
@@ -202,8 +204,9 @@ std::optional<Tree> tree_or_none(handle parents_, int64_t tokens) {
     if (parents_.is_none()) return std::nullopt;
     const Array<const int32_t> parents("parents", parents_, 1);
     parents.expect(0, tokens);
-    if (tokens > BATCH)
-        wrong("parents", "a tree has at most " + std::to_string(BATCH) + " tokens, found " + std::to_string(tokens));
+    if (tokens > NARROW_TOKENS)
+        wrong("parents", "a tree has at most " + std::to_string(NARROW_TOKENS) + " tokens, found " +
+                             std::to_string(tokens));
     for (int64_t i = 0; i < tokens; ++i)
         if (parents.data[i] < -1 || parents.data[i] >= i)
             wrong("parents", "expected -1 or a token before token " + std::to_string(i) + ", found " +
@@ -349,16 +352,16 @@ NB_MODULE(_cpu, m) {
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
-                    handle tokens, handle weights, handle slots, handle beside, handle usage) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, slots, beside,
-                                   usage);
+                    handle tokens, handle factors, handle slots, handle streamed, handle usage) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, factors, slots,
+                                   streamed, usage);
         Released release;
         if (job.tokens && job.count) glu(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("gemm_glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
-                         handle tokens, handle weights, handle scratch, handle usage) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, weights, nb::none(),
+                         handle tokens, handle factors, handle scratch, handle usage) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, factors, nb::none(),
                                    nb::none(), usage);
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
         const int crew = threads();

@@ -24,7 +24,7 @@ void hidden(const DownJob& job, int token, int64_t first, int count, float* h, f
 namespace {
 
 constexpr int ITEMS = 4;  // pieces of work for each thread
-constexpr int UNIT = 512;  // neurons that one thread sums before y takes them: calls cut at multiples of it agree
+constexpr int UNIT = DOWN_STEP;  // neurons that one thread sums before y takes them
 
 // Which of a group's channels a token wants, and its x with zeros for the others.
 void weigh(const GateUpJob& job, const float* x, int64_t group, float* kept, uint8_t* wanted) {
@@ -126,8 +126,8 @@ void down_unit(const DownJob& job, const Chosen& chosen, int64_t unit, int64_t t
 
 ChannelCount gate_up(const GateUpJob& job) {
     ChannelCount total;
-    for (int i = 0; i < job.tokens; i += BATCH)
-        gate_up_batch(job, i, job.tokens - i < BATCH ? job.tokens - i : BATCH, total);
+    for (int i = 0; i < job.tokens; i += NARROW_TOKENS)
+        gate_up_batch(job, i, job.tokens - i < NARROW_TOKENS ? job.tokens - i : NARROW_TOKENS, total);
     return total;
 }
 

@@ -4,15 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "constants.h"
+
 namespace flashrt {
 
 enum class Codec : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
-constexpr int CHUNK = 64;       // weights decoded together; rows are padded to a multiple of it
-constexpr int INT4_GROUP = 32;  // weights that share a scale and an offset
-constexpr int INT4_SPAN = 8;    // groups whose codes are stored together
+constexpr int CHUNK = INT8_GROUP;  // weights decoded together; rows are padded to a multiple of it
 constexpr int SPAN = INT4_SPAN * INT4_GROUP;
-constexpr int MATRIX_ROWS = 8;  // rows of a matrix in one bundle
 
 inline int padded(int k) { return (k + CHUNK - 1) / CHUNK * CHUNK; }
 

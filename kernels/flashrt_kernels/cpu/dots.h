@@ -108,7 +108,7 @@ FLASHRT_INLINE void dot_rows(const uint8_t* const* rows, const uint8_t* const* n
                              float* const* out, size_t token_step) {
     if constexpr (codec != Codec::INT4) dot_tokens<codec, R>(rows, next, t, out, token_step);
     else if (t.count == 1) dot_int4<R, 1>(rows, next, t, out, token_step);
-    else dot_int4<R, BATCH>(rows, next, t, out, token_step);
+    else dot_int4<R, NARROW_TOKENS>(rows, next, t, out, token_step);
 }
 
 // Rows share the loads of the activations.

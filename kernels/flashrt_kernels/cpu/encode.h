@@ -120,7 +120,7 @@ FLASHRT_INLINE Group load_group(const float* w, const float* importance, int at,
 }
 
 inline void encode_int4(const float* w, const float* importance, int k, uint8_t* row) {
-    constexpr int MOST = 2048;  // groups of the longest row (the bindings refuse longer ones)
+    constexpr int MOST = LONGEST_ROW / INT4_GROUP;  // the bindings refuse longer rows
     const int kp = padded(k), groups = kp / INT4_GROUP;
     float scales[MOST], offsets[MOST];
     float top_scale = 0.0f, top_offset = 0.0f;

@@ -9,6 +9,8 @@
 namespace flashrt {
 namespace {
 
+static_assert(NEURON_STEP % PANEL == 0 && MATRIX_STEP * MATRIX_ROWS % PANEL == 0, "calls are cut between panels");
+
 constexpr size_t PANEL_BYTES = 512 * 1024;  // per thread; half of a second-level cache
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -132,8 +134,8 @@ void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, f
     if (!job.gated && job.up_bias)
         for (int i = 0; i < count; ++i) sums[i] += job.up_bias[first + i];
     kernel.activate(job.activation, sums, job.gated ? sums + PANEL / 2 : nullptr, count);
-    if (job.weights)
-        for (int i = 0; i < count; ++i) sums[i] *= job.weights[t];
+    if (job.factors)
+        for (int i = 0; i < count; ++i) sums[i] *= job.factors[t];
     if (job.usage)
         for (int i = 0; i < count; ++i) job.usage[first + i] += std::fabs(sums[i]);
     char* to = h.at(t, static_cast<int>(first));

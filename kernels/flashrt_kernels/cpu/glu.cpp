@@ -9,7 +9,7 @@ namespace flashrt {
 namespace {
 
 constexpr int BLOCK = GATHER;  // neurons whose h is kept between the two halves of the work
-constexpr int UNIT = 128;  // neurons that one thread sums before y takes them: calls cut at multiples of it agree
+constexpr int UNIT = NEURON_STEP;  // neurons that one thread sums before y takes them
 
 // Where up to BLOCK neurons lie, and those that this thread will probably take after them.
 struct Block {
@@ -28,31 +28,31 @@ struct Block {
 };
 
 // gate·x and up·x of a block, then act(gate) * up, into h [tokens, BLOCK].
-void hidden(const GluJob& job, const Tokens& tokens, const float* weights, const Block& block, float* h) {
+void hidden(const GluJob& job, const Tokens& tokens, const float* factors, const Block& block, float* h) {
     const Kernels& kernel = kernels();
-    float both[2][BATCH * BLOCK];  // gate, up
-    kernel.dots(job.neurons.codec, block.rows(job.gated ? 2 : 1), tokens, {both[0], 1, BATCH * BLOCK, BLOCK});
+    float both[2][NARROW_TOKENS * BLOCK];  // gate, up
+    kernel.dots(job.neurons.codec, block.rows(job.gated ? 2 : 1), tokens, {both[0], 1, NARROW_TOKENS * BLOCK, BLOCK});
     for (int t = 0; t < tokens.count; ++t) {
         float* row = h + t * BLOCK;
         std::memcpy(row, both[0] + t * BLOCK, sizeof(float) * block.count);
         if (job.up_bias)
             for (int i = 0; i < block.count; ++i) row[i] += job.up_bias[block.first + i];
         kernel.activate(job.activation, row, job.gated ? both[1] + t * BLOCK : nullptr, block.count);
-        if (weights)
-            for (int i = 0; i < block.count; ++i) row[i] *= weights[t];
+        if (factors)
+            for (int i = 0; i < block.count; ++i) row[i] *= factors[t];
         if (job.usage)
             for (int i = 0; i < block.count; ++i) job.usage[block.first + i] += std::fabs(row[i]);
     }
 }
 
 // Adds neurons [first, last) to sums [tokens, sums_step]; `next` is what this thread will probably do after that.
-void unit(const GluJob& job, const Tokens& tokens, const float* weights, int64_t first, int64_t last, int64_t next,
+void unit(const GluJob& job, const Tokens& tokens, const float* factors, int64_t first, int64_t last, int64_t next,
           float* sums) {
-    float h[BATCH * BLOCK];
+    float h[NARROW_TOKENS * BLOCK];
     for (int64_t neuron = first; neuron < last; neuron += BLOCK) {
         const int count = static_cast<int>(last - neuron < BLOCK ? last - neuron : BLOCK);
         const Block block(job, neuron, count, neuron + BLOCK < last ? neuron + BLOCK : next);
-        hidden(job, tokens, weights, block, h);
+        hidden(job, tokens, factors, block, h);
         kernels().axpys(job.neurons.codec, block.rows(1), job.gated ? 2 : 1, job.neurons.k, h, BLOCK, tokens.count,
                         sums, sums_step(job.neurons.k));
     }
@@ -61,23 +61,23 @@ void unit(const GluJob& job, const Tokens& tokens, const float* weights, int64_t
 void glu_batch(const GluJob& job, int first, int count) {
     const Kernels& kernel = kernels();
     const Rows& w = job.neurons;
-    Tokens tokens = tokens_in(scratch(0, tokens_bytes(BATCH, w.k)), count, w.k);
+    Tokens tokens = tokens_in(scratch(0, tokens_bytes(NARROW_TOKENS, w.k)), count, w.k);
     const size_t step = sums_step(w.k);
     const int crew = threads();
-    float* all_sums = static_cast<float*>(scratch(1, sizeof(float) * BATCH * step * crew));
-    float* y[BATCH];
+    float* all_sums = static_cast<float*>(scratch(1, sizeof(float) * NARROW_TOKENS * step * crew));
+    float* y[NARROW_TOKENS];
     for (int i = 0; i < count; ++i) {
         const int64_t token = job.chosen ? job.chosen[first + i] : first + i;
         kernel.prepare(w.codec, job.x + token * job.x_step, i, tokens);
         y[i] = job.y + token * job.y_step;
     }
-    const float* weights = job.weights ? job.weights + first : nullptr;
+    const float* factors = job.factors ? job.factors + first : nullptr;
     Turnstile turnstile;
     parallel_for((job.count + UNIT - 1) / UNIT, [&](int64_t item, int thread) {
         const int64_t from = item * UNIT, to = job.count - from < UNIT ? job.count : from + UNIT;
-        float* sums = all_sums + thread * BATCH * step;
+        float* sums = all_sums + thread * NARROW_TOKENS * step;
         std::memset(sums, 0, sizeof(float) * count * step);
-        unit(job, tokens, weights, from, to, from + crew * UNIT, sums);
+        unit(job, tokens, factors, from, to, from + crew * UNIT, sums);
         turnstile.enter(item);
         for (int t = 0; t < count; ++t) kernel.collect(w.codec, count, sums + t * step, w.k, y[t]);
         turnstile.leave(item);
@@ -87,11 +87,13 @@ void glu_batch(const GluJob& job, int first, int count) {
 }  // namespace
 
 void glu(const GluJob& job) {
-    for (int i = 0; i < job.tokens; i += BATCH) glu_batch(job, i, job.tokens - i < BATCH ? job.tokens - i : BATCH);
+    for (int i = 0; i < job.tokens; i += NARROW_TOKENS)
+        glu_batch(job, i, job.tokens - i < NARROW_TOKENS ? job.tokens - i : NARROW_TOKENS);
 }
 
 size_t reserve(int k) {
-    const size_t activations = tokens_bytes(BATCH, k), sums = sizeof(float) * BATCH * sums_step(k) * threads();
+    const size_t activations = tokens_bytes(NARROW_TOKENS, k);
+    const size_t sums = sizeof(float) * NARROW_TOKENS * sums_step(k) * threads();
     // Touched, so that they count when the process is measured.
     std::memset(scratch(0, activations), 0, activations);
     std::memset(scratch(1, sums), 0, sums);

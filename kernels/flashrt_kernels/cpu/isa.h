@@ -15,10 +15,8 @@ struct Activation {
     float threshold;  // RELU passes what is more
 };
 
-constexpr int BATCH = 16;  // tokens that share one reading of the weights
-
-// Up to BATCH tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes `q`:
-// x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).
+// Up to NARROW_TOKENS tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes
+// `q`: x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).
 struct Tokens {
     int count, k, kp;
     float* f;       // [count, kp]
@@ -40,9 +38,6 @@ struct DotOut {  // of bundle b, row r and token t: data[b * bundle_step + r * r
     float* data;
     size_t bundle_step, row_step, token_step;
 };
-
-constexpr int CHANNELS = 32;      // of a group that shares scales; see channels.h
-constexpr int TILE_COLUMNS = 256;  // of gate and up, computed together
 
 struct ChannelGroup {
     const uint8_t *a, *b;    // [columns]: codes of scales and offsets
@@ -70,8 +65,8 @@ constexpr int TILE = 6;    // tokens of one register tile
 // one after the other behind the sequence, but the position of a token is the number of tokens that it follows.
 struct Tree {
     int nodes;
-    int depth[BATCH];         // tokens of the pass that node i follows
-    int above[BATCH][BATCH];  // [i][d]: the node at depth d on the way to node i, which is the last one
+    int depth[NARROW_TOKENS];         // tokens of the pass that node i follows
+    int above[NARROW_TOKENS][NARROW_TOKENS];  // [i][d]: the node at depth d on the way to node i, which is the last one
 
     Tree(const int32_t* parents, int nodes) : nodes(nodes) {  // -1: follows the sequence
         for (int i = 0; i < nodes; ++i) {
@@ -103,7 +98,7 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
 };
 constexpr int SEGMENT = 256;   // positions; segments start at multiples of it
-constexpr int SCORES = SEGMENT + BATCH;  // slots at most: a tree may be stored beyond the segment of its positions
+constexpr int SCORES = SEGMENT + NARROW_TOKENS;  // slots at most: a tree may lie beyond the segment of its positions
 constexpr int POSITIONS = 32;  // packed at a time: their panel stays in the first-level cache
 
 struct Kernels {

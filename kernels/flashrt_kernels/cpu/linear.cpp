@@ -23,7 +23,7 @@ void products(const Rows& w, int64_t from, int64_t to, int rows, size_t between,
 void linear_batch(const LinearJob& job, int first, int count) {
     const Kernels& kernel = kernels();
     const Rows& w = job.weights;
-    Tokens tokens = tokens_in(scratch(0, tokens_bytes(BATCH, w.k)), count, w.k);
+    Tokens tokens = tokens_in(scratch(0, tokens_bytes(NARROW_TOKENS, w.k)), count, w.k);
     for (int i = 0; i < count; ++i) kernel.prepare(w.codec, job.x + (first + i) * job.x_step, i, tokens);
 
     const int64_t whole = job.rows / MATRIX_ROWS, bundles = (job.rows + MATRIX_ROWS - 1) / MATRIX_ROWS;
@@ -45,8 +45,8 @@ void linear_batch(const LinearJob& job, int first, int count) {
 }  // namespace
 
 void linear(const LinearJob& job) {
-    for (int i = 0; i < job.tokens; i += BATCH)
-        linear_batch(job, i, job.tokens - i < BATCH ? job.tokens - i : BATCH);
+    for (int i = 0; i < job.tokens; i += NARROW_TOKENS)
+        linear_batch(job, i, job.tokens - i < NARROW_TOKENS ? job.tokens - i : NARROW_TOKENS);
 }
 
 }  // namespace flashrt

@@ -35,11 +35,11 @@ struct GluJob {
     size_t y_step;
     int tokens;
     const int32_t* chosen;  // rows of x and y that take part; null: all
-    const float* weights;   // of the tokens that take part; null: one
+    const float* factors;   // of the h of each token that takes part; null: one
     Rows neurons;
-    std::vector<Rows> beside;  // more bundles; all but the last have as many as the first
-    const int32_t* slots;      // bundles that take part, in this order, -1 - i being number i of `beside`; null: all
-    int64_t count;             // of them
+    std::vector<Rows> streamed;  // more bundles; all but the last have as many as the first
+    const int32_t* slots;        // bundles that take part, in this order, -1 - i being number i streamed; null: all
+    int64_t count;               // of them
     Activation activation;
     bool gated;
     const float* up_bias;  // of those that take part
@@ -48,8 +48,8 @@ struct GluJob {
     const uint8_t* bundle(int64_t neuron) const {
         const int64_t slot = slots ? slots[neuron] : neuron;
         if (slot >= 0) return neurons.data + slot * neurons.stride;
-        const int64_t i = -1 - slot, each = beside[0].bundles;
-        return beside[i / each].data + i % each * beside[i / each].stride;
+        const int64_t i = -1 - slot, each = streamed[0].bundles;
+        return streamed[i / each].data + i % each * streamed[i / each].stride;
     }
 };
 

@@ -1,4 +1,4 @@
-// Activations of up to 16 tokens in the calling thread's scratch memory.
+// Activations of up to NARROW_TOKENS tokens in the calling thread's scratch memory.
 #pragma once
 
 #include "isa.h"

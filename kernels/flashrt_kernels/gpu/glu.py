@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flashrt_kernels.gpu.arguments import check
 from flashrt_kernels.gpu.row_tile import row_codes, row_scales
-from flashrt_kernels.rows import ALIGNMENT, LONGEST_ROW, Codec, align, bundle_stride, row_bytes
+from flashrt_kernels.limits import LONGEST_ROW, NARROW_TOKENS
+from flashrt_kernels.rows import ALIGNMENT, Codec, align, bundle_stride, row_bytes
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
-TOKENS = 16  # at most, in one call
 SLOTS = 32  # of one program: enough programs for a GPU even where few rows are chosen
 PARTS = 4  # partial sums that are added before they are added to y: 128 slots, as on the CPU
 TILE_GROUPS = 8  # groups of 32 weights that a program decodes at a time: a span of int4
@@ -224,8 +224,8 @@ def _check(
     """Tokens and row length."""
     check("x", x, torch.float32, (None, None), x.device)
     tokens, k = x.shape
-    if not (1 <= tokens <= TOKENS and 1 <= k <= LONGEST_ROW):
-        raise ValueError(f"x: expected 1 to {TOKENS} tokens of 1 to {LONGEST_ROW} numbers, found {tokens} of {k}")
+    if not (1 <= tokens <= NARROW_TOKENS and 1 <= k <= LONGEST_ROW):
+        raise ValueError(f"x: expected {NARROW_TOKENS} tokens of {LONGEST_ROW} numbers at most, found {tokens} of {k}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, found {activation!r}")
     check("y", y, torch.float32, (tokens, k), x.device)

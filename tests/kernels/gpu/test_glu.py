@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashrt_kernels import reference
+from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
 from .helpers import gpu, int32, neurons, normal, rms_ratio, same, shuffled
@@ -15,9 +16,11 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
 def expect(x, w, codec, activation, gated, y, slots, **options):
     result = y.clone()
-    if "up_bias" in options:  # the reference takes that of the bundles that take part, in their order
-        options["up_bias"] = options["up_bias"][slots.long()]
-    reference.glu(x, w, codec, activation, gated, result, slots=slots, **options)
+    bias = options.get("up_bias")  # the reference takes that of the bundles that take part, in their order
+    weights = FfnWeights(w, codec, activation, gated, None if bias is None else bias[slots.long()])
+    tokens = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    routed = RoutedTokens(tokens, options["weights"]) if "weights" in options else None
+    reference.glu(x, weights, result, routed, slots=slots)
     return result
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrt_kernels import reference
+from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.rows import Codec
 
 from .helpers import gpu, listed, neurons, normal, rms_ratio, same
@@ -47,7 +48,7 @@ def test_slots_change_no_bit(device, slots, thresholds):
         expected, rows = whole(x, w.to(device), codec, "silu", True, y, scores, threshold)
         judged = y.clone()
         if len(rows):
-            reference.glu(x, w.to(device), codec, "silu", True, judged, slots=rows)
+            reference.glu(x, FfnWeights(w.to(device), codec, "silu", True), judged, slots=rows)
         with AskNothing():
             step(layer, x, scores, threshold, y)
         assert same(y, expected)
