@@ -11,6 +11,9 @@ from flashrt_kernels.activations import parse
 
 VERSION = 2
 LONGEST_CURVE = 64  # points of `RowSparsity.misses`
+# Tokens at the start of a sequence that leave nothing out: all later tokens attend to them, and activations a thousand
+# times larger than any other token's, which must come out right, arise in them (Xiao et al., arXiv:2309.17453).
+SINKS = 4
 
 
 @dataclass(frozen=True, slots=True)

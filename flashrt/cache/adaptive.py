@@ -152,6 +152,10 @@ class AdaptiveNeurons:
         self._worth[first // self.group : (first + len(usage)) // self.group] = own.reshape(-1, self.group).sum(1)
         self._drafted = None
 
+    def choose_all(self) -> None:
+        """`choose` from all blocks, for a pass of few tokens: no more groups than it may move."""
+        self.choose([block for blocks in self.spans(wide=False) for block in blocks], self.moves)
+
     def choose(self, blocks: Sequence[Block], most: int | None = None) -> None:
         """Choose which groups of some blocks are to move in as the pass comes by, `most` at most, and whose places.
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashrt.budget.ledger import Ledger, populate
-from flashrt.cache.streamer import Streamer
+from flashrt.cache.streamer import Streamer, Submit
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, BlockTicket, Reader
 from flashrt_kernels.ops import Ops
@@ -23,8 +23,9 @@ class BlockStream(Protocol):
 
     wait_s: float
 
-    def expect(self, blocks: Iterable[Block]) -> None: ...
+    def expect(self, blocks: Iterable[Block], submit: Submit | None = None) -> None: ...
     def take(self, block: Block) -> Tensor: ...
+    def take_all(self, blocks: Sequence[Block]) -> list[Tensor]: ...
     def release(self) -> None: ...
     def flush(self) -> None: ...
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flashrt.cache.device import Device, Progress, Reading, Tensor
+from flashrt.cache.device import BlockStream, Device, Progress, Reading, Tensor
 from flashrt.cache.forecast import Forecast
 from flashrt.errors import FlashrtError
 from flashrt.storage.layout import Block
@@ -24,7 +24,45 @@ from flashrt.storage.layout import Block
 Array = np.ndarray
 Key = tuple[int, int]  # layer, expert
 
+Blocks = Callable[[int, int], Sequence[Block]]  # what there is to read of an expert of a layer
+
 AHEAD_BYTES = 16 << 20  # read beyond the expert in use: twice what the reader has in flight, so that it never runs dry
+
+
+class ExpertStream:
+    """Experts that stay nowhere: what a router names is read through `ring`, as `blocks` says.
+
+    It stands in for an `ExpertCache`, of which the budget has none, and counts nothing.
+    """
+
+    looks_ahead = False
+
+    def __init__(self, ring: BlockStream, blocks: Blocks) -> None:
+        self._ring, self._blocks = ring, blocks
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that compute has waited for reads."""
+        return self._ring.wait_s
+
+    def expect(self, layer: int, chosen: Array) -> None:
+        """See `ExpertCache.expect`."""
+        experts = np.unique(chosen).tolist()
+        self._ring.expect(block for expert in experts for block in self._blocks(layer, expert))
+
+    def take(self, layer: int, expert: int) -> Iterator[tuple[Sequence[Block], Tensor]]:
+        """See `ExpertCache.take`; each is valid until the next."""
+        for block in self._blocks(layer, expert):
+            yield (block,), self._ring.take(block)
+        self._ring.release()
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Nothing: what is guessed wrong would have to be read to its end before what is right."""
+
+    def abandon(self) -> None:
+        """Forget what was expected."""
+        self._ring.flush()
 
 
 @dataclass(slots=True)
@@ -75,11 +113,13 @@ class ExpertCache:
     began to be read before a router named them (prefetched), and how many of those it then named (useful).
     """
 
+    looks_ahead = True
+
     def __init__(
         self,
         device: Device,
         memory: Iterable[Tensor],
-        blocks: Callable[[int, int], Sequence[Block]],
+        blocks: Blocks,
         shape: tuple[int, int],
     ) -> None:
         self._slots = [_Slot(part) for part in memory]

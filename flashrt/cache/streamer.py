@@ -19,33 +19,36 @@ SUBMIT_BATCH = 4  # blocks at most that are submitted at once: what many of them
 
 Array = np.ndarray
 Place = tuple[Block, int]  # a block, and the buffer that is to hold it
-Submit = Callable[[Sequence[Place]], Iterable[Ticket]]  # starts to read some blocks; a ticket for each
+Submit = Callable[[Reader, Sequence[Place], Array], Iterable[Ticket]]
+
+
+def whole_blocks(reader: Reader, places: Sequence[Place], memory: Array) -> list[Ticket]:
+    """Start to read some blocks into rows of `memory`; a ticket for each."""
+    return [reader.submit(block, memory[buffer, : block.nbytes]) for block, buffer in places]
 
 
 class Streamer:
     """The rows of `memory` (uint8 [buffers, bytes], page-aligned) are buffers, each at least as large as any block.
 
-    There are at least two, or none at all. `submit` starts reads; another may be put in its place, which reads a part
-    of each block only.
+    There are at least two, or none at all.
     """
 
     def __init__(self, reader: Reader, memory: Array) -> None:
         self._reader, self.memory = reader, memory
-        self.submit: Submit = self._submit_whole
         self._free = deque(range(len(memory)))
-        self._wanted: deque[Iterator[Block]] = deque()
+        self._wanted: deque[tuple[Iterator[Block], Submit]] = deque()
         self._flying: deque[tuple[Place, Ticket]] = deque()
         self._held: list[int] = []
         self.wait_s = 0.0
 
-    def expect(self, blocks: Iterable[Block]) -> None:
+    def expect(self, blocks: Iterable[Block], submit: Submit | None = None) -> None:
         """Announce what will be taken next, after all that is already expected.
 
-        `blocks` is gone through as their turn comes.
+        `blocks` is gone through as their turn comes. `submit` starts their reads where not all of a block is wanted.
         """
         if len(self.memory):  # without any buffers, everything is resident and there is nothing to expect
-            self._wanted.append(iter(blocks))
-        self._pump()
+            self._wanted.append((iter(blocks), submit or whole_blocks))
+            self._pump()
 
     def take(self, block: Block) -> Array:
         """The bytes of `block` (uint8 [nbytes]), which must be the next one expected."""
@@ -94,24 +97,18 @@ class Streamer:
         self.wait_s += time.perf_counter() - began
 
     def _pump(self) -> None:
-        while places := self._next_places():
-            self._flying.extend(zip(places, self.submit(places), strict=True))
+        while self._free and (batch := self._next_batch()) is not None:
+            places, submit = batch
+            self._flying.extend(zip(places, submit(self._reader, places, self.memory), strict=True))
 
-    def _next_places(self) -> list[Place]:
-        places: list[Place] = []
-        while self._free and len(places) < SUBMIT_BATCH and (block := next_block(self._wanted)) is not None:
-            places.append((block, self._free.popleft()))
-        return places
-
-    def _submit_whole(self, places: Sequence[Place]) -> list[Ticket]:
-        return [self._reader.submit(block, self.memory[buffer, : block.nbytes]) for block, buffer in places]
-
-
-def next_block(wanted: deque[Iterator[Block]]) -> Block | None:
-    """The next of a queue of sequences of blocks; None when all are exhausted."""
-    while wanted:
-        block = next(wanted[0], None)
-        if block is not None:
-            return block
-        wanted.popleft()
-    return None
+    def _next_batch(self) -> tuple[list[Place], Submit] | None:
+        """Blocks of one source that there are buffers for; None when nothing more is wanted."""
+        while self._wanted:
+            blocks, submit = self._wanted[0]
+            places: list[Place] = []
+            while self._free and len(places) < SUBMIT_BATCH and (block := next(blocks, None)) is not None:
+                places.append((block, self._free.popleft()))
+            if places:
+                return places, submit
+            self._wanted.popleft()
+        return None

@@ -21,7 +21,7 @@ import torch
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import Plan
 from flashrt.cache.device import Progress
-from flashrt.cache.streamer import next_block
+from flashrt.cache.streamer import Submit
 from flashrt.errors import BudgetError, FlashrtError, UsageError
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import BlockTicket, Reader
@@ -188,32 +188,41 @@ class TorchStream:
         self._wanted: deque[Iterator[Block]] = deque()
         self._ahead: Block | None = None  # the next block, which found no staging buffer yet
         self._flying: deque[_Flight] = deque()
-        self._held: Slot | None = None
+        self._held: list[Slot] = []
 
-    def expect(self, blocks: Iterable[Block]) -> None:
+    def expect(self, blocks: Iterable[Block], submit: Submit | None = None) -> None:
+        if submit is not None:
+            raise NotImplementedError("blocks are copied whole to a torch device: its plans have no adaptive FFNs")
         if self._all[0]:
             self._wanted.append(iter(blocks))
         self._pump()
 
     def take(self, block: Block) -> torch.Tensor:
+        return self.take_all([block])[0]
+
+    def take_all(self, blocks: Sequence[Block]) -> list[torch.Tensor]:
         self.release()
-        if not self._flying or self._flying[0].block != block:
-            raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
-        flight = self._flying[0]
-        if flight.copied is None:
-            self._copy(flight)
-        self._flying.popleft()
-        if self._copies is not None:
-            torch.cuda.current_stream().wait_event(flight.copied)
-        self._held = flight.slot
+        taken = []
+        for block in blocks:
+            if not self._flying or self._flying[0].block != block:
+                raise RuntimeError(f"block {block.index} of {block.tensor} was taken out of turn")
+            flight = self._flying[0]
+            if flight.copied is None:
+                self._copy(flight)
+            self._flying.popleft()
+            if self._copies is not None:
+                torch.cuda.current_stream().wait_event(flight.copied)
+            assert flight.slot is not None
+            self._held.append(flight.slot)
+            taken.append(flight.slot[: block.nbytes])
         self._pump()
-        assert flight.slot is not None
-        return flight.slot[: block.nbytes]
+        return taken
 
     def release(self) -> None:
-        if self._held is not None:
-            self._free.append((self._held, self._used()))
-            self._held = None
+        if self._held:
+            used = self._used()
+            self._free.extend((slot, used) for slot in self._held)
+            self._held = []
         self._pump()
 
     def flush(self) -> None:
@@ -230,7 +239,7 @@ class TorchStream:
         while self._leaving and (self._leaving[0][1] is None or self._leaving[0][1].query()):
             self._staging.append(self._leaving.popleft()[0])
         while len(self._flying) < len(self._free) + len(self._staging) + 1:
-            self._ahead = self._ahead or next_block(self._wanted)
+            self._ahead = self._ahead or self._next_block()
             flight = None if self._ahead is None else self._depart(self._ahead)
             if flight is None:
                 break
@@ -241,6 +250,14 @@ class TorchStream:
                 if not self._free or (flight.ticket is not None and not flight.ticket.ready):
                     break
                 self._copy(flight)
+
+    def _next_block(self) -> Block | None:
+        while self._wanted:
+            block = next(self._wanted[0], None)
+            if block is not None:
+                return block
+            self._wanted.popleft()
+        return None
 
     def _depart(self, block: Block) -> _Flight | None:
         held = self._host.get((block.tensor, block.index))

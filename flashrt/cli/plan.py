@@ -12,7 +12,7 @@ from flashrt.cli.console import BAR_MODULES, emit, rate, say, show, size, table
 from flashrt.engine.options import LoadOptions
 
 if TYPE_CHECKING:
-    from flashrt.budget.planner import Plan
+    from flashrt.budget.plan import Plan
     from flashrt.engine.loaded_pack import LoadedPack
 
 BAR = 24  # characters of the longest bar
@@ -66,7 +66,7 @@ def plan(
 
 def _resident(model: LoadedPack, the_plan: Plan) -> dict[str, float]:
     """Owner of weights → the share of them that stays resident."""
-    from flashrt.budget.planner import owner_of, prefix_bytes
+    from flashrt.budget.owners import owner_of, prefix_bytes
 
     total: dict[str, int] = {}
     pinned: dict[str, int] = {}
@@ -74,8 +74,9 @@ def _resident(model: LoadedPack, the_plan: Plan) -> dict[str, float]:
         owner = owner_of(model.spec, tensor)
         total[owner] = total.get(owner, 0) + tensor.nbytes
         pinned[owner] = pinned.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[tensor.name])
-    if the_plan.expert_slots:
-        pinned["experts"] += the_plan.expert_slots * the_plan.expert_slot_bytes
+    for owner, tiers in the_plan.tiers.items():
+        if owner in pinned:
+            pinned[owner] += sum(tier.loaded_bytes for tier in tiers)
     return {owner: pinned[owner] / total[owner] for owner in total}
 
 
@@ -106,11 +107,9 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     lines = [
         f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
+        *(f"{label:<18}{text}" for tier in the_plan.all_tiers for label, text in tier.lines(size).items()),
         f"read per token    {size(the_plan.streamed_bytes_per_token)}",
     ]
-    if the_plan.expert_slots:
-        cached = f"{the_plan.expert_slots} in memory, of {size(the_plan.expert_slot_bytes)} each"
-        lines.insert(2, f"experts           {cached}; read per token as if routers chose at random")
     if the_plan.streamed_bytes_per_token:
         if extra["expected_tok_per_s"]:
             at = f"{extra['expected_tok_per_s']:.2f} tokens/s, the disk giving {rate(extra['disk_bytes_per_s'])}"
@@ -118,7 +117,7 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
             at = "unknown until `flashrt doctor`, or a first run, has measured the disk"
         lines.append(f"at most           {at}")
     if the_plan.max_draft_tokens > 1:
-        source = "the text and the resident neurons" if the_plan.adaptive_ffns else "the text"
+        source = "the text and the resident neurons" if the_plan.drafts else "the text"
         lines.append(f"drafts            by {source}, up to {the_plan.max_draft_tokens} tokens verified in a pass")
     lines.append(f"smallest budget   --budget-gb {ceil_gib(extra['smallest_budget_bytes']):.3f}")
     return lines

@@ -130,10 +130,8 @@ def figures(report: Report) -> str:
             read += f", {report.disk_roofline_share:.0%} of the disk's rate"
         parts.append(read)
     if report.loss is not None:
-        share = f", {report.ffn_bytes_share:.0%} of the FFN's bytes" if report.ffn_bytes_share else ""
-        parts.append(f"sparse: loss below {report.loss:.1%}{share}")
-    if report.expert_cache and report.expert_cache["hit_rate"] is not None:
-        parts.append(f"{report.expert_cache['hit_rate']:.0%} of experts in memory")
+        parts.append(f"sparse: loss below {report.loss:.1%}")
+    parts += report.remarks
     peak = report.device_peak_bytes or report.peak_rss_bytes
     parts.append(f"peak memory {size(peak)} of {size(report.budget_bytes)}")
     if report.finish_reason == "interrupted":

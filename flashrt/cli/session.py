@@ -44,7 +44,7 @@ def slower(model: LoadedPack, workload: Workload, the_plan: Plan) -> str | None:
     longer = exact_s is not None and sparse_s is not None and sparse_s > exact_s
     if sparse <= exact and (sparse < exact or the_plan.resident) and not longer:
         return None
-    rows = the_plan.row_reads_per_token
+    rows = the_plan.scattered_reads_per_token
     scattered = f" in {rows:.0f} scattered rows" if rows >= 1 else ""
     return (
         f"note: at this budget sparse mode reads {size(sparse)} per token{scattered}, exact mode {size(exact)}: "

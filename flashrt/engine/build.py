@@ -19,6 +19,7 @@ from flashrt.kv.cache import open_cache
 from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import resident_bytes
 from flashrt.model.decoder import Decoder
+from flashrt.model.ffn.choose import KINDS, Ffns, Kinds
 from flashrt.model.workspace import Workspace
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import STAGING_BYTES, Reader
@@ -63,8 +64,12 @@ def build_engine(
     progress: Progress = lambda done, total: None,
     roof: DiskRoof | None = None,
     drafting: Engine | None = None,
+    kinds: Kinds = KINDS,
 ) -> Engine:
-    """An engine for exactly this plan, loaded. `roof` says what reads cost, by which rows are read together."""
+    """An engine for exactly this plan, loaded. `roof` says what reads cost, by which rows are read together.
+
+    kinds: those of feed-forward blocks that its layers may be of.
+    """
     began = time.perf_counter()
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     curve = None if roof is None else roof.curve()
@@ -88,10 +93,27 @@ def build_engine(
             lambda shape: device.allocate("KV", shape, kv_type),
             runtime.kv_kinds,
         )
-        weights.load(progress)
-        decoder = Decoder(Workspace(weights, buffers, scratch))
+        arrived = _counting(progress, the_plan.pinned_bytes)
+        weights.load(arrived)
+        work = Workspace(weights, buffers, scratch)
+        ffns = Ffns(work, kinds)
+        ffns.load(arrived)
+        device.cache_on_host(weights.streamed(pack.layout.tensors))
+        decoder = Decoder(work, ffns)
         load_s = time.perf_counter() - began
         return Engine(decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
     except BaseException:
         reader.close()
         raise
+
+
+def _counting(progress: Progress, total: int) -> Callable[[int], None]:
+    """Adds up what arrives, for `progress`."""
+    done = 0
+
+    def arrived(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return arrived

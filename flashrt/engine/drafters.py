@@ -25,7 +25,7 @@ def drafters_of(runner: Runner, sequence: Sequence, smaller: tuple[Runner, Seque
     drafters: list[Drafter] = [Lookup(runner.plan.context + 1)]
     if smaller is not None:
         drafters.append(ModelDrafter("checkpoint", CheckpointModel(*smaller), sequence.sampler))
-    if runner.plan.adaptive_ffns:
+    if runner.plan.drafts:
         drafters.append(ModelDrafter("resident", ResidentModel(runner, sequence), sequence.sampler))
     return drafters
 

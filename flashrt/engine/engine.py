@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from types import TracebackType
+from typing import Any
 
 from flashrt.budget.planner import Plan
 from flashrt.config import Sampling, whole
@@ -58,8 +59,7 @@ class Engine:
         self._spec = decoder.spec
         self._sparsity = decoder.weights.pack.manifest.sparsity
         self._wait_s = 0.0
-        experts = decoder.weights.experts
-        self._expert_counts: Counter[str] = experts.counts if experts else Counter()
+        self._ffn_counts: Counter[str] = Counter()  # once closed
 
     def __enter__(self) -> Engine:
         return self
@@ -81,10 +81,6 @@ class Engine:
         return self._runner
 
     @property
-    def _decoder(self) -> Decoder | None:
-        return None if self._runner is None else self._runner.decoder
-
-    @property
     def bytes_read(self) -> int:
         """Bytes read from disk so far, loading included."""
         return self.reader.bytes_read
@@ -92,31 +88,23 @@ class Engine:
     @property
     def wait_s(self) -> float:
         """Seconds that compute has waited for reads so far."""
-        return self._wait_s if self._decoder is None else self._decoder.wait_s
+        return self._wait_s if self._runner is None else self._runner.decoder.wait_s
 
     @property
     def sparsity(self) -> Sparsity | None:
         """How the model is thinned out; None in exact mode."""
         return self._sparsity
 
-    def ffn_shares(self) -> dict[str, float] | None:
-        """Shares of the feed-forward blocks that took part in narrow passes since the last request began.
+    def ffn_counts(self) -> Counter[str]:
+        """What the feed-forward blocks have counted so far, by name; see `FfnKind.counts`."""
+        return self._ffn_counts if self._runner is None else self._runner.decoder.ffns.counts()
 
-        See `ChannelFfn.shares`, `RowFfn.shares`; None in exact mode, once closed, and before the first such pass.
-        """
-        if self._decoder is None or self._decoder.sparse is None:
-            return None
-        return self._decoder.sparse.mean_shares()
-
-    def row_hit_rate(self) -> float | None:
-        """See `RowFfn.hit_rate`; None where neurons are not read one by one, and once closed."""
-        rows = None if self._decoder is None else self._decoder.rows
-        return None if rows is None else rows.hit_rate()
-
-    @property
-    def expert_counts(self) -> Counter[str]:
-        """What the cache of experts has seen so far; see `ExpertCache`. Empty without one."""
-        return self._expert_counts.copy()
+    def ffn_figures(self, counts: Counter[str]) -> tuple[dict[str, Any], list[str]]:
+        """Figures and remarks for a report; see `Ffns.figures`. Empty once closed."""
+        if self._runner is None:
+            return {}, []
+        ffns = self._runner.decoder.ffns
+        return (found := ffns.figures(counts)), ffns.remarks(found)
 
     def close(self) -> None:
         """Stop reading and free the memory. A generation that is going on ends here."""
@@ -129,7 +117,8 @@ class Engine:
             if self.drafting is not None:
                 self.drafting.close()
             self.reader.close()
-            self._wait_s = self._runner.decoder.wait_s
+            decoder = self._runner.decoder
+            self._wait_s, self._ffn_counts = decoder.wait_s, decoder.ffns.counts()
             self._runner = None
             self.sequence = Sequence(KvCache((), 0))
 

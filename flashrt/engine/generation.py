@@ -8,12 +8,12 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from flashrt.budget.planner import Plan
 from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.drafters import drafters_of
-from flashrt.engine.report import Report, expert_figures
+from flashrt.engine.report import Report
 from flashrt.engine.request import Request
 from flashrt.engine.runner import Runner
 from flashrt.engine.runtime import Runtime
@@ -46,10 +46,8 @@ class Host(Protocol):
     def bytes_read(self) -> int: ...
     @property
     def wait_s(self) -> float: ...
-    @property
-    def expert_counts(self) -> Counter[str]: ...
-    def ffn_shares(self) -> dict[str, float] | None: ...
-    def row_hit_rate(self) -> float | None: ...
+    def ffn_counts(self) -> Counter[str]: ...
+    def ffn_figures(self, counts: Counter[str]) -> tuple[dict[str, Any], list[str]]: ...
     def begin(self, request: Request) -> Sequence: ...
 
 
@@ -65,13 +63,13 @@ class Token:
 class _Phase:
     """What a part of a generation took: time inside flashrt (not the caller's), bytes read, time waiting for reads.
 
-    `experts` holds what the cache of experts saw meanwhile.
+    `ffn` holds what the feed-forward blocks counted meanwhile.
     """
 
     seconds: float = 0.0
     bytes_read: int = 0
     wait_s: float = 0.0
-    experts: Counter[str] = field(default_factory=Counter)
+    ffn: Counter[str] = field(default_factory=Counter)
 
 
 class Generation:
@@ -161,14 +159,14 @@ class Generation:
     def _measured(self, phase: _Phase) -> Iterator[None]:
         engine = self._engine
         began, read, wait_s = time.perf_counter(), engine.bytes_read, engine.wait_s
-        experts = engine.expert_counts
+        counts = engine.ffn_counts()
         try:
             yield
         finally:
             phase.seconds += time.perf_counter() - began
             phase.bytes_read += engine.bytes_read - read
             phase.wait_s += engine.wait_s - wait_s
-            phase.experts += engine.expert_counts - experts
+            phase.ffn += engine.ffn_counts() - counts
 
     def _end(self) -> None:
         self._engine.turns.end(self)
@@ -183,7 +181,7 @@ class Generation:
         count = passes.count if passes else 0
         streams = count > 0 and decode.bytes_read >= count * max(engine.plan.slot_bytes, 1)
         rate = decode.bytes_read / decode.seconds if streams else None
-        shares = engine.ffn_shares()
+        ffn, remarks = engine.ffn_figures(decode.ffn)
         return Report(
             text="".join(self._text),
             token_ids=self._ids,
@@ -205,17 +203,14 @@ class Generation:
             disk_roofline_share=engine.roof.share(rate) if rate and engine.roof else None,
             mode="exact" if engine.sparsity is None else "sparse",
             loss=engine.sparsity.max_loss if engine.sparsity else None,
-            ffn_bytes_share=shares["bytes"] if shares else None,
-            ffn_rows_share=shares["rows"] if shares else None,
-            heads_share=shares.get("heads") if shares else None,
-            expert_cache=expert_figures(decode.experts) if engine.plan.expert_slots else None,
             tokens_per_pass=passes.tokens / passes.count if passes else None,
             positions_per_pass=passes.positions / passes.count if passes else None,
             acceptance=passes.acceptance() if passes and engine.plan.max_draft_tokens > 1 else None,
             draft_s=passes.draft_s if passes else 0.0,
             verify_s=passes.verify_s if passes else 0.0,
-            row_hit_rate=engine.row_hit_rate(),
             plan=engine.plan.to_json(),
+            ffn=ffn,
+            remarks=remarks,
         )
 
 

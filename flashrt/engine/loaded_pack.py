@@ -138,7 +138,7 @@ class LoadedPack:
         curve = None if known is None else known.curve()
         if curve is None:
             return None
-        rows, row_bytes = the_plan.row_reads_per_token, the_plan.row_bytes_per_token
+        rows, row_bytes = the_plan.scattered_reads_per_token, the_plan.scattered_bytes_per_token
         blocks = the_plan.streamed_bytes_per_token - row_bytes
         whole = curve.seconds(CHUNK_BYTES) / CHUNK_BYTES
         return blocks * whole + (rows * curve.seconds(int(row_bytes / rows)) if row_bytes else 0.0)

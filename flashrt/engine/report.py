@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,17 +20,14 @@ class Report:
     disk_roofline_share   rate at which decode passes read, as a share of the best that is known of the disk, this run
                           included; None when they read nothing but rows of embeddings
     loss                  the rise of perplexity that sparse mode was calibrated to stay below; None in exact mode
-    ffn_bytes_share       of the feed-forward blocks' bytes, what a decoded token touched; None in exact mode
-    ffn_rows_share        of their neurons, those that took part in the down projection, likewise
-    heads_share           of the attention heads, those that took part, likewise; None where calibration is by channel
-    row_hit_rate          of the neurons that were asked for, those in memory; None where none are read one by one
     tokens_per_pass       that the passes after the first token gave, and positions_per_pass that they computed
     acceptance            of the passes with a draft of depth 1, 2, .., the share in which a token of that depth stood;
                           None where nothing is drafted
     draft_s, verify_s     time of decode_s that went into drafting, and into the passes
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it
-    expert_cache          how the cache of experts did in the passes after the first token (see `expert_figures`); None
-                          where there is none. What it read is bytes_read_per_token: all else is resident then
+    ffn                   figures of the kinds of feed-forward blocks (see `FfnKind.figures`), in `to_json` each under
+                          its own name; None where the model has no such blocks
+    remarks               what these come to, for the closing line
     """
 
     text: str
@@ -53,33 +50,16 @@ class Report:
     disk_roofline_share: float | None
     mode: str
     loss: float | None
-    ffn_bytes_share: float | None
-    ffn_rows_share: float | None
-    heads_share: float | None
-    expert_cache: dict[str, float | None] | None
-    row_hit_rate: float | None
     tokens_per_pass: float | None
     positions_per_pass: float | None
     acceptance: list[float] | None
     draft_s: float
     verify_s: float
     plan: dict[str, Any]
+    ffn: Mapping[str, Any]
+    remarks: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def expert_figures(counts: Counter[str]) -> dict[str, float | None]:
-    """Figures of what a cache of experts saw.
-
-    hits, misses, hit_rate         experts that routers named: wholly in memory by then, or not, and the share of hits
-    prefetched, prefetch_accuracy  experts that began to be read before their router named them, the share it then named
-    """
-    named = counts["hits"] + counts["misses"]
-    return {
-        "hits": counts["hits"],
-        "misses": counts["misses"],
-        "hit_rate": counts["hits"] / named if named else None,
-        "prefetched": counts["prefetched"],
-        "prefetch_accuracy": counts["useful"] / counts["prefetched"] if counts["prefetched"] else None,
-    }
+        figures = asdict(self)
+        del figures["remarks"]
+        return figures | figures.pop("ffn")

@@ -9,12 +9,12 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from flashrt.budget.planner import Plan
-from flashrt.cache.weights import PassKind
 from flashrt.engine.sequence import Sequence
 from flashrt.errors import UsageError
 from flashrt.model.batch import Batch, Rows
 from flashrt.model.decoder import Decoder, Tensor
-from flashrt.model.ffn.sparse import SINKS
+from flashrt.model.schedule import PassKind
+from flashrt.sparsity import SINKS
 from flashrt.speculate.speculator import Experience
 from flashrt_kernels.limits import NARROW_TOKENS
 
@@ -41,7 +41,7 @@ class Runner:
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)
                 next_is_last = last or begin + 2 * chunk >= len(new)
-                self.decoder.weights.begin_pass(PassKind(last, wide), PassKind(next_is_last, wide and not last))
+                self.decoder.begin_pass(PassKind(last, wide), PassKind(next_is_last, wide and not last))
                 tokens = new[begin : begin + chunk]
                 states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
                 sequence.extend(tokens)
@@ -81,7 +81,7 @@ class Runner:
     def draft(self, sequence: Sequence, token: int, depth: int) -> Array:
         """Logits after `token`, which follows `depth` drafted ones, by resident neurons alone: float32 [vocab].
 
-        For plans with `adaptive_ffns`. Neither the sequence nor what streams is touched.
+        For plans with `drafts`. Neither the sequence nor what streams is touched.
         """
         with self._pass_or_nothing():
             batch = Batch([Rows(sequence.kv, [token], ahead=depth)], draft=True)
@@ -94,7 +94,7 @@ class Runner:
         with self._pass_or_nothing():
             for begin in range(0, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
-                self.decoder.weights.begin_pass(kind, kind)
+                self.decoder.begin_pass(kind, kind)
                 states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
                 sequence.extend(tokens)
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
@@ -113,7 +113,7 @@ class Runner:
         if not 1 <= len(rows.tokens) <= most:
             raise UsageError(f"a pass of {len(rows.tokens)} tokens, expected 1 to {most}")
         with self._pass_or_nothing():
-            self.decoder.weights.begin_pass(DECODE, DECODE)
+            self.decoder.begin_pass(DECODE, DECODE)
             return self._on_host(self.decoder.logits(self._forward(sequence, Batch([rows]))))
 
     def _forward(self, sequence: Sequence, batch: Batch) -> Tensor:

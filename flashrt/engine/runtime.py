@@ -142,7 +142,7 @@ class CudaRuntime:
         """What pinned host memory may take for weights: the host's budget less the process and the staging buffers."""
         from flashrt.cache.torch_device import FILL_DEPTH
 
-        buffers = FILL_DEPTH if plan.expert_slots else 2  # experts are read into place through those of loading
+        buffers = FILL_DEPTH if plan.reads_in_place else 2  # read into place through those of loading
         staging = 2 * plan.ring_slots * plan.slot_bytes + buffers * max(
             t.max_block_bytes for t in layout.tensors.values()
         )

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.model.ffn.sparse import SINKS
 from flashrt.model.predictors.heads import HeadPredictor
+from flashrt.sparsity import SINKS
 from flashrt.spec import Attention
 from flashrt.storage.layout import PREDICTOR
 
@@ -36,7 +36,7 @@ class Heads:
 
     def __init__(self, weights: Weights, ops: Any, i: int) -> None:
         name = f"{i}{PREDICTOR}heads"
-        self._predictor = HeadPredictor(ops, weights.whole(name), weights.vector(f"{name}.bias"))
+        self._predictor = HeadPredictor(ops, weights.pinned(name), weights.vector(f"{name}.bias"))
 
     def choose(self, x: Array, positions: Array, threshold: float) -> Chosen:
         """Heads that score above `threshold`, for inputs x of the attention, float32 [B, hidden], at `positions`."""

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from flashrt.budget.claims.experts import ExpertTier
 from flashrt.budget.planner import (
     CHUNKS,
     GIB,
@@ -121,16 +122,16 @@ def test_pinned_blocks_are_those_that_are_paid_for(
         assert 0 <= the_plan.pinned[name] <= tensor.blocks
         owner = owner_of(spec, tensor)
         by_owner[owner] = by_owner.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[name])
-    if the_plan.expert_slots:
-        by_owner["experts"] += the_plan.expert_slots * the_plan.expert_slot_bytes
+    if the_plan.tier(ExpertTier).experts:
+        by_owner["experts"] += the_plan.tier(ExpertTier).nbytes
     for owner, nbytes in by_owner.items():
         assert the_plan.owners.get(owner, 0) == nbytes
     assert the_plan.pinned_bytes == sum(by_owner.values()) <= the_plan.weight_bytes
     everything = the_plan.pinned_bytes == the_plan.weight_bytes
     assert the_plan.resident == everything
-    if the_plan.expert_slots:
+    if the_plan.tier(ExpertTier).experts:
         assert the_plan.ring_slots == 0, "all but experts and embeddings is resident: there is nothing for a ring"
-        assert the_plan.expert_slots >= 2 * spec.layers[0].ffn.experts_per_token
+        assert the_plan.tier(ExpertTier).experts >= 2 * spec.layers[0].ffn.experts_per_token
         assert all(t.blocks == the_plan.pinned[t.name] for t in layout.tensors.values() if caches_beside(spec, t))
     elif not everything:
         assert the_plan.ring_slots >= 2
@@ -223,7 +224,7 @@ def test_one_expert_in_four_is_read_for_a_token() -> None:
     the_plan = plan(MIXTRAL, layout, 4 * GIB, Workload(512), fixed_costs())
     experts = [t for t in layout.tensors.values() if t.runs == 8]
     rest = sum(t.nbytes - prefix_bytes(t, the_plan.pinned[t.name]) for t in experts)
-    cached = the_plan.expert_slots * the_plan.expert_slot_bytes
+    cached = the_plan.tier(ExpertTier).nbytes
     assert 0 < cached == the_plan.owners["experts"] - sum(t.nbytes for t in experts) + rest
     assert the_plan.streamed_bytes_per_token == pytest.approx((rest - cached) / 4, rel=0.01)
 
@@ -231,10 +232,10 @@ def test_one_expert_in_four_is_read_for_a_token() -> None:
 def test_too_few_experts_to_cache_are_pinned_in_blocks() -> None:
     layout = pack_layout(MIXTRAL, Codec.INT4)
     plans = [plan(MIXTRAL, layout, int(gib * GIB), Workload(512), fixed_costs()) for gib in (1.0, 1.2, 1.5)]
-    assert [p.expert_slots for p in plans[:2]] == [0, 0]
+    assert [p.tier(ExpertTier).experts for p in plans[:2]] == [0, 0]
     assert plans[1].ring_slots >= 2
     assert plans[1].owners["experts"] > 0
-    assert plans[2].expert_slots >= 4
+    assert plans[2].tier(ExpertTier).experts >= 4
     assert plans[2].streamed_bytes_per_token < plans[1].streamed_bytes_per_token
 
 

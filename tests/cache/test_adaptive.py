@@ -67,7 +67,7 @@ def run(rows: AdaptiveNeurons, reader: FakeReader, usage: np.ndarray, wide: bool
         assert tickets == [f"block {p[0].index}" if own else "pages" for p, own in zip(places, whole, strict=True)]
     assert (ring[0] == 77).all()
     if not wide:
-        rows.choose([block for span in rows.spans(wide) for block in span], rows.moves)
+        rows.choose_all()
     for span in rows.spans(wide):
         own = {block.index: buffers[block.index] for block in span if block.index in buffers}
         first, last = span[0].first, min(span[-1].first + span[-1].bundles, rows.neurons)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrt.cache.streamer import Streamer
+from flashrt.cache.streamer import Place, Streamer
 from flashrt.errors import DiskError
 from flashrt.storage.layout import PAGE, Block
 from flashrt.storage.pack import Pack
@@ -173,3 +174,29 @@ def test_a_whole_pack_through_two_slots(make_pack: MakePack) -> None:
             assert ring.take(expected).tobytes() == raw[expected.offset : expected.offset + expected.nbytes]
     finally:
         reader.close()
+
+
+def test_each_source_is_read_in_its_own_way() -> None:
+    """A batch of reads never mixes sources, and what is found out as its turn comes is found out then."""
+    ring, reader = streamer(6)
+    batches: list[list[int]] = []
+    asked: list[int] = []
+
+    def parts(_: object, places: Sequence[Place], memory: np.ndarray) -> list[LateTicket]:
+        batches.append([wanted.index for wanted, _ in places])
+        return [reader.submit(wanted, memory[buffer, : wanted.nbytes]) for wanted, buffer in places]
+
+    def lazily(first: int, count: int) -> Iterator[Block]:
+        for index in range(first, first + count):
+            asked.append(index)
+            yield block(index)
+
+    ring.expect([block(0), block(1)])
+    ring.expect(lazily(2, 5), parts)  # type: ignore[arg-type]
+    ring.expect([block(7)])
+    assert batches == [[2, 3, 4, 5]]
+    assert asked == [2, 3, 4, 5]
+    for index in range(8):
+        assert (ring.take(block(index)) == index).all()
+    assert [index for batch in batches for index in batch] == [2, 3, 4, 5, 6]
+    assert reader.submitted == list(range(8))

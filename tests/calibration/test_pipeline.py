@@ -19,8 +19,7 @@ from flashrt.calibration.work_dir import WORK_DIR
 from flashrt.engine.open import open_model, sparse_pack
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import DiskError, PackError, UnsupportedModelError, UsageError
-from flashrt.model.ffn.sparse_channels import SINKS
-from flashrt.sparsity import ChannelSparsity, Sparsity
+from flashrt.sparsity import SINKS, ChannelSparsity, Sparsity
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
@@ -62,7 +61,7 @@ def tokens():
 
 
 def with_thresholds(engine, **thresholds):
-    channels = engine.runner.decoder.channels
+    channels = engine.runner.decoder.sparse
     channels.restart([replace(layer, **thresholds) for layer in channels.layers])
     return engine
 
@@ -253,7 +252,7 @@ def test_the_figures_are_json(case):
 def test_the_first_tokens_leave_nothing_out(case, tokens):
     with tiny_engine(Pack(case[0] / SPARSE_DIR), 1.0) as engine:
         found = logits_of(engine, tokens[:1], tokens[1:9])
-        shares = engine.ffn_shares()
+        shares = engine.runner.decoder.sparse.mean_shares()
         with_thresholds(engine, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
         everything = logits_of(engine, tokens[:1], tokens[1:9])
     assert np.array_equal(found[:SINKS], everything[:SINKS])

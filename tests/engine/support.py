@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashrt.budget.claims.registry import CLAIMS
 from flashrt.budget.ledger import Ledger
 from flashrt.budget.planner import (
     PEAK_JITTER,
+    Claims,
     FixedCosts,
     Plan,
     Workload,
@@ -27,7 +29,8 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError
-from flashrt.kv.cache import KINDS
+from flashrt.kv.cache import KINDS as KV_KINDS
+from flashrt.model.ffn.choose import KINDS, Kinds
 from flashrt.sparsity import Sparsity
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -48,23 +51,31 @@ def make_pack(checkpoint: Path, out: Path, dtype: Codec) -> Pack:
 
 
 def tiny_plan(
-    packed: Pack, runtime: Runtime, share: float, context: int = 96, chunk: int | None = None, **workload: object
+    packed: Pack,
+    runtime: Runtime,
+    share: float,
+    context: int = 96,
+    chunk: int | None = None,
+    claims: Claims = CLAIMS,
+    **workload: object,
 ) -> Plan:
     """A plan as if the process itself took nothing, that pins about `share` of the weights (1: all of them)."""
     machine = replace(runtime.fixed_costs(packed), runtime_bytes=0, peak_bytes=0)
     wanted = Workload(context=context, prompt=chunk, **workload)  # type: ignore[arg-type]
     arguments = (packed.spec, packed.layout)
     if share >= 1:
-        return plan(*arguments, resident_budget(*arguments, wanted, machine), wanted, machine)
+        return plan(*arguments, resident_budget(*arguments, wanted, machine, claims), wanted, machine, claims)
     weights = sum(t.nbytes for t in packed.layout.tensors.values())
-    least = smallest_budget(*arguments, wanted, machine) - PEAK_JITTER
-    return plan(*arguments, least + int(share * weights), wanted, machine)
+    least = smallest_budget(*arguments, wanted, machine, claims) - PEAK_JITTER
+    return plan(*arguments, least + int(share * weights), wanted, machine, claims)
 
 
-def tiny_engine(packed: Pack, share: float, runtime: Runtime | None = None, **plan_options: object) -> Engine:
+def tiny_engine(
+    packed: Pack, share: float, runtime: Runtime | None = None, kinds: Kinds = KINDS, **plan_options: object
+) -> Engine:
     runtime = runtime or runtime_for("cpu", threads=2)
     the_plan = tiny_plan(packed, runtime, share, **plan_options)  # type: ignore[arg-type]
-    return build_engine(packed, the_plan, load_tokenizer(packed), runtime)
+    return build_engine(packed, the_plan, load_tokenizer(packed), runtime, kinds=kinds)
 
 
 def logits_of(engine: Engine, prompt: list[int], tokens: list[int]) -> np.ndarray:
@@ -117,7 +128,7 @@ class TorchRuntime:
     """
 
     bounds_process = False
-    kv_kinds = KINDS
+    kv_kinds = KV_KINDS
 
     def __init__(self, name: str = "cpu", host_share: float = 0.0) -> None:
         self.ops, self.name, self.host_share = ops.load("torch"), name, host_share

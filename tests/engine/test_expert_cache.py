@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flashrt.cache.weights import Weights
+from flashrt.budget.claims.experts import ExpertTier
+from flashrt.cache.experts import ExpertCache
 from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import runtime_for
@@ -38,8 +39,10 @@ def cached_engine(packed, slots, runtime=None, **workload) -> Engine:
     """An engine with a cache of `slots` experts, fewer than the planner would allow."""
     runtime = runtime or runtime_for("cpu", threads=2)
     plan = tiny_plan(packed, runtime, 0.35, chunk=16, **workload)
-    assert plan.expert_slots >= slots
-    return build_engine(packed, replace(plan, expert_slots=slots), load_tokenizer(packed), runtime)
+    tier = plan.tier(ExpertTier)
+    assert tier.experts >= slots
+    fewer = replace(plan, tiers=plan.tiers | {"experts": (replace(tier, experts=slots),)})
+    return build_engine(packed, fewer, load_tokenizer(packed), runtime)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -51,8 +54,8 @@ def test_logits_equal_transformers(case, slots):
         loaded = engine.reader.bytes_read
         result = logits_of(engine, prompt, tokens)
         assert engine.reader.bytes_read - loaded > engine.plan.weight_bytes
-        engine.runner.decoder.weights.experts.check_integrity()
-        counts = engine.expert_counts
+        engine.runner.decoder.ffns.kinds[0].store.check_integrity()
+        counts = engine.ffn_counts()
     assert relative_rms(result, expected) < 1e-4
     assert np.array_equal(result, resident)
     assert counts["misses"] > 0
@@ -65,15 +68,15 @@ def test_batches_equal_single_tokens(case, size):
     with cached_engine(packed, 3, logit_rows=16) as engine:
         engine.runner.prefill(engine.sequence, prompt)
         assert np.array_equal(engine.runner.step_batch(engine.sequence, tokens[:size]), resident[1 : 1 + size])
-        engine.runner.decoder.weights.experts.check_integrity()
+        engine.runner.decoder.ffns.kinds[0].store.check_integrity()
 
 
 def test_looking_ahead_changes_no_bit(case, monkeypatch):
     _, packed, prompt, tokens, resident = case
-    monkeypatch.setattr(Weights, "prefetch_experts", lambda self, layer, chosen: None)
+    monkeypatch.setattr(ExpertCache, "looks_ahead", False)
     with cached_engine(packed, 3) as engine:
         assert np.array_equal(logits_of(engine, prompt, tokens), resident)
-        assert engine.expert_counts["prefetched"] == 0
+        assert engine.ffn_counts()["prefetched"] == 0
 
 
 @pytest.mark.parametrize("host_share", [0.0, 0.5])
@@ -85,7 +88,7 @@ def test_torch(case, host_share):
     for slots in (2, 4):
         with cached_engine(packed, slots, TorchRuntime(host_share=host_share)) as engine:
             assert np.array_equal(logits_of(engine, prompt, tokens), resident)
-            engine.runner.decoder.weights.experts.check_integrity()
+            engine.runner.decoder.ffns.kinds[0].store.check_integrity()
 
 
 @pytest.mark.parametrize("make_runtime", [lambda: None, TorchRuntime], ids=["native", "torch"])
@@ -104,7 +107,7 @@ def test_a_failed_read_leaves_the_cache_usable(case, make_runtime, monkeypatch):
         for _ in range(5):
             with pytest.raises(DiskError, match="the disk is gone"):
                 logits_of(engine, prompt, tokens)
-            engine.runner.decoder.weights.experts.check_integrity()
+            engine.runner.decoder.ffns.kinds[0].store.check_integrity()
         monkeypatch.undo()
         assert np.array_equal(logits_of(engine, prompt, tokens), expected)
 
@@ -128,7 +131,7 @@ def test_an_interrupt_leaves_the_cache_usable(case, make_runtime):
                 except KeyboardInterrupt:
                     pass
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                engine.runner.decoder.weights.experts.check_integrity()
+                engine.runner.decoder.ffns.kinds[0].store.check_integrity()
             assert np.array_equal(logits_of(engine, prompt, tokens), expected)
     finally:
         signal.signal(signal.SIGALRM, previous)
@@ -149,4 +152,4 @@ def test_a_report_says_how_the_cache_did(case):
     with tiny_engine(packed, 1.0) as engine:
         generation = engine.generate(prompt, 2)
         generation.close()
-        assert generation.report.expert_cache is None
+        assert generation.report.ffn["expert_cache"] is None

@@ -14,8 +14,8 @@ from flashrt.calibration.fit_heads import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import PackError
-from flashrt.model.ffn.sparse import SINKS
 from flashrt.model.heads import computed_rows, runs
+from flashrt.sparsity import SINKS
 from flashrt.spec import Attention
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -59,7 +59,7 @@ def tokens():
 
 def with_heads_from(engine, threshold):
     """Another threshold, in the layers that have a predictor."""
-    rows = engine.runner.decoder.rows
+    rows = engine.runner.decoder.sparse
     rows.restart([replace(x, heads_from=threshold if x.heads_from is not None else None) for x in rows.layers])
     return engine
 
@@ -96,7 +96,7 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens):
     for share in (0.0, 0.1, 1.0):
         with tiny_engine(packed, share, chunk=16, logit_rows=16) as engine:
             results.append(logits_of(engine, prompt, rest))
-            assert engine.ffn_shares()["heads"] < 1
+            assert engine.runner.decoder.sparse.mean_shares()["heads"] < 1
             engine.sequence.rewind(0)
             engine.runner.prefill(engine.sequence, prompt)
             batched = np.concatenate(
@@ -113,7 +113,7 @@ def test_with_every_head_chosen_nothing_changes(case, tokens, share):
     with tiny_engine(packed, share) as engine:
         thinned = logits_of(engine, tokens[:9], tokens[9:])
         everything = logits_of(with_heads_from(engine, EVERYTHING), tokens[:9], tokens[9:])
-        assert engine.ffn_shares()["heads"] == 1
+        assert engine.decoder.sparse.mean_shares()["heads"] == 1
         exact = logits_of(with_heads_from(engine, None), tokens[:9], tokens[9:])
     assert np.array_equal(everything, exact)
     assert not np.array_equal(thinned, exact)
@@ -125,7 +125,7 @@ def test_a_head_left_out_gives_nothing_and_the_others_all(case, tokens):
     first = next(i for i, layer in enumerate(sparsity.layers) if layer.heads_from is not None)
     prompt, batch = tokens[:7], tokens[7:20]
     with tiny_engine(Pack(path / SPARSE_DIR), 0.3, logit_rows=NARROW_TOKENS) as engine:
-        heads = engine.runner.decoder.rows._heads[first]
+        heads = engine.runner.decoder.sparse.blocks[first].heads
         chosen = []
         choose = heads.choose
         heads.choose = lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1]
@@ -159,16 +159,16 @@ def test_the_first_tokens_leave_no_head_out(case, tokens):
 def test_heads_are_reported(case, tokens, tmp_path):
     windows = [tokens[:30], tokens[30:]]
     with tiny_engine(Pack(case[0]), 1.0, logit_rows=NARROW_TOKENS) as engine:
-        assert generated(engine, tokens).heads_share is None
+        assert generated(engine, tokens).ffn["heads_share"] is None
         reference = Reference(engine, windows, tmp_path, quiet)
     with reference, tiny_engine(Pack(case[0] / SPARSE_DIR), 1.0, logit_rows=NARROW_TOKENS) as engine:
-        assert 0 < generated(engine, tokens).heads_share < 1
+        assert 0 < generated(engine, tokens).ffn["heads_share"] < 1
         result = figures(reference.divergence(engine, quiet), engine, select(engine, windows))
         assert 0 < result["heads_share"] < 1
-        engine.runner.decoder.rows.restart()
+        engine.runner.decoder.sparse.restart()
         attended(with_heads_from(engine, -EVERYTHING), tokens[:20], tokens[20:30])
         predicted = np.mean([layer.heads_from is not None for layer in case[1].layers])
-        assert engine.ffn_shares()["heads"] == pytest.approx(1 - predicted)
+        assert engine.decoder.sparse.mean_shares()["heads"] == pytest.approx(1 - predicted)
 
 
 def generated(engine, tokens):

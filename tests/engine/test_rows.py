@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flashrt.budget.claims.rows import RowTier
 from flashrt.calibration.evaluation import Reference, figures, select
 from flashrt.calibration.fit_rows import EVERYTHING
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.calibration.work_dir import WORK_DIR
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.options import LoadOptions
+from flashrt.model.ffn.dense import DenseKind
 from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
@@ -61,7 +63,7 @@ def tokens():
 
 def everything(engine):
     """Let every neuron through."""
-    rows = engine.runner.decoder.rows
+    rows = engine.runner.decoder.sparse
     rows.restart([replace(layer, threshold=EVERYTHING) for layer in rows.layers])
     return engine
 
@@ -85,7 +87,7 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
     results, windows = [], []
     for share in (0.0, 0.1, 0.4, 1.0):
         with tiny_engine(packed, share, chunk=16, logit_rows=16) as engine:
-            windows.append(sum(engine.plan.windows.values()))
+            windows.append(sum(engine.plan.tier(RowTier).slots.values()))
             assert bool(windows[-1]) == (share < 1)
             results.append(logits_of(engine, prompt, rest))
             engine.sequence.rewind(0)
@@ -94,9 +96,8 @@ def test_results_depend_neither_on_the_budget_nor_on_the_batch(case, tokens, pro
                 [engine.runner.step_batch(engine.sequence, rest[i : i + 16]).copy() for i in range(0, len(rest), 16)]
             )
             assert np.array_equal(batched, results[-1][1:])
-            for cache in engine.runner.decoder.rows._caches:
-                if cache is not None:
-                    cache.check_integrity()
+            for cache in engine.runner.decoder.sparse._caches:
+                cache.check_integrity()
     assert len(set(windows)) == 4
     for other in results[1:]:
         assert np.array_equal(other, results[0])
@@ -112,15 +113,14 @@ def test_a_tree_leaves_out_what_its_paths_do(case, tokens):
 def test_with_every_neuron_chosen_it_is_exact_on_the_same_order(case, tokens, share):
     """The dense way through the calibrated pack, narrow passes included, is the reference."""
     packed = Pack(case[0] / SPARSE_DIR)
-    with tiny_engine(packed, 1.0) as engine:
-        engine.runner.decoder.rows = None
+    with tiny_engine(packed, 1.0, kinds=(DenseKind,)) as engine:
         exact = logits_of(engine, tokens[:9], tokens[9:])
     with tiny_engine(packed, share) as engine:
         found = logits_of(everything(engine), tokens[:9], tokens[9:])
-        assert engine.ffn_shares()["rows"] == 1
-        engine.runner.decoder.rows.restart(packed.manifest.sparsity.layers)
+        assert engine.runner.decoder.sparse.mean_shares()["rows"] == 1
+        engine.runner.decoder.sparse.restart(packed.manifest.sparsity.layers)
         thinned = logits_of(engine, tokens[:9], tokens[9:])
-        assert engine.ffn_shares()["rows"] < 1
+        assert engine.runner.decoder.sparse.mean_shares()["rows"] < 1
     assert np.array_equal(found, exact)
     assert not np.array_equal(thinned, exact)
     with tiny_engine(Pack(case[0]), 1.0) as engine:
@@ -133,7 +133,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(case, tokens):
     packed = Pack(case[0] / SPARSE_DIR)
     with tiny_engine(packed, 0.1) as engine:
         expected = logits_of(engine, tokens[:9], tokens[9:])
-        cache = engine.runner.decoder.rows._caches[1]
+        cache = engine.runner.decoder.sparse._caches[1]
         ensure = cache.ensure
 
         def interrupted(rows):
@@ -154,13 +154,13 @@ def test_results_do_not_depend_on_guesses(case, tokens, share, monkeypatch):
         monkeypatch.setattr(Lookahead, "begin", lambda self, guessing=guessing: began(self, guessing))
         with tiny_engine(packed, share) as engine:
             results[guessing] = logits_of(engine, tokens[:9], tokens[9:])
-            rows = engine.runner.decoder.rows
-            caches = [cache for cache in rows._caches if cache is not None]
+            rows = engine.runner.decoder.sparse
+            caches = rows._caches
             for cache in caches:
                 cache.check_integrity()
             assert any(cache.statistics.useful > 0 for cache in caches) == (guessing and share < 1)
             read = sum(cache.statistics.misses + cache.statistics.useful for cache in caches)
-            assert rows.hit_rate() == 1 - read / sum(tally.neurons for tally in rows.tallies)
+            assert rows.hit_rate() == 1 - read / sum(block.tally.neurons for block in rows.blocks.values())
     assert np.array_equal(results[False], results[True])
 
 
@@ -187,7 +187,7 @@ def test_a_guess_that_nobody_came_for(case, tokens, monkeypatch):
         for token in tokens[:5]:
             with pytest.raises(KeyboardInterrupt):
                 engine.runner.step(engine.sequence, token)
-            engine.runner.decoder.rows._caches[1].check_integrity()
+            engine.runner.decoder.sparse._caches[1].check_integrity()
         engine.runner.decoder._attention = attention
         assert np.array_equal(logits_of(engine, tokens[:9], tokens[9:]), expected)
 
@@ -195,16 +195,16 @@ def test_a_guess_that_nobody_came_for(case, tokens, monkeypatch):
 def test_reads_are_counted(case, tokens):
     packed = Pack(case[0] / SPARSE_DIR)
     with tiny_engine(packed, 0.1) as engine:
-        assert engine.row_hit_rate() is None
+        assert engine.runner.decoder.sparse.hit_rate() is None
         report = generated(engine, tokens)
-    assert 0 < report.row_hit_rate < 1
-    assert 0 < report.ffn_rows_share < 1
-    assert report.ffn_bytes_share > report.ffn_rows_share
+    assert 0 < report.ffn["row_hit_rate"] < 1
+    assert 0 < report.ffn["ffn_rows_share"] < 1
+    assert report.ffn["ffn_bytes_share"] > report.ffn["ffn_rows_share"]
     assert report.bytes_read_per_token > 0
     with tiny_engine(packed, 1.0) as engine:
-        assert generated(engine, tokens).row_hit_rate == 1
+        assert generated(engine, tokens).ffn["row_hit_rate"] == 1
     with tiny_engine(Pack(case[0]), 1.0) as engine:
-        assert generated(engine, tokens).row_hit_rate is None
+        assert generated(engine, tokens).ffn["row_hit_rate"] is None
 
 
 def generated(engine, tokens):

@@ -8,6 +8,7 @@ import pytest
 from flashrt.config import Sampling
 from flashrt.engine.drafters import CheckpointModel
 from flashrt.errors import UsageError
+from flashrt.model.ffn.adaptive import AdaptiveBlock
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, tiny_engine
 from tests.families import FAMILIES, VOCAB, tiny_checkpoint
@@ -51,7 +52,7 @@ def test_text_is_the_same_under_every_budget(case, sampling):
             for _ in range(2):  # the second time with other neurons resident
                 tokens, report = written(engine, prompt, sampling)
                 assert tokens == expected
-            for rows in engine.runner.decoder.weights.resident.values():
+            for rows in adaptive(engine):
                 rows.check_integrity()
         assert 1 <= report.tokens_per_pass <= report.positions_per_pass <= positions
 
@@ -73,8 +74,8 @@ def test_resident_neurons_follow_the_text_and_change_nothing(wide_case, sampling
     moved = 0
     for share, positions in ((0.4, 12), (0.5, 4), (0.65, 16)):
         with tiny_engine(packed, share, chunk=16, max_draft_tokens=positions) as engine:
-            assert engine.plan.adaptive_ffns
-            followed = engine.runner.decoder.weights.resident.values()
+            assert engine.plan.drafts
+            followed = adaptive(engine)
             before = [set(residents(rows).tolist()) for rows in followed]
             for _ in range(2):
                 assert written(engine, prompt, sampling)[0] == expected
@@ -94,7 +95,7 @@ def test_any_share_may_be_resident(wide_case):
     for share in np.arange(0.05, 0.8, 0.05):
         with tiny_engine(packed, float(share), chunk=16, max_draft_tokens=8) as engine:
             assert written(engine, prompt, Sampling())[0] == expected
-            drafted.add(bool(engine.plan.adaptive_ffns))
+            drafted.add(bool(engine.plan.drafts))
     assert drafted == {False, True}
 
 
@@ -108,6 +109,11 @@ def test_one_generation_ends_where_another_begins(wide_case):
         next(engine.generate(prompt, 4, Sampling()))
         with pytest.raises(UsageError, match="another generation has begun"):
             next(first)
+
+
+def adaptive(engine):
+    """The neurons of every block that adapts."""
+    return [block.adaptive for block in engine.runner.decoder.ffns.blocks if isinstance(block, AdaptiveBlock)]
 
 
 def residents(rows):
@@ -128,7 +134,7 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
     with tiny_engine(packed, 1.0, chunk=16) as engine:
         expected, _ = written(engine, prompt, Sampling())
     with tiny_engine(packed, 0.5, chunk=16, max_draft_tokens=8) as engine:
-        glu, calls = engine.runner.decoder.ops.glu, 0
+        glu, calls = engine.runner.decoder.work.ops.glu, 0
 
         class Struck:
             def __getattr__(self, name):
@@ -141,14 +147,14 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
                     raise KeyboardInterrupt
                 glu(*args, **options)
 
-        ops = engine.runner.decoder.ops
+        ops = engine.runner.decoder.work.ops
         for _ in range(8):
-            engine.runner.decoder.ops = Struck()
+            engine.runner.decoder.work.ops = Struck()
             with pytest.raises(KeyboardInterrupt):
                 written(engine, prompt, Sampling())
-            engine.runner.decoder.ops = ops
+            engine.runner.decoder.work.ops = ops
             assert written(engine, prompt, Sampling())[0] == expected
-            for rows in engine.runner.decoder.weights.resident.values():
+            for rows in adaptive(engine):
                 rows.check_integrity()
 
 

@@ -23,15 +23,15 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashrt.budget import planner
-from flashrt.cache.weights import Weights
+from flashrt.budget.claims.experts import ExpertClaim
+from flashrt.cache.experts import ExpertCache, ExpertStream
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
 from tools.benchmarks.harness import runs
@@ -139,9 +139,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flashrt.config import Sampling
 
     if args.run == "blocks":
-        planner._Planner._expert_slots = lambda self, free: 0  # type: ignore[method-assign]
+        ExpertClaim._slots = lambda self, free: 0  # type: ignore[method-assign]
     if args.run == "no look-ahead":
-        Weights.prefetch_experts = lambda self, layer, chosen: None  # type: ignore[method-assign]
+        ExpertCache.looks_ahead = False
     chosen = _recorded()
     with flashrt.load(args.folder, float(args.budget), context=args.tokens + len(PROMPT)) as engine:
         generation = engine.generate(PROMPT, args.tokens, Sampling(temperature=1.0, seed=1), ignore_eos=True)
@@ -156,13 +156,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _recorded() -> dict[int, list[Array]]:
     """Layer → the experts that its router names from now on."""
     chosen: dict[int, list[Array]] = {}
-    expect = Weights.expect_experts
+    for store in (ExpertCache, ExpertStream):
+        expect = store.expect
 
-    def recording(self: Weights, layer: int, named: Array) -> None:
-        chosen.setdefault(layer, []).append(named.ravel())
-        expect(self, layer, named)
+        def recording(self: Any, layer: int, named: Array, expect: Callable[..., None] = expect) -> None:
+            chosen.setdefault(layer, []).append(named.ravel())
+            expect(self, layer, named)
 
-    Weights.expect_experts = recording  # type: ignore[method-assign]
+        store.expect = recording  # type: ignore[method-assign]
     return chosen
 
 

@@ -41,7 +41,9 @@ from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.open import sparse_pack
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import runtime_for
+from flashrt.model.ffn.base import Tokens
 from flashrt.model.ffn.lookahead import Lookahead
+from flashrt.model.ffn.sparse_rows import RowBlock
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.meter import Meter
 from flashrt.storage.pack import Pack
@@ -191,18 +193,23 @@ def run_text(
     return statistics.median(seconds)
 
 
+def row_blocks(engine: Engine) -> list[RowBlock]:
+    """The blocks of a pack calibrated by row; none of another's."""
+    return [block for block in engine.runner.decoder.ffns.blocks if isinstance(block, RowBlock)]
+
+
 @contextlib.contextmanager
 def watch(engine: Engine, trace: Trace) -> Iterator[Callable[[], None]]:
     """Have every layer's predictions noted in the last entry of `trace`; what makes room for another token."""
-    for predictor in engine.runner.decoder.rows.predictors if engine.runner.decoder.rows else ():
-        predict = predictor.predict
+    for block in row_blocks(engine):
+        predict = block.predictor.predict
 
         def noted(hidden: Array, predict: Callable[[Array], Array] = predict) -> Array:
             rows = predict(hidden)
             trace[-1].append(rows)
             return rows
 
-        predictor.predict = noted  # type: ignore[method-assign]
+        block.predictor.predict = noted  # type: ignore[method-assign]
     yield lambda: trace.append([])
 
 
@@ -212,14 +219,15 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
     decoder, lookaheads = engine.runner.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
     attention = decoder._attention
 
-    def noted(i: int, x: Array, *others: Any) -> None:
+    blocks = row_blocks(engine)
+
+    def noted(i: int, tokens: Tokens, *others: Any) -> None:
         began = time.perf_counter()
-        normed = np.empty_like(x)
-        decoder.work.norm(f"{i}.norm.ffn", x, normed)
-        assert decoder.rows is not None
-        trace[-1].append(decoder.rows.predictors[i].predict(lookaheads[i].guess(normed)))
+        normed = np.empty_like(tokens.residual)
+        decoder.work.norm(f"{i}.norm.ffn", tokens.residual, normed)
+        trace[-1].append(blocks[i].predictor.predict(lookaheads[i].guess(normed)))
         guessed = time.perf_counter()
-        attention(i, x, *others)
+        attention(i, tokens, *others)
         seconds.append((guessed - began, time.perf_counter() - guessed))
 
     decoder._attention = noted  # type: ignore[method-assign]

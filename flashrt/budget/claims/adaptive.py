@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from flashrt.budget.claims.base import Claim
+from flashrt.budget.plan import TierPlan
 from flashrt.storage.layout import PAGE, TensorLayout
 
 BLOCKS_PER_CALL = 4  # blocks that a pass of few tokens takes from the ring at once: a kernel's threads share them
@@ -32,3 +35,36 @@ def index_bytes(tensor: TensorLayout) -> int:
 def longest(tensors: Iterable[TensorLayout]) -> int:
     """Neurons of the tensor that has the most."""
     return max((tensor.run_bundles for tensor in tensors), default=0)
+
+
+@dataclass(frozen=True)
+class AdaptiveTier(TierPlan):
+    """Dense FFNs whose resident neurons are those that the text uses: those of which a part streams."""
+
+    ffns: tuple[str, ...] = ()
+
+
+class AdaptiveClaim(Claim):
+    """The claim of neurons that drafts are computed with."""
+
+    def moving(self) -> dict[str, int]:
+        """What says where each neuron is, and of what use."""
+        ffns = self._candidates()
+        return {"speculation": sum(map(index_bytes, ffns)) + 4 * longest(ffns)} if ffns else {}
+
+    def grant(self, free: int, pinned: Mapping[str, int], ring: bool) -> AdaptiveTier:
+        """None unless a draft finds neurons of every layer, and all else, resident."""
+        ffns = self._candidates()
+        needed = self.case.tensors("router", "attention", "head")
+        if self.case.tensors("experts") or any(pinned[t.name] < t.blocks for t in needed):
+            return AdaptiveTier()
+        if any(not pinned[t.name] for t in ffns):
+            return AdaptiveTier()
+        adaptive = tuple(t.name for t in ffns if pinned[t.name] < t.blocks)
+        return AdaptiveTier(ffns=adaptive, drafts=bool(adaptive))
+
+    def _candidates(self) -> list[TensorLayout]:
+        """Dense FFNs of a pack that is run exactly, where drafts are asked for and neurons can be gathered."""
+        case = self.case
+        drafts = case.workload.max_draft_tokens > 1 and case.costs.supports_gather
+        return case.tensors("FFN") if drafts and not case.layout.rows and not case.layout.channel_columns else []

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from flashrt.budget.claims.base import Case, Claim
+from flashrt.budget.owners import prefix_bytes
+from flashrt.budget.plan import TierPlan
 from flashrt.sparsity import RowSparsity
 from flashrt.storage.layout import PAGE, TensorLayout
 from flashrt_kernels.limits import NEURON_STEP
@@ -91,3 +95,54 @@ def divide_windows(layers: list[RowMemory], pinned_bytes: Mapping[str, int], fre
         free -= more * stride
         left -= weights[name]
     return windows
+
+
+@dataclass(frozen=True)
+class RowTier(TierPlan):
+    """Windows of the layers that are not pinned whole: `slots` for a row each."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"row_reads_per_token": self.scattered_reads, "row_window_slots": sum(self.slots.values())}
+
+
+class RowClaim(Claim):
+    """The claim of packs calibrated by row: predictors first, then windows, and pinned rows in what these leave."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        tensors = case.layout.tensors
+        self._layers = [RowMemory(tensors[f"{i}.ffn"], rows) for i, rows in enumerate(case.layout.rows)]
+
+    @property
+    def whole(self) -> list[TensorLayout]:
+        """Predictors."""
+        return self.case.tensors("predictors")
+
+    def fixed(self) -> dict[str, int]:
+        hidden = self.case.spec.hidden
+        work = sum(predictor_work_bytes(r.tensor.run_bundles, r.sparsity.rank, hidden) for r in self._layers)
+        return {"predictors": work + sum(t.nbytes for t in self.whole)} if self._layers else {}
+
+    def moving(self) -> dict[str, int]:
+        return {"row index": sum(r.index_bytes for r in self._layers)} if self._layers else {}
+
+    def least(self) -> int:
+        return sum(r.least * r.tensor.stride for r in self._layers)
+
+    def wanted(self, free: int, ring: bool) -> int:
+        """Bytes of windows that are worth more than pinned rows."""
+        if sum(r.tensor.nbytes for r in self._layers) <= free:
+            return 0
+        return min(sum(r.wanted * r.tensor.stride for r in self._layers), free)
+
+    def grant(self, free: int, pinned: Mapping[str, int], ring: bool) -> RowTier:
+        held = {r.tensor.name: prefix_bytes(r.tensor, pinned[r.tensor.name]) for r in self._layers}
+        parts = [r for r in self._layers if pinned[r.tensor.name] < r.tensor.blocks]
+        windows = divide_windows(parts, held, free)
+        missed = {r.tensor.name: r.missed(held[r.tensor.name], windows.get(r.tensor.name, 0)) for r in self._layers}
+        return RowTier(
+            nbytes=sum(r.tensor.stride * windows[r.tensor.name] for r in parts),
+            slots=windows,
+            reads={r.tensor.name: r.read_bytes(missed[r.tensor.name]) for r in self._layers},
+            scattered_reads=sum(missed.values()),
+        )

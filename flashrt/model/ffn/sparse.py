@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar
 
-Layer = TypeVar("Layer")
-
-# Tokens at the start of a sequence that leave nothing out: all later tokens attend to them, and activations a thousand
-# times larger than any other token's, which must come out right, arise in them (Xiao et al., arXiv:2309.17453).
-SINKS = 4
+from flashrt.model.ffn.base import FfnBlock, FfnKind
 
 
 @dataclass(slots=True)
@@ -32,47 +29,94 @@ class Selection:
         return self.both / max(self.taken, 1)
 
 
-class SparseFfn(ABC, Generic[Layer]):
-    """The feed-forward blocks of a calibrated pack.
+class SparseBlock(FfnBlock):
+    """One block of a calibrated pack, with the thresholds of `layer`. `tally` is what narrow passes took part in.
 
-    While `comparing`, narrow passes also compute what everything would have given.
+    While there is a `selection`, narrow passes also compute what everything would have given, and compare.
     """
 
-    layers: Sequence[Layer]
-    tallies: Sequence[Any]
-    _selections: Sequence[Selection] | None = None
-
-    @contextlib.contextmanager
-    def comparing(self) -> Iterator[Sequence[Selection]]:
-        """Meanwhile, compare what takes part with what should, layer by layer; nothing else is counted."""
-        tallies = self.tallies
-        self.restart()
-        self._selections = [Selection() for _ in self.layers]
-        try:
-            yield self._selections
-        finally:
-            self._selections, self.tallies = None, tallies
+    layer: Any
+    tally: Any
+    selection: Selection | None = None
 
     @abstractmethod
-    def restart(self, layers: Sequence[Layer] | None = None) -> None:
-        """Count from nothing, with other thresholds where they are given."""
+    def restart(self, layer: Any) -> None:
+        """Count from nothing, with the thresholds of `layer`."""
 
     @abstractmethod
-    def shares(self, i: int) -> dict[str, float]:
-        """Shares of block `i` that took part per token in narrow passes, among them 'rows' and 'bytes'."""
-
-    @abstractmethod
-    def decision_share(self) -> float:
-        """Bytes that are read only to decide what takes part, over those of the blocks that were calibrated."""
+    def shares(self) -> dict[str, float]:
+        """Shares that took part per token in narrow passes, among them 'rows' and 'bytes'."""
 
     @property
     @abstractmethod
-    def counted(self) -> int:
-        """Tokens counted since the last restart."""
+    def decision_bytes(self) -> int:
+        """Bytes that are read only to decide what takes part."""
+
+    @property
+    @abstractmethod
+    def dense_bytes(self) -> int:
+        """Bytes of the block in the pack that was calibrated."""
+
+
+class SparseKind(FfnKind):
+    """The blocks of a calibrated pack, which are all there are."""
+
+    FIGURES: ClassVar[tuple[str, ...]] = ("ffn_bytes_share", "ffn_rows_share", "heads_share")
+
+    blocks: Mapping[int, SparseBlock]
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """Thresholds, by layer."""
+        return [block.layer for block in self.blocks.values()]
+
+    def restart(self, layers: Sequence[Any] | None = None) -> None:
+        """Count from nothing, with other thresholds where they are given."""
+        for block, layer in zip(self.blocks.values(), self.layers if layers is None else layers, strict=True):
+            block.restart(layer)
+
+    @contextlib.contextmanager
+    def comparing(self) -> Iterator[list[Selection]]:
+        """Compare narrow passes with what everything would have given; counts are afterwards what they were."""
+        blocks = list(self.blocks.values())
+        tallies = [block.tally for block in blocks]
+        self.restart()
+        found = [Selection() for _ in blocks]
+        for block, selection in zip(blocks, found, strict=True):
+            block.selection = selection
+        try:
+            yield found
+        finally:
+            for block, tally in zip(blocks, tallies, strict=True):
+                block.selection, block.tally = None, tally
+
+    def shares(self, i: int) -> dict[str, float]:
+        """See `SparseBlock.shares`."""
+        return self.blocks[i].shares()
 
     def mean_shares(self) -> dict[str, float] | None:
         """`shares` averaged over the blocks; None before the first narrow pass."""
-        if not self.counted:
+        if not any(block.tally.tokens for block in self.blocks.values()):
             return None
-        layers = [self.shares(i) for i in range(len(self.layers))]
+        layers = [block.shares() for block in self.blocks.values()]
         return {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+
+    def decision_share(self) -> float:
+        """Bytes that are read only to decide what takes part, over those of the blocks that were calibrated."""
+        blocks = self.blocks.values()
+        return sum(block.decision_bytes for block in blocks) / sum(block.dense_bytes for block in blocks)
+
+    def figures(self, counts: Counter[str]) -> dict[str, Any]:
+        """Of the blocks' bytes, what a decoded token touched; of their neurons, and of the heads before them.
+
+        Heads are None where calibration is by channel; all are since the last restart, and None before the first pass.
+        """
+        shares = self.mean_shares() or {}
+        return {f"{name}_share": shares.get(key) for name, key in _SHARES.items()}
+
+    def remarks(self, figures: Mapping[str, Any]) -> list[str]:
+        share = figures["ffn_bytes_share"]
+        return [f"{share:.0%} of the FFN's bytes"] if share else []
+
+
+_SHARES = {"ffn_bytes": "bytes", "ffn_rows": "rows", "heads": "heads"}

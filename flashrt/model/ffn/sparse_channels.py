@@ -8,22 +8,20 @@ decided by the activations, which are known by then. Nothing is predicted, so no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from flashrt.cache.weights import Weights
-from flashrt.model.ffn.sparse import SINKS, Selection, SparseFfn
-from flashrt.model.workspace import WIDE_NEURONS
-from flashrt.sparsity import ChannelSparsity
+from flashrt.model.ffn.base import Tokens
+from flashrt.model.ffn.sparse import SparseBlock, SparseKind
+from flashrt.model.workspace import WIDE_NEURONS, Tensor, Workspace
+from flashrt.sparsity import SINKS, ChannelSparsity
 from flashrt.storage.layout import channel_columns
 from flashrt_kernels.channels import CHANNELS
 from flashrt_kernels.curves import function
-from flashrt_kernels.rows import bundle_stride
-
-Tensor = Any
+from flashrt_kernels.rows import Codec, bundle_stride
 
 
 @dataclass(slots=True)
@@ -41,139 +39,147 @@ def everything(layer: ChannelSparsity) -> ChannelSparsity:
     return replace(layer, coarse_from=-1.0, fine_from=-1.0, neurons_from=-1.0)
 
 
-class ChannelFfn(SparseFfn[ChannelSparsity]):
-    """The blocks of a calibrated pack. `weights` are loaded.
+class ChannelBlock(SparseBlock):
+    """A block calibrated by channel. Prefill computes everything that is stored."""
 
-    While `comparing`, narrow passes also compute what all channels would have given, and compare.
-    """
+    layer: ChannelSparsity
+    tally: Tally
 
-    def __init__(self, weights: Weights, ops: Any) -> None:
-        sparsity = weights.pack.manifest.sparsity
-        assert sparsity is not None
-        self.weights, self.ops = weights, ops
-        self.layers: Sequence[ChannelSparsity] = ()
-        self.tallies: list[Tally] = []
-        self.restart(sparsity.channels)
-        self._orders = [_order(weights, i) for i in range(len(self.layers))]
-
-    def restart(self, layers: Sequence[ChannelSparsity] | None = None) -> None:
-        """Count from nothing, with other thresholds where they are given."""
-        self.layers = self.layers if layers is None else layers
-        self.tallies = [Tally() for _ in self.layers]
-
-    def add(self, i: int, x: Tensor, positions: np.ndarray, sums: Tensor, y: Tensor) -> None:
-        """y += block `i` of x for a few tokens at `positions`, float32 [B, hidden].
-
-        sums float32 [B, columns] is scratch.
-        """
-        layer, tally = self.layers[i], self.tallies[i]
-        later = positions >= SINKS
-        parts = [
-            (tokens, layer, tally) if later[tokens.start] else (tokens, everything(layer), Tally())
-            for tokens in _stretches(later)
-        ]
-        all_sums = None if self._selections is None else np.zeros_like(sums)
-        sums[:] = 0
-        for first, groups in self.weights.runs(f"{i}.channels"):
-            for tokens, thresholds, counts in parts:
-                self._gate_up(i, x[tokens], groups, first, sums[tokens], thresholds, counts)
-            if all_sums is not None:
-                self._gate_up(i, x, groups, first, all_sums, everything(layer), Tally())
-        if self._selections is not None and all_sums is not None:
-            self._compare(i, sums[later], all_sums[later], self._selections[i])
-        for first, rows in self.weights.runs(f"{i}.down"):
-            for tokens, thresholds, counts in parts:
-                arguments = self._down(i, sums[tokens], rows, first, y[tokens])
-                counts.neurons += self.ops.down(*arguments, thresholds.neurons_from)
-        tally.tokens += int(later.sum())
-
-    def _gate_up(
-        self, i: int, x: Tensor, groups: Tensor, first: int, sums: Tensor, thresholds: ChannelSparsity, counts: Tally
-    ) -> None:
-        norms, ratio = (self.weights.vector(f"{i}.channels.{name}") for name in ("norms", "ratio"))
-        stored = groups, first, thresholds.fine, self._orders[i], norms, ratio
-        coarse, fine = self.ops.gate_up(x, *stored, sums, thresholds.coarse_from, thresholds.fine_from)
-        counts.coarse += coarse
-        counts.fine += fine
-
-    def add_wide(self, i: int, x: Tensor, sums: Tensor, y: Tensor, scratch: Tensor) -> None:
-        """`add` for many tokens, of everything that is stored."""
-        ratio = self.weights.vector(f"{i}.channels.ratio")
-        sums[:] = 0
-        for first, groups in self.weights.runs(f"{i}.channels"):
-            self.ops.gemm_gate_up(x, groups, first, self.layers[i].fine, self._orders[i], ratio, sums, scratch)
-        for first, rows in self.weights.runs(f"{i}.down"):
-            for begin in range(0, len(rows), WIDE_NEURONS):
-                part = rows[begin : begin + WIDE_NEURONS]
-                self.ops.gemm_down(*self._down(i, sums, part, first + begin, y), scratch)
-
-    def _down(self, i: int, sums: Tensor, rows: Tensor, first: int, y: Tensor) -> tuple[Any, ...]:
-        ffn, vector = self.weights.spec.layers[i].ffn, self.weights.vector
-        bias = vector(f"{i}.up.bias") if ffn.bias else None
-        scale, norms = vector(f"{i}.channels.scale"), vector(f"{i}.down.norms")
-        codec = self.weights.layout.tensors[f"{i}.down"].codec
-        return sums, scale, norms, ffn.activation, ffn.gated, bias, rows, codec, first, y
-
-    def _compare(self, i: int, sums: Tensor, all_sums: Tensor, selection: Selection) -> None:
-        """Count neurons that reach the threshold by what was computed, and by what all channels would have given."""
-        norms, threshold = self.weights.vector(f"{i}.down.norms"), self.layers[i].neurons_from
-        wanted = abs(self._hidden(i, all_sums)) * norms >= threshold
-        taken = abs(self._hidden(i, sums)) * norms >= threshold
-        selection.wanted += int(wanted.sum())
-        selection.taken += int(taken.sum())
-        selection.both += int((wanted & taken).sum())
-
-    def _hidden(self, i: int, sums: Tensor) -> Tensor:
-        """Activations float32 [B, neurons] of block `i`."""
-        ffn, vector = self.weights.spec.layers[i].ffn, self.weights.vector
-        act, values = function(ffn.activation), sums * vector(f"{i}.channels.scale")
-        if ffn.gated:
-            half = values.shape[1] // 2
-            return act(values[:, : ffn.neurons]) * values[:, half : half + ffn.neurons]
-        return act(values[:, : ffn.neurons] + (vector(f"{i}.up.bias") if ffn.bias else 0))
-
-    def decision_share(self) -> float:
-        """Bytes that are read only to decide what takes part, over those of the blocks that were calibrated."""
-        spec = self.weights.spec
-        norms = sum(4 * (spec.hidden + layer.ffn.neurons) for layer in spec.layers)
-        return norms / sum(map(self._dense_bytes, range(len(spec.layers))))
-
-    def _dense_bytes(self, i: int) -> int:
-        """Bytes of block `i` in the pack that was calibrated."""
-        spec = self.weights.spec
-        codec, ffn = self.weights.layout.tensors[f"{i}.down"].codec, spec.layers[i].ffn
-        return bundle_stride(codec, spec.hidden, ffn.bundle_rows) * ffn.neurons
+    def __init__(self, work: Workspace, i: int, layer: ChannelSparsity) -> None:
+        super().__init__(work, i)
+        self.restart(layer)
+        self._order = _order(work.weights, i)
+        self._columns = work.layout.tensors[f"{i}.channels"].columns
+        vector = work.weights.vector
+        self._scale, self._ratio = (vector(f"{i}.channels.{name}") for name in ("scale", "ratio"))
+        self._channel_norms, self._norms = vector(f"{i}.channels.norms"), vector(f"{i}.down.norms")
 
     @property
-    def counted(self) -> int:
-        return max(tally.tokens for tally in self.tallies)
+    def tensors(self) -> Sequence[str]:
+        return f"{self.i}.channels", f"{self.i}.down"
 
-    def shares(self, i: int) -> dict[str, float]:
-        """Shares of block `i` that took part per token: of channels (at all, and whole), of rows, and of bytes.
+    def restart(self, layer: ChannelSparsity) -> None:
+        self.layer, self.tally = layer, Tally()
+
+    def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        ops, scratch, sums = self.work.ops, self.work.scratch, self._sums(x)
+        for first, groups in self.weights.runs(f"{self.i}.channels"):
+            ops.gemm_gate_up(x, groups, first, self.layer.fine, self._order, self._ratio, sums, scratch)
+        for first, rows in self.weights.runs(f"{self.i}.down"):
+            for begin in range(0, len(rows), WIDE_NEURONS):
+                part = rows[begin : begin + WIDE_NEURONS]
+                ops.gemm_down(*self._down(sums, part, first + begin, y), scratch)
+
+    def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        sums, everywhere = self._sums(x), everything(self.layer)
+        parts = [
+            (own, everywhere, Tally()) if sink else (own, self.layer, self.tally)
+            for own, sink in _stretches(tokens.positions < SINKS)
+        ]
+        all_sums = None if self.selection is None else np.zeros_like(sums)
+        for first, groups in self.weights.runs(f"{self.i}.channels"):
+            for own, thresholds, counts in parts:
+                self._gate_up(x[own], groups, first, sums[own], thresholds, counts)
+            if all_sums is not None:
+                self._gate_up(x, groups, first, all_sums, everywhere, Tally())
+        thinned = tokens.positions >= SINKS
+        if all_sums is not None:
+            self._compare(sums[thinned], all_sums[thinned])
+        for first, rows in self.weights.runs(f"{self.i}.down"):
+            for own, thresholds, counts in parts:
+                arguments = self._down(sums[own], rows, first, y[own])
+                counts.neurons += self.work.ops.down(*arguments, thresholds.neurons_from)
+        self.tally.tokens += int(np.count_nonzero(thinned))
+
+    def shares(self) -> dict[str, float]:
+        """Shares that took part per token: of channels (at all, and whole), of rows, and of bytes.
 
         Bytes are those that a token's computation touches, thresholds' norms and scales included, over those of the
         block in the pack that was calibrated.
         """
-        tally, layout, spec = self.tallies[i], self.weights.layout, self.weights.spec
-        columns = channel_columns(spec, i)
-        tokens, ffn = max(tally.tokens, 1), spec.layers[i].ffn
-        row = layout.tensors[f"{i}.down"].stride
+        tally, layout, hidden = self.tally, self.work.layout, self.work.spec.hidden
+        columns = channel_columns(self.work.spec, self.i)
+        tokens = max(tally.tokens, 1)
+        row = layout.tensors[f"{self.i}.down"].stride
         half = columns // 4
-        groups = layout.tensors[f"{i}.channels"].run_bundles
+        groups = layout.tensors[f"{self.i}.channels"].run_bundles
         touched = half * (tally.coarse + tally.fine) / tokens + 2 * columns * groups + row * tally.neurons / tokens
-        touched += 4 * (2 * columns + spec.hidden + groups * CHANNELS + ffn.neurons)
+        touched += 4 * (2 * columns + hidden + groups * CHANNELS + self.ffn.neurons)
         return {
-            "channels": tally.coarse / tokens / spec.hidden,
-            "whole_channels": tally.fine / tokens / spec.hidden,
-            "rows": tally.neurons / tokens / ffn.neurons,
-            "bytes": touched / self._dense_bytes(i),
+            "channels": tally.coarse / tokens / hidden,
+            "whole_channels": tally.fine / tokens / hidden,
+            "rows": tally.neurons / tokens / self.ffn.neurons,
+            "bytes": touched / self.dense_bytes,
         }
 
+    @property
+    def decision_bytes(self) -> int:
+        return 4 * (self.work.spec.hidden + self.ffn.neurons)
 
-def _stretches(marks: np.ndarray) -> list[slice]:
-    """Neighbours that are marked alike, of bool [B]."""
-    cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(marks)]
-    return [slice(begin, end) for begin, end in itertools.pairwise(cuts)]
+    @property
+    def dense_bytes(self) -> int:
+        codec = self.work.layout.tensors[f"{self.i}.down"].codec
+        return bundle_stride(codec, self.work.spec.hidden, self.ffn.bundle_rows) * self.ffn.neurons
+
+    def _sums(self, x: Tensor) -> Tensor:
+        """Zeros float32 [T, columns]."""
+        sums = self.work.view("sums", len(x), self._columns)
+        sums[:] = 0
+        return sums
+
+    def _gate_up(
+        self, x: Tensor, groups: Tensor, first: int, sums: Tensor, thresholds: ChannelSparsity, counts: Tally
+    ) -> None:
+        stored = groups, first, thresholds.fine, self._order, self._channel_norms, self._ratio
+        coarse, fine = self.work.ops.gate_up(x, *stored, sums, thresholds.coarse_from, thresholds.fine_from)
+        counts.coarse += coarse
+        counts.fine += fine
+
+    def _down(
+        self, sums: Tensor, rows: Tensor, first: int, y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, str, bool, Tensor, Tensor, Codec, int, Tensor]:
+        ffn, codec = self.ffn, self.work.layout.tensors[f"{self.i}.down"].codec
+        return sums, self._scale, self._norms, ffn.activation, ffn.gated, self.bias, rows, codec, first, y
+
+    def _compare(self, sums: Tensor, all_sums: Tensor) -> None:
+        """Count neurons that reach the threshold by what was computed, and by what all channels would have given."""
+        assert self.selection is not None
+        wanted = abs(self._hidden(all_sums)) * self._norms >= self.layer.neurons_from
+        taken = abs(self._hidden(sums)) * self._norms >= self.layer.neurons_from
+        self.selection.wanted += int(wanted.sum())
+        self.selection.taken += int(taken.sum())
+        self.selection.both += int((wanted & taken).sum())
+
+    def _hidden(self, sums: Tensor) -> Tensor:
+        """Activations float32 [B, neurons]."""
+        ffn = self.ffn
+        act, values = function(ffn.activation), sums * self._scale
+        if ffn.gated:
+            half = values.shape[1] // 2
+            return act(values[:, : ffn.neurons]) * values[:, half : half + ffn.neurons]
+        return act(values[:, : ffn.neurons] + (0 if self.bias is None else self.bias))
+
+
+class ChannelKind(SparseKind):
+    """The blocks of a pack calibrated by channel."""
+
+    blocks: dict[int, ChannelBlock]
+
+    @classmethod
+    def computes(cls, work: Workspace, i: int) -> bool:
+        return f"{i}.channels" in work.layout.tensors
+
+    def __init__(self, work: Workspace, layers: Sequence[int]) -> None:
+        sparsity = work.weights.pack.manifest.sparsity
+        assert sparsity is not None
+        self.blocks = {i: ChannelBlock(work, i, sparsity.channels[i]) for i in layers}
+
+
+def _stretches(flags: np.ndarray) -> Iterator[tuple[slice, bool]]:
+    """Neighbours of like flags, bool [T]."""
+    edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
+    for begin, end in itertools.pairwise(edges):
+        yield slice(begin, end), bool(flags[begin])
 
 
 def _order(weights: Weights, i: int) -> np.ndarray:

@@ -1,25 +1,29 @@
 """Feed-forward blocks whose neurons are mostly zero: of every token, only those that a predictor names.
 
 Each token is predicted and computed by itself, in a pass of several as well: a neuron that only another token needs
-would change its result. Prefill computes all neurons, in the decoder's way.
+would change its result. Prefill computes all neurons, as dense blocks do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from flashrt.cache.rows import Pass, RowStatistics
-from flashrt.cache.weights import Weights
+from flashrt.budget.claims.rows import RowTier
+from flashrt.cache.rows import Pass, RowCache, RowStatistics
+from flashrt.model.ffn.base import Tokens
+from flashrt.model.ffn.dense import DenseBlock
 from flashrt.model.ffn.lookahead import Lookahead
-from flashrt.model.ffn.sparse import Selection, SparseFfn
+from flashrt.model.ffn.sparse import SparseBlock, SparseKind
 from flashrt.model.heads import Chosen, Heads
 from flashrt.model.predictors.low_rank import LowRank
+from flashrt.model.workspace import Workspace
 from flashrt.sparsity import RowSparsity
-from flashrt.storage.layout import PREDICTOR
+from flashrt.storage.layout import PREDICTOR, Block
 from flashrt_kernels.curves import function
 from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.rows import row_bytes
@@ -36,178 +40,184 @@ class RowTally:
     tokens: int = 0
     neurons: int = 0
     idle_heads: int = 0  # that were left out of the attention before it
+    before: RowStatistics = field(default_factory=RowStatistics)  # of the cache, when counting began
 
 
-class RowFfn(SparseFfn[RowSparsity]):
-    """The blocks of a pack calibrated by row. `weights` are loaded.
+class RowBlock(SparseBlock):
+    """A block calibrated by row. Where not all rows are pinned, `cache` has those that recent tokens needed."""
 
-    While `comparing`, narrow passes also compute which neurons are active, and compare.
-    """
+    layer: RowSparsity
+    tally: RowTally
 
-    def __init__(self, weights: Weights, ops: Any, layers: Sequence[RowSparsity]) -> None:
-        self.weights, self.ops = weights, ops
-        self.layers = layers
-        self.tallies: list[RowTally] = []
-        count = range(len(layers))
-        self._thresholded = [np.empty_like(weights.vector(f"{i}{PREDICTOR}bias")) for i in count]
-        self.predictors = [self._predictor(i) for i in count]
-        self._heads = [None if layer.heads_from is None else Heads(weights, ops, i) for i, layer in enumerate(layers)]
-        self._caches = [weights.row_cache(f"{i}.ffn") for i in count]
-        self._lookaheads = [None if cache is None else Lookahead(weights.spec.hidden) for cache in self._caches]
-        self._before: list[RowStatistics] = []
-        self.restart(layers)
+    def __init__(self, work: Workspace, i: int, layer: RowSparsity) -> None:
+        super().__init__(work, i)
+        weights, name = work.weights, f"{i}{PREDICTOR}"
+        self._dense = DenseBlock(work, i)
+        self._thresholded = np.empty_like(weights.vector(f"{name}bias"))
+        factors = weights.pinned(f"{name}down"), weights.pinned(f"{name}up")
+        self.predictor = LowRank(work.ops, *factors, self._thresholded, layer.rank, 1)
+        self.heads = None if layer.heads_from is None else Heads(weights, work.ops, i)
+        self.cache = self._make_cache()
+        self.partial = self.cache is not None
+        self._ahead = None if self.cache is None else Lookahead(work.spec.hidden)
+        if self.heads is not None or self._ahead is not None:
+            self.before_attention = self
+        self.restart(layer)
 
-    def restart(self, layers: Sequence[RowSparsity] | None = None) -> None:
-        """Count from nothing, with other thresholds where they are given."""
-        self.layers = self.layers if layers is None else layers
-        self.tallies = [RowTally() for _ in self.layers]
-        self._before = [replace(cache.statistics) for cache in self._caches if cache is not None]
-        for i, (layer, bias) in enumerate(zip(self.layers, self._thresholded, strict=True)):
-            np.subtract(self.weights.vector(f"{i}{PREDICTOR}bias"), layer.threshold, out=bias)
+    def restart(self, layer: RowSparsity) -> None:
+        self.layer, before = layer, RowStatistics()
+        if self.cache is not None:
+            before = replace(self.cache.statistics)
+        self.tally = RowTally(before=before)
+        np.subtract(self.weights.vector(f"{self.i}{PREDICTOR}bias"), layer.threshold, out=self._thresholded)
 
-    def choose_heads(self, i: int, x: Array, positions: Array) -> Chosen | None:
-        """See `Heads.choose`; None, which is all of them, where heads are not predicted."""
-        heads, threshold = self._heads[i], self.layers[i].heads_from
-        if heads is None or threshold is None:
+    def expect(self, wide: bool) -> Iterable[Block]:
+        return self._dense.expect(wide) if wide or self.cache is None else ()
+
+    def prefill(self, x: Array, y: Array, tokens: Tokens) -> None:
+        self._dense.prefill(x, y, tokens)
+
+    def decode(self, x: Array, y: Array, tokens: Tokens) -> None:
+        for token in range(len(x)):
+            self._add(x[token : token + 1], y[token : token + 1])
+        if len(x) == 1 and self._ahead is not None:
+            self._ahead.end(x)
+
+    def look_ahead(self, residual: Array) -> None:
+        """See `BeforeAttention`. What is computed does not depend on it."""
+        if len(residual) == 1 and self._ahead is not None and self.cache is not None and self._ahead.begin():
+            normed = self.work.view("normed", 1, self.work.spec.hidden)
+            self.work.norm(f"{self.i}.norm.ffn", residual, normed)
+            self.cache.prefetch(self.predictor.predict(self._ahead.guess(normed)))
+
+    def choose_heads(self, x: Array, positions: Array) -> Chosen | None:
+        """See `BeforeAttention`."""
+        if self.heads is None or self.layer.heads_from is None:
             return None
-        chosen = heads.choose(x, positions, threshold)
-        self.tallies[i].idle_heads += chosen.each.size - np.count_nonzero(chosen.each)
+        chosen = self.heads.choose(x, positions, self.layer.heads_from)
+        self.tally.idle_heads += chosen.each.size - np.count_nonzero(chosen.each)
         return chosen
 
-    def looks_ahead(self, i: int, tokens: int) -> bool:
-        """Whether to call `look_ahead` before the attention of layer `i`, in a pass of so many tokens."""
-        ahead = self._lookaheads[i]
-        return tokens == 1 and ahead is not None and ahead.begin()
+    def shares(self) -> dict[str, float]:
+        """Shares that took part per token: of rows, of bytes, the predictor's included, and of the heads before it."""
+        tally, attention = self.tally, self.work.spec.layers[self.i].attention
+        rows = tally.neurons / max(tally.tokens, 1) / self.ffn.neurons
+        idle = tally.idle_heads / max(tally.tokens, 1) / attention.heads
+        predictor = self.decision_bytes / self.dense_bytes
+        return {"rows": rows, "bytes": rows + predictor, "predictor": predictor, "heads": 1 - idle}
 
-    def look_ahead(self, i: int, before: Array) -> None:
-        """Start to read what block `i` will probably need, whose input would be `before` were there no attention.
+    @property
+    def decision_bytes(self) -> int:
+        tensors = (self.work.layout.tensors[f"{self.i}{PREDICTOR}{kind}"] for kind in ("down", "up"))
+        return sum(t.stride * t.run_bundles for t in tensors) + 4 * self.ffn.neurons
 
-        float32 [1, hidden]. What is computed does not depend on it.
-        """
-        ahead, cache = self._lookaheads[i], self._caches[i]
-        if ahead is not None and cache is not None:
-            cache.prefetch(self.predictors[i].predict(ahead.guess(before)))
+    @property
+    def dense_bytes(self) -> int:
+        return self._dense.tensor.stride * self._dense.tensor.run_bundles
 
-    def add(self, i: int, x: Array, y: Array) -> None:
-        """y += block `i` of x for a few tokens, float32 [B, hidden]."""
-        for token in range(len(x)):
-            self._add(i, x[token : token + 1], y[token : token + 1])
-        ahead = self._lookaheads[i]
-        if len(x) == 1 and ahead is not None:
-            ahead.end(x)
+    def _make_cache(self) -> RowCache | None:
+        """Where the plan gives the layer slots."""
+        weights, tensor = self.weights, self._dense.tensor
+        if tensor.name not in weights.plan.tier(RowTier).slots:
+            return None
+        memory, pinned = weights.memory(tensor.name), len(weights.pinned(tensor.name))
+        return RowCache(weights.reader, weights.verifier, tensor, memory, pinned)
 
-    def abandon(self) -> None:
-        """Forget what is being read, after a failure or an interrupt."""
-        for cache in self._caches:
-            if cache is not None:
-                cache.abandon()
+    def _add(self, x: Array, y: Array) -> None:
+        rows = self.predictor.predict(x)
+        self.tally.tokens += 1
+        self.tally.neurons += len(rows)
+        if self.selection is not None:
+            self._compare(x, rows)
+        memory = self._memory
+        for part in self._passes(rows):
+            bias = None if self.bias is None else self.bias[part.rows]
+            self.work.ops.glu(x, FfnWeights(memory, *self._dense.form, bias), y, slots=part.slots)
+
+    def _passes(self, rows: Array) -> Iterator[Pass]:
+        if self.cache is not None:
+            yield from self.cache.ensure(rows)
+        elif len(rows):
+            yield Pass(rows, rows)
+
+    @property
+    def _memory(self) -> Array:
+        """Where the rows of the block are."""
+        return self.weights.memory(self._dense.tensor.name)[: self._rows]
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the memory that are no padding."""
+        return self.ffn.neurons if self.cache is None else len(self.cache.memory)
+
+    def _compare(self, x: Array, rows: Array) -> None:
+        """Count the neurons that are not zero, those predicted, and those that are both."""
+        assert self.selection is not None
+        active = np.concatenate([part.rows[self._hidden(x, part) != 0] for part in self._every()])
+        self.selection.wanted += len(active)
+        self.selection.taken += len(rows)
+        self.selection.both += len(np.intersect1d(active, rows, assume_unique=True))
+
+    def _every(self) -> Iterator[Pass]:
+        neurons = np.arange(self.ffn.neurons, dtype=np.int32)
+        for begin in range(0, len(neurons), COMPARED):
+            yield from self._passes(neurons[begin : begin + COMPARED])
+
+    def _hidden(self, x: Array, part: Pass) -> Array:
+        """Activations float32 [rows of the part] for one token x [1, hidden]."""
+        ffn, codec, memory = self.ffn, self._dense.tensor.codec, self._memory
+        size, hidden = row_bytes(codec, x.shape[1]), x.shape[1]
+        products = []
+        for r in range(ffn.bundle_rows - 1):
+            weights = np.empty((len(part.slots), hidden), np.float32)
+            self.work.ops.dequantize(memory[part.slots, r * size : (r + 1) * size], codec, hidden, weights)
+            products.append(weights @ x[0])
+        if ffn.gated:
+            return function(ffn.activation)(products[0]) * products[1]
+        return function(ffn.activation)(products[0] + (0 if self.bias is None else self.bias[part.rows]))
+
+
+class RowKind(SparseKind):
+    """The blocks of a pack calibrated by row."""
+
+    FIGURES = (*SparseKind.FIGURES, "row_hit_rate")
+
+    blocks: dict[int, RowBlock]
+
+    @classmethod
+    def computes(cls, work: Workspace, i: int) -> bool:
+        return bool(work.layout.rows)
+
+    def __init__(self, work: Workspace, layers: Sequence[int]) -> None:
+        self.blocks = {i: RowBlock(work, i, work.layout.rows[i]) for i in layers}
 
     @property
     def wait_s(self) -> float:
-        """Seconds that compute has waited for rows."""
-        return sum(cache.statistics.wait_s for cache in self._caches if cache is not None)
+        return sum(cache.statistics.wait_s for cache in self._caches)
+
+    def cancel(self) -> None:
+        for cache in self._caches:
+            cache.abandon()
 
     def hit_rate(self) -> float | None:
         """Share of the rows asked for since the last restart that were in memory; None before the first.
 
         A row that was guessed and is being read for the first time was not.
         """
-        if not any(tally.neurons for tally in self.tallies):
+        asked = sum(block.tally.neurons for block in self.blocks.values())
+        if not asked:
             return None
-        read = self._counted("misses") + self._counted("useful")
-        return 1 - read / sum(tally.neurons for tally in self.tallies)
+        read = 0
+        for block in self.blocks.values():
+            if block.cache is not None:
+                now, before = block.cache.statistics, block.tally.before
+                read += now.misses + now.useful - before.misses - before.useful
+        return 1 - read / asked
+
+    def figures(self, counts: Counter[str]) -> dict[str, Any]:
+        """Those of all sparse kinds, and of the neurons that were asked for, the share in memory."""
+        return super().figures(counts) | {"row_hit_rate": self.hit_rate()}
 
     @property
-    def counted(self) -> int:
-        return max(tally.tokens for tally in self.tallies)
-
-    def shares(self, i: int) -> dict[str, float]:
-        """Shares of block `i` that took part per token: of rows, and of bytes, the predictor's included.
-
-        'heads' are those of the attention before it.
-        """
-        tally, layer = self.tallies[i], self.weights.spec.layers[i]
-        rows = tally.neurons / max(tally.tokens, 1) / layer.ffn.neurons
-        idle = tally.idle_heads / max(tally.tokens, 1) / layer.attention.heads
-        predictor = self._predictor_bytes(i) / self._dense_bytes(i)
-        return {"rows": rows, "bytes": rows + predictor, "predictor": predictor, "heads": 1 - idle}
-
-    def decision_share(self) -> float:
-        """Bytes that are read only to decide what takes part, over those of the blocks."""
-        layers = range(len(self.layers))
-        return sum(map(self._predictor_bytes, layers)) / sum(map(self._dense_bytes, layers))
-
-    def _add(self, i: int, x: Array, y: Array) -> None:
-        rows = self.predictors[i].predict(x)
-        self.tallies[i].tokens += 1
-        self.tallies[i].neurons += len(rows)
-        if self._selections is not None:
-            self._compare(i, x, rows, self._selections[i])
-        ffn, codec = self.weights.spec.layers[i].ffn, self.weights.layout.tensors[f"{i}.ffn"].codec
-        memory, bias = self._memory(i), self._up_bias(i)
-        for part in self._passes(i, rows):
-            own = None if bias is None else bias[part.rows]
-            self.ops.glu(x, FfnWeights(memory, codec, ffn.activation, ffn.gated, own), y, slots=part.slots)
-
-    def _passes(self, i: int, rows: Array) -> Iterator[Pass]:
-        cache = self._caches[i]
-        if cache is not None:
-            yield from cache.ensure(rows)
-        elif len(rows):
-            yield Pass(rows, rows)
-
-    def _memory(self, i: int) -> Array:
-        """Where the rows of a block are."""
-        cache = self._caches[i]
-        if cache is not None:
-            return cache.memory
-        return self.weights.whole(f"{i}.ffn")[: self.weights.spec.layers[i].ffn.neurons]
-
-    def _predictor(self, i: int) -> LowRank:
-        name = f"{i}{PREDICTOR}"
-        down, up = self.weights.whole(f"{name}down"), self.weights.whole(f"{name}up")
-        return LowRank(self.ops, down, up, self._thresholded[i], self.layers[i].rank, 1)
-
-    def _up_bias(self, i: int) -> Array | None:
-        return self.weights.vector(f"{i}.up.bias") if self.weights.spec.layers[i].ffn.bias else None
-
-    def _compare(self, i: int, x: Array, rows: Array, selection: Selection) -> None:
-        """Count the neurons that are not zero, those predicted, and those that are both."""
-        active = np.concatenate([part.rows[self._hidden(i, x, part) != 0] for part in self._every(i)])
-        selection.wanted += len(active)
-        selection.taken += len(rows)
-        selection.both += len(np.intersect1d(active, rows, assume_unique=True))
-
-    def _every(self, i: int) -> Iterator[Pass]:
-        neurons = np.arange(self.weights.spec.layers[i].ffn.neurons, dtype=np.int32)
-        for begin in range(0, len(neurons), COMPARED):
-            yield from self._passes(i, neurons[begin : begin + COMPARED])
-
-    def _hidden(self, i: int, x: Array, part: Pass) -> Array:
-        """Activations float32 [rows of the part] for one token x [1, hidden]."""
-        ffn, codec = self.weights.spec.layers[i].ffn, self.weights.layout.tensors[f"{i}.ffn"].codec
-        memory, bias = self._memory(i), self._up_bias(i)
-        size, hidden = row_bytes(codec, x.shape[1]), x.shape[1]
-        products = []
-        for r in range(ffn.bundle_rows - 1):
-            weights = np.empty((len(part.slots), hidden), np.float32)
-            self.ops.dequantize(memory[part.slots, r * size : (r + 1) * size], codec, hidden, weights)
-            products.append(weights @ x[0])
-        if ffn.gated:
-            return function(ffn.activation)(products[0]) * products[1]
-        return function(ffn.activation)(products[0] + (0 if bias is None else bias[part.rows]))
-
-    def _counted(self, name: str) -> int:
-        """A count of the caches since the last restart."""
-        caches = [cache for cache in self._caches if cache is not None]
-        return sum(getattr(c.statistics, name) - getattr(b, name) for c, b in zip(caches, self._before, strict=True))
-
-    def _predictor_bytes(self, i: int) -> int:
-        tensors, neurons = self.weights.layout.tensors, self.weights.spec.layers[i].ffn.neurons
-        return sum(t.stride * t.run_bundles for t in (tensors[f"{i}{PREDICTOR}{kind}"] for kind in ("down", "up"))) + (
-            4 * neurons
-        )
-
-    def _dense_bytes(self, i: int) -> int:
-        tensor = self.weights.layout.tensors[f"{i}.ffn"]
-        return tensor.stride * tensor.run_bundles
+    def _caches(self) -> list[RowCache]:
+        return [block.cache for block in self.blocks.values() if block.cache is not None]

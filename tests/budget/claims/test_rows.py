@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrt.budget.claims.rows import RowMemory, divide_windows
+from flashrt.budget.claims.rows import RowMemory, RowTier, divide_windows
 from flashrt.budget.planner import MIB, PEAK_JITTER, FixedCosts, Workload, plan, resident_budget, smallest_budget
 from flashrt.sparsity import RowSparsity, Sparsity
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
@@ -55,10 +55,10 @@ def test_plans_give_every_byte_an_owner(neurons: int, rows: list[float], share: 
     assert sum(found.owners.values()) == budget
     assert min(found.owners.values()) >= 0
     assert found.owners["predictors"] > 0
-    held = sum(found.windows.values()) * packed.tensors["0.ffn"].stride
+    held = sum(found.tier(RowTier).slots.values()) * packed.tensors["0.ffn"].stride
     assert found.owners.get("FFN", 0) >= held
     assert all(found.pinned[name] == t.blocks for name, t in packed.tensors.items() if ".predictor." in name)
     everything = plan(*arguments, enough, workload, costs)
     assert everything.resident
-    assert not everything.windows
+    assert not everything.tier(RowTier).slots
     assert found.streamed_bytes_per_token >= everything.streamed_bytes_per_token

@@ -1,0 +1,130 @@
+"""What a run asks of a budget, and the division of it that the planner answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from flashrt.kv.cache import KINDS, KvKinds
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a run asks for."""
+
+    context: int  # positions of KV
+    prompt: int | None = None  # tokens of the longest prompt, when known: no pass is longer
+    logit_rows: int = 1
+    scoring: bool = False
+    max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCosts:
+    """What the process costs before any weight is loaded, and what the kernels need."""
+
+    runtime_bytes: int  # resident on the budgeted device once everything but the model is loaded
+    peak_bytes: int  # the largest that this has been
+    kv_item_bytes: int
+    scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
+    supports_gather: bool = True  # whether its kernels take neurons from several places at once
+    kv_kinds: KvKinds = KINDS  # stores that keys and values may be kept in
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """What one kind of FFN got of the budget, beside the leading blocks that are pinned; kinds add fields of theirs."""
+
+    nbytes: int = 0  # charged to the owner of the kind's weights
+    loaded_bytes: int = 0  # of these, what loading fills with weights
+    slots: Mapping[str, int] = field(default_factory=dict)  # of a bundle each, behind the pinned ones of a tensor
+    reads: Mapping[str, int] = field(default_factory=dict)  # tensor → bytes a token reads, where not all that streams
+    scattered_reads: float = 0.0  # reads that `reads` are made by, where each is a row of its own
+    reads_in_place: bool = False  # whether blocks are read into memory of the kind's while tokens are computed
+    drafts: bool = False  # whether what is resident can draft
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures of the kind for `flashrt plan --json`."""
+        return {}
+
+    def lines(self, size: Callable[[float], str]) -> dict[str, str]:
+        """Lines for `flashrt plan`, by their label; `size` writes bytes for people."""
+        return {}
+
+
+Tier = TypeVar("Tier", bound=TierPlan)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A feasible division of the budget. `owners` sums to `budget_bytes`; `pinned` maps tensor → leading blocks."""
+
+    budget_bytes: int
+    context: int
+    prefill_chunk: int
+    logit_rows: int
+    scoring: bool
+    owners: Mapping[str, int]
+    pinned: Mapping[str, int]
+    ring_slots: int
+    slot_bytes: int
+    weight_bytes: int
+    pinned_bytes: int  # of weights that loading reads, into tiers included
+    streamed_bytes_per_token: int
+    tiers: Mapping[str, tuple[TierPlan, ...]] = field(default_factory=dict)  # by the owner whose weights they are for
+    max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most
+
+    @property
+    def resident(self) -> bool:
+        """Whether decoding reads nothing from disk."""
+        return self.streamed_bytes_per_token == 0
+
+    @property
+    def all_tiers(self) -> list[TierPlan]:
+        return [tier for tiers in self.tiers.values() for tier in tiers]
+
+    def tier(self, kind: type[Tier]) -> Tier:
+        """The tier of one kind; an empty one where no claim made one."""
+        return next((tier for tier in self.all_tiers if isinstance(tier, kind)), kind())
+
+    def slots(self, tensor: str) -> int:
+        """Bundles that the memory of a tensor has room for behind the pinned ones."""
+        return sum(tier.slots.get(tensor, 0) for tier in self.all_tiers)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether resident weights can draft."""
+        return any(tier.drafts for tier in self.all_tiers)
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether blocks are read beside the ring while tokens are computed."""
+        return any(tier.reads_in_place for tier in self.all_tiers)
+
+    @property
+    def scattered_reads_per_token(self) -> float:
+        """Reads of single rows by which a token brings `scattered_bytes_per_token`."""
+        return sum(tier.scattered_reads for tier in self.all_tiers)
+
+    @property
+    def scattered_bytes_per_token(self) -> int:
+        """Of the bytes that a token reads, those of single rows."""
+        return sum(sum(tier.reads.values()) for tier in self.all_tiers if tier.scattered_reads)
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {
+            "budget_bytes": self.budget_bytes,
+            "context": self.context,
+            "prefill_chunk": self.prefill_chunk,
+            "owners": dict(self.owners),
+            "weight_bytes": self.weight_bytes,
+            "pinned_bytes": self.pinned_bytes,
+            "streamed_bytes_per_token": self.streamed_bytes_per_token,
+            "positions_per_pass": self.max_draft_tokens,
+            "ring_slots": self.ring_slots,
+            "slot_bytes": self.slot_bytes,
+        }
+        for tier in self.all_tiers:
+            figures |= tier.to_json()
+        return figures

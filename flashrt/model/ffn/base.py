@@ -1,0 +1,114 @@
+"""What the decoder knows of a feed-forward block, whatever kind it is of.
+
+A kind is a class for all its blocks in a model (`FfnKind`) and one for each of them (`FfnBlock`). Which layer is of
+which kind is decided once, when the model is built (`flashrt.model.ffn.choose`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from flashrt.cache.device import Progress
+from flashrt.cache.streamer import Submit
+from flashrt.model.heads import Chosen
+from flashrt.model.workspace import Tensor, Workspace
+from flashrt.storage.layout import Block
+
+Array = np.ndarray
+
+
+class Tokens(NamedTuple):
+    """The tokens of a pass, beside the block's input."""
+
+    positions: Array  # int64 [T]
+    residual: Tensor  # the residual stream before the block, float32 [T, hidden]
+
+
+class BeforeAttention(Protocol):
+    """What a block may do in a pass of few tokens before the attention of its layer is computed."""
+
+    def look_ahead(self, residual: Tensor) -> None:
+        """Read ahead what the block will probably need, by the residual stream before attention."""
+
+    def choose_heads(self, x: Tensor, positions: Array) -> Chosen | None:
+        """Heads that take part, by the input of the attention (float32 [T, hidden]); None: all."""
+
+
+class FfnBlock:
+    """The feed-forward block of layer `i`. A kind overrides what differs from a block whose weights simply stream.
+
+    x is the normed input, and what the block gives is added to y, both float32 [T, hidden].
+    """
+
+    before_attention: BeforeAttention | None = None
+    submit: Submit | None = None  # starts reads of what it expects, where that is not whole blocks
+    partial = False  # whether passes of few tokens take other blocks from the ring than those of many
+
+    def __init__(self, work: Workspace, i: int) -> None:
+        self.work, self.i = work, i
+        self.weights, self.ffn = work.weights, work.spec.layers[i].ffn
+        self.bias: Tensor | None = self.weights.vector(f"{i}.up.bias") if self.ffn.bias else None
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """Names of its weights, in the order in which it takes them."""
+        return (f"{self.i}.ffn",)
+
+    def expect(self, wide: bool) -> Iterable[Block]:
+        """What a pass of few or of many tokens (`wide`) takes from the ring, in order; gone through as it is read."""
+        return self.weights.streamed(self.tensors)
+
+    def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        """y += block of x, for many tokens."""
+        raise NotImplementedError
+
+    def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        """y += block of x, for 1 to 16 tokens; a token's result does not depend on the others."""
+        raise NotImplementedError
+
+    def draft(self, x: Tensor, y: Tensor) -> None:
+        """y += something like the block of x, for few tokens, without taking anything from the ring."""
+        raise NotImplementedError
+
+
+class FfnKind:
+    """All blocks of one kind in a model, those of `layers`. A kind overrides what it has to say."""
+
+    FIGURES: ClassVar[tuple[str, ...]] = ()  # names of what `figures` gives
+
+    blocks: Mapping[int, FfnBlock]
+
+    @classmethod
+    def computes(cls, work: Workspace, i: int) -> bool:
+        """Whether layer `i` is of this kind, by spec, manifest and plan."""
+        raise NotImplementedError
+
+    def __init__(self, work: Workspace, layers: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that compute has waited for reads of its own, those through the ring left out."""
+        return 0.0
+
+    def load(self, arrived: Progress) -> None:
+        """Read what it keeps in memory beside pinned blocks."""
+
+    def cancel(self) -> None:
+        """Forget what is being read: a pass was left half-way, or another comes than was read ahead for."""
+
+    def counts(self) -> Counter[str]:
+        """What it has counted so far, by name."""
+        return Counter()
+
+    def figures(self, counts: Counter[str]) -> dict[str, Any]:
+        """Figures of a request for its report, by the names in FIGURES; `counts` were added while it decoded."""
+        return {}
+
+    def remarks(self, figures: Mapping[str, Any]) -> list[str]:
+        """What the closing line of `flashrt run` says of such figures."""
+        return []

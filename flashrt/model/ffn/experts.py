@@ -1,0 +1,168 @@
+"""Mixtures of experts: a router names the neurons that a token needs, and each expert named runs once per pass.
+
+Experts come from slots that the budget has for them, or stream (`flashrt.cache.experts`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flashrt.budget.claims.experts import ExpertTier
+from flashrt.cache.device import Progress
+from flashrt.cache.experts import ExpertCache, ExpertStream, Key
+from flashrt.model.ffn.base import FfnKind, Tokens
+from flashrt.model.ffn.dense import DenseBlock
+from flashrt.model.ffn.router import route
+from flashrt.model.workspace import Tensor, Workspace
+from flashrt.storage.layout import Block
+from flashrt_kernels.ffn import RoutedTokens
+
+Array = np.ndarray
+
+
+class MixtureBlock(DenseBlock):
+    """The experts of one layer, which come from `store`; `after` is the next mixture."""
+
+    def __init__(self, work: Workspace, i: int, store: ExpertCache | ExpertStream, after: MixtureBlock | None) -> None:
+        super().__init__(work, i)
+        self._store, self._after = store, after
+        self._alone = self.tensor.runs == 1  # a mixture of one expert streams like a dense block
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        return (f"{self.i}.router", f"{self.i}.ffn") if self._alone else (f"{self.i}.router",)
+
+    def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        for expert, routed in self._routed(x, tokens, wide=True):
+            for first, bundles in self._runs(expert):
+                self.wide(x, y, first, bundles, routed)
+
+    def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        for expert, routed in self._routed(x, tokens, wide=False):
+            for first, bundles in self._runs(expert):
+                self.work.ops.glu(x, self.neurons(first, bundles), y, routed)
+
+    def route(self, x: Tensor, wide: bool) -> tuple[Array, Array]:
+        """Experts int64 [T, k] for the normed input, and their weights float32 [T, k]."""
+        logits = self.work.view("router", len(x), self.ffn.experts)
+        self.work.linear(f"{self.i}.router", x, logits, wide)
+        return route(self.work.device.get(logits), self.ffn)
+
+    def _routed(self, x: Tensor, tokens: Tokens, wide: bool) -> Iterator[tuple[int, RoutedTokens]]:
+        """The experts that any token chose, in ascending order, and the tokens of each."""
+        chosen, weights = self.route(x, wide)
+        if not self._alone:
+            self._store.expect(self.i, chosen)
+        if self._store.looks_ahead and self._after is not None:
+            self._after.look_ahead(tokens.residual, wide)
+        make = self.work.device.make
+        for expert in np.unique(chosen).tolist():
+            who, rank = np.nonzero(chosen == expert)
+            yield expert, RoutedTokens(make(who.astype(np.int32)), make(weights[who, rank]))
+
+    def look_ahead(self, residual: Tensor, wide: bool) -> None:
+        """Read ahead what the router would choose now: from one layer to the next the residual changes little."""
+        normed = self.work.view("ahead", len(residual), self.work.spec.hidden)
+        self.work.norm(f"{self.i}.norm.ffn", residual, normed)
+        chosen, _ = self.route(normed, wide)
+        if not self._alone:
+            self._store.prefetch(self.i, dict.fromkeys(chosen.T.ravel().tolist()))  # each token's first choice first
+
+    def _runs(self, expert: int) -> Iterable[tuple[int, Tensor]]:
+        return self.weights.runs(self.tensor.name) if self._alone else self._parts(expert)
+
+    def _parts(self, expert: int) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first neuron of an expert, uint8 [neurons, stride]): pinned ones, then those from the store."""
+        tensor = self.tensor
+        yield from self.weights.pinned_of(tensor, expert)
+        for blocks, memory in self._store.take(self.i, expert):
+            first = blocks[0].first - expert * tensor.run_stride
+            bundles = memory.reshape(-1, tensor.stride)[: tensor.run_bundles - first]
+            step = len(bundles) if self.work.device.split_invariant else tensor.block_bundles
+            for begin in range(0, len(bundles), step):
+                yield first + begin, bundles[begin : begin + step]
+
+
+class MixtureKind(FfnKind):
+    """Every layer with a router. Their experts compete for the same slots, or share a ring."""
+
+    FIGURES = ("expert_cache",)
+
+    @classmethod
+    def computes(cls, work: Workspace, i: int) -> bool:
+        return work.spec.layers[i].ffn.experts > 0
+
+    def __init__(self, work: Workspace, layers: Sequence[int]) -> None:
+        self._work, self._layers = work, layers
+        self._tier = work.weights.plan.tier(ExpertTier)
+        self._cache = self._make_cache() if self._tier.experts else None
+        self.store = self._cache or self._make_stream()
+        self.blocks: dict[int, MixtureBlock] = {}
+        for i in reversed(layers):
+            after = self.blocks[min(self.blocks)] if self.blocks else None
+            self.blocks[i] = MixtureBlock(work, i, self.store, after)
+
+    @property
+    def wait_s(self) -> float:
+        return self.store.wait_s
+
+    def load(self, arrived: Progress) -> None:
+        if self._cache is not None:
+            self._cache.fill(self._all_experts(), arrived)
+
+    def cancel(self) -> None:
+        self.store.abandon()
+
+    def counts(self) -> Counter[str]:
+        return self.store.counts.copy()
+
+    def figures(self, counts: Counter[str]) -> dict[str, Any]:
+        """Of the cache, None where there is none; what it read is bytes_read_per_token: all else is resident then.
+
+        hits, misses, hit_rate         experts that routers named: wholly in memory by then, or not, and the share of
+                                       hits
+        prefetched, prefetch_accuracy  experts that began to be read before their router named them, the share it then
+                                       named
+        """
+        if self._cache is None:
+            return {}
+        named, prefetched = counts["hits"] + counts["misses"], counts["prefetched"]
+        found = {
+            "hits": counts["hits"],
+            "misses": counts["misses"],
+            "hit_rate": counts["hits"] / named if named else None,
+            "prefetched": prefetched,
+            "prefetch_accuracy": counts["useful"] / prefetched if prefetched else None,
+        }
+        return {"expert_cache": found}
+
+    def remarks(self, figures: Mapping[str, Any]) -> list[str]:
+        found = figures.get("expert_cache")
+        return [f"{found['hit_rate']:.0%} of experts in memory"] if found and found["hit_rate"] is not None else []
+
+    def _make_cache(self) -> ExpertCache:
+        memory = self._work.device.allocate("experts", (self._tier.experts, self._tier.slot_bytes), np.uint8)
+        ffns = [layer.ffn for layer in self._work.spec.layers]
+        shape = len(ffns), max(ffn.experts for ffn in ffns)
+        return ExpertCache(self._work.device, memory, self._unpinned, shape)
+
+    def _make_stream(self) -> ExpertStream:
+        plan = self._work.weights.plan
+        several = any(self._work.layout.tensors[f"{i}.ffn"].runs > 1 for i in self._layers)
+        return ExpertStream(
+            self._work.device.stream(plan.ring_slots if several else 0, plan.slot_bytes), self._unpinned
+        )
+
+    def _unpinned(self, layer: int, expert: int) -> tuple[Block, ...]:
+        weights = self._work.weights
+        return tuple(weights.unpinned(weights.layout.tensors[f"{layer}.ffn"], expert))
+
+    def _all_experts(self) -> Iterator[Key]:
+        """The first expert of every layer, then the second: the same number of every layer begins in the cache."""
+        mixtures = [(i, self._work.spec.layers[i].ffn.experts) for i in self._layers]
+        for expert in range(max(experts for _, experts in mixtures)):
+            yield from ((i, expert) for i, experts in mixtures if expert < experts > 1)
