@@ -266,4 +266,4 @@ def test_scoring_needs_a_plan_for_it_and_known_tokens(packed, engine):
 def test_expectations_do_not_pile_up_when_everything_is_resident(packed):
     with tiny_engine(packed, 1.0) as engine:
         ids(engine)
-        assert not engine.runner.decoder.weights._static._wanted
+        assert not engine.runner.decoder.weights.ring._wanted
