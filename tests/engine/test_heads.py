@@ -113,7 +113,7 @@ def test_with_every_head_chosen_nothing_changes(case, tokens, share):
     with tiny_engine(packed, share) as engine:
         thinned = logits_of(engine, tokens[:9], tokens[9:])
         everything = logits_of(with_heads_from(engine, EVERYTHING), tokens[:9], tokens[9:])
-        assert engine.decoder.sparse.mean_shares()["heads"] == 1
+        assert engine.runner.decoder.sparse.mean_shares()["heads"] == 1
         exact = logits_of(with_heads_from(engine, None), tokens[:9], tokens[9:])
     assert np.array_equal(everything, exact)
     assert not np.array_equal(thinned, exact)
@@ -168,7 +168,7 @@ def test_heads_are_reported(case, tokens, tmp_path):
         engine.runner.decoder.sparse.restart()
         attended(with_heads_from(engine, -EVERYTHING), tokens[:20], tokens[20:30])
         predicted = np.mean([layer.heads_from is not None for layer in case[1].layers])
-        assert engine.decoder.sparse.mean_shares()["heads"] == pytest.approx(1 - predicted)
+        assert engine.runner.decoder.sparse.mean_shares()["heads"] == pytest.approx(1 - predicted)
 
 
 def generated(engine, tokens):
