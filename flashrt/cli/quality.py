@@ -13,6 +13,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, show, table
 from flashrt.cli.run import read_text
+from flashrt.cli.texts import first_ids
 from flashrt.errors import UsageError
 from flashrt_kernels.rows import Codec
 
@@ -57,7 +58,6 @@ def quality(
     """
     from flashrt.budget.planner import Workload
     from flashrt.calibration.evaluation import Reference, figures, select
-    from flashrt.cli.evaluate import first_ids
     from flashrt.cli.session import Session, Settings
     from flashrt.engine.open import checked_context
     from flashrt.model.batch import NARROW
