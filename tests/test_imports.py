@@ -76,6 +76,32 @@ def layer_of(module: str) -> str | None:
 MODULES = dict(modules())
 
 
+def everything_imported(module: str) -> set[str]:
+    """Modules that `module` names in any import, those for type checkers and those inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return (found & MODULES.keys()) - {module}
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import one another, directly or not."""
+    reached = {module: {module} for module in graph}
+    for module in graph:
+        waiting = [module]
+        while waiting:
+            new = graph[waiting.pop()] & graph.keys() - reached[module]
+            reached[module] |= new
+            waiting += new
+    groups = [{other for other in reached[module] if module in reached[other]} for module in graph]
+    return [group for group in groups if len(group) > 1]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_layers(module: str) -> None:
     own = layer_of(module)
@@ -95,6 +121,17 @@ def test_costly_packages_are_imported_late(module: str) -> None:
     early = set(at_import(ast.parse(MODULES[module].read_text())))
     assert not {name.partition(".")[0] for name in early} & LATE
     assert not [name for name in early if name.startswith(TORCH_MODULES)]
+
+
+@pytest.mark.parametrize("package", sorted({module.rpartition(".")[0] for module in MODULES} - {""}))
+def test_no_module_of_a_package_imports_in_a_circle(package: str) -> None:
+    inside = {module for module in MODULES if module == package or module.startswith(f"{package}.")}
+    assert cycles({module: everything_imported(module) & inside for module in inside}) == []
+
+
+def test_circles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [{"a", "b", "c"}] * 3
+    assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_kernels_know_nothing_of_flashrt() -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,15 +14,11 @@ from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
 from flashrt.cli.quality import quality
 from flashrt.cli.run import read_text
+from flashrt.cli.texts import first_ids
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
 
-if TYPE_CHECKING:
-    from flashrt.text.tokenizer import Tokenizer
-
 DEFAULT_CTX = 1024
-TOKEN_CHARACTERS = 8  # more than tokens of ordinary text have on average
-CUT_TOKENS = 64  # the last tokens before a cut may differ from those of the whole text
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -105,19 +101,3 @@ def ppl(
     else:
         peak = f"peak memory {size(result['peak_rss_bytes'])} of {size(result['budget_bytes'])}"
         print(f"perplexity {perplexity:.4f} over {scored} tokens in windows of {window} ({duration(seconds)}, {peak})")
-
-
-def first_ids(tokenizer: Tokenizer, text: str, count: int | None) -> list[int]:
-    """The ids of the first `count` tokens (None: all). No more of the text is encoded than that takes.
-
-    Encoding holds about a hundred bytes for each character.
-    """
-    if count is None:
-        return tokenizer.encode(text, special=False)
-    end, ids = TOKEN_CHARACTERS * (count + CUT_TOKENS), list[int]()
-    while len(ids) < count + CUT_TOKENS:
-        ids = tokenizer.encode(text[:end], special=False)
-        if end >= len(text):
-            break
-        end *= 2
-    return ids[:count]

@@ -13,6 +13,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, show, table
 from flashrt.cli.run import read_text
+from flashrt.cli.texts import first_ids
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
 
@@ -58,7 +59,6 @@ def quality(
     from flashrt.budget.planner import Workload
     from flashrt.calibration.evaluation import Reference, figures, select
     from flashrt.cli import session
-    from flashrt.cli.evaluate import first_ids
     from flashrt.config import checked_context
     from flashrt.engine.loaded_pack import LoadedPack
     from flashrt_kernels.limits import NARROW_TOKENS

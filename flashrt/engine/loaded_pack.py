@@ -9,7 +9,7 @@ from dataclasses import replace
 from flashrt.budget.planner import FixedCosts, Plan, Workload, plan, resident_budget, smallest_budget
 from flashrt.config import checked_context
 from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
-from flashrt.engine.draft import load_draft
+from flashrt.engine.draft import check_draft, load_draft
 from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
@@ -96,7 +96,7 @@ class LoadedPack:
 
         Raises BudgetError, before anything else is loaded, when the budget is too small.
         """
-        drafting = None if self.draft is None else load_draft(self.draft, self, workload.context)
+        drafting = self._load_draft(workload.context)
         try:
             the_plan = self.plan(workload)
             planned(the_plan)
@@ -116,6 +116,12 @@ class LoadedPack:
         return build_engine(
             self.pack, the_plan, self.tokenizer, self.runtime, progress=progress, roof=roof, drafting=drafting
         )
+
+    def _load_draft(self, context: int) -> Engine | None:
+        if self.draft is None:
+            return None
+        check_draft(self.draft, self.pack, context)
+        return load_draft(self.draft, self.tokenizer, self.runtime, self.budget, context)
 
     def _with_drafts(self, workload: Workload) -> Workload:
         """`workload` with drafts as they are asked for; by default where they may pay, and there is room.

@@ -7,57 +7,53 @@ from collections import deque
 from collections.abc import Iterable
 
 RECENT = 5  # measurements of a kind that count
-DECAY = 0.98  # of what a measurement tells of the slope, per pass
-FLAT = 1.0  # how firmly more positions are thought to cost nothing: as a pair of measurements one position apart
-GROWTH = 2  # times as many positions as were ever measured are tried at most
+MEMORY = 150  # passes over one position after which more are tried again, from the least on
+FLAT = 1  # how firmly more positions are thought to cost nothing: as what one pair of measurements tells
+GROWTH = 2  # times as many positions as are remembered are tried at most
 
 
 class PassCost:
     """Seconds of a pass by its number of positions: a line through medians (Theil 1950, Sen 1968).
 
     Passes differ little where bytes have to come from disk or memory, and grow with the positions where arithmetic is
-    the bound. The slope is the weighted median of the slopes between any two numbers of positions, each of which counts
-    with the median of its last times; those measured long ago count less, and pairs far apart more. The level follows
-    the last few passes, whatever their numbers: a machine that gets slower for a while is no reason to draft less.
+    the bound. The slope is the weighted median of the slopes between any two numbers of positions, each of which stands
+    for the median of its last times. The level follows the last few passes,
+    whatever their numbers: a machine that gets slower for a while is no reason to draft less.
     """
 
     def __init__(self) -> None:
-        self._times: dict[int, deque[tuple[float, int]]] = {}  # by positions: (seconds, pass)
+        self._times: dict[int, deque[float]] = {}  # by positions
         self._last: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        self._passes = 0
+        self._single = 0  # passes over one position since one over more
 
     def record(self, positions: int, seconds: float) -> None:
         """A pass over `positions` took `seconds`."""
-        self._passes += 1
-        self._times.setdefault(positions, deque(maxlen=RECENT)).append((seconds, self._passes))
+        self._single = self._single + 1 if positions == 1 else 0
+        if self._single == MEMORY:
+            self._times = {1: self._times[1]}
+        self._times.setdefault(positions, deque(maxlen=RECENT)).append(seconds)
         self._last.append((positions, seconds))
 
     @property
     def measured(self) -> bool:
-        return self._passes > 0
+        return bool(self._last)
 
     def seconds(self, limit: int) -> list[float]:
-        """Of passes over 1 to `limit` positions, or fewer where so many were never near; some must have been measured.
+        """Of passes over 1 to `limit` positions, or fewer where none near is remembered; some must have been measured.
 
-        They are not thought to rise until that was seen; where it was seen long ago, more positions are tried again.
+        They are not thought to rise until that was seen.
         """
         slope = self._slope()
         first = statistics.median(max(seconds - slope * (positions - 1), 0.0) for positions, seconds in self._last)
         return [first + slope * x for x in range(min(limit, GROWTH * max(self._times)))]
 
     def _slope(self) -> float:
-        points = [
-            (positions, statistics.median(seconds for seconds, _ in times), self._weight(times))
-            for positions, times in self._times.items()
-        ]
-        slopes = [(0.0, FLAT)]
+        points = [(n, statistics.median(times), len(times)) for n, times in self._times.items()]
+        slopes: list[tuple[float, int]] = [(0.0, FLAT)]
         for i, (x, y, weight) in enumerate(points):
             for other_x, other_y, other in points[:i]:
-                slopes.append(((y - other_y) / (x - other_x), weight * other * abs(x - other_x)))
+                slopes.append(((y - other_y) / (x - other_x), min(weight, other)))
         return max(_weighted_median(slopes), 0.0)
-
-    def _weight(self, times: Iterable[tuple[float, int]]) -> float:
-        return float(sum(DECAY ** (self._passes - asof) for _, asof in times))
 
 
 class StepCosts:
@@ -76,10 +72,10 @@ class StepCosts:
         return statistics.median(times) if times else 0.0
 
 
-def _weighted_median(pairs: Iterable[tuple[float, float]]) -> float:
+def _weighted_median(pairs: Iterable[tuple[float, int]]) -> float:
     """The smallest value up to which half of the weight lies, of (value, weight)."""
     ordered = sorted(pairs)
-    half, total = sum(weight for _, weight in ordered) / 2, 0.0
+    half, total = sum(weight for _, weight in ordered) / 2, 0
     for value, weight in ordered:
         total += weight
         if total >= half:

@@ -10,11 +10,12 @@ import statistics
 from collections import deque
 
 TRIAL = 6  # passes with drafts after which they are judged
+CLEAR = 1.5  # times as slow as without that half a trial is enough to tell
+MARGIN = 1.05  # times as slow that drafts may seem before they rest: noise
+REST = (16, 32, 64)  # passes without drafts, after so many trials in a row that they lost
 RECENT = 12  # passes with drafts, and without, that count
-REST = (8, 16, 32, 64)  # passes without drafts, after so many judgements in a row that they do not pay
 FRESH = 64  # passes with drafts after which one without is measured again
 OUTLIER = 3.0  # times the median that a pass counts as at most
-MARGIN = 1.05  # by which drafts may seem slower before they rest: noise
 
 
 class Switch:
@@ -23,9 +24,8 @@ class Switch:
     def __init__(self) -> None:
         self._with: deque[tuple[int, float]] = deque(maxlen=RECENT)  # (tokens, seconds)
         self._without: deque[float] = deque(maxlen=RECENT)
-        self._trial = TRIAL  # passes with drafts before they are judged
         self._rest = 0  # passes without drafts that are to come
-        self._losses = 0  # judgements in a row that drafts do not pay
+        self._losses = 0  # trials in a row that drafts lost
         self._age = 0  # passes with drafts since one without
 
     def drafts(self) -> bool:
@@ -37,9 +37,7 @@ class Switch:
         if drafted:
             self._with.append((tokens, seconds))
             self._age += 1
-            self._trial = max(self._trial - 1, 0)
-            if self._trial == 0:
-                self._judge()
+            self._judge()
         else:
             self._without.append(seconds)
             self._age = 0
@@ -47,13 +45,15 @@ class Switch:
 
     def _judge(self) -> None:
         """Drafts that are slower rest, for longer each time; what they brought is forgotten, and tried afresh then."""
-        if not self._without or self._seconds_per_token() <= MARGIN * statistics.median(self._without):
-            self._losses = 0
+        if not self._without or len(self._with) < TRIAL // 2:
             return
-        self._rest = REST[min(self._losses, len(REST) - 1)]
-        self._losses += 1
-        self._trial = TRIAL
-        self._with.clear()
+        slower = self._seconds_per_token() / statistics.median(self._without)
+        if slower > (MARGIN if len(self._with) >= TRIAL else CLEAR):
+            self._rest = REST[min(self._losses, len(REST) - 1)]
+            self._losses += 1
+            self._with.clear()
+        elif len(self._with) == RECENT:
+            self._losses = 0
 
     def _seconds_per_token(self) -> float:
         most = OUTLIER * statistics.median(seconds for _, seconds in self._with)

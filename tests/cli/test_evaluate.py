@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrt.cli.evaluate import first_ids
+from flashrt.cli.texts import first_ids
 from flashrt.text.files import TextFiles
 from flashrt.text.tokenizer import Tokenizer
 from tests.families import BOS, SPECIAL, tokenizer_json

@@ -46,6 +46,26 @@ def test_a_hiccup_is_forgotten() -> None:
     assert cost.seconds(2) == pytest.approx([1.0, 1.0], abs=0.05)
 
 
+def test_one_hiccup_among_others_changes_nothing() -> None:
+    calm = [(n, 1 + 0.05 * (n - 1)) for n in (1, 2, 4, 8, 12, 12, 12, 11, 12, 1)]
+    for at in range(2, len(calm)):
+        disturbed = [(n, 10 * s if i == at else s) for i, (n, s) in enumerate(calm)]
+        assert measured(*disturbed).seconds(12) == pytest.approx([1 + 0.05 * x for x in range(12)], rel=0.1)
+
+
+def test_a_slow_machine_is_slow_for_every_number_of_positions() -> None:
+    cost = measured(*((n, 1 + 0.05 * (n - 1)) for n in (1, 2, 4, 8, 12, 12, 12)))
+    for _ in range(3):
+        cost.record(12, 3 * 1.55)
+    assert cost.seconds(12)[0] > 2
+
+
+def test_no_more_than_twice_as_many_positions_are_tried_as_ever_were() -> None:
+    assert len(measured((1, 1.0)).seconds(12)) == 2
+    assert len(measured((1, 1.0), (2, 1.0), (4, 1.0)).seconds(12)) == 8
+    assert len(measured((1, 1.0), (8, 1.0)).seconds(12)) == 12
+
+
 def test_steps_by_drafter() -> None:
     costs = StepCosts()
     assert costs.seconds("a") == 0
