@@ -14,7 +14,7 @@ CLEAR = 1.5  # times as slow as without that half a trial is enough to tell
 MARGIN = 1.05  # times as slow that drafts may seem before they rest: noise
 REST = (16, 32, 64)  # passes without drafts, after so many trials in a row that they lost
 RECENT = 12  # passes with drafts, and without, that count
-FRESH = 64  # passes with drafts after which one without is measured again
+FRESH = (8, 32, 128)  # passes with drafts after which one without is measured again, sooner at first
 OUTLIER = 3.0  # times the median that a pass counts as at most
 
 
@@ -27,10 +27,11 @@ class Switch:
         self._rest = 0  # passes without drafts that are to come
         self._losses = 0  # trials in a row that drafts lost
         self._age = 0  # passes with drafts since one without
+        self._checks = 0  # passes without that were measured again since
 
     def drafts(self) -> bool:
         """Whether the next pass may have a draft."""
-        return self._rest == 0 and self._age < FRESH
+        return self._rest == 0 and self._age < FRESH[min(self._checks, len(FRESH) - 1)]
 
     def record(self, drafted: bool, tokens: int, seconds: float) -> None:
         """A pass gave `tokens` in `seconds`, drafting included."""
@@ -40,6 +41,7 @@ class Switch:
             self._judge()
         else:
             self._without.append(seconds)
+            self._checks += self._age > 0
             self._age = 0
             self._rest = max(self._rest - 1, 0)
 
@@ -47,7 +49,7 @@ class Switch:
         """Drafts that are slower rest, for longer each time; what they brought is forgotten, and tried afresh then."""
         if not self._without or len(self._with) < TRIAL // 2:
             return
-        slower = self._seconds_per_token() / statistics.median(self._without)
+        slower = self._seconds_per_token() / statistics.median_low(self._without)
         if slower > (MARGIN if len(self._with) >= TRIAL else CLEAR):
             self._rest = REST[min(self._losses, len(REST) - 1)]
             self._losses += 1
