@@ -142,7 +142,8 @@ class Decoder:
 
     def _ffn(self, i: int, tokens: Tokens, batch: Batch) -> None:
         block, x = self.ffns.blocks[i], tokens.residual
-        normed, y = (self.work.view(name, len(x), self.spec.hidden) for name in ("normed", "y"))
+        count, hidden = len(x), self.spec.hidden
+        normed, y = self.work.view("normed", count, hidden), self.work.view("y", count, hidden)
         self.work.norm(f"{i}.norm.ffn", x, normed)
         if self._observe is not None:
             self._observe("ffn", i, x, normed)
