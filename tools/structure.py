@@ -34,7 +34,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = re.compile(
-    r"expert|moe\b|resident(?!_bytes)|adaptive|channel|thinned|row_?(cache|sparsity|memory|fit)|sparse_?rows", re.I
+    r"expert|moe\b|resident_?(rows|memory)|adaptive|follow(ing|ed)\b|channel|thinned|sparse_?rows"
+    r"|row_?(cache|sparsity|memory|fit|reads|index)",
+    re.I,
 )
 OWN_FILES = re.compile(r"expert|router|forecast|resident|adaptive|channel|thinned|sparse|row", re.I)
 DESCRIPTIONS = ("arch", "storage", "sparsity", "spec")

@@ -57,9 +57,9 @@ class Decoder:
         """Seconds that compute has waited for reads."""
         return self.weights.wait_s + self.ffns.wait_s
 
-    def begin_pass(self, kind: PassKind, following: PassKind) -> None:
-        """Have read what a pass takes, and what `following` does, which guesses the one after it."""
-        self._schedule.begin(kind, following)
+    def begin_pass(self, kind: PassKind, next_pass: PassKind) -> None:
+        """Have read what a pass takes, and what `next_pass` does, which guesses the one after it."""
+        self._schedule.begin(kind, next_pass)
 
     def abandon_pass(self) -> None:
         """Forget what was being read, after a pass that was left half-way."""

@@ -46,15 +46,15 @@ class Schedule:
         self._partial = any(block.partial for block in ffns.blocks)
         self._ahead: PassKind | None = None  # the pass that is already expected
 
-    def begin(self, kind: PassKind, following: PassKind) -> None:
-        """Start a pass over all layers; `following` guesses the one after it."""
+    def begin(self, kind: PassKind, next_pass: PassKind) -> None:
+        """Start a pass over all layers; `next_pass` guesses the one after it."""
         if not self._partial:  # then passes of few tokens read what others do
-            kind, following = replace(kind, wide=True), replace(following, wide=True)
+            kind, next_pass = replace(kind, wide=True), replace(next_pass, wide=True)
         if self._ahead != kind:
             self.abandon()
             self._expect(kind)
-        self._expect(following)
-        self._ahead = following
+        self._expect(next_pass)
+        self._ahead = next_pass
 
     def abandon(self) -> None:
         """Forget what was read ahead, after a pass that was left half-way, or where another comes."""
