@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import Plan
+from flashrt.budget.plan import Plan
 from flashrt.cache.device import Progress
 from flashrt.cache.streamer import Submit
 from flashrt.errors import BudgetError, FlashrtError, UsageError

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashrt.budget.planner import Workload
+from flashrt.budget.plan import Workload
 from flashrt.calibration.allocation import Weight
 from flashrt.calibration.divergence import predicted, record
 from flashrt.calibration.methods import Method, method_for

@@ -55,7 +55,7 @@ def bench(
 
     Example: flashrt bench demo --budget-gb 1 --repeat 3 --json
     """
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.machine.process import peak_resident_bytes
 

@@ -76,7 +76,7 @@ def chat(
     options.sampling(**given)  # refuses bad values before anything is loaded
     check_argument(system, "--system")
 
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.cli import session
 
     typed = stdin().isatty()

@@ -70,7 +70,7 @@ def ppl(
     if not text:
         raise UsageError(f"{text_file} is empty: there is nothing to score")
 
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.config import checked_context
     from flashrt.machine.process import peak_resident_bytes

@@ -37,7 +37,7 @@ def plan(
 
     Example: flashrt plan demo --budget-gb 1 --context 4096
     """
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.machine.disk import load_disk_profile
 

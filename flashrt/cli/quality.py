@@ -56,7 +56,7 @@ def quality(
 
     Example: flashrt eval quality ./qwen-int4 --text-file book.txt
     """
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.calibration.evaluation import Reference, figures, select
     from flashrt.cli import session
     from flashrt.config import checked_context

@@ -89,7 +89,7 @@ def run(
     check_argument(system, "--system")
     text = read_prompt(prompt, prompt_file)
 
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.cli import session
 
     model = session.open_model(pack, load)

@@ -11,7 +11,7 @@ from flashrt.engine import open as loader
 from flashrt.engine.options import LoadOptions
 
 if TYPE_CHECKING:
-    from flashrt.budget.planner import Plan, Workload
+    from flashrt.budget.plan import Plan, Workload
     from flashrt.engine.engine import Engine
     from flashrt.engine.loaded_pack import LoadedPack
 

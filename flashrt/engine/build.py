@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import GIB, SLACK_BASE, Plan, ceil_gib
+from flashrt.budget.plan import Plan
+from flashrt.budget.planner import GIB, SLACK_BASE, ceil_gib
 from flashrt.budget.working_set import working_set
 from flashrt.cache.weights import Weights
 from flashrt.engine.engine import Engine

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from flashrt.budget.planner import GIB, Workload, plan, resident_budget
+from flashrt.budget.plan import Workload
+from flashrt.budget.planner import GIB, plan, resident_budget
 from flashrt.engine.build import build_engine
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 from types import TracebackType
 from typing import Any
 
-from flashrt.budget.planner import Plan
+from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
 from flashrt.engine.generation import Generation
 from flashrt.engine.request import Request, checked_flag, checked_ids, checked_limit, checked_sampling, checked_stops

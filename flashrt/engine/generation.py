@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flashrt.budget.planner import Plan
+from flashrt.budget.plan import Plan
 from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.drafters import drafters_of
 from flashrt.engine.report import Report

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
-from flashrt.budget.planner import FixedCosts, Plan, Workload, plan, resident_budget, smallest_budget
+from flashrt.budget.plan import FixedCosts, Plan, Workload
+from flashrt.budget.planner import plan, resident_budget, smallest_budget
 from flashrt.config import checked_context
 from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
 from flashrt.engine.draft import check_draft, load_draft

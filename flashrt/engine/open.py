@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashrt.budget.planner import Workload
+from flashrt.budget.plan import Workload
 from flashrt.checkpoints.resolve import Progress, resolve
 from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.options import LoadOptions, checked_path

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from flashrt.budget.planner import Plan
+from flashrt.budget.plan import Plan
 from flashrt.engine.sequence import Sequence
 from flashrt.errors import UsageError
 from flashrt.model.batch import Batch, Rows

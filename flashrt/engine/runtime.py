@@ -7,7 +7,8 @@ import subprocess
 from typing import Any, Protocol
 
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import GIB, FixedCosts, Plan, host_tier
+from flashrt.budget.plan import FixedCosts, Plan
+from flashrt.budget.planner import GIB, host_tier
 from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
 from flashrt.errors import BudgetError, DeviceError

@@ -9,13 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flashrt.budget.claims.experts import ExpertTier
+from flashrt.budget.plan import FixedCosts, Workload
 from flashrt.budget.planner import (
     CHUNKS,
     GIB,
     MIB,
     PEAK_JITTER,
-    FixedCosts,
-    Workload,
     ceil_gib,
     owner_of,
     plan,

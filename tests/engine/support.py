@@ -11,17 +11,8 @@ import pytest
 
 from flashrt.budget.claims.registry import CLAIMS
 from flashrt.budget.ledger import Ledger
-from flashrt.budget.planner import (
-    PEAK_JITTER,
-    Claims,
-    FixedCosts,
-    Plan,
-    Workload,
-    host_tier,
-    plan,
-    resident_budget,
-    smallest_budget,
-)
+from flashrt.budget.plan import FixedCosts, Plan, Workload
+from flashrt.budget.planner import PEAK_JITTER, Claims, host_tier, plan, resident_budget, smallest_budget
 from flashrt.cache.torch_device import TorchDevice, arena_bytes
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.build import build_engine, load_tokenizer

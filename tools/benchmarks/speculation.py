@@ -142,7 +142,7 @@ def acceptance(samples: list[Sample]) -> list[float]:
 
 def variants(pack: Path, budget: str, questions: Sequence[str], tokens: int) -> list[Sample]:
     """The answers of every variant, in this process."""
-    from flashrt.budget.planner import Workload
+    from flashrt.budget.plan import Workload
     from flashrt.engine.loaded_pack import AUTO_DRAFT_TOKENS
     from flashrt.engine.open import open_model
     from flashrt.engine.options import LoadOptions

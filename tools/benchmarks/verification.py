@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashrt.budget.planner import Workload
+from flashrt.budget.plan import Workload
 from flashrt.engine.open import open_model
 from flashrt.engine.options import LoadOptions
 from flashrt.storage.pack import Pack

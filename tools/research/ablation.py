@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.budget.claims.rows import RowMemory, divide_windows, least_slots
-from flashrt.budget.planner import Workload
+from flashrt.budget.plan import Workload
 from flashrt.cache.rows import RowCache
 from flashrt.cache.verification import Verifier
 from flashrt.calibration.pack_copy import read_bundles

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrt.budget.claims.rows import RowMemory, RowTier, divide_windows
-from flashrt.budget.planner import MIB, PEAK_JITTER, FixedCosts, Workload, plan, resident_budget, smallest_budget
+from flashrt.budget.plan import FixedCosts, Workload
+from flashrt.budget.planner import MIB, PEAK_JITTER, plan, resident_budget, smallest_budget
 from flashrt.sparsity import RowSparsity, Sparsity
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PackLayout, pack_layout
