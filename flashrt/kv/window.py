@@ -10,8 +10,8 @@ from __future__ import annotations
 from flashrt.kv.base import KvLimits, Tensor
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.spec import Attention
+from flashrt_kernels.limits import ATTENTION_SEGMENT
 
-SEGMENT = 256  # positions that attention's kernels sum by themselves, from multiples of it on
 KEPT = 128  # positions before the window that stay: a sequence can be cut back by so many tokens, or more
 LOST = 1 << 62  # the first position while slots move: should that be interrupted, only `truncate` goes on from it
 
@@ -23,7 +23,7 @@ class WindowStore(ContiguousStore):
     def slots(cls, attention: Attention, limits: KvLimits) -> int:
         if attention.window is None:
             return limits.context
-        return min(attention.window - 1 + KEPT + SEGMENT - 1 + limits.rows, limits.context)
+        return min(attention.window - 1 + KEPT + ATTENTION_SEGMENT - 1 + limits.rows, limits.context)
 
     @classmethod
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
@@ -47,7 +47,7 @@ class WindowStore(ContiguousStore):
 
     def _slide(self, start: int) -> None:
         """Make room for rows from `start` on; what the tokens before them and the window needs stays."""
-        first = (self._needed(start) - KEPT) // SEGMENT * SEGMENT
+        first = (self._needed(start) - KEPT) // ATTENTION_SEGMENT * ATTENTION_SEGMENT
         moved, self.first = first - self.first, LOST
         for head in self.memory:
             for begin in range(moved, len(head), moved):  # in pieces that do not overlap

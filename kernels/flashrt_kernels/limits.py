@@ -7,5 +7,6 @@ NARROW_TOKENS = 16  # of a narrow pass at most: they share one reading of the we
 NEURON_STEP = 128  # neurons: an FFN cut over calls at multiples of this keeps its bits
 MATRIX_STEP = 8  # bundles of eight rows of a matrix, likewise
 DOWN_STEP = 512  # rows of down, likewise, where gate and up lie by channel
+ATTENTION_SEGMENT = 256  # positions that attention sums by themselves, from multiples of it on
 LONGEST_ROW = 65536  # weights: longer rows no kernel takes
 WIDEST_HEAD = 256  # numbers of one attention head, likewise

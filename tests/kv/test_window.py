@@ -10,9 +10,10 @@ from flashrt.engine.runtime import CpuRuntime
 from flashrt.kv.base import Kernels, KvLimits, KvRows
 from flashrt.kv.cache import KINDS, kv_bytes
 from flashrt.kv.contiguous import ContiguousStore
-from flashrt.kv.window import KEPT, SEGMENT, WindowStore
+from flashrt.kv.window import KEPT, WindowStore
 from flashrt.spec import Attention
 from flashrt_kernels import ops
+from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
@@ -72,7 +73,7 @@ def test_the_bits_of_all_positions(window, rows, item):
             length = max(length - int(random.integers(1, 60)), furthest - KEPT + 16, 0)
             assert [store.truncate(length) for store in both] == [length, length]
         slid, furthest = max(slid, both[1].first), max(furthest, length)
-    assert slid >= 2 * SEGMENT
+    assert slid >= 2 * ATTENTION_SEGMENT
 
 
 def test_what_is_gone_is_not_gone_on_from():
@@ -80,7 +81,7 @@ def test_what_is_gone_is_not_gone_on_from():
     for start in range(0, 1200, 16):
         run(attention, both, start, 16, start)
     window = both[1]
-    assert window.first % SEGMENT == 0
+    assert window.first % ATTENTION_SEGMENT == 0
     assert window.truncate(1200 - KEPT) == 1200 - KEPT
     oldest = window.first + 20 - 1
     assert window.truncate(oldest) == oldest
@@ -121,7 +122,7 @@ def test_a_store_is_chosen_by_what_it_takes():
     local, whole = Attention(4, 2, 16, 1.0, window=100), Attention(4, 2, 16, 1.0)
     limits = KvLimits(5000, 64)
     assert WindowStore.claim(whole, limits) is None
-    assert WindowStore.claim(local, limits) == 64 * (99 + KEPT + SEGMENT - 1 + 64)
+    assert WindowStore.claim(local, limits) == 64 * (99 + KEPT + ATTENTION_SEGMENT - 1 + 64)
     assert ContiguousStore.claim(local, limits) == 64 * 5000
     assert WindowStore.claim(local, KvLimits(300, 64)) == ContiguousStore.claim(local, KvLimits(300, 64))
 

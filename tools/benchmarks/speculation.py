@@ -167,7 +167,7 @@ def variants(pack: Path, budget: str, questions: Sequence[str], tokens: int) -> 
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "off": {"flashrt.engine.decode_loop.drafters_of": lambda engine, sampler: []},
+    "off": {"flashrt.engine.generation.drafters_of": lambda *_: []},
     "static": {f"{DRAFTERS}.Lookup": None, f"{RESIDENT}.SWAP_MARGIN": float("inf")},
     "lookup": {f"{DRAFTERS}.ModelDrafter": None},
     "adaptive": {f"{DRAFTERS}.Lookup": None},

@@ -79,7 +79,7 @@ void visible(const AttentionJob& job, const Tile& tile, int& low, int& high) {
 void place(const AttentionJob& job, const Tile& tile, int index, Segment& s) {
     int low, high;
     visible(job, tile, low, high);
-    const int begin = index * SEGMENT, end = high + 1 < begin + SEGMENT ? high + 1 : begin + SEGMENT;
+    const int begin = index * ATTENTION_SEGMENT, end = high + 1 < begin + ATTENTION_SEGMENT ? high + 1 : begin + ATTENTION_SEGMENT;
     s.origin = s.begin = low > begin ? low / 16 * 16 : begin;
     s.end = end;
     s.lanes = end - s.origin;
@@ -149,8 +149,8 @@ void write(const AttentionJob& job, const Shape& shape, const Tile& tile, const 
 void segments(const AttentionJob& job, const Tile& tile, int& first, int& last) {
     int low, high;
     visible(job, tile, low, high);
-    first = low / SEGMENT;
-    last = high / SEGMENT;
+    first = low / ATTENTION_SEGMENT;
+    last = high / ATTENTION_SEGMENT;
 }
 
 size_t wave_floats(const Shape& shape, int kv_heads) { return (WAVE + 1) * shape.partial() * kv_heads; }

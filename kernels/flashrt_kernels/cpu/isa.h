@@ -97,8 +97,8 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     float* total;          // out [queries]: sum of exp(score - best)
     float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
 };
-constexpr int SEGMENT = 256;   // positions; segments start at multiples of it
-constexpr int SCORES = SEGMENT + NARROW_TOKENS;  // slots at most: a tree may lie beyond the segment of its positions
+
+constexpr int SCORES = ATTENTION_SEGMENT + NARROW_TOKENS;  // slots at most: a tree may lie beyond the segment of its positions
 constexpr int POSITIONS = 32;  // packed at a time: their panel stays in the first-level cache
 
 struct Kernels {
