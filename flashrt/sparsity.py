@@ -59,7 +59,7 @@ Layers = tuple[ChannelSparsity, ...] | tuple[RowSparsity, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """How all blocks of a model are thinned out, in one way. `base` is the hash of the pack that it was calibrated for.
+    """What all layers of a model may leave out, in one way. `base` is the hash of the pack that it was calibrated for.
 
     Losses are increases of perplexity, 0.02 being 2%: `max_loss` was asked for, `held_out_loss` is what was found on
     tokens that nothing was fitted to. `figures` are those of the closing table, by layer and overall.
@@ -79,12 +79,12 @@ class Sparsity:
 
     @property
     def rows(self) -> tuple[RowSparsity, ...]:
-        """The layers, where they are thinned out by row; else nothing."""
+        """The layers, where they are calibrated by row; else nothing."""
         return tuple(layer for layer in self.layers if isinstance(layer, RowSparsity))
 
     @property
     def channels(self) -> tuple[ChannelSparsity, ...]:
-        """The layers, where they are thinned out by channel; else nothing."""
+        """The layers, where they are calibrated by channel; else nothing."""
         return tuple(layer for layer in self.layers if isinstance(layer, ChannelSparsity))
 
     def to_json(self) -> dict[str, Any]:

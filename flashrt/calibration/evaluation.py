@@ -1,4 +1,4 @@
-"""What sparse mode costs on a text: the exact model's predictions beside the thinned-out one's."""
+"""What sparse mode costs on a text: the exact model's predictions beside those of its calibrated pack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a block may be thinned out by channel, fitted to samples of its input.
+"""What a block may leave out by channel, fitted to samples of its input.
 
 Of each choice two things are known in the end: the bytes that a token touches, and the error of the block's output. The
 choices of all blocks are then weighed against each other (`flashrt.calibration.allocation`).

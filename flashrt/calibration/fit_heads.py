@@ -1,4 +1,4 @@
-"""How attention may be thinned out by head, fitted to samples: a predictor of what each head gives, and thresholds.
+"""What attention may leave out by head, fitted to samples: a predictor of what each head gives, and thresholds.
 
 A head's *importance* for a token is the length of what it adds to the residual stream, as a share of the stream's own
 length. Its logarithm is predicted by ridge regression (Hoerl and Kennard 1970) on the attention's input: Deja Vu's

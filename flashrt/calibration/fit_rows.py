@@ -1,4 +1,4 @@
-"""How a block may be thinned out by neuron, fitted to samples of its input: predictor, thresholds, order.
+"""What a block may leave out by neuron, fitted to samples of its input: predictor, thresholds, order.
 
 Of each threshold three things are known in the end: the bytes that a token touches, the error of the block's output,
 and how many neurons a token reads from disk, by how much of the block is in memory.

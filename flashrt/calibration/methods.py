@@ -1,4 +1,4 @@
-"""The ways in which a model is thinned out, and which of them a pack takes."""
+"""The ways to calibrate a model, and which of them a pack takes."""
 
 from __future__ import annotations
 

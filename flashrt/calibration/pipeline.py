@@ -69,7 +69,7 @@ def calibrate(path: Path, options: LoadOptions, request: Request, progress: Prog
     """Calibrate the pack at `path`; what `flashrt run` with mode 'sparse' then uses lies inside it.
 
     Of the options, budget, threads and cache count: it computes exactly, on the CPU, without drafts. Raises
-    UnsupportedModelError for packs that cannot be thinned out, UsageError for too short a text and while another
+    UnsupportedModelError for packs that cannot be calibrated, UsageError for too short a text and while another
     calibration is going on, DiskError when the disk fails or is full.
     """
     base = Pack(path)

@@ -33,7 +33,8 @@ class Engine:
     """A model ready to run; made by `flashrt.load`. Use it as a context manager, or call `close`.
 
     Requests run one at a time; what is resident stays so from one to the next. Threads may share an engine: while a
-    request of one goes on, those of others are refused with a UsageError (see `Turns`).
+    request of one goes on, those of others are refused with a UsageError (see `Turns`). Wherever weights are read, a
+    failing disk raises DiskError, and a block that does not match its checksum PackError.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Engine:
 
     @property
     def sparsity(self) -> Sparsity | None:
-        """How the model is thinned out; None in exact mode."""
+        """What the calibrated pack leaves out, and at what loss; None in exact mode."""
         return self._sparsity
 
     def ffn_counts(self) -> Counter[str]:
@@ -107,7 +108,11 @@ class Engine:
         return (found := ffns.figures(counts)), ffns.remarks(found)
 
     def close(self) -> None:
-        """Stop reading and free the memory. A generation that is going on ends here."""
+        """Stop reading and free the memory, after the token that another thread may be computing.
+
+        A generation that is going on ends here, and its report is there. What computes afterwards raises UsageError.
+        Closing again does nothing.
+        """
         with self.turns.stop():
             if self._runner is None:
                 return
@@ -132,12 +137,19 @@ class Engine:
         ignore_eos: bool = False,
         reuse: bool = False,
     ) -> Generation:
-        """Continue `prompt`: text, or token ids taken as they are.
+        """Continue a prompt. Returns at once: a `Generation` computes each token when it is asked for.
 
-        max_new_tokens None goes on to the end of the context. `reuse` keeps the keys and values of the beginning that
-        the prompt shares with the sequence before it (a conversation). Raises UsageError for an empty prompt, for
-        unknown ids and for a prompt that does not fit in the context. Asking for a token raises it while another
-        thread's request goes on.
+        prompt: text, to which the tokenizer adds the tokens that begin a text; or token ids, taken as they are
+        max_new_tokens: tokens of the answer, at most; None goes on to the end of the context
+        sampling: how tokens are chosen; None is greedy
+        stop: texts before which to end
+        ignore_eos: go on after a token that ends a text
+        reuse: keep the keys and values of the beginning that the prompt shares with the sequence before it (a
+            conversation); the tokens are the same up to rounding, as fewer of them are prefilled
+
+        Raises UsageError for an argument of a wrong type or out of range, for an empty prompt, for unknown ids, and
+        where prompt and answer do not fit in the context. Asking for a token raises it while another thread's request
+        goes on, and once the engine is closed.
         """
         ids = checked_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, self.spec.vocab)
         limit = checked_limit(max_new_tokens, len(ids), self.plan.context)
@@ -165,9 +177,12 @@ class Engine:
         """Perplexity of `ids` in consecutive windows of `window` tokens, and how many tokens were predicted.
 
         Every window starts afresh (with the model's BOS where it has one, which counts as one of its tokens); its
-        first token is not predicted. `as_decoded` computes with the kernels that decoding uses, which are slower on
-        many tokens and round otherwise. Needs a plan made for scoring. Raises UsageError for unknown ids, for a window
-        that the plan does not hold, and while another thread's request goes on.
+        first token is not predicted. `progress` is called after each window with the tokens done, and all. `as_decoded`
+        computes with the kernels that decoding uses, which are slower on many tokens and round otherwise.
+
+        Needs a plan made for scoring (`Workload.scoring`). Raises UsageError without one, for unknown ids, for fewer
+        than two tokens, for a window that the plan does not hold, while another thread's request goes on, and once the
+        engine is closed.
         """
         window = whole("the window", window, 2, self.plan.context)
         if not self.plan.scoring:

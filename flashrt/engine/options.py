@@ -22,7 +22,10 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """See `flashrt.load`. All is checked here, before anything is opened; raises UsageError."""
+    """What `flashrt.load` explains. Fields are checked here, before anything is opened.
+
+    Raises UsageError for a field of a wrong type or out of range, and for fields that contradict each other.
+    """
 
     budget_gb: float | None = None
     context: int | None = None

@@ -14,17 +14,22 @@ class Report:
     load_s                allocating and reading what is pinned, once for all requests
     ttft_s                from the request to the first token, loading left out
     decode_*              the passes after the first token
+    decode_tok_per_s      tokens after the first by decode_s; None where there are none
     bytes_read_total      read from disk by this generation, loading left out
-    bytes_read_per_token  by one pass after the first token
+    bytes_read_per_token  of these, what was read after the first token, by the tokens that came then
     io_wait_s             compute waiting for reads, in prefill and decode; compute_s is the rest of their time
+    disk_bytes_per_s      rate at which decode passes read; None where they read nothing but rows of embeddings
     disk_roofline_share   rate at which decode passes read, as a share of the best that is known of the disk, this run
                           included; None when they read nothing but rows of embeddings
     loss                  the rise of perplexity that sparse mode was calibrated to stay below; None in exact mode
-    tokens_per_pass       that the passes after the first token gave, and positions_per_pass that they computed
+    tokens_per_pass       that the passes after the first token gave, and positions_per_pass that they computed; None
+                          where there were none
     acceptance            of the passes with a draft of depth 1, 2, .., the share in which a token of that depth stood;
                           None where nothing is drafted
     draft_s, verify_s     time of decode_s that went into drafting, and into the passes
-    peak_rss_bytes        the largest resident set of the process, as the kernel counted it
+    peak_rss_bytes        the largest resident set of the process, as the kernel counted it; device_peak_bytes the most
+                          memory on a GPU, None on the CPU
+    plan                  figures of the plan (see `Plan.to_json`)
     ffn                   figures of the kinds of feed-forward blocks (see `FfnKind.figures`), in `to_json` each under
                           its own name; None where the model has no such blocks
     remarks               what these come to, for the closing line

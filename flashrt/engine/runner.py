@@ -24,14 +24,18 @@ DECODE = PassKind(head=True, wide=False)
 
 
 class Runner:
-    """Runs a decoder under a plan. A pass that fails or is interrupted leaves nothing of it behind."""
+    """Runs a decoder under a plan, for sequences whose KV caches the plan holds.
+
+    Token ids are taken as checked. A pass raises DiskError when a read fails and PackError for a damaged pack; one that
+    fails or is interrupted leaves nothing of it behind.
+    """
 
     def __init__(self, decoder: Decoder, plan: Plan) -> None:
         self.decoder, self.plan = decoder, plan
         self.experience = Experience()
 
     def prefill(self, sequence: Sequence, ids: Items[int]) -> Array:
-        """Make `sequence` hold exactly `ids`; logits after the last one, float32 [vocab] on the host.
+        """Make `sequence` hold exactly `ids`, one at least; logits after the last one, float32 [vocab] on the host.
 
         Whether the kernels for few or for many tokens run depends on how many tokens are new, never on the budget.
         """
@@ -54,7 +58,7 @@ class Runner:
     def step_batch(self, sequence: Sequence, tokens: Items[int]) -> Array:
         """Append 1 to 16 tokens in one pass; logits after each, float32 [B, vocab] on the host.
 
-        The plan's `logit_rows` bounds B. `Sequence.rewind` takes tokens back.
+        The plan's `logit_rows` bounds B; raises UsageError above it. `Sequence.rewind` takes tokens back.
         """
         logits = self._narrow(sequence, Rows(sequence.kv, tokens))
         sequence.extend(tokens)
@@ -65,8 +69,8 @@ class Runner:
 
         Token i follows token parents[i] < i, or the sequence where that is -1; its logits are those that `step` would
         give there, bit for bit on the CPU. The sequence stays as it is until `Sequence.commit` takes some of the tokens
-        into it; the next pass forgets the others. The plan's `logit_rows` bounds B. Raises UsageError for what is no
-        tree.
+        into it; the next pass forgets the others. The plan's `logit_rows` bounds B. Raises UsageError above it, for
+        what is no tree, and in sparse mode for a sequence of fewer than four tokens.
         """
         if len(parents) != len(tokens) or any(not -1 <= parent < i for i, parent in enumerate(parents)):
             raise UsageError(f"parents are {list(parents)}, expected -1 or an earlier token for each of {len(tokens)}")
@@ -88,7 +92,10 @@ class Runner:
             return self._on_host(self.decoder.logits(self._forward(sequence, batch)))[0]
 
     def score(self, sequence: Sequence, ids: Items[int], wide: bool) -> float:
-        """Make `sequence` hold all but the last of `ids`; the sum of the log-probabilities of all but the first."""
+        """Make `sequence` hold all but the last of `ids`; the sum of the log-probabilities (nats) of all but the first.
+
+        wide: whether by the kernels for many tokens. Needs a plan with `scoring`.
+        """
         sequence.rewind(0)
         chunk, total, kind = self.plan.prefill_chunk, 0.0, PassKind(head=True, wide=wide)
         with self._pass_or_nothing():

@@ -38,7 +38,8 @@ class KvRows(NamedTuple):
 class KvStore(ABC):
     """Keys and values of one layer of one sequence.
 
-    Positions are those of the sequence. The store is told where rows stand, and need not know how long it is.
+    Positions are those of the sequence. The store is told where rows stand, and need not know how long the sequence is.
+    Rows are appended, then attended to, before the next are appended.
     """
 
     @classmethod
@@ -47,7 +48,8 @@ class KvStore(ABC):
         """How many numbers (keys and values) a store takes from its `allocate`; None for a layer it cannot hold."""
 
     @abstractmethod
-    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None: ...
+    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
+        """An empty store, of which `claim` said what it takes."""
 
     @abstractmethod
     def append(self, key: Tensor, value: Tensor, start: int) -> None:
@@ -58,7 +60,7 @@ class KvStore(ABC):
 
     @abstractmethod
     def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
-        """Attention of `rows`, whose keys and values were appended, over what they follow.
+        """Attention of `rows`, whose keys and values were appended, over what they follow, into `out`.
 
         query: float32 [T, H, head_dim]; out: float32 [T, H * head_dim]; heads: the KV heads that these H belong to
         """
@@ -69,4 +71,7 @@ class KvStore(ABC):
 
     @abstractmethod
     def truncate(self, length: int) -> int:
-        """How many of the first `length` tokens can be gone on from; what follows them is overwritten later."""
+        """How many of the first `length` tokens can be gone on from: all, or fewer where what they see is gone.
+
+        What follows them is overwritten later.
+        """

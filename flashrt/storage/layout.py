@@ -104,7 +104,7 @@ class PackLayout:
     tensors: dict[str, TensorLayout]
     vectors: dict[str, VectorLayout]
     file_bytes: dict[str, int]  # data plus header
-    rows: tuple[RowSparsity, ...] = ()  # of a pack that is thinned out by row, its layers
+    rows: tuple[RowSparsity, ...] = ()  # of a pack that is calibrated by row, its layers
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """The operations every backend has, and the choice of a backend.
 
-Arrays are the backend's: numpy arrays for `cpu`, torch tensors for `torch`. Shapes, dtypes and strides are documented
-where they are checked, in `flashrt_kernels.cpu`.
+Arrays are the backend's: numpy arrays for `cpu`, torch tensors for `torch`. Strides are documented where they are
+checked, in `flashrt_kernels.cpu`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class BackendUnavailable(RuntimeError):
 class Ops(Protocol[Array]):
     """A backend. Results are written into arrays of the caller's.
 
-    B tokens, K numbers a row, D numbers a head, n bundles of `flashrt_kernels.rows`. Floats are float32.
+    B tokens, K numbers a row, D numbers a head, C columns of channel groups, n bundles of `flashrt_kernels.rows` (uint8
+    [n, bytes]). Floats are float32; keys and values may be bfloat16, as uint16 bits for `cpu`. Few tokens are 1 to 16.
+    Where the CPU's backend gets an array of another shape, dtype or stride, it raises a ValueError that names it.
     """
 
     def linear(
@@ -48,10 +50,10 @@ class Ops(Protocol[Array]):
         bias: Array | None = None,
         scratch: Array | None = None,
     ) -> None:
-        """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)]."""
+        """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)], None: it allocates."""
 
     def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int:
-        """Scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
+        """Bytes of scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
 
     def glu(
         self,
@@ -63,8 +65,9 @@ class Ops(Protocol[Array]):
         streamed_bundles: Sequence[Array] | None = None,
         usage: Array | None = None,
     ) -> None:
-        """y[b] += act(gate·x) (up·x) down, few tokens; x, y [B, K].
+        """y[b] += h · down of each neuron, few tokens; x, y [B, K].
 
+        h is that of `FfnWeights`; where only the tokens `routed` take part, it is multiplied by their factors.
         slots int32 [s] names the bundles that take part (None: all): i >= 0 is bundle i of the weights, -1 - i bundle
         i of the arrays `streamed_bundles`, numbered one after the other. usage [s] += their |h|.
         """
@@ -114,7 +117,7 @@ class Ops(Protocol[Array]):
         """`gate_up` for many tokens, of all channels; scratch uint8 [gate_up_scratch_bytes(B, n)]."""
 
     def gate_up_scratch_bytes(self, tokens: int, groups: int) -> int:
-        """Scratch of `gemm_gate_up` on `groups` groups."""
+        """Bytes of scratch of `gemm_gate_up` for `tokens` tokens on `groups` groups."""
 
     def down(
         self,
@@ -161,7 +164,7 @@ class Ops(Protocol[Array]):
         """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 
     def kv_append(self, k: Array, v: Array, kv: Array, start: int) -> None:
-        """Writes k, v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D]."""
+        """Writes k, v [B, KVH, D] from position `start` on into kv [KVH, context, 2, D]."""
 
     def attention(
         self,
@@ -175,21 +178,24 @@ class Ops(Protocol[Array]):
         scratch: Array | None = None,
         parents: Array | None = None,
     ) -> None:
-        """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D]; out [B, H * D].
+        """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, 2, D]; out [B, H * D].
 
-        parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence."""
+        window: positions that a query sees, its own included; None: all before it. scale multiplies scores, softcap
+        bounds them (None: not). parents int32 [B] makes the tokens a tree: each follows the one that is named, or with
+        -1 the sequence.
+        """
 
     def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
-        """Scratch of `attention` for q [tokens, heads, dim], whatever the context."""
+        """Bytes of scratch of `attention` for q [tokens, heads, dim], whatever the context."""
 
     def quantize(self, weights: Array, codec: Codec, out: Array, importance: Array | None = None) -> None:
-        """Encodes weights [n, k] into out uint8 [n, row_bytes]; importance [k] weighs the columns' errors."""
+        """Encodes weights [n, K] into out uint8 [n, row_bytes]; importance [K] weighs the columns' errors."""
 
     def dequantize(self, rows: Array, codec: Codec, k: int, out: Array) -> None:
-        """Decodes rows uint8 [n, ≥ row_bytes] into out [n, k]."""
+        """Decodes rows uint8 [n, ≥ row_bytes], of k numbers each, into out [n, k]."""
 
     def reserve(self, k: int) -> int:
-        """Allocates what `linear` and `glu` keep for rows of up to k; the bytes."""
+        """Allocates what `linear` and `glu` keep between calls for rows of up to k numbers; returns the bytes."""
 
     def set_threads(self, n: int) -> None:
         """Threads that share each operation from now on, the caller's included."""

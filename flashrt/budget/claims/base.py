@@ -41,7 +41,8 @@ class Case:
 class Claim:
     """The claim of a kind that wants nothing but pinned blocks, as dense ones do; others override what they want.
 
-    `owner` is that of the weights that the tier is for: the planner grants it when their turn has come.
+    `owner` is that of the weights that the tier is for: the planner grants it when their turn has come. Until then it
+    keeps `least` back. All sizes are bytes. A claim that finds nothing of its kind asks for nothing.
     """
 
     owner = "FFN"
@@ -83,5 +84,8 @@ class Claim:
         return 0
 
     def grant(self, free: int, pinned: Mapping[str, int], ring: bool) -> TierPlan:
-        """The tier in at most `free` bytes, beside `pinned` blocks (tensor → leading ones, the owner's among them)."""
+        """The tier in at most `free` bytes, beside `pinned` blocks (tensor → leading ones, the owner's among them).
+
+        Its `nbytes` are charged to the owner.
+        """
         return TierPlan()

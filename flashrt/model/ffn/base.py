@@ -41,7 +41,8 @@ class BeforeAttention(Protocol):
 class FfnBlock:
     """The feed-forward block of layer `i`. A kind overrides what differs from a block whose weights simply stream.
 
-    x is the normed input, and what the block gives is added to y, both float32 [T, hidden].
+    x is the normed input, and what the block gives is added to y, both float32 [T, hidden]. Weights that it takes from
+    the ring are taken in the order of `expect`; a draft takes none.
     """
 
     before_attention: BeforeAttention | None = None
@@ -76,7 +77,10 @@ class FfnBlock:
 
 
 class FfnKind:
-    """All blocks of one kind in a model, those of `layers`. A kind overrides what it has to say."""
+    """All blocks of one kind in a model, those of `layers`. A kind overrides what it has to say.
+
+    It is made once pinned blocks are in memory, and takes memory of its own from the ledger by `work.device.allocate`.
+    """
 
     FIGURES: ClassVar[tuple[str, ...]] = ()  # names of what `figures` gives
 
@@ -96,7 +100,7 @@ class FfnKind:
         return 0.0
 
     def load(self, arrived: Progress) -> None:
-        """Read what it keeps in memory beside pinned blocks."""
+        """Read what it keeps in memory beside pinned blocks; `arrived` is told the bytes of each block."""
 
     def cancel(self) -> None:
         """Forget what is being read: a pass was left half-way, or another comes than was read ahead for."""

@@ -1,4 +1,4 @@
-"""What the ways to thin out feed-forward blocks have in common: counting what took part, and comparing with all."""
+"""What both kinds of sparse FFN have in common: counting what took part, and comparing with all."""
 
 from __future__ import annotations
 
