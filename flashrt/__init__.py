@@ -9,10 +9,11 @@ with flashrt.load("demo", budget_gb=1) as engine:
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
+# Nothing is imported here: `python -m flashrt` runs this before it takes the current directory off the path.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flashrt.engine.engine import Engine
 
 __version__ = "0.1.0"

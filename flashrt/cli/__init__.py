@@ -21,6 +21,15 @@ def _called() -> None:
 
     try:
         build(sys.argv[1:])(prog_name="flashrt")
-    except SystemExit:
+    except SystemExit as end:
+        if _is_interrupt(end):  # typer ends silently where Ctrl-C strikes before a command runs
+            raise KeyboardInterrupt from None
         sys.stdout.flush()  # a text of help that cannot be written is a failure, too
         raise
+
+
+def _is_interrupt(end: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an end that nobody has reported."""
+    while end is not None and not isinstance(end, KeyboardInterrupt):
+        end = end.__cause__ or (None if end.__suppress_context__ else end.__context__)
+    return end is not None

@@ -53,6 +53,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
                 sys.stdout.flush()
             except OSError:
                 _close_stdout()
+                where = "stdout: "
             _fail(f"{where}{error.strerror or error}", FAILED)
         except MemoryError:
             _fail("out of memory: use a smaller --budget-gb or --context", FAILED)
@@ -73,4 +74,4 @@ def _fail(message: str, status: int) -> None:
     with contextlib.suppress(OSError):
         sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
-    sys.exit(status)
+    raise SystemExit(status) from None

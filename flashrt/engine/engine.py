@@ -151,6 +151,8 @@ class Engine:
         where prompt and answer do not fit in the context. Asking for a token raises it while another thread's request
         goes on, and once the engine is closed.
         """
+        if prompt == "":
+            raise UsageError("the prompt is empty: give at least one character")
         ids = checked_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, self.spec.vocab)
         limit = checked_limit(max_new_tokens, len(ids), self.plan.context)
         stop_ids: frozenset[int] = frozenset(() if checked_flag("ignore_eos", ignore_eos) else self.spec.eos)
@@ -184,6 +186,7 @@ class Engine:
         than two tokens, for a window that the plan does not hold, while another thread's request goes on, and once the
         engine is closed.
         """
+        runner = self.runner
         window = whole("the window", window, 2, self.plan.context)
         if not self.plan.scoring:
             raise UsageError("this engine was planned for generating: make a plan with Workload(scoring=True)")
@@ -199,7 +202,7 @@ class Engine:
                 part = [*prefix, *ids[begin : begin + step]]
                 if len(part) > 1:
                     wide = len(part) > NARROW_TOKENS and not as_decoded
-                    total += self.runner.score(self.sequence, part, wide)
+                    total += runner.score(self.sequence, part, wide)
                     count += len(part) - 1
                 progress(min(begin + step, len(ids)), len(ids))
         if count == 0:

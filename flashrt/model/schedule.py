@@ -40,7 +40,7 @@ class Schedule:
         self._weights, self._ffns = weights, ffns
         steps: list[tuple[Callable[[bool], Iterable[Block]], Submit | None]] = []
         for i, block in enumerate(ffns.blocks):
-            steps += (partial(self._attention, i), None), (block.expect, block.submit)
+            steps += (partial(_attention, weights, i), None), (block.expect, block.submit)
         alike = itertools.groupby(steps, key=lambda step: step[1])
         self._body = [_Stretch([expect for expect, _ in own], submit) for submit, own in alike]
         self._partial = any(block.partial for block in ffns.blocks)
@@ -71,5 +71,7 @@ class Schedule:
         if kind.head:
             ring.expect(self._weights.streamed([self._weights.spec.head]))
 
-    def _attention(self, i: int, wide: bool) -> Iterator[Block]:
-        return self._weights.streamed((f"{i}.qkv", f"{i}.out"))
+
+def _attention(weights: Weights, i: int, wide: bool) -> Iterator[Block]:
+    """What layer `i`'s attention takes, whatever the pass."""
+    return weights.streamed((f"{i}.qkv", f"{i}.out"))

@@ -18,7 +18,7 @@ BINS = 5  # of confidence
 LAST_RANK = 2  # further choices are counted with this one
 
 
-class Claim(NamedTuple):
+class Promise(NamedTuple):
     """What a drafter said of one token."""
 
     drafter: str
@@ -28,7 +28,7 @@ class Claim(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, int, int, int]:
-        """Claims that are counted together: depths 1, 2 to 3, 4 to 7, 8 to 15 and so on."""
+        """Promises that are counted together: depths 1, 2 to 3, 4 to 7, 8 to 15 and so on."""
         return self.drafter, min(self.rank, LAST_RANK), self.depth.bit_length(), int(self.confidence * BINS)
 
 
@@ -40,29 +40,29 @@ class _Count:
 
 
 class Accuracy:
-    """Counts of claims of one or several drafters, in memory that grows with the kinds of claims only."""
+    """Counts of promises of one or several drafters, in memory that grows with the kinds of promises only."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, int, int, int], _Count] = {}
         self._passes = 0
 
-    def estimate(self, claim: Claim) -> float:
-        """The probability that the claimed token is right, if those before it are."""
-        count = self._current(claim)
-        return min(claim.confidence * (count.right + PRIOR) / (count.promised + PRIOR), CERTAIN)
+    def estimate(self, promise: Promise) -> float:
+        """The probability that the promised token is right, if those before it are."""
+        count = self._current(promise)
+        return min(promise.confidence * (count.right + PRIOR) / (count.promised + PRIOR), CERTAIN)
 
-    def record(self, claim: Claim, right: bool) -> None:
-        """The tokens before the claimed one were right; `right` says whether it was too."""
-        count = self._current(claim)
+    def record(self, promise: Promise, right: bool) -> None:
+        """The tokens before the promised one were right; `right` says whether it was too."""
+        count = self._current(promise)
         count.right += right
-        count.promised += claim.confidence
+        count.promised += promise.confidence
 
     def end_pass(self) -> None:
         """Let the past fade."""
         self._passes += 1
 
-    def _current(self, claim: Claim) -> _Count:
-        count = self._counts.setdefault(claim.kind, _Count())
+    def _current(self, promise: Promise) -> _Count:
+        count = self._counts.setdefault(promise.kind, _Count())
         fade = DECAY ** (self._passes - count.asof)
         count.right, count.promised, count.asof = count.right * fade, count.promised * fade, self._passes
         return count

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flashrt.speculate.accuracy import Accuracy, Claim
+from flashrt.speculate.accuracy import Accuracy, Promise
 from flashrt.speculate.drafter import Candidate
 from flashrt.speculate.tree import ROOT, TokenTree
 
-STEP = -1  # the rank in a claim that some candidate of a step is right
-STEP_CONFIDENCE = 0.8  # of such claims: what is thought of a drafter that was never tried
+STEP = -1  # the rank in a promise that some candidate of a step is right
+STEP_CONFIDENCE = 0.8  # of such promises: what is thought of a drafter that was never tried
 
 
 class Proposals:
@@ -21,7 +21,7 @@ class Proposals:
     def __init__(self, root: int, accuracy: Accuracy) -> None:
         self.tree = TokenTree(root)
         self._accuracy = accuracy
-        self._claims: list[list[Claim]] = [[]]  # about each node
+        self._promises: list[list[Promise]] = [[]]  # about each node
         self._likely = [1.0]  # that a node stands if its parent does
 
     def add(self, drafter: str, candidates: Iterable[Candidate]) -> list[int]:
@@ -47,7 +47,7 @@ class Proposals:
         reached, depth = sum(chances[node] for node in frontier), max(self.tree.depths[node] for node in frontier)
         gains = []
         for deeper in range(depth + 1, limit + 1):
-            reached *= self._accuracy.estimate(_step_claim(drafter, deeper))
+            reached *= self._accuracy.estimate(_step_promise(drafter, deeper))
             gains.append(reached)
         return gains
 
@@ -66,26 +66,28 @@ class Proposals:
         parent = self.tree.find(before)
         if parent is None:
             raise ValueError(f"{drafter} proposes {candidate.path}, but nothing that begins so was proposed")
-        rank = sum(claim.drafter == drafter for child in self.tree.children(parent) for claim in self._claims[child])
-        claim = Claim(drafter, rank, len(candidate.path), candidate.confidence)
+        rank = sum(
+            promise.drafter == drafter for child in self.tree.children(parent) for promise in self._promises[child]
+        )
+        promise = Promise(drafter, rank, len(candidate.path), candidate.confidence)
         node = self.tree.add(parent, token)
-        if node == len(self._claims):
-            self._claims.append([])
+        if node == len(self._promises):
+            self._promises.append([])
             self._likely.append(0.0)
-        self._claims[node].append(claim)
-        self._likely[node] = max(self._likely[node], self._accuracy.estimate(claim))
+        self._promises[node].append(promise)
+        self._likely[node] = max(self._likely[node], self._accuracy.estimate(promise))
         return node
 
     def _judge(self, node: int, token: int) -> None:
         found: dict[str, bool] = {}
         for child in self.tree.children(node):
             right = self.tree.tokens[child] == token
-            for claim in self._claims[child]:
-                self._accuracy.record(claim, right)
-                found[claim.drafter] = found.get(claim.drafter, False) or right
+            for promise in self._promises[child]:
+                self._accuracy.record(promise, right)
+                found[promise.drafter] = found.get(promise.drafter, False) or right
         for drafter, right in found.items():
-            self._accuracy.record(_step_claim(drafter, self.tree.depths[node] + 1), right)
+            self._accuracy.record(_step_promise(drafter, self.tree.depths[node] + 1), right)
 
 
-def _step_claim(drafter: str, depth: int) -> Claim:
-    return Claim(drafter, STEP, depth, STEP_CONFIDENCE)
+def _step_promise(drafter: str, depth: int) -> Promise:
+    return Promise(drafter, STEP, depth, STEP_CONFIDENCE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashrt.speculate.accuracy import Accuracy, Claim
+from flashrt.speculate.accuracy import Accuracy, Promise
 from flashrt.speculate.drafter import Candidate
 from flashrt.speculate.proposals import STEP, STEP_CONFIDENCE, Proposals
 
@@ -14,11 +14,11 @@ class Told(Accuracy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[Claim, bool]] = []
+        self.told: list[tuple[Promise, bool]] = []
 
-    def record(self, claim: Claim, right: bool) -> None:
-        self.told.append((claim, right))
-        super().record(claim, right)
+    def record(self, promise: Promise, right: bool) -> None:
+        self.told.append((promise, right))
+        super().record(promise, right)
 
 
 def test_drafters_share_nodes() -> None:
@@ -49,13 +49,13 @@ def test_everything_that_was_reached_is_judged() -> None:
     proposals.add("b", [Candidate((4,), 0.1)])
     proposals.learn([3, 6, 7])
     assert accuracy.told == [
-        (Claim("a", 0, 1, 0.5), False),
-        (Claim("a", 1, 1, 0.3), True),
-        (Claim("b", 0, 1, 0.1), False),
-        (Claim("a", STEP, 1, STEP_CONFIDENCE), True),
-        (Claim("b", STEP, 1, STEP_CONFIDENCE), False),
-        (Claim("a", 0, 2, 0.6), False),
-        (Claim("a", STEP, 2, STEP_CONFIDENCE), False),
+        (Promise("a", 0, 1, 0.5), False),
+        (Promise("a", 1, 1, 0.3), True),
+        (Promise("b", 0, 1, 0.1), False),
+        (Promise("a", STEP, 1, STEP_CONFIDENCE), True),
+        (Promise("b", STEP, 1, STEP_CONFIDENCE), False),
+        (Promise("a", 0, 2, 0.6), False),
+        (Promise("a", STEP, 2, STEP_CONFIDENCE), False),
     ]
 
 

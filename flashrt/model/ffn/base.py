@@ -45,7 +45,6 @@ class FfnBlock:
     the ring are taken in the order of `expect`; a draft takes none.
     """
 
-    before_attention: BeforeAttention | None = None
     submit: Submit | None = None  # starts reads of what it expects, where that is not whole blocks
     partial = False  # whether passes of few tokens take other blocks from the ring than those of many
 
@@ -53,6 +52,11 @@ class FfnBlock:
         self.work, self.i = work, i
         self.weights, self.ffn = work.weights, work.spec.layers[i].ffn
         self.bias: Tensor | None = self.weights.vector(f"{i}.up.bias") if self.ffn.bias else None
+
+    @property
+    def before_attention(self) -> BeforeAttention | None:
+        """What it does in narrow passes before the attention of its layer; None for most."""
+        return None
 
     @property
     def tensors(self) -> Sequence[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from flashrt.budget.claims.experts import ExpertTier
 from flashrt.cache.device import Progress
 from flashrt.cache.experts import ExpertCache, ExpertStream, Key
+from flashrt.cache.weights import Weights
 from flashrt.model.ffn.base import FfnKind, Tokens
 from flashrt.model.ffn.dense import DenseBlock
 from flashrt.model.ffn.router import route
@@ -148,21 +150,21 @@ class MixtureKind(FfnKind):
         memory = self._work.device.allocate("experts", (self._tier.experts, self._tier.slot_bytes), np.uint8)
         ffns = [layer.ffn for layer in self._work.spec.layers]
         shape = len(ffns), max(ffn.experts for ffn in ffns)
-        return ExpertCache(self._work.device, memory, self._unpinned, shape)
+        return ExpertCache(self._work.device, memory, partial(_unpinned, self._work.weights), shape)
 
     def _make_stream(self) -> ExpertStream:
         plan = self._work.weights.plan
         several = any(self._work.layout.tensors[f"{i}.ffn"].runs > 1 for i in self._layers)
-        return ExpertStream(
-            self._work.device.stream(plan.ring_slots if several else 0, plan.slot_bytes), self._unpinned
-        )
-
-    def _unpinned(self, layer: int, expert: int) -> tuple[Block, ...]:
-        weights = self._work.weights
-        return tuple(weights.unpinned(weights.layout.tensors[f"{layer}.ffn"], expert))
+        ring = self._work.device.stream(plan.ring_slots if several else 0, plan.slot_bytes)
+        return ExpertStream(ring, partial(_unpinned, self._work.weights))
 
     def _all_experts(self) -> Iterator[Key]:
         """The first expert of every layer, then the second: the same number of every layer begins in the cache."""
         mixtures = [(i, self._work.spec.layers[i].ffn.experts) for i in self._layers]
         for expert in range(max(experts for _, experts in mixtures)):
             yield from ((i, expert) for i, experts in mixtures if expert < experts > 1)
+
+
+def _unpinned(weights: Weights, layer: int, expert: int) -> tuple[Block, ...]:
+    """Blocks of an expert that the plan does not pin."""
+    return tuple(weights.unpinned(weights.layout.tensors[f"{layer}.ffn"], expert))

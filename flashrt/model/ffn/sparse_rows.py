@@ -15,7 +15,7 @@ import numpy as np
 
 from flashrt.budget.claims.rows import RowTier
 from flashrt.cache.rows import Pass, RowCache, RowStatistics
-from flashrt.model.ffn.base import Tokens
+from flashrt.model.ffn.base import BeforeAttention, Tokens
 from flashrt.model.ffn.dense import DenseBlock
 from flashrt.model.ffn.lookahead import Lookahead
 from flashrt.model.ffn.sparse import SparseBlock, SparseKind
@@ -60,9 +60,11 @@ class RowBlock(SparseBlock):
         self.cache = self._make_cache()
         self.partial = self.cache is not None
         self._ahead = None if self.cache is None else Lookahead(work.spec.hidden)
-        if self.heads is not None or self._ahead is not None:
-            self.before_attention = self
         self.restart(layer)
+
+    @property
+    def before_attention(self) -> BeforeAttention | None:
+        return None if self.heads is None and self._ahead is None else self
 
     def restart(self, layer: RowSparsity) -> None:
         self.layer, before = layer, RowStatistics()

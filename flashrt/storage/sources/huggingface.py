@@ -95,15 +95,17 @@ def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
         found, header = read_header(path)
         status = path.stat()
         digest.update(os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns} {header}\n"))
+        if twice := tensors.keys() & found.keys():
+            raise CheckpointError(f"{path} holds {min(twice)} again: another file of the checkpoint has it already")
         tensors |= found
     return tensors, digest.hexdigest()
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE).exists():  # beside an index too, as transformers decides it
+        return [directory / SINGLE]
     if (directory / INDEX).exists():
         return _indexed_files(directory)
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
     found = sorted(directory.glob("*.safetensors"))
     if len(found) == 1:
         return found
