@@ -165,3 +165,14 @@ def test_downloads_execute_nothing(index: Path, folder: Path, tmp_path: Path, mo
         wheel.writestr("part-1.0.dist-info/RECORD", "")
     assert pip_download("part", out) == out / "part-1.0-py3-none-any.whl"
     assert executed(folder) == []
+
+
+def test_a_removed_folder(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    start = "import os, runpy; os.rmdir(os.getcwd()); runpy.run_module('flashrt', run_name='__main__')"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", start, "--version"]
+    done = subprocess.run(command, cwd=gone, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr

@@ -153,11 +153,12 @@ class _Planner:
         fixed = {chunk: self._fixed(chunk) for chunk in CHUNKS if not self._too_long(chunk)}
         free = {chunk: budget - slack_bytes(budget) - sum(parts.values()) for chunk, parts in fixed.items()}
         enough = min(RESIDENT_CHUNK, max(fixed))
+        least = fixed[min(fixed)]["KV"]  # the KV of windows grows with the passes
         resident = [chunk for chunk in free if self.weight_bytes <= free[chunk] and chunk >= enough]
         within = [
             chunk
             for chunk, parts in fixed.items()
-            if self._least_moving() <= free[chunk] and parts["activations"] <= limit
+            if self._least_moving() <= free[chunk] and parts["activations"] + parts["KV"] - least <= limit
         ]
         return max(resident or within, default=CHUNKS[-1])
 

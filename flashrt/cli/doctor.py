@@ -14,6 +14,7 @@ import typer
 import flashrt
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, rate, show, size, table
+from flashrt.errors import UsageError
 
 if TYPE_CHECKING:
     from flashrt.machine.doctor import DiskFigures
@@ -46,6 +47,8 @@ def doctor(
     from flashrt.storage.names import default_cache
     from flashrt_kernels import ops
 
+    if directory is not None and not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory: name one on the disk that is to be measured")
     cache = cache_dir or default_cache()
     kernels = ops.load("cpu")
     kernels.set_threads(usable_cores() if threads is None else threads)

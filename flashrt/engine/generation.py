@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
@@ -19,6 +20,7 @@ from flashrt.engine.runner import Runner
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sequence import Sequence
 from flashrt.engine.turns import Turns
+from flashrt.errors import UsageError
 from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import peak_resident_bytes
 from flashrt.sparsity import Sparsity
@@ -101,6 +103,10 @@ class Generation:
     def close(self) -> None:
         """Stop early; after the token that another thread may be computing."""
         with self._engine.turns.stop():
+            if (
+                inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING
+            ):  # a signal handler, say, that struck in the middle
+                raise UsageError("a token is being computed: close the generation, or the engine, once it is there")
             self._tokens.close()
             self._end()
 
@@ -173,6 +179,7 @@ class Generation:
         self._engine.turns.end(self)
         if self._report is None:
             self._report = self._make_report()
+        self._passes = None  # it holds the runner, and so the weights
 
     def _make_report(self) -> Report:
         engine, prefill, decode = self._engine, self._prefill, self._decode

@@ -66,7 +66,7 @@ class Sequence:
     def keep_shared(self, ids: Items[int]) -> int:
         """Cut back to what `ids` begin with, the last of them left out; returns how many tokens that are."""
         shared = 0
-        for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
+        for ours, theirs in zip(self.tokens[: self.length], ids[:-1], strict=False):
             if ours != theirs:
                 break
             shared += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 
 from flashrt.errors import UsageError
@@ -19,7 +20,13 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None  # that last computed for the current request
-        self.current: object | None = None
+        # Weakly: a request that nobody holds any more is over.
+        self._current: weakref.ref[object] | None = None
+
+    @property
+    def current(self) -> object | None:
+        """The request that goes on."""
+        return None if self._current is None else self._current()
 
     @contextlib.contextmanager
     def using(self, request: object | None) -> Iterator[None]:
@@ -31,10 +38,10 @@ class Turns:
                 self._thread = threading.current_thread()
             yield
 
-    def begin(self, request: object) -> None:
+    def begin(self, request: object | None) -> None:
         """Make `request`, which is using the engine, the current one."""
         self._thread = threading.current_thread()
-        self.current = request
+        self._current = None if request is None else weakref.ref(request)
 
     def check(self, request: object) -> None:
         """Raises UsageError when another request has begun since."""
@@ -44,7 +51,7 @@ class Turns:
     def end(self, request: object) -> None:
         """`request` goes on no more."""
         if self.current is request:
-            self.current = None
+            self._current = None
 
     def stop(self) -> contextlib.AbstractContextManager[object]:
         """Have the engine to oneself to close it, whoever's request goes on."""

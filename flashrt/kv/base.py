@@ -70,8 +70,13 @@ class KvStore(ABC):
         """Keep the rows `path`, ascending, of a tree that was appended at `start`: one after the other from there."""
 
     @abstractmethod
-    def truncate(self, length: int) -> int:
+    def restart(self) -> None:
+        """Begin again at position 0: nothing is held any more."""
+
+    @abstractmethod
+    def truncate(self, length: int, top: int) -> int:
         """How many of the first `length` tokens can be gone on from: all, or fewer where what they see is gone.
 
-        What follows them is overwritten later.
+        The sequence has had `top` tokens since it began. The answer depends on lengths alone, never on how large the
+        memory is (see `flashrt.kv.reach`), or less where an interrupt has spoilt the memory. Nothing is changed.
         """

@@ -20,16 +20,18 @@ class KvCache:
     def __init__(self, stores: Sequence[KvStore], capacity: int) -> None:
         self.stores, self.capacity = stores, capacity
         self.length = 0
+        self._top = 0  # the most tokens since it began
 
     def append(self, count: int) -> None:
         """Make the `count` rows that were written behind the sequence part of it."""
         self.length += count
+        self._top = max(self._top, self.length)
 
     def commit(self, path: Sequence[int]) -> None:
         """Make the rows `path`, ascending, of those written behind the sequence part of it; forget the others."""
         for store in self.stores:
             store.commit(self.length, path)
-        self.length += len(path)
+        self.append(len(path))
 
     def truncate(self, length: int) -> int:
         """Cut the sequence back to its first `length` tokens, or to as many of these as can be gone on from.
@@ -38,11 +40,14 @@ class KvCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a sequence of {self.length} tokens back to {length}")
-        kept = min(store.truncate(length) for store in self.stores)
-        if kept < length:
-            for store in self.stores:
-                store.truncate(kept)
+        kept = length
+        while (least := min((store.truncate(kept, self._top) for store in self.stores), default=kept)) < kept:
+            kept = least
         self.length = kept
+        if kept == 0:  # what an interrupt leaves of this, the next call makes good
+            for store in self.stores:
+                store.restart()
+            self._top = 0
         return kept
 
 

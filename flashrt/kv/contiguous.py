@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows, KvStore, Tensor
+from flashrt.kv.reach import reach
 from flashrt.spec import Attention
 
 
@@ -42,5 +43,8 @@ class ContiguousStore(KvStore):
             if row != place:  # always behind its place: nothing is overwritten that is still to come
                 self.memory[:, base + place] = self.memory[:, base + row]
 
-    def truncate(self, length: int) -> int:
-        return length
+    def restart(self) -> None:
+        self.first = 0
+
+    def truncate(self, length: int, top: int) -> int:
+        return reach(self._attention.window, length, top)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from flashrt.kv.base import KvLimits, Tensor
 from flashrt.kv.contiguous import ContiguousStore
+from flashrt.kv.reach import KEPT
 from flashrt.spec import Attention
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 
-KEPT = 128  # positions before the window that stay: a sequence can be cut back by so many tokens, or more
-LOST = 1 << 62  # the first position while slots move: should that be interrupted, only `truncate` goes on from it
+LOST = 1 << 62  # the first position while slots move: should that be interrupted, nothing is gone on from
 
 
 class WindowStore(ContiguousStore):
@@ -34,11 +34,8 @@ class WindowStore(ContiguousStore):
             self._slide(start)
         super().append(key, value, start)
 
-    def truncate(self, length: int) -> int:
-        if self.first > max(self._needed(length), 0):  # nothing before the first slot is left to go on from
-            self.first = 0
-            return 0
-        return length
+    def truncate(self, length: int, top: int) -> int:
+        return 0 if self.first == LOST else super().truncate(length, top)
 
     def _needed(self, position: int) -> int:
         """The first position that a token at `position` sees."""

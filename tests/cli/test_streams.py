@@ -88,3 +88,26 @@ def test_ctrl_c_during_imports(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+
+
+def test_an_interrupt_before_a_command_runs_is_reported():
+    program = """
+import sys, typer
+import flashrt.cli.app as app
+
+def build(arguments):
+    commands = typer.Typer()
+
+    @commands.command()
+    def run():
+        raise KeyboardInterrupt
+
+    return commands
+
+app.build, sys.argv = build, ["flashrt"]
+from flashrt.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted\n"

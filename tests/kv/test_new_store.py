@@ -48,7 +48,10 @@ class PagedStore(KvStore):
         for place, row in enumerate(path):
             self._at(start + place)[:] = self._at(start + row)
 
-    def truncate(self, length: int) -> int:
+    def restart(self) -> None:
+        """Nothing to do."""
+
+    def truncate(self, length: int, top: int) -> int:
         """Nothing but whole pages is gone on from."""
         return length // PAGE * PAGE
 

@@ -10,7 +10,8 @@ from flashrt.engine.runtime import CpuRuntime
 from flashrt.kv.base import Kernels, KvLimits, KvRows
 from flashrt.kv.cache import KINDS, kv_bytes
 from flashrt.kv.contiguous import ContiguousStore
-from flashrt.kv.window import KEPT, WindowStore
+from flashrt.kv.reach import KEPT
+from flashrt.kv.window import WindowStore
 from flashrt.spec import Attention
 from flashrt_kernels import ops
 from flashrt_kernels.limits import ATTENTION_SEGMENT
@@ -71,7 +72,7 @@ def test_the_bits_of_all_positions(window, rows, item):
             length += len(path)
         else:  # some tokens taken back
             length = max(length - int(random.integers(1, 60)), furthest - KEPT + 16, 0)
-            assert [store.truncate(length) for store in both] == [length, length]
+            assert [store.truncate(length, furthest) for store in both] == [length, length]
         slid, furthest = max(slid, both[1].first), max(furthest, length)
     assert slid >= 2 * ATTENTION_SEGMENT
 
@@ -80,15 +81,30 @@ def test_what_is_gone_is_not_gone_on_from():
     attention, both = stores(20, 16)
     for start in range(0, 1200, 16):
         run(attention, both, start, 16, start)
-    window = both[1]
-    assert window.first % ATTENTION_SEGMENT == 0
-    assert window.truncate(1200 - KEPT) == 1200 - KEPT
-    oldest = window.first + 20 - 1
-    assert window.truncate(oldest) == oldest
-    run(attention, both, oldest, 3, 1)
-    assert window.truncate(oldest - 1) == 0
+    assert both[1].first % ATTENTION_SEGMENT == 0
+    for store in both:
+        assert store.truncate(1200 - KEPT + 16, 1200) == 1200 - KEPT + 16
+        assert store.truncate(1200 - KEPT + 15, 1200) == 0
+        store.restart()
     for start in range(0, 600, 16):
         run(attention, both, start, 16, start)
+
+
+@pytest.mark.parametrize("window", [1, 20, 300])
+@pytest.mark.parametrize("rows", [16, 64, 512])
+def test_what_is_gone_on_from_is_held_whatever_the_memory(window, rows):
+    attention, both = stores(window, rows)
+    top = 0
+    while top < CONTEXT - rows:
+        run(attention, both, top, rows, top)
+        for ahead in range(min(16, CONTEXT - top - rows)):  # drafts
+            run(attention, both, top + rows + ahead, 1, top + ahead)
+        top += rows
+        for length in (top - KEPT, top - KEPT + 16, top - 1, top // 2):
+            kept = {store.truncate(max(length, 0), top) for store in both}
+            assert len(kept) == 1
+            if (held := kept.pop()) > 0:
+                run(attention, both, held, 1, held)
 
 
 def test_an_interrupted_slide_is_never_gone_on_from():
@@ -114,7 +130,8 @@ def test_an_interrupted_slide_is_never_gone_on_from():
     window.memory = memory
     with pytest.raises(Exception, match="start|position|context|rows"):
         window.append(key, key, start)
-    assert window.truncate(start) == 0
+    assert window.truncate(start, start) == 0
+    window.restart()
     window.append(key, key, 0)
 
 

@@ -77,6 +77,8 @@ def use(where: Path) -> None:
 )
 def test_files(directory: Path, name: str, content: bytes | None, message: str) -> None:
     (directory / name).unlink(missing_ok=True)
+    if name.endswith("index.json"):
+        (directory / "model.safetensors").unlink()
     if content is not None:
         (directory / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -97,6 +99,27 @@ def test_a_git_lfs_pointer_to_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"x.gguf is a git-lfs pointer.*git lfs pull"):
         use(tmp_path / "x.gguf")
+
+
+def test_one_file_of_weights_comes_before_an_index(directory: Path) -> None:
+    """As in transformers: an index that was left behind names files that are not used."""
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    (directory / "other.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    with open_checkpoint(directory) as source:
+        source.validate()
+
+
+def test_a_tensor_in_two_shards(directory: Path) -> None:
+    whole = directory / "model.safetensors"
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    for name in names:
+        (directory / name).write_bytes(whole.read_bytes())
+    whole.unlink()
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", names, strict=True))})
+    )
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors holds .* again"):
+        open_checkpoint(directory)
 
 
 def test_shards_without_their_index(directory: Path) -> None:

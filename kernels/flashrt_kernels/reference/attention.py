@@ -9,7 +9,9 @@ QUERIES = 64  # tokens whose attention scores exist at once
 
 
 def kv_append(k: Tensor, v: Tensor, kv: Tensor, start: int) -> None:
-    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D]."""
+    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D]. Raises ValueError beyond its end."""
+    if not 0 <= start <= kv.shape[1] - k.shape[0]:
+        raise ValueError(f"start: {start} and {k.shape[0]} tokens do not fit in a context of {kv.shape[1]}")
     kv[:, start : start + k.shape[0]] = torch.stack((k, v), 2).transpose(0, 1).to(kv.dtype)
 
 
