@@ -103,9 +103,8 @@ class Generation:
     def close(self) -> None:
         """Stop early; after the token that another thread may be computing."""
         with self._engine.turns.stop():
-            if (
-                inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING
-            ):  # a signal handler, say, that struck in the middle
+            # A signal handler, say, may strike in the middle.
+            if inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING:
                 raise UsageError("a token is being computed: close the generation, or the engine, once it is there")
             self._tokens.close()
             self._end()
