@@ -11,6 +11,7 @@ from flashrt.engine.sequence import Sequence
 from flashrt.speculate.drafter import Drafter
 from flashrt.speculate.lookup import Lookup
 from flashrt.speculate.model import ModelDrafter
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
@@ -39,6 +40,9 @@ class ResidentModel:
     def follow(self, tokens: Items[int]) -> None:
         """The sequence itself is what is certain."""
 
+    def catch_up(self) -> None:
+        """It is computed already."""
+
     def draft(self, token: int, depth: int) -> Array | None:
         """See `DraftModel.draft`."""
         if self._sequence.length + depth >= self._runner.plan.context:
@@ -52,14 +56,24 @@ class CheckpointModel:
     def __init__(self, runner: Runner, sequence: Sequence) -> None:
         self._runner, self._sequence = runner, sequence
         self._certain: list[int] = []
+        self._behind = 0  # of these, those that came since the last draft
 
     def follow(self, tokens: Items[int]) -> None:
         """See `DraftModel.follow`."""
         self._certain.extend(tokens)
+        self._behind += len(tokens)
+
+    def catch_up(self) -> None:
+        """See `DraftModel.catch_up`. What a pass brings, no more than narrow kernels take, is left to `draft`."""
+        if self._behind > NARROW_TOKENS and len(self._certain) <= self._runner.plan.context:
+            self._runner.prefill(self._sequence, self._certain[:-1])
 
     def draft(self, token: int, depth: int) -> Array | None:
         """See `DraftModel.draft`."""
         runner, sequence = self._runner, self._sequence
         if len(self._certain) + depth > runner.plan.context:
             return None
-        return runner.prefill(sequence, self._certain) if depth == 0 else runner.step(sequence, token)
+        if depth > 0:
+            return runner.step(sequence, token)
+        self._behind = 0
+        return runner.prefill(sequence, self._certain)

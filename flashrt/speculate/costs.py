@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 
 RECENT = 5  # measurements of a kind that count
-MEMORY = 150  # passes over one position after which more are tried again, from the least on
+ENOUGH = 3  # measurements of which one that was disturbed does not move the median
+MEMORY = 150  # passes after which what was not tried, more positions or a drafter, is tried again
 FLAT = 1  # how firmly more positions are thought to cost nothing: as what one pair of measurements tells
 GROWTH = 2  # times as many positions as are remembered are tried at most
 
@@ -57,19 +58,33 @@ class PassCost:
 
 
 class StepCosts:
-    """Seconds of a draft step by drafter: medians of the last ones."""
+    """Seconds of a draft step by drafter: medians of the last ones, the least of them while they are few.
+
+    One disturbed step must not keep a drafter out for good: what a drafter took is forgotten once it was not asked for
+    MEMORY passes.
+    """
 
     def __init__(self) -> None:
         self._times: dict[str, deque[float]] = {}
+        self._unasked: dict[str, int] = {}  # passes in a row
 
     def record(self, drafter: str, seconds: float) -> None:
         """A step took `seconds`."""
         self._times.setdefault(drafter, deque(maxlen=RECENT)).append(seconds)
+        self._unasked[drafter] = 0
+
+    def pass_by(self, drafter: str) -> None:
+        """For a whole pass no step of it seemed to pay."""
+        self._unasked[drafter] = self._unasked.get(drafter, 0) + 1
+        if self._unasked[drafter] == MEMORY:
+            self._times.pop(drafter, None)
 
     def seconds(self, drafter: str) -> float:
-        """0 for one that was never measured: it is tried."""
+        """0 for one of which nothing is remembered: it is tried."""
         times = self._times.get(drafter)
-        return statistics.median(times) if times else 0.0
+        if not times:
+            return 0.0
+        return statistics.median(times) if len(times) >= ENOUGH else min(times)
 
 
 def _weighted_median(pairs: Iterable[tuple[float, int]]) -> float:

@@ -30,6 +30,9 @@ class Drafter(Protocol):
     def propose(self) -> Iterator[list[Candidate]]:
         """Candidates, step by step: a step is computed when it is asked for, and no more are asked for than pay.
 
+        What has to be computed before the first step, such as the prompt, is computed by the call itself: it is no part
+        of what a step costs.
+
         A path without its last token is empty or was proposed before. Of candidates that differ in their last token
         only, the first choice comes first. A step may hold tokens of any depth, or none; the next one, if there is one,
         goes on from its first candidate.

@@ -43,7 +43,8 @@ class _Chains:
     def __init__(self, tokens: array[int], order: int) -> None:
         self._tokens, self._order = tokens, order
         self._earlier = array("i", bytes(4 * len(tokens)))  # -1: none
-        self._latest = array("i", [-1]) * (1 << max(len(tokens) - 1, 0).bit_length())  # by hash
+        # The power of two gives each token but the last two slots at most.
+        self._latest = array("i", [-1]) * (1 << max(len(tokens) - 2, 0).bit_length())  # by hash
         self.nbytes = 4 * (len(self._earlier) + len(self._latest))
 
     def append(self, place: int) -> None:
@@ -68,7 +69,7 @@ class _Chains:
 
 
 class Lookup:
-    """A `Drafter` for one sequence of up to `context` tokens, in `nbytes` bytes: at most 28 for each of them."""
+    """A `Drafter` for one sequence of up to `context` tokens, in `nbytes` bytes: at most 28 for each but the last."""
 
     name = "lookup"
 

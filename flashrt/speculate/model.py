@@ -31,6 +31,9 @@ class DraftModel(Protocol):
     def follow(self, tokens: Sequence[int]) -> None:
         """These tokens are certain now."""
 
+    def catch_up(self) -> None:
+        """Compute what is certain, up to the few tokens that a step takes along."""
+
     def draft(self, token: int, depth: int) -> Array | None:
         """Logits of what follows `token`, float32 [vocab], which may be changed; None where there is no more room.
 
@@ -60,6 +63,10 @@ class ModelDrafter:
 
     def propose(self) -> Iterator[list[Candidate]]:
         """See `Drafter.propose`: a step is a pass of the model."""
+        self._model.catch_up()
+        return self._steps()
+
+    def _steps(self) -> Iterator[list[Candidate]]:
         path: tuple[int, ...] = ()
         sampler, token = self._sampler.copy(), self._last
         while (logits := self._model.draft(token, len(path))) is not None:

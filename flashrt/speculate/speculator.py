@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from flashrt.speculate.accuracy import Accuracy
 from flashrt.speculate.control import FREE, best_nodes, worth_a_step
 from flashrt.speculate.costs import PassCost, StepCosts
-from flashrt.speculate.drafter import Drafter
+from flashrt.speculate.drafter import Candidate, Drafter
 from flashrt.speculate.proposals import Proposals
 from flashrt.speculate.switch import Switch
 from flashrt.speculate.tree import ROOT, TokenTree
@@ -72,13 +72,17 @@ class Speculator:
 
     def _ask(self, drafter: Drafter, pass_seconds: Sequence[float], began: float) -> None:
         """Have a drafter propose while it pays."""
-        frontier, steps = [ROOT], drafter.propose()
+        costs, frontier = self._experience.step_costs, [ROOT]
+        steps: Iterator[list[Candidate]] | None = None
         while frontier:
             gains = self._proposals.outlook(drafter.name, frontier, len(pass_seconds) - 1)
-            spent, step_seconds = self._clock() - began, self._experience.step_costs.seconds(drafter.name)
+            spent, step_seconds = self._clock() - began, costs.seconds(drafter.name)
             if not worth_a_step(self._proposals.chances(), gains, step_seconds, pass_seconds, spent):
                 break
+            steps = steps or drafter.propose()
             asked = self._clock()
             candidates = next(steps, [])
-            self._experience.step_costs.record(drafter.name, self._clock() - asked)
+            costs.record(drafter.name, self._clock() - asked)
             frontier = self._proposals.add(drafter.name, candidates)
+        if steps is None:
+            costs.pass_by(drafter.name)

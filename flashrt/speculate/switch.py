@@ -13,8 +13,9 @@ TRIAL = 6  # passes with drafts after which they are judged
 CLEAR = 1.5  # times as slow as without that half a trial is enough to tell
 MARGIN = 1.05  # times as slow that drafts may seem before they rest: noise
 REST = (16, 32, 64)  # passes without drafts, after so many trials in a row that they lost
-RECENT = 12  # passes with drafts, and without, that count
-FRESH = (8, 32, 128)  # passes with drafts after which one without is measured again, sooner at first
+RECENT = 12  # passes with drafts that count
+FRESH = (8, 32, 64)  # passes with drafts after which some without are measured again, sooner at first
+CHECK = 3  # passes without drafts that are measured then, and count: one of them may be disturbed
 OUTLIER = 3.0  # times the median that a pass counts as at most
 
 
@@ -23,27 +24,32 @@ class Switch:
 
     def __init__(self) -> None:
         self._with: deque[tuple[int, float]] = deque(maxlen=RECENT)  # (tokens, seconds)
-        self._without: deque[float] = deque(maxlen=RECENT)
+        self._without: deque[float] = deque(maxlen=CHECK)  # seconds
         self._rest = 0  # passes without drafts that are to come
         self._losses = 0  # trials in a row that drafts lost
-        self._age = 0  # passes with drafts since one without
-        self._checks = 0  # passes without that were measured again since
+        self._age = 0  # passes with drafts since passes without were due
+        self._checks = 0  # times that they were measured again while drafts went on
 
     def drafts(self) -> bool:
         """Whether the next pass may have a draft."""
-        return self._rest == 0 and self._age < FRESH[min(self._checks, len(FRESH) - 1)]
+        return self._rest == 0
 
     def record(self, drafted: bool, tokens: int, seconds: float) -> None:
         """A pass gave `tokens` in `seconds`, drafting included."""
         if drafted:
             self._with.append((tokens, seconds))
             self._age += 1
+            self._check()
             self._judge()
         else:
             self._without.append(seconds)
-            self._checks += self._age > 0
-            self._age = 0
             self._rest = max(self._rest - 1, 0)
+
+    def _check(self) -> None:
+        """Passes without drafts are measured again when the last ones are old: the machine may have changed."""
+        if self._age >= FRESH[min(self._checks, len(FRESH) - 1)]:
+            self._rest, self._age = CHECK, 0
+            self._checks += 1
 
     def _judge(self) -> None:
         """Drafts that are slower rest, for longer each time; what they brought is forgotten, and tried afresh then."""
@@ -51,7 +57,7 @@ class Switch:
             return
         slower = self._seconds_per_token() / statistics.median_low(self._without)
         if slower > (MARGIN if len(self._with) >= TRIAL else CLEAR):
-            self._rest = REST[min(self._losses, len(REST) - 1)]
+            self._rest, self._age = REST[min(self._losses, len(REST) - 1)], 0
             self._losses += 1
             self._with.clear()
         elif len(self._with) == RECENT:

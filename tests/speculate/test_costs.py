@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashrt.speculate.costs import PassCost, StepCosts
+from flashrt.speculate.costs import MEMORY, PassCost, StepCosts
 
 
 def measured(*pairs: tuple[int, float]) -> PassCost:
@@ -74,3 +74,27 @@ def test_steps_by_drafter() -> None:
     costs.record("b", 7.0)
     assert costs.seconds("a") == pytest.approx(1, abs=0.01)
     assert costs.seconds("b") == 7
+
+
+@pytest.mark.parametrize("steps", [(9.0, 1.0), (1.0, 9.0)])
+def test_the_least_of_two_steps_counts(steps: tuple[float, float]) -> None:
+    costs = StepCosts()
+    for seconds in steps:
+        costs.record("a", seconds)
+    assert costs.seconds("a") == 1
+    costs.record("a", 9.0)
+    assert costs.seconds("a") == 9, "the median of three"
+
+
+def test_what_a_drafter_took_is_forgotten_when_it_is_not_asked() -> None:
+    costs = StepCosts()
+    for drafter in ("a", "b"):
+        costs.record(drafter, 7.0)
+    for i in range(MEMORY):
+        assert costs.seconds("a") == 7
+        costs.pass_by("a")
+        costs.pass_by("b")
+        if i == 3:
+            costs.record("b", 7.0)
+    assert costs.seconds("a") == 0
+    assert costs.seconds("b") == 7, "it was asked in between"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flashrt.budget.planner import LOOKUP_BYTES
 from flashrt.speculate import lookup
 from flashrt.speculate.drafter import Candidate
 from flashrt.speculate.lookup import DEPTH, LONGEST, WIDTH, Lookup
@@ -96,6 +97,11 @@ def test_memory_is_bounded() -> None:
     drafter.accept(list(range(1000)))
     with pytest.raises(ValueError, match="room for 1000 tokens, and 1001"):
         drafter.accept([1])
+
+
+@pytest.mark.parametrize("context", [2, 3, 4, 5, 7, 8, 9, 1023, 1024, 1025, 32768, 40000])
+def test_what_the_plan_keeps_for_a_context_holds_it_and_the_token_after(context: int) -> None:
+    assert Lookup(context + 1).nbytes <= LOOKUP_BYTES * context
 
 
 @pytest.mark.parametrize("tokens", [[], [3], [3, 4]])

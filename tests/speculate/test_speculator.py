@@ -124,3 +124,40 @@ def test_drafters_combine() -> None:
     found = decode(target, [lookup, slow], clock, lambda n: 1 + 0.02 * (n - 1), 400)
     assert len(found) / clock.now > 8
     assert slow.steps < 100
+
+
+class Dear:
+    """A drafter whose first steps, or whose catching up, take long."""
+
+    def __init__(self, drafter: NoisyCopy, clock: Clock, first: Sequence[float] = (), catch_up: float = 0.0) -> None:
+        self.name = drafter.name
+        self._drafter, self._clock, self._first, self._catch_up = drafter, clock, list(first), catch_up
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self._drafter.accept(tokens)
+
+    def propose(self) -> Iterator[list[Candidate]]:
+        self._clock.now += self._catch_up
+        self._catch_up = 0.0
+        return self._steps()
+
+    def _steps(self) -> Iterator[list[Candidate]]:
+        for step in self._drafter.propose():
+            if self._first:
+                self._clock.now += self._first.pop(0)
+            yield step
+
+
+def test_catching_up_with_a_long_prompt_does_not_end_drafting() -> None:
+    clock, target = Clock(), Target(40, 1)
+    drafter = NoisyCopy(target, 0.1, clock, 0.05)
+    found = decode(target, [Dear(drafter, clock, catch_up=50.0)], clock, lambda n: 1 + 0.02 * (n - 1), 400)
+    assert len(found) / (clock.now - 50) > 2
+
+
+@pytest.mark.parametrize("first", [[20.0], [20.0, 0.0, 20.0]])
+def test_disturbed_first_steps_do_not_end_drafting(first: list[float]) -> None:
+    clock, target = Clock(), Target(40, 1)
+    drafter = NoisyCopy(target, 0.1, clock, 0.05)
+    found = decode(target, [Dear(drafter, clock, first)], clock, lambda n: 1 + 0.02 * (n - 1), 1500)
+    assert len(found) / clock.now > 2
