@@ -48,19 +48,16 @@ class AdaptiveNeurons:
         groups, held = self.neurons // self.group, len(memory) // self.group
         self._group_bytes, self._memory = self.group * tensor.stride, memory[: held * self.group].reshape(held, -1)
         self._worth = np.zeros(groups, np.float32)  # the sum of a group's scores
-        self._place_of = np.full(groups, -1, np.int32)  # of a group in memory, in groups
-        self._place_of[:held] = np.arange(held)
+        self._place_of = np.empty(groups, np.int32)  # in groups; -1 for one that is not in memory
         self._group_in = np.arange(held, dtype=np.int32)
         self._block_of = np.arange(groups) * self.group // tensor.block_bundles
         blocks = [tensor.block(i) for i in range(tensor.blocks)]
         self._groups = [self._groups_of(block) for block in blocks]
-        self._missing = [int((self._place_of[own] < 0).sum()) for own in self._groups]  # groups, of each block
+        self._missing = [0] * tensor.blocks  # groups, of each block
         self._spans = {step: [blocks[i : i + step] for i in range(0, len(blocks), step)] for step in (1, span)}
         # Passes for which a block was read, or passed over, that are still to come: what it lacked then is settled.
         self._settled = np.zeros(tensor.blocks, np.int32)
         self._slots = np.empty(self.neurons, np.int32)
-        for group in range(groups):
-            self._set_slots(group)
         # The groups of a block that the first and the last byte of each of its pages are of; one more is none.
         pages = np.arange(tensor.max_block_bytes // PAGE) * PAGE
         self._block_groups, self._block_pages = tensor.block_bundles // self.group, len(pages)
@@ -69,7 +66,9 @@ class AdaptiveNeurons:
         ]
         self._pages: tuple[Array, list[int]] | None = None  # see `_missing_pages`; None when groups have moved since
         self._moves: dict[int, list[tuple[int, int]]] = {}  # of this pass, by block: groups, and the places they take
+        self._moving: tuple[int, int, Array] | None = None  # what `_move_in` is at; meanwhile the index means nothing
         self._drafted: Array | None = None
+        self._rebuild()
 
     @property
     def moves(self) -> int:
@@ -206,9 +205,16 @@ class AdaptiveNeurons:
         return self._group_in[slots // self.group] * self.group + slots % self.group
 
     def forget_reads(self) -> None:
-        """No read is under way any more."""
+        """No read counts any more. The buffers that a pass left half-way held must be as it left them.
+
+        A move that an interrupt has struck is finished from its buffer. If one strikes here too, call it again.
+        """
         self._settled[:] = 0
         self._moves = {}
+        if self._moving is not None:
+            self._fill(*self._moving)
+            self._rebuild()
+            self._moving = None
 
     def check_integrity(self) -> None:
         """Assert that the parts of the index agree with each other."""
@@ -221,6 +227,7 @@ class AdaptiveNeurons:
         assert (self._slots[~resident] < 0).all(), "a row that is not resident has a slot"
         assert self._missing == [int((self._place_of[own] < 0).sum()) for own in self._groups], "a count is wrong"
         assert (self._settled >= 0).all(), "a block was taken that nobody had asked for"
+        assert self._moving is None, "a group is half-way in"
 
     def _is_unchecked(self, reader: Reader, block: Block) -> bool:
         """Whether a block is missing whole and was never compared with its checksum."""
@@ -255,16 +262,32 @@ class AdaptiveNeurons:
         return slice(first // self.group, max(end, first) // self.group)
 
     def _move_in(self, group: int, place: int, buffer: Array) -> None:
+        """Have a group take the place of another; see `forget_reads` for an interrupt between any two steps."""
         before = int(self._group_in[place])
-        index, other = int(self._block_of[group]), int(self._block_of[before])
-        begin = (group - self._groups[index].start) * self._group_bytes
-        self._memory[place] = buffer[begin : begin + self._group_bytes]
-        self._group_in[place], self._place_of[before], self._place_of[group] = group, -1, place
-        self._missing[index] -= 1
-        self._missing[other] += 1
+        self._moving = group, place, buffer
+        self._fill(group, place, buffer)
+        self._place_of[before], self._place_of[group] = -1, place
+        self._missing[self._block_of[group]] -= 1
+        self._missing[self._block_of[before]] += 1
         self._pages = None
         self._set_slots(before)
         self._set_slots(group)
+        self._moving = None
+
+    def _fill(self, group: int, place: int, buffer: Array) -> None:
+        """Copy a group to a place from the buffer of its block."""
+        begin = (group - self._groups[self._block_of[group]].start) * self._group_bytes
+        self._memory[place] = buffer[begin : begin + self._group_bytes]
+        self._group_in[place] = group
+
+    def _rebuild(self) -> None:
+        """Derive the index from the groups in their places. Nothing else is relied on."""
+        self._place_of[:] = -1
+        self._place_of[self._group_in] = np.arange(len(self._group_in))
+        self._missing = [int((self._place_of[own] < 0).sum()) for own in self._groups]
+        self._pages = None
+        for group in range(len(self._place_of)):
+            self._set_slots(group)
 
     def _set_slots(self, group: int) -> None:
         """Where kernels find a group: in memory, or where its block lies among those of its span."""

@@ -60,9 +60,9 @@ class Schedule:
         """Forget what was read ahead, after a pass that was left half-way, or where another comes."""
         self._ahead = None
         with contextlib.ExitStack() as all_of_them:  # even if one is interrupted
+            all_of_them.callback(self._weights.ring.flush)  # last: a kind may still need what its pass had taken
             for kind in self._ffns.kinds:
                 all_of_them.callback(kind.cancel)
-            all_of_them.callback(self._weights.ring.flush)
 
     def _expect(self, kind: PassKind) -> None:
         ring = self._weights.ring

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from itertools import count
+from types import FrameType
+
 import numpy as np
 import pytest
 
 from flashrt.budget.claims.adaptive import group_rows, index_bytes
+from flashrt.cache import adaptive as adaptive_module
 from flashrt.cache.adaptive import SWAP_MARGIN, AdaptiveNeurons
 from flashrt.storage.layout import PAGE, Block, TensorLayout
 from flashrt_kernels.rows import Codec
@@ -146,6 +152,50 @@ def test_groups_are_large_enough_and_whole() -> None:
         assert rows.group == group_rows(rows.tensor, len(rows.memory))
     assert make(8960, 2624, 384, 11)[0].group == 16
     assert make(8960, 2624, 384, 12)[0].group == 64  # 41 pages
+
+
+def struck(act: Callable[[], None], within: str, strike: int) -> bool:
+    """Whether an interrupt struck: before the line that comes `strike`-th in a method and in what it calls here."""
+    inside = steps = 0
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> Callable[..., object] | None:
+        nonlocal inside, steps
+        if frame.f_code.co_filename != adaptive_module.__file__:
+            return None
+        if frame.f_code.co_name == within:
+            inside += (event == "call") - (event == "return")
+        steps += event == "line" and inside > 0
+        if steps == strike:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("strike", range(1, 24))  # the lines of a move
+def test_an_interrupt_between_any_two_steps_of_a_move(strike: int, wide: bool) -> None:
+    """Also those of its repair: what is in memory is right afterwards, and everything can be had."""
+    rows, reader = make(896, 1024, 128, 3)
+    random = np.random.default_rng(strike)
+    usage = np.where(np.arange(896) < rows.resident, 1, 9).astype(np.float32) * random.random(896).astype(np.float32)
+    rows.learn(0, usage, 1)
+    assert struck(lambda: run(rows, reader, usage, wide), "_move_in", strike)
+    for again in count(1):
+        if not struck(rows.forget_reads, "forget_reads", again):
+            break
+    rows.check_integrity()
+    assert np.array_equal(rows.memory[: rows.resident], reader.disk.reshape(-1, 1024)[residents(rows)])
+    for later in (False, True, False):
+        run(rows, reader, random.random(896).astype(np.float32), later)
 
 
 def test_index_bytes() -> None:

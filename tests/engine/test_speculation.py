@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flashrt.cache.adaptive import AdaptiveNeurons
 from flashrt.config import Sampling
 from flashrt.engine.drafters import CheckpointModel
 from flashrt.errors import UsageError
@@ -156,6 +157,49 @@ def test_an_interrupted_pass_leaves_the_engine_fit(wide_case):
             assert written(engine, prompt, Sampling())[0] == expected
             for rows in adaptive(engine):
                 rows.check_integrity()
+
+
+@pytest.mark.parametrize("step", ["_fill", "_set_slots"])
+def test_an_interrupted_move_leaves_the_engine_fit(wide_case, monkeypatch, step):
+    """Struck after memory was overwritten, when the index does not say so yet or only half of it."""
+    packed, prompt = wide_case
+    with tiny_engine(packed, 1.0, chunk=16) as engine:
+        expected, _ = written(engine, prompt, Sampling())
+    complete = getattr(AdaptiveNeurons, step)
+    with tiny_engine(packed, 0.5, chunk=16, max_draft_tokens=8) as engine:
+        ring = engine.runner.decoder.weights.ring
+        flush = ring.flush
+
+        def flush_and_overwrite():
+            flush()
+            ring.memory[:] = 77  # a buffer that was given back holds nothing that one may count on
+
+        monkeypatch.setattr(ring, "flush", flush_and_overwrite)
+        for strike in (1, 2, 5):
+            calls = 0
+
+            def interrupted(self, *args, strike=strike):
+                nonlocal calls
+                calls += 1
+                groups = self._group_in.copy()
+                complete(self, *args)
+                if calls == strike:
+                    self._group_in[:] = groups  # as between the two halves of `_fill`
+                    raise KeyboardInterrupt
+
+            for rows in adaptive(engine):  # has others move in
+                usage = np.full(rows.neurons, 1000, np.float32)
+                usage[residents(rows)] = 0
+                rows.learn(0, usage, 1000)
+            other = np.random.default_rng(strike).integers(3, VOCAB, 40).tolist()
+            with monkeypatch.context() as patch:
+                patch.setattr(AdaptiveNeurons, step, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    written(engine, other, Sampling())
+            for rows in adaptive(engine):
+                rows.check_integrity()
+                assert holds_what_is_on_disk(packed, rows)
+            assert written(engine, prompt, Sampling())[0] == expected
 
 
 def test_a_draft_leaves_the_sequence_alone_and_resembles_it(wide_case):
