@@ -9,6 +9,8 @@ from collections.abc import Sequence as Items
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
 from flashrt.engine.generation import Generation
@@ -27,6 +29,8 @@ from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader
 from flashrt.text.tokenizer import Tokenizer
 from flashrt_kernels.limits import NARROW_TOKENS
+
+Array = np.ndarray
 
 
 class Engine:
@@ -168,6 +172,19 @@ class Engine:
             sparse.restart()
         self.sequence = self.sequence.successor(Sampler(request.sampling, request.prompt))
         return self.sequence
+
+    def prefill(self, ids: Items[int]) -> Array:
+        """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.
+
+        Keys and values of the beginning that `ids` share with the sequence before are used again. The array is valid
+        until the next call. Raises UsageError for no ids, unknown ones, as many as the context has or more, and while
+        another thread's request goes on.
+        """
+        ids = checked_ids(ids, self.spec.vocab)
+        checked_limit(None, len(ids), self.plan.context)
+        with self.turns.using(None):
+            self.turns.begin(None)
+            return self.runner.prefill(self.sequence, ids)
 
     def score(
         self,

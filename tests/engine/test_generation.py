@@ -267,3 +267,15 @@ def test_expectations_do_not_pile_up_when_everything_is_resident(packed):
     with tiny_engine(packed, 1.0) as engine:
         ids(engine)
         assert not engine.runner.decoder.weights.ring._wanted
+
+
+def test_logits_for_those_who_choose_themselves(packed):
+    with tiny_engine(packed, 0.5) as engine:
+        written = ids(engine)
+        logits = engine.prefill(PROMPT)
+        assert logits.shape == (engine.spec.vocab,)
+        assert int(logits.argmax()) == written[0]
+        assert int(engine.prefill([*PROMPT, *written[:3]]).argmax()) == written[3]
+        for wrong in ([], [1.5], "text", [engine.spec.vocab], [3] * engine.plan.context):
+            with pytest.raises(UsageError):
+                engine.prefill(wrong)
