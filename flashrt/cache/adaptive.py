@@ -1,6 +1,6 @@
 """The neurons of one dense feed-forward block that stay in memory while the others stream by: those the text uses.
 
-Which these are decides what a draft is computed with (`Decoder.drafted`), and not a bit of any result. A pass
+Which these are decides what a draft is computed with, and not a bit of any result. A pass
 sees every neuron, resident or not, so one that turns out to matter changes places with one that does not while it is in
 a buffer of the ring: that takes a copy and no read. Neurons move in groups of neighbours, so large that what is not
 resident is still read at the disk's full rate: reads of 32 KiB at random places are nearly as fast as any. Pages are
