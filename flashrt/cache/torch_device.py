@@ -192,7 +192,7 @@ class TorchStream:
 
     def expect(self, blocks: Iterable[Block], submit: Submit | None = None) -> None:
         if submit is not None:
-            raise NotImplementedError("blocks are copied whole to a torch device: its plans have no adaptive FFNs")
+            raise ValueError("blocks are copied whole to a torch device: its plans have no adaptive FFNs")
         if self._all[0]:
             self._wanted.append(iter(blocks))
         self._pump()

@@ -6,6 +6,7 @@ which kind is decided once, when the model is built (`flashrt.model.ffn.choose`)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -38,7 +39,7 @@ class BeforeAttention(Protocol):
         """Heads that take part, by the input of the attention (float32 [T, hidden]); None: all."""
 
 
-class FfnBlock:
+class FfnBlock(ABC):
     """The feed-forward block of layer `i`. A kind overrides what differs from a block whose weights simply stream.
 
     x is the normed input, and what the block gives is added to y, both float32 [T, hidden]. Weights that it takes from
@@ -67,20 +68,22 @@ class FfnBlock:
         """What a pass of few or of many tokens (`wide`) takes from the ring, in order; gone through as it is read."""
         return self.weights.streamed(self.tensors)
 
+    @abstractmethod
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         """y += block of x, for many tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         """y += block of x, for 1 to 16 tokens; a token's result does not depend on the others."""
-        raise NotImplementedError
 
     def draft(self, x: Tensor, y: Tensor) -> None:
-        """y += something like the block of x, for few tokens, without taking anything from the ring."""
-        raise NotImplementedError
+        """y += something like the block of x, for few tokens, without taking anything from the ring.
+
+        A kind that has nothing of the sort adds nothing.
+        """
 
 
-class FfnKind:
+class FfnKind(ABC):
     """All blocks of one kind in a model, those of `layers`. A kind overrides what it has to say.
 
     It is made once pinned blocks are in memory, and takes memory of its own from the ledger by `work.device.allocate`.
@@ -91,12 +94,12 @@ class FfnKind:
     blocks: Mapping[int, FfnBlock]
 
     @classmethod
+    @abstractmethod
     def computes(cls, work: Workspace, i: int) -> bool:
         """Whether layer `i` is of this kind, by spec, manifest and plan."""
-        raise NotImplementedError
 
-    def __init__(self, work: Workspace, layers: Sequence[int]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, work: Workspace, layers: Sequence[int]) -> None: ...
 
     @property
     def wait_s(self) -> float:
