@@ -155,7 +155,7 @@ class Engine:
         where prompt and answer do not fit in the context. Asking for a token raises it while another thread's request
         goes on, and once the engine is closed.
         """
-        if prompt == "":
+        if isinstance(prompt, str) and not prompt:
             raise UsageError("the prompt is empty: give at least one character")
         ids = checked_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, self.spec.vocab)
         limit = checked_limit(max_new_tokens, len(ids), self.plan.context)
