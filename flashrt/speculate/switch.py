@@ -14,7 +14,7 @@ CLEAR = 1.5  # times as slow as without that half a trial is enough to tell
 MARGIN = 1.05  # times as slow that drafts may seem before they rest: noise
 REST = (16, 32, 64)  # passes without drafts, after so many trials in a row that they lost
 RECENT = 12  # passes with drafts that count
-FRESH = (8, 32, 64)  # passes with drafts after which some without are measured again, sooner at first
+FRESH = (12, 64)  # passes with drafts after which some without are measured again, sooner at first
 CHECK = 3  # passes without drafts that are measured then, and count: one of them may be disturbed
 OUTLIER = 3.0  # times the median that a pass counts as at most
 

@@ -145,7 +145,7 @@ def test_off_is_measured_again_while_drafts_go_on() -> None:
         drafted.append(switch.drafts())
         switch.record(drafted[-1], 3 if drafted[-1] else 1, 1.2)
     assert [i for i, drafts in enumerate(drafted) if not drafts] == [
-        due + i for due in (8, 43, 110, 177, 244) for i in range(CHECK)
+        due + i for due in (12, 79, 146, 213, 280) for i in range(CHECK)
     ]
 
 
@@ -157,7 +157,7 @@ def test_a_slow_first_pass_does_not_hide_that_drafts_lose() -> None:
     for _ in range(30):
         drafted.append(switch.drafts())
         switch.record(drafted[-1], *((2, 4.0) if drafted[-1] else (1, 1.0)))
-    assert drafted.count(True) <= 12
+    assert drafted.count(True) <= FRESH[0] + TRIAL
 
 
 def test_one_slow_draft_is_no_judgement() -> None:
@@ -182,10 +182,10 @@ def test_one_disturbed_pass_without_a_draft_decides_nothing(
     drafted = []
     for i in range(30):
         drafted.append(switch.drafts())
-        off = factor if i == 8 + disturbed else 1.0
+        off = factor if i == FRESH[0] + disturbed else 1.0
         switch.record(drafted[-1], *((2, seconds) if drafted[-1] else (1, off)))
     assert (drafted.count(True) == 30 - CHECK) == pays
-    assert (drafted.count(True) <= 12) == (not pays)
+    assert (drafted.count(True) <= FRESH[0] + TRIAL) == (not pays)
 
 
 @pytest.mark.parametrize(("off", "drafting"), [(0.5, 0.9), (0.5, 0.7)])

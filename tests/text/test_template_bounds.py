@@ -83,6 +83,10 @@ ATTACKS = {
     "a date": "{{ strftime_now('%Y' * 999999) }}",
 }
 
+# One of each mechanism; the others are for `make test-slow`.
+QUICK = {"division", "recursion", "product", "loops", "a long output", "a wide format", "indentation", "joined"}
+QUICK |= {"a power", "nested", "an error without end", "parentheses", "a chain of filters"}
+
 
 def attacked(source: str) -> tuple[str, str]:
     """The kind and the message of the error, the bounds checked."""
@@ -94,7 +98,7 @@ def attacked(source: str) -> tuple[str, str]:
     return kind, message
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ATTACKS])
 def test_an_attack_is_one_error(name: str) -> None:
     kind, message = attacked(ATTACKS[name])
     assert kind in ("CheckpointError", "UsageError"), message[:200]
