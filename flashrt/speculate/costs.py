@@ -18,8 +18,8 @@ class PassCost:
 
     Passes differ little where bytes have to come from disk or memory, and grow with the positions where arithmetic is
     the bound. The slope is the weighted median of the slopes between any two numbers of positions, each of which stands
-    for the median of its last times. The level follows the last few passes,
-    whatever their numbers: a machine that gets slower for a while is no reason to draft less.
+    for the median of its last times. The level follows the last few passes, whatever their numbers: a machine that gets
+    slower for a while is no reason to draft less.
     """
 
     def __init__(self) -> None:
