@@ -34,6 +34,8 @@ def load(
     max_loss: float | None = None,
     speculate: str | int = "auto",
     draft: str | Path | None = None,
+    kv: str = "exact",
+    kv_keep: str | float | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -48,6 +50,8 @@ def load(
     max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
+    kv: 'exact' or, after `flashrt calibrate --kv`, 'sparse': decode passes attend to the positions that labels choose
+    kv_keep: with kv='sparse', the share of positions, such as 1/16 (the default)
 
     Raises a FlashrtError that says what to do: UsageError, before anything is opened, for an option of a wrong type or
     out of range; BudgetError, before anything is loaded, when the budget is too small.
@@ -67,5 +71,7 @@ def load(
         max_loss=max_loss,
         speculate=speculate,
         draft=draft,
+        kv=kv,
+        kv_keep=kv_keep,
     )
     return open_engine(path, options)

@@ -97,6 +97,20 @@ def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:
     return int(asked)
 
 
+def parse_keep(keep: str | float) -> float:
+    """The share of positions that sparse attention keeps, from '1/16' or 0.0625. Raises UsageError."""
+    value: Any = keep
+    if isinstance(keep, str):
+        above, slash, below = keep.partition("/")
+        try:
+            value = float(above) / float(below) if slash else float(above)
+        except (ValueError, ZeroDivisionError):
+            value = None
+    if not _is(numbers.Real, value) or not 0 < value <= 1:
+        raise UsageError(f"--kv-keep is {reprlib.repr(keep)}, expected more than 0 and at most 1, such as 1/16")
+    return float(value)
+
+
 def parse_speculate(speculate: str | int) -> int | None:
     """Tokens of a pass that verifies a draft, at most: 1 for 'off', None for 'auto'. Raises UsageError."""
     if isinstance(speculate, str):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flashrt.kv.cache import KINDS, KvKinds
+from flashrt.kv.base import KvLimits
+from flashrt.kv.cache import KINDS, Choices, KvKinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Workload:
     logit_rows: int = 1
     scoring: bool = False
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
+    choices: Choices = ()  # by layer, how decode passes choose what they attend to; none: they attend to everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class FixedCosts:
     scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
     supports_gather: bool = True  # whether its kernels take neurons from several places at once
     kv_kinds: KvKinds = KINDS  # stores that keys and values may be kept in
+    kv_scratch_bytes: Callable[[KvLimits, Choices], int] = lambda limits, choices: 0  # what these need of the scratch
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Plan:
     streamed_bytes_per_token: int
     tiers: Mapping[str, tuple[TierPlan, ...]] = field(default_factory=dict)  # by the owner whose weights they are for
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most
+    choices: Choices = ()  # see `Workload`
 
     @property
     def resident(self) -> bool:

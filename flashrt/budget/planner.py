@@ -117,6 +117,7 @@ class _Planner:
             streamed_bytes_per_token=self._streamed(pinned, granted),
             tiers=tiers,
             max_draft_tokens=self.workload.max_draft_tokens,
+            choices=self.workload.choices,
         )
 
     def smallest(self) -> int:
@@ -136,13 +137,14 @@ class _Planner:
         spec, layout, workload, costs = self.spec, self.case.layout, self.workload, self.case.costs
         codec = layout.tensors["embed"].codec
         buffers = working_set(spec, codec, chunk, self._logit_rows, workload.scoring, layout.channel_columns)
-        scratch = costs.scratch_bytes(chunk, workload.context)
+        limits, choices = KvLimits(workload.context, chunk), workload.choices
+        scratch = max(costs.scratch_bytes(chunk, workload.context), costs.kv_scratch_bytes(limits, choices))
         drafting = workload.max_draft_tokens > 1
         lookup = {"speculation": LOOKUP_BYTES * workload.context} if drafting else {}  # see `speculate.lookup`
         return _added(*(claim.fixed() for claim in self.claims), lookup) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
-            "KV": kv_bytes(spec, KvLimits(workload.context, chunk), costs.kv_item_bytes, costs.kv_kinds),
+            "KV": kv_bytes(spec, limits, costs.kv_item_bytes, costs.kv_kinds, choices),
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
             "embedding reads": self.slot_bytes + STAGING_BYTES,
         }

@@ -124,6 +124,29 @@ Draft = Annotated[
     ),
 ]
 
+
+class KvName(str, enum.Enum):
+    EXACT = "exact"
+    SPARSE = "sparse"
+
+
+Kv = Annotated[
+    KvName,
+    typer.Option(
+        "--kv",
+        help="exact attends to every token; sparse, after `flashrt calibrate --kv`, to those that matter most.",
+    ),
+]
+KvKeep = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-keep",
+        metavar="SHARE",
+        show_default=False,
+        help="With --kv sparse: the share of the tokens that is attended to. Omitted: 1/16.",
+    ),
+]
+
 # The fields of LoadOptions, as the command line asks for them.
 LOAD: dict[str, Any] = {
     "budget_gb": BudgetGb,
@@ -133,6 +156,8 @@ LOAD: dict[str, Any] = {
     "max_loss": MaxLoss,
     "speculate": Speculate,
     "draft": Draft,
+    "kv": Kv,
+    "kv_keep": KvKeep,
     "threads": Threads,
     "device": Device,
     "host_budget_gb": HostBudgetGb,

@@ -85,14 +85,17 @@ def build_engine(
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()
         }
-        scratch = device.scratch(runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context))
+        limits, choices = KvLimits(the_plan.context, the_plan.prefill_chunk), the_plan.choices
+        needed = runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context)
+        scratch = device.scratch(max(needed, runtime.kv_scratch_bytes(pack, limits, choices)))
         kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
         kv = open_cache(
             spec,
-            KvLimits(the_plan.context, the_plan.prefill_chunk),
+            limits,
             Kernels(device.ops, scratch),
-            lambda shape: device.allocate("KV", shape, kv_type),
+            lambda shape, dtype=kv_type: device.allocate("KV", shape, dtype),
             runtime.kv_kinds,
+            choices,
         )
         arrived = _counting(progress, the_plan.pinned_bytes)
         weights.load(arrived)

@@ -14,9 +14,12 @@ from flashrt.engine.draft import check_draft, load_draft
 from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
+from flashrt.kv.cache import Choices
+from flashrt.kv.choice import choices_of
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
 from flashrt.spec import ModelSpec
+from flashrt.storage.kv_labels import read_labels
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import CHUNK_BYTES
 
@@ -63,10 +66,19 @@ class LoadedPack:
         """What the process takes, measured once, for the first plan: by then everything but the model is loaded."""
         return self.runtime.fixed_costs(self.pack)
 
+    @functools.cached_property
+    def choices(self) -> Choices:
+        """How decode passes choose what they attend to, by layer; nothing where they attend to everything.
+
+        Raises UsageError when that was never calibrated, PackError when it was for other weights.
+        """
+        keep = self.options.keep
+        return () if keep is None else choices_of(read_labels(self.exact), keep)
+
     def plan(self, workload: Workload) -> Plan:
         """Plan the budget for `workload` and drafts; without one, all that the model needs or that the machine has."""
         arguments = (self.spec, self.pack.layout)
-        workload = self._with_drafts(workload)
+        workload = self._with_drafts(replace(workload, choices=self.choices))
         if self.budget is not None:
             return plan(*arguments, self.budget, workload, self.costs)
         enough = resident_budget(*arguments, workload, self.costs)
@@ -78,13 +90,14 @@ class LoadedPack:
 
         Where the budget does not even hold that one, its smallest is planned for.
         """
-        arguments = (self.spec, self.exact.layout)
+        arguments, workload = (self.spec, self.exact.layout), replace(workload, choices=self.choices)
         wanted = resident_budget(*arguments, workload, self.costs) if self.budget is None else self.budget
         smallest = smallest_budget(*arguments, workload, self.costs)
         return plan(*arguments, max(smallest, wanted), workload, self.costs)
 
     def smallest_budget(self, workload: Workload) -> int:
         """Bytes of the smallest budget that `plan` accepts."""
+        workload = replace(workload, choices=self.choices)
         return smallest_budget(self.spec, self.pack.layout, workload, self.costs)
 
     def load(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashrt.config import MOST_THREADS, budget_bytes, checked_loss, parse_speculate, whole
+from flashrt.config import MOST_THREADS, budget_bytes, checked_loss, parse_keep, parse_speculate, whole
 from flashrt.errors import UsageError
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
@@ -17,7 +17,10 @@ CHOICES = {
     "dtype": tuple(codec.value for codec in Codec),
     "device": ("cpu", "cuda"),
     "mode": ("exact", "sparse"),
+    "kv": ("exact", "sparse"),
 }
+
+DEFAULT_KEEP = 1 / 16  # of all positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,8 @@ class LoadOptions:
     max_loss: float | None = None
     speculate: str | int = "auto"
     draft: str | Path | None = None
+    kv: str = "exact"
+    kv_keep: str | float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -53,6 +58,8 @@ class LoadOptions:
             if getattr(self, name) is not None:
                 checked_path(name, getattr(self, name))
         parse_speculate(self.speculate)
+        if self.kv_keep is not None:
+            parse_keep(self.kv_keep)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -63,6 +70,10 @@ class LoadOptions:
             if self.mode == "exact":
                 raise UsageError("--max-loss needs --mode sparse: exact mode loses nothing")
             checked_loss(self.max_loss)
+        if self.kv_keep is not None and self.kv == "exact":
+            raise UsageError("--kv-keep needs --kv sparse: exact attention keeps everything")
+        if self.kv == "sparse" and self.device != "cpu":
+            raise UsageError("--kv sparse computes on the CPU only: use --device cpu")
         if self.draft is not None and self.max_draft_tokens == 1:
             raise UsageError("--draft needs drafts: leave --speculate off out")
         if self.draft is not None and self.device != "cpu":
@@ -77,6 +88,13 @@ class LoadOptions:
     def cache(self) -> Path:
         """The directory where checkpoints, packs and measurements are kept."""
         return default_cache() if self.cache_dir is None else Path(self.cache_dir)
+
+    @property
+    def keep(self) -> float | None:
+        """The share of positions that decode passes attend to; None: all."""
+        if self.kv == "exact":
+            return None
+        return DEFAULT_KEEP if self.kv_keep is None else parse_keep(self.kv_keep)
 
     @property
     def max_draft_tokens(self) -> int | None:

@@ -12,7 +12,8 @@ from flashrt.budget.planner import GIB, host_tier
 from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
 from flashrt.errors import BudgetError, DeviceError
-from flashrt.kv.cache import KINDS, KvKinds
+from flashrt.kv.base import KvLimits
+from flashrt.kv.cache import KINDS, Choices, KvKinds, kv_scratch_bytes
 from flashrt.machine.process import (
     available_bytes,
     peak_resident_bytes,
@@ -48,6 +49,9 @@ class Runtime(Protocol):
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         """Bytes that kernels need for intermediate results in a pass of `tokens` tokens at the end of `context`."""
 
+    def kv_scratch_bytes(self, pack: Pack, limits: KvLimits, choices: Choices) -> int:
+        """Bytes of these that stores of keys and values need at least."""
+
     def available(self) -> int:
         """Bytes that a budget may cover when the user gives none."""
 
@@ -77,10 +81,14 @@ class CpuRuntime:
             kv_item_bytes(pack),
             functools.partial(self.scratch_bytes, pack),
             kv_kinds=self.kv_kinds,
+            kv_scratch_bytes=functools.partial(self.kv_scratch_bytes, pack),
         )
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         return scratch_bytes(pack.spec, pack.layout, self.ops, tokens)
+
+    def kv_scratch_bytes(self, pack: Pack, limits: KvLimits, choices: Choices) -> int:
+        return kv_scratch_bytes(pack.spec, limits, self.ops, self.kv_kinds, choices)
 
     def available(self) -> int:
         return resident_bytes() + available_bytes()
@@ -122,6 +130,9 @@ class CudaRuntime:
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(pack, tokens, context)
+
+    def kv_scratch_bytes(self, pack: Pack, limits: KvLimits, choices: Choices) -> int:
+        return 0
 
     def available(self) -> int:
         return int(self._torch.cuda.mem_get_info()[0]) + self._context

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from flashrt.kv.choice import Choice
 from flashrt.spec import Attention
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
-Allocate = Callable[[Sequence[int]], Tensor]  # zeroed memory for keys and values: float32, or bfloat16 bits in uint16
+
+
+class Allocate(Protocol):
+    """Gives zeroed memory."""
+
+    def __call__(self, shape: Sequence[int], dtype: type = ...) -> Tensor:
+        """By default for keys and values: float32, or bfloat16 bits in uint16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +26,7 @@ class KvLimits:
 
     context: int  # positions of the sequence
     rows: int  # of one pass that belong to the sequence, drafts behind it included
+    choice: Choice | None = None  # how few rows choose the positions that they attend to; None: to all
 
 
 class Kernels(NamedTuple):
@@ -33,6 +41,7 @@ class KvRows(NamedTuple):
 
     start: int  # position of the first; a tree's rows without a parent all stand there
     parents: Tensor | None = None  # int32 [T]: makes the rows a tree, as `flashrt_kernels.cpu.attention` takes it
+    wide: bool = False  # whether many rows are computed together, by other kernels; few rows may choose what they see
 
 
 class KvStore(ABC):
@@ -46,6 +55,16 @@ class KvStore(ABC):
     @abstractmethod
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
         """How many numbers (keys and values) a store takes from its `allocate`; None for a layer it cannot hold."""
+
+    @classmethod
+    def beside(cls, attention: Attention, limits: KvLimits) -> int:
+        """Bytes that it takes from its `allocate` beside these."""
+        return 0
+
+    @classmethod
+    def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
+        """Bytes of scratch that it needs beside what attention over all positions does."""
+        return 0
 
     @abstractmethod
     def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:

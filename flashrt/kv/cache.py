@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvStore
+from flashrt.kv.choice import Choice
 from flashrt.kv.contiguous import ContiguousStore
+from flashrt.kv.sparse import SparseStore
 from flashrt.kv.window import WindowStore
 from flashrt.spec import Attention, ModelSpec
 
 KvKinds = Sequence[type[KvStore]]
+Choices = Sequence[Choice | None]
 
-KINDS: KvKinds = (ContiguousStore, WindowStore)
+KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore)
 
 
 class KvCache:
@@ -52,17 +58,37 @@ class KvCache:
 
 
 def open_cache(
-    spec: ModelSpec, limits: KvLimits, kernels: Kernels, allocate: Allocate, kinds: KvKinds = KINDS
+    spec: ModelSpec,
+    limits: KvLimits,
+    kernels: Kernels,
+    allocate: Allocate,
+    kinds: KvKinds = KINDS,
+    choices: Choices = (),
 ) -> KvCache:
-    """An empty cache for a sequence of `spec`."""
-    attentions = [layer.attention for layer in spec.layers]
-    stores = [choose(attention, limits, kinds)[0](attention, limits, kernels, allocate) for attention in attentions]
+    """An empty cache for a sequence of `spec`; `choices` by layer, none: all attend to everything."""
+    stores = [
+        choose(attention, own, kinds)[0](attention, own, kernels, allocate)
+        for attention, own in _layers(spec, limits, choices)
+    ]
     return KvCache(stores, limits.context)
 
 
-def kv_bytes(spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS) -> int:
+def kv_bytes(spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS, choices: Choices = ()) -> int:
     """Bytes that `open_cache` allocates, `item_bytes` each number."""
-    return item_bytes * sum(choose(layer.attention, limits, kinds)[1] for layer in spec.layers)
+    total = 0
+    for attention, own in _layers(spec, limits, choices):
+        kind, numbers = choose(attention, own, kinds)
+        total += item_bytes * numbers + kind.beside(attention, own)
+    return total
+
+
+def kv_scratch_bytes(spec: ModelSpec, limits: KvLimits, ops: Any, kinds: KvKinds = KINDS, choices: Choices = ()) -> int:
+    """Bytes of scratch that the stores of `open_cache` need, beside what attention over all positions does."""
+    needs = (
+        choose(attention, own, kinds)[0].scratch_bytes(attention, own, ops)
+        for attention, own in _layers(spec, limits, choices)
+    )
+    return max(needs, default=0)
 
 
 def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type[KvStore], int]:
@@ -71,3 +97,9 @@ def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type
     if not claims:
         raise ValueError(f"none of {[kind.__name__ for kind in kinds]} holds keys and values of {attention}")
     return min(claims, key=lambda pair: pair[1])
+
+
+def _layers(spec: ModelSpec, limits: KvLimits, choices: Choices) -> Iterator[tuple[Attention, KvLimits]]:
+    """What each layer's store must hold."""
+    for layer, choice in itertools.zip_longest(spec.layers, choices):
+        yield layer.attention, replace(limits, choice=choice)

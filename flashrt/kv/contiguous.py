@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows, KvStore, Tensor
 from flashrt.kv.reach import reach
@@ -15,6 +16,8 @@ class ContiguousStore(KvStore):
     `first` is the position of the first slot.
     """
 
+    chooses: ClassVar[bool] = False  # whether few rows may attend to chosen positions only
+
     @classmethod
     def slots(cls, attention: Attention, limits: KvLimits) -> int:
         """Positions that are held at a time."""
@@ -22,6 +25,8 @@ class ContiguousStore(KvStore):
 
     @classmethod
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+        if limits.choice is not None and not cls.chooses:
+            return None
         return 2 * attention.kv_heads * attention.head_dim * cls.slots(attention, limits)
 
     def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:

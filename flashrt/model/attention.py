@@ -33,7 +33,7 @@ class AttentionBlocks:
         self._parts = []
         for own, part in batch.parts:
             parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
-            self._parts.append((own, part.kv, KvRows(part.start, parents)))
+            self._parts.append((own, part.kv, KvRows(part.start, parents, batch.wide)))
 
     def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
         """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""

@@ -1,0 +1,60 @@
+"""Which positions a row of a decode pass attends to: functions of its own position, whoever shares its pass.
+
+Always the first block, where sinks are (Xiao et al., arXiv:2309.17453), and the last positions up to its own. Of the
+blocks between these, the heaviest by their labels (Yang et al., "Post-Training Sparse Attention with Double Sparsity",
+arXiv:2408.07092).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flashrt.labels import KvLabels, LayerLabels
+from flashrt_kernels.labels import LABEL_TOKENS
+from flashrt_kernels.limits import NARROW_TOKENS
+
+RECENT = 2 * NARROW_TOKENS  # positions before and with a row that it attends to, at least
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """How one layer chooses: by `labels`, `block` neighbours together, `shares` of all positions by KV head."""
+
+    labels: LayerLabels
+    block: int
+    shares: tuple[float, ...]
+
+    def most(self, context: int) -> int:
+        """Blocks that a row chooses for one KV head, at most."""
+        return max((self.kept(context - 1, head) for head in range(len(self.shares))), default=0)
+
+    def kept(self, position: int, head: int) -> int:
+        """Blocks that a row at `position` chooses for a KV head; no more than there are."""
+        wanted = math.ceil(self.shares[head] * (position + 1) / self.block)
+        return max(0, min(wanted, self.end(position) - 1))
+
+    def end(self, position: int) -> int:
+        """Blocks before those that a row at `position` attends to in any case; the first of all is one of them."""
+        return recent(position) // self.block
+
+
+def recent(position: int) -> int:
+    """The first of the last positions that a row at `position` attends to."""
+    return max(position - RECENT + 1, 0) // LABEL_TOKENS * LABEL_TOKENS
+
+
+def labelled(start: int) -> int:
+    """Positions that have labels once a pass whose first row stands at `start` has begun.
+
+    Drafts may have stood before `start`. All positions that rows of the pass can choose are among these.
+    """
+    return max(start - NARROW_TOKENS, 0) // LABEL_TOKENS * LABEL_TOKENS
+
+
+def choices_of(labels: KvLabels, keep: float) -> tuple[Choice | None, ...]:
+    """How each layer chooses where this share of all positions is kept; None: the layer attends to everything."""
+    return tuple(
+        None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares))
+        for layer, shares in zip(labels.layers, labels.shares, strict=True)
+    )
