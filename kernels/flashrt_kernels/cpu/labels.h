@@ -82,11 +82,13 @@ FLASHRT_INLINE void soften_labels(const LabelChunk& c, int q, float* scores) {
     }
     std::memset(scores, 0, 4 * static_cast<size_t>(c.begin));
     std::memset(scores + c.end, 0, 4 * static_cast<size_t>(LABEL_CHUNK - c.end));
+    const int blocks = LABEL_CHUNK / c.block;
+    float* sums = c.sums + static_cast<size_t>(q) * blocks;
+    add_blocks(scores, c.block, sums);
     F total = zero();
-    for (int t = begin; t < end; t += 16) total = add(total, load(scores + t));
+    for (int b = 0; b < blocks; b += 16) total = add(total, load(sums + b));
     store_part(c.best + q * c.step, best, 1);
     c.total[q * c.step] = sum(total);
-    add_blocks(scores, c.block, c.sums + static_cast<size_t>(q) * (LABEL_CHUNK / c.block));
 }
 
 template <int Q>
