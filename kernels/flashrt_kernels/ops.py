@@ -188,6 +188,59 @@ class Ops(Protocol[Array]):
     def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
         """Bytes of scratch of `attention` for q [tokens, heads, dim], whatever the context."""
 
+    def attention_list(
+        self,
+        q: Array,
+        near: Array,
+        far: Array | None,
+        lists: Array,
+        counts: Array,
+        scale: float,
+        softcap: float | None,
+        out: Array,
+        scratch: Array | None = None,
+    ) -> None:
+        """Attention of q [T, H, D] over lists of tokens, one for each row and KV head; out [T, H * D].
+
+        lists int32 [T, KVH, most], of which counts int32 [T, KVH] are there, attended to in their order: i >= 0 is
+        near[head, i] of [KVH, slots, 2, D], -1 - i is far[i] of [tokens, 2, D] (None: none). An empty list gives zeros;
+        0, 1, .. p gives the bits of `attention` at position p.
+        """
+
+    def attention_list_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
+        """Bytes of scratch of `attention_list` for q [tokens, heads, dim], whatever the lists."""
+
+    def label_append(self, values: Array, low: Array, step: Array, labels: Array, position: int) -> None:
+        """Encodes values [n, KVH, r] into labels (`flashrt_kernels.labels`) from `position` on; low, step [KVH, r].
+
+        A code is (value - low) / step, rounded half to even, within 0 to 15.
+        """
+
+    def select(
+        self,
+        q: Array,
+        labels: Array,
+        step: Array,
+        scale: float,
+        first: int,
+        ends: Array,
+        keep: Array,
+        block: int,
+        chosen: Array,
+        counts: Array,
+        scratch: Array | None = None,
+    ) -> None:
+        """The keep[t, h] heaviest blocks of tokens, ascending, into chosen int32 [T, KVH, most].
+
+        q [T, H, r] of labels, step [KVH, r]. Candidates of row t are blocks first to ends[t] - 1 of `block` tokens. A
+        block weighs what the softmax of scores over all candidates' tokens gives it, summed over the queries that share
+        the KV head; of equals the earlier goes first. ends int32 [T], keep int32 [T, KVH]; counts int32 [T, KVH] says
+        how many were chosen: keep, or all candidates.
+        """
+
+    def select_scratch_bytes(self, heads: int, kv_heads: int, context: int, block: int) -> int:
+        """Bytes of scratch of `select` on labels of `context` positions, for any number of rows."""
+
     def quantize(self, weights: Array, codec: Codec, out: Array, importance: Array | None = None) -> None:
         """Encodes weights [n, K] into out uint8 [n, row_bytes]; importance [K] weighs the columns' errors."""
 

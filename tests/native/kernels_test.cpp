@@ -156,6 +156,42 @@ void check_attention(bool half) {
     CHECK(forked != alone);
 }
 
+// Lists of all positions give what attention does, and blocks are chosen alike by any number of threads.
+void check_lists(bool half) {
+    constexpr int TOKENS = 2, HEADS = 6, KV_HEADS = 2, DIM = 20, CONTEXT = 304, CHANNELS = 24, BLOCK = 8, KEEP = 5;
+    const std::vector<float> q = normal(TOKENS * HEADS * DIM, 1), k = normal(CONTEXT * KV_HEADS * DIM, 2);
+    std::vector<uint8_t> near(KV_HEADS * CONTEXT * 2 * DIM * (half ? 2 : 4));
+    kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, near.data(), half, CONTEXT, 0);
+    std::vector<int32_t> lists(TOKENS * KV_HEADS * CONTEXT), counts;
+    for (size_t i = 0; i < lists.size(); ++i) lists[i] = static_cast<int32_t>(i % CONTEXT);
+    for (int i = 0; i < TOKENS * KV_HEADS; ++i) counts.push_back(CONTEXT - TOKENS + 1 + i / KV_HEADS);
+    std::vector<float> dense(TOKENS * HEADS * DIM), out(dense.size());
+    const std::vector<float> values = normal(CONTEXT * KV_HEADS * CHANNELS, 3), low(KV_HEADS * CHANNELS, -2.0f);
+    const std::vector<float> step(KV_HEADS * CHANNELS, 0.3f), labels_q = normal(TOKENS * HEADS * CHANNELS, 4);
+    std::vector<uint8_t> codes(KV_HEADS * CONTEXT * CHANNELS / 2);
+    const Labels labels{codes.data(), KV_HEADS, CHANNELS, CONTEXT / LABEL_TOKENS};
+    label_append({values.data(), KV_HEADS * CHANNELS, CONTEXT, low.data(), step.data(), labels, 0});
+    const int32_t ends[TOKENS] = {33, CONTEXT / BLOCK}, keep[TOKENS * KV_HEADS] = {KEEP, 0, 1, KEEP};
+    std::vector<int32_t> first;
+    for (int crew : {1, 4}) {
+        set_threads(crew);
+        std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
+        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), half, CONTEXT, CONTEXT - TOKENS, 0,
+                   0.1f, 0.0f, dense.data(), HEADS * DIM, scratch.data(), crew, nullptr});
+        scratch.assign(attention_list_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew), 0);
+        attention_list({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), nullptr, half, CONTEXT,
+                        lists.data(), counts.data(), CONTEXT, 0.1f, 0.0f, out.data(), HEADS * DIM, scratch.data(), crew});
+        CHECK(out == dense);
+        scratch.assign(select_scratch_bytes(HEADS, KV_HEADS, CONTEXT, BLOCK), 0);
+        std::vector<int32_t> chosen(TOKENS * KV_HEADS * KEEP, -1), found(TOKENS * KV_HEADS);
+        select({labels_q.data(), HEADS * CHANNELS, TOKENS, HEADS, labels, step.data(), 0.2f, 1, ends, keep, BLOCK,
+                chosen.data(), found.data(), KEEP, scratch.data()});
+        for (int i = 0; i < TOKENS * KV_HEADS; ++i) CHECK(found[i] == keep[i]);
+        if (crew == 1) first = chosen;
+        CHECK(chosen == first);
+    }
+}
+
 void check_elementwise() {
     constexpr int N = 3, K = 77;
     const std::vector<float> x = normal(N * K, 4), weight = normal(K, 5), bias = normal(K, 6);
@@ -199,7 +235,10 @@ int main() {
     const char* names[8];
     for (int i = available_isas(names, 8); i-- > 0;) {
         force_isa(names[i]);
-        for (bool half : {false, true}) check_attention(half);
+        for (bool half : {false, true}) {
+            check_attention(half);
+            check_lists(half);
+        }
         check_elementwise();
     }
     force_isa(nullptr);

@@ -18,11 +18,20 @@ from numpy.typing import NDArray
 
 from flashrt_kernels.activations import parse
 from flashrt_kernels.cpu import _cpu
+from flashrt_kernels.cpu.sparse import (
+    attention_list,
+    attention_list_scratch_bytes,
+    label_append,
+    select,
+    select_scratch_bytes,
+)
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
 __all__ = [
     "attention",
+    "attention_list",
+    "attention_list_scratch_bytes",
     "attention_scratch_bytes",
     "available_isas",
     "dequantize",
@@ -38,6 +47,7 @@ __all__ = [
     "glu",
     "isa",
     "kv_append",
+    "label_append",
     "layer_norm",
     "linear",
     "quantize",
@@ -45,6 +55,8 @@ __all__ = [
     "reserve",
     "rms_norm",
     "rope",
+    "select",
+    "select_scratch_bytes",
     "set_threads",
     "threads",
 ]

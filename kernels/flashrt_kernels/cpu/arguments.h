@@ -26,7 +26,7 @@ inline std::string text(const int64_t* numbers, int n) {
 // An array of the caller's, which the caller keeps alive. Steps are in elements. A const T may be read-only.
 template <typename T>
 struct Array {
-    static constexpr int MOST = 4;
+    static constexpr int MOST = 5;
     const char* name;
     T* data = nullptr;
     int dims = 0;
@@ -99,6 +99,32 @@ const T* vector_or_null(const char* name, nb::handle object, int64_t length) {
     v.expect(0, length);
     return v.data;
 }
+
+struct Cache {  // [kv_heads, context, 2, dim]
+    void* data;
+    bool half;
+    int64_t heads, context, dim;
+
+    Cache(const char* name, nb::handle object) {
+        nb::ndarray<nb::device::cpu> found;
+        if (!nb::try_cast(object, found, false)) wrong(name, "expected a writable numpy array");
+        if (found.dtype() == nb::dtype<uint16_t>()) fill(Array<uint16_t>(name, object, 4), true);
+        else if (found.dtype() == nb::dtype<float>()) fill(Array<float>(name, object, 4), false);
+        else wrong(name, "expected uint16 (bfloat16 bits) or float32");
+    }
+
+   private:
+    template <typename T>
+    void fill(const Array<T>& kv, bool is_half) {
+        kv.contiguous(4);
+        kv.expect(2, 2);
+        data = kv.data;
+        half = is_half;
+        heads = kv.shape[0];
+        context = kv.shape[1];
+        dim = kv.shape[3];
+    }
+};
 
 // Bundles of at least `rows` packed rows of `k` weights.
 inline Rows bundles_of(nb::handle object, int codec, int rows, int64_t k, const char* name = "bundles") {

@@ -8,11 +8,18 @@
 
 namespace flashrt::FLASHRT_ISA {
 
+// Where a slot's key lies, and its value behind it.
+template <typename T>
+FLASHRT_INLINE const T* pair_at(const Segment& s, int slot) {
+    if (s.pairs) return static_cast<const T*>(s.pairs[slot]);
+    return static_cast<const T*>(s.kv) + 2 * static_cast<size_t>(slot) * s.dim;
+}
+
 FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float* to) {  // D floats, zeros up to 16
-    const size_t at = (2 * static_cast<size_t>(position) + value) * s.dim;
+    const int at = value ? s.dim : 0;
     int d = 0;
     if (s.half) {
-        const uint16_t* from = static_cast<const uint16_t*>(s.kv) + at;
+        const uint16_t* from = pair_at<uint16_t>(s, position) + at;
         for (; d + 16 <= s.dim; d += 16) store(to + d, load_bf16(from + d));
         if (d < s.dim) {
             uint16_t tail[16] = {};
@@ -20,7 +27,7 @@ FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float*
             store(to + d, load_bf16(tail));
         }
     } else {
-        const float* from = static_cast<const float*>(s.kv) + at;
+        const float* from = pair_at<float>(s, position) + at;
         for (; d + 16 <= s.dim; d += 16) store(to + d, load(from + d));
         if (d < s.dim) store(to + d, load_part(from + d, s.dim - d));
     }
@@ -29,14 +36,16 @@ FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float*
 // `pack_keys` for bfloat16 and whole pairs of lanes: numbers are transposed two at a time, and widened after.
 inline void pack_half_keys(const Segment& s, int begin, int n16) {
     static const uint16_t nothing[256] = {};
-    const uint16_t* kv = static_cast<const uint16_t*>(s.kv);
     alignas(64) uint32_t block[16][16];
     for (int p = 0; p < n16; p += 16) {
         const uint16_t* keys[16];
         for (int i = 0; i < 16; ++i) {
             const int position = begin + p + i;
-            keys[i] = position < s.end ? kv + 2 * static_cast<size_t>(position) * s.dim : nothing;
-            for (int d = 0; d < s.dim; d += 32) prefetch(keys[i] + 2 * static_cast<size_t>(POSITIONS) * s.dim + d);
+            keys[i] = nothing;
+            if (position >= s.end) continue;
+            keys[i] = pair_at<uint16_t>(s, position);
+            const uint16_t* ahead = pair_at<uint16_t>(s, position + POSITIONS);
+            for (int d = 0; d < s.dim; d += 32) prefetch(ahead + d);
         }
         float* stripe = s.panel + static_cast<size_t>(p) * s.dim;
         for (int d = 0; d < s.dim; d += 32) {
@@ -76,12 +85,14 @@ inline void pack_keys(const Segment& s, int begin, int n16) {
 inline void pack_values(const Segment& s, int begin, int n) {
     const int dim16 = (s.dim + 15) / 16 * 16;
     if (s.half && s.dim % 16 == 0) {
-        const uint16_t* from = static_cast<const uint16_t*>(s.kv) + (2 * static_cast<size_t>(begin) + 1) * s.dim;
-        for (int p = 0; p < n; ++p, from += 2 * static_cast<size_t>(s.dim))
+        for (int p = 0; p < n; ++p) {
+            const uint16_t* from = pair_at<uint16_t>(s, begin + p) + s.dim;
+            const uint16_t* ahead = pair_at<uint16_t>(s, begin + p + POSITIONS) + s.dim;
             for (int d = 0; d < s.dim; d += 16) {
-                prefetch(from + 2 * static_cast<size_t>(POSITIONS) * s.dim + d);
+                prefetch(ahead + d);
                 store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load_bf16(from + d));
             }
+        }
         return;
     }
     alignas(64) float value[256];

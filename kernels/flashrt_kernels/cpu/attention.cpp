@@ -1,9 +1,7 @@
 // Attention over an append-only cache, in segments of 256 positions that are merged in ascending order.
 
-#include <cmath>
-#include <cstring>
-
 #include "ops.h"
+#include "partial.h"
 #include "pool.h"
 
 namespace flashrt {
@@ -12,12 +10,7 @@ namespace {
 constexpr int WAVE = 8;      // segments of one KV head that run in parallel before they are merged
 constexpr int QUERIES = 96;  // rows of the largest tile, about
 
-int rounded(int dim) { return (dim + 15) / 16 * 16; }
 int tile_tokens(int group) { return QUERIES / group > 1 ? QUERIES / group : 1; }
-
-struct Partial {  // running softmax of a tile's queries
-    float *best, *total, *acc;
-};
 
 struct Shape {
     int group, dim16, tile, queries;  // queries: of a full tile
@@ -27,14 +20,12 @@ struct Shape {
         tile = tile_tokens(group) < tokens ? tile_tokens(group) : tokens;
         queries = tile * group;
     }
-    size_t partial() const { return static_cast<size_t>(queries) * (dim16 + 2); }
+    size_t partial() const { return partial_floats(queries, dim16); }
     size_t worker(int dim) const {  // panel, scores, queries, bounds, a partial and the running one
         return static_cast<size_t>(POSITIONS) * dim16 + static_cast<size_t>(SCORES) * queries + static_cast<size_t>(queries) * (dim + 2) +
                2 * partial() + 64;
     }
 };
-
-Partial partial_at(float* memory, int queries) { return {memory, memory + queries, memory + 2 * queries}; }
 
 struct Worker {
     float *panel, *scores, *q;
@@ -121,20 +112,6 @@ void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int i
     kernels().attend(s);
 }
 
-void clear(Partial& p, int queries, int dim16) {
-    for (int i = 0; i < queries; ++i) {
-        p.best[i] = -INFINITY;
-        p.total[i] = 0.0f;
-    }
-    std::memset(p.acc, 0, sizeof(float) * queries * dim16);
-}
-
-void merge(const Shape& shape, int queries, Partial& into, const Partial& from) {
-    for (int i = 0; i < queries; ++i)
-        kernels().merge(shape.dim16, into.best + i, into.total + i, into.acc + static_cast<size_t>(i) * shape.dim16,
-                        from.best[i], from.total[i], from.acc + static_cast<size_t>(i) * shape.dim16);
-}
-
 void write(const AttentionJob& job, const Shape& shape, const Tile& tile, const Partial& p) {
     for (int t = 0, i = 0; t < tile.tokens; ++t)
         for (int g = 0; g < shape.group; ++g, ++i) {
@@ -174,7 +151,7 @@ void by_segment(const AttentionJob& job, const Shape& shape, float* workers, flo
         parallel_for(job.kv_heads, [&](int64_t head, int) {
             Partial running = partial(static_cast<int>(head), WAVE);
             if (from == first) clear(running, queries, shape.dim16);
-            for (int i = 0; i < count; ++i) merge(shape, queries, running, partial(static_cast<int>(head), i));
+            for (int i = 0; i < count; ++i) merge(shape.dim16, queries, running, partial(static_cast<int>(head), i));
             if (from + WAVE > last) write(job, shape, {0, job.tokens, static_cast<int>(head)}, running);
         });
     }
@@ -194,7 +171,7 @@ void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
         segments(job, tile, first, last);
         for (int i = first; i <= last; ++i) {
             attend(job, shape, tile, i, worker, worker.fresh);
-            merge(shape, queries, worker.running, worker.fresh);
+            merge(shape.dim16, queries, worker.running, worker.fresh);
         }
         write(job, shape, tile, worker.running);
     }, job.crew);

@@ -169,32 +169,6 @@ DownJob down_job(handle sums_, handle scale_, handle norms_, Named activation, b
             from, w, first, y.data, static_cast<size_t>(y.step[0])};
 }
 
-struct Cache {  // [kv_heads, context, 2, dim]
-    void* data;
-    bool half;
-    int64_t heads, context, dim;
-
-    explicit Cache(handle object) {
-        nb::ndarray<nb::device::cpu> found;
-        if (!nb::try_cast(object, found, false)) wrong("kv", "expected a writable numpy array");
-        if (found.dtype() == nb::dtype<uint16_t>()) fill(Array<uint16_t>("kv", object, 4), true);
-        else if (found.dtype() == nb::dtype<float>()) fill(Array<float>("kv", object, 4), false);
-        else wrong("kv", "expected uint16 (bfloat16 bits) or float32");
-    }
-
-   private:
-    template <typename T>
-    void fill(const Array<T>& kv, bool is_half) {
-        kv.contiguous(4);
-        kv.expect(2, 2);
-        data = kv.data;
-        half = is_half;
-        heads = kv.shape[0];
-        context = kv.shape[1];
-        dim = kv.shape[3];
-    }
-};
-
 void check_positions(int64_t start, int64_t tokens, int64_t context) {
     if (start < 0 || start > context - tokens)
         wrong("start", std::to_string(tokens) + " positions from " + std::to_string(start) +
@@ -223,7 +197,7 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     const int dim = static_cast<int>(q.shape[2]);
     if (dim < 1 || dim > WIDEST_HEAD)
         wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(dim));
-    const Cache kv(kv_);
+    const Cache kv("kv", kv_);
     if (kv.dim != dim) wrong("kv", "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.dim));
     if (kv.heads == 0 || heads % kv.heads)
         wrong("kv", std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
@@ -249,7 +223,7 @@ void py_kv_append(handle k_, handle v_, handle kv_, int64_t start) {
     k.contiguous(2);
     v.contiguous(2);
     for (int i = 0; i < 3; ++i) v.expect(i, k.shape[i]);
-    const Cache kv(kv_);
+    const Cache kv("kv", kv_);
     if (kv.heads != k.shape[1] || kv.dim != k.shape[2])
         wrong("kv", "expected " + std::to_string(k.shape[1]) + " heads of " + std::to_string(k.shape[2]) + ", found " +
                         std::to_string(kv.heads) + " of " + std::to_string(kv.dim));
@@ -316,6 +290,9 @@ void py_dequantize(handle rows_, int codec, int64_t k, handle out_) {
 }
 
 }  // namespace
+
+void bind_sparse(nb::module_&);
+
 }  // namespace flashrt
 
 using namespace flashrt;
@@ -420,6 +397,7 @@ NB_MODULE(_cpu, m) {
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg().none(), nb::arg().none());
     m.def("kv_append", &py_kv_append);
+    bind_sparse(m);
     m.def("rms_norm", [](handle x, handle weight, float eps, handle out) {
         py_norm(true, x, weight, nb::none(), eps, out);
     });

@@ -79,6 +79,7 @@ struct Tree {
 
 struct Segment {  // one (KV head, segment of positions) against a tile of queries
     const void* kv;        // [slots, 2, D] of the KV head
+    const void* const* pairs;  // [end + POSITIONS]: where each slot's [2, D] lies instead; null: in `kv`
     bool half;             // bfloat16 bits, or float32
     int dim;               // D
     int begin, end;        // slots that some query of the tile sees; without a tree those are positions
@@ -100,6 +101,31 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
 
 constexpr int SCORES = ATTENTION_SEGMENT + NARROW_TOKENS;  // slots at most: a tree may lie beyond the segment of its positions
 constexpr int POSITIONS = 32;  // packed at a time: their panel stays in the first-level cache
+
+constexpr int LABEL_CHUNK = 256;  // tokens whose labels are scored together, from multiples of it on
+
+struct LabelChunk {  // of one KV head, against the queries of a token
+    const uint8_t* labels;  // [LABEL_CHUNK / 16, channels / 8, 16, 4]
+    int channels;
+    int begin, end;         // tokens of the chunk that are candidates
+    int block;              // tokens of a block, which divide 16
+    int queries;
+    const int8_t* codes;    // [queries, channels]: the queries in steps of the labels, and of a scale each
+    const float* scales;    // [queries]: of the scores, as powers of two
+    float* best;            // out [queries, step]: highest score, as a whole power of two
+    float* total;           // out [queries, step]: sum of 2^(score - best)
+    size_t step;
+    float* sums;            // out [queries, LABEL_CHUNK / block]: the same of each block
+};
+
+struct LabelScores {  // of all chunks of one KV head
+    int chunks, queries, block;
+    float* best;          // [queries, step], used up
+    const float* total;
+    size_t step;
+    const float* sums;    // [chunks, queries, LABEL_CHUNK / block]
+    float* weights;       // out [chunks, LABEL_CHUNK / block]: softmax of each query, summed
+};
 
 struct Kernels {
     const char* name;
@@ -136,6 +162,13 @@ struct Kernels {
     void (*attend)(const Segment&);
     // (best, total, acc) of a query absorb those of a later segment
     void (*merge)(int dim16, float* best, float* total, float* acc, float best2, float total2, const float* acc2);
+
+    // One token's labels: four bytes for each eight channels, LABEL_TOKENS * 4 bytes apart.
+    void (*encode_label)(const float* values, const float* low, const float* step, int channels, uint8_t* to);
+    // A query in steps of the labels: its codes, and their scale.
+    float (*encode_query)(const float* q, const float* step, int channels, int8_t* codes);
+    void (*score_labels)(const LabelChunk&);
+    void (*weigh_blocks)(const LabelScores&);
 
     void (*rms_norm)(const float* x, const float* weight, int k, float eps, float* out);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int k, float eps, float* out);

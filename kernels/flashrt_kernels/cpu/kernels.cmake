@@ -21,11 +21,11 @@ endfunction()
 
 set(CONSTANTS_DIR ${CMAKE_CURRENT_BINARY_DIR}/constants)
 write_constants(${CONSTANTS_DIR}/constants.h
-  ${KERNELS_DIR}/../limits.py ${KERNELS_DIR}/../rows.py ${KERNELS_DIR}/../channels.py)
+  ${KERNELS_DIR}/../limits.py ${KERNELS_DIR}/../rows.py ${KERNELS_DIR}/../channels.py ${KERNELS_DIR}/../labels.py)
 
 function(add_kernels target)
   target_include_directories(${target} PRIVATE ${CONSTANTS_DIR})
-  foreach(source pool isa linear glu channels gemm attention elementwise quantize)
+  foreach(source pool isa linear glu channels gemm attention attention_list labels select elementwise quantize)
     target_sources(${target} PRIVATE ${KERNELS_DIR}/${source}.cpp)
   endforeach()
   target_compile_options(${target} PRIVATE ${ARGN})

@@ -5,6 +5,7 @@
 #include "channels.h"
 #include "dots.h"
 #include "encode.h"
+#include "labels.h"
 #include "vectors.h"
 
 #define STRING(x) #x
@@ -28,9 +29,10 @@ static uint64_t read(const void* data, size_t bytes) {
 
 extern const Kernels table_of_kernels;
 const Kernels table_of_kernels = {
-    NAME(FLASHRT_ISA), HALF_GEMM,     prepare, dots,   axpys, collect,  choose_channels, add_channels, activate, to_half,
-    pack_across,       pack_along,    pack_channels,   tile,  attend,   merge,           rms_norm,     layer_norm,
-    rope,              encode,        decode_row,      read,
+    NAME(FLASHRT_ISA), HALF_GEMM,    prepare,       dots,         axpys,        collect,  choose_channels, add_channels,
+    activate,          to_half,      pack_across,   pack_along,   pack_channels, tile,    attend,          merge,
+    encode_label,      encode_query, score_labels,  weigh_blocks, rms_norm,     layer_norm, rope,          encode,
+    decode_row,        read,
 };
 
 }  // namespace flashrt::FLASHRT_ISA

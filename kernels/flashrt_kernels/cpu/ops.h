@@ -119,6 +119,58 @@ struct AttentionJob {
     const Tree* tree = nullptr;  // null: tokens follow one another
 };
 
+struct AttentionListJob {
+    const float* q;
+    size_t q_step;
+    int tokens, heads, kv_heads, dim;
+    const void *near, *far;  // [kv_heads, slots, 2, dim], [any, 2, dim]
+    bool half;
+    int64_t slots;
+    const int32_t* lists;   // [tokens, kv_heads, most]: i >= 0 is near[head, i], -1 - i is far[i]
+    const int32_t* counts;  // [tokens, kv_heads]
+    int64_t most;
+    float scale, softcap;
+    float* out;
+    size_t out_step;
+    void* scratch;
+    int crew;
+};
+
+struct Labels {  // [kv_heads, groups, channels / LABEL_CHANNELS, LABEL_TOKENS, 4]
+    uint8_t* data;
+    int kv_heads, channels;
+    int64_t groups;
+
+    size_t group_bytes() const { return static_cast<size_t>(channels) * LABEL_TOKENS / 2; }
+    uint8_t* at(int head, int64_t group) const { return data + (head * groups + group) * group_bytes(); }
+};
+
+struct LabelJob {
+    const float* values;  // [tokens, kv_heads, channels]
+    size_t values_step;
+    int tokens;
+    const float *low, *step;  // [kv_heads, channels]
+    Labels labels;
+    int64_t position;
+};
+
+struct SelectJob {
+    const float* q;  // [tokens, heads, channels]
+    size_t q_step;
+    int tokens, heads;
+    Labels labels;
+    const float* step;  // [kv_heads, channels]
+    float scale;
+    int first;            // candidates are blocks first to ends[token] - 1
+    const int32_t* ends;  // [tokens]
+    const int32_t* keep;  // [tokens, kv_heads]
+    int block;            // tokens of a block
+    int32_t* chosen;      // [tokens, kv_heads, most]
+    int32_t* counts;      // [tokens, kv_heads]
+    int64_t most;
+    void* scratch;
+};
+
 void linear(const LinearJob&);
 void glu(const GluJob&);
 ChannelCount gate_up(const GateUpJob&);
@@ -134,6 +186,11 @@ void gemm_gate_up(const GateUpJob&, void* scratch, int crew);
 void gemm_down(const DownJob&, void* scratch, int crew);
 size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
 void attention(const AttentionJob&);
+size_t attention_list_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
+void attention_list(const AttentionListJob&);
+void label_append(const LabelJob&);
+size_t select_scratch_bytes(int heads, int kv_heads, int64_t context, int block);
+void select(const SelectJob&);
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,
                void* kv, bool half, int64_t context, int64_t start);
 void rms_norm(const float* x, size_t x_step, int64_t n, int k, const float* weight, float eps, float* out,

@@ -89,6 +89,11 @@ FLASHRT_INLINE void sum_each(const F* a, float* out) {
     for (int i = 0; i < N; ++i) out[i] = lanes[4 * (i % 4) + i / 4];
 }
 FLASHRT_INLINE float highest(F a) { return _mm512_reduce_max_ps(a.v); }
+FLASHRT_INLINE F add_neighbours(F a, F b) {  // a[0] + a[1], a[2] + a[3], and so on, then those of b
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
+}
 // The 16 values of a 4-bit code: scale * code - offset.
 struct Table { __m512 v; };
 FLASHRT_INLINE Table table(float scale, float minus_offset) {
@@ -264,6 +269,11 @@ FLASHRT_INLINE float highest(F x) {
     c = _mm_max_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
+FLASHRT_INLINE __m256 add_neighbours(__m256 x, __m256 y) {
+    const __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(x, y));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
+}
+FLASHRT_INLINE F add_neighbours(F x, F y) { return {add_neighbours(x.a, x.b), add_neighbours(y.a, y.b)}; }
 
 struct Table { float scale, minus_offset; };
 FLASHRT_INLINE Table table(float scale, float minus_offset) { return {scale, minus_offset}; }
@@ -455,6 +465,14 @@ FLASHRT_INLINE float highest(F a) {
     for (int i = 1; i < 16; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
     return a.v[0];
 }
+FLASHRT_INLINE F add_neighbours(F a, F b) {
+    F r;
+    for (int i = 0; i < 8; ++i) {
+        r.v[i] = a.v[2 * i] + a.v[2 * i + 1];
+        r.v[8 + i] = b.v[2 * i] + b.v[2 * i + 1];
+    }
+    return r;
+}
 
 struct Table { float scale, minus_offset; };
 FLASHRT_INLINE Table table(float scale, float minus_offset) { return {scale, minus_offset}; }
@@ -617,6 +635,16 @@ FLASHRT_INLINE F exp(F x) {
     p = fma(p, r, splat(0.5f));
     p = add(fma(mul(r, r), p, r), splat(1.0f));
     return scale2(p, n);
+}
+
+// 2^r for |r| <= 1/2, to 3e-7 of it.
+FLASHRT_INLINE F exp2_fraction(F r) {
+    F p = splat(1.32764713e-3f);
+    p = fma(p, r, splat(9.67554096e-3f));
+    p = fma(p, r, splat(5.55071309e-2f));
+    p = fma(p, r, splat(2.40221202e-1f));
+    p = fma(p, r, splat(6.93146944e-1f));
+    return fma(p, r, splat(1.0f));
 }
 
 FLASHRT_INLINE F sigmoid(F x) { return div(splat(1.0f), add(splat(1.0f), exp(sub(zero(), x)))); }

@@ -14,9 +14,18 @@ from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope
 from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
 from flashrt_kernels.reference.quantize import dequantize, quantize
+from flashrt_kernels.reference.sparse import (
+    attention_list,
+    attention_list_scratch_bytes,
+    label_append,
+    select,
+    select_scratch_bytes,
+)
 
 __all__ = [
     "attention",
+    "attention_list",
+    "attention_list_scratch_bytes",
     "attention_scratch_bytes",
     "dequantize",
     "down",
@@ -30,12 +39,15 @@ __all__ = [
     "glu",
     "isa",
     "kv_append",
+    "label_append",
     "layer_norm",
     "linear",
     "quantize",
     "reserve",
     "rms_norm",
     "rope",
+    "select",
+    "select_scratch_bytes",
     "set_threads",
     "threads",
 ]
