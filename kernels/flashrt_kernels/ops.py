@@ -177,13 +177,34 @@ class Ops(Protocol[Array]):
         out: Array,
         scratch: Array | None = None,
         parents: Array | None = None,
+        state: Array | None = None,
     ) -> None:
         """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, 2, D]; out [B, H * D].
 
         window: positions that a query sees, its own included; None: all before it. scale multiplies scores, softcap
         bounds them (None: not). parents int32 [B] makes the tokens a tree: each follows the one that is named, or with
-        -1 the sequence.
+        -1 the sequence. state: what `attend_page` has gathered of positions before those of kv (None: nothing).
         """
+
+    def attend_page(
+        self,
+        q: Array,
+        page: Array,
+        scale: float,
+        softcap: float | None,
+        state: Array,
+        first: bool,
+        scratch: Array | None = None,
+    ) -> None:
+        """Takes positions that all of q [B, H, D] sees, page [KVH, n, 2, D], into state [B, H, state width].
+
+        In the order of positions, all pages but the last a multiple of 256 long; before the `first` nothing is in
+        state. `attention` that begins from state then gives the bits of one over everything. scratch is that of
+        `attention`.
+        """
+
+    def attention_state_width(self, dim: int) -> int:
+        """Numbers of the running softmax of one query, of heads of `dim` numbers."""
 
     def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
         """Bytes of scratch of `attention` for q [tokens, heads, dim], whatever the context."""

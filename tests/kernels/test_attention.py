@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from flashrt_kernels.limits import ATTENTION_SEGMENT as SEGMENT
+
 from .helpers import cpu, empty, normal, reference, rms_ratio, same
 
 HALF = pytest.mark.parametrize("half", [True, False])
@@ -165,3 +167,86 @@ def test_what_is_no_tree_is_refused(parents):
         cpu.attention(
             normal(1, tokens, 4, 16), kv, 0, None, 1.0, None, empty(tokens, 64), parents=np.array(parents, np.int32)
         )
+
+
+def by_pages(q, kv, far, start, scale, softcap, out, **options):
+    """Attention whose first `far` positions come in pages of a segment, or of three."""
+    tokens, heads, dim = q.shape
+    state = empty(tokens, heads, cpu.attention_state_width(dim))
+    step = SEGMENT if far % (3 * SEGMENT) else 3 * SEGMENT
+    for begin in range(0, far, step):
+        page = np.ascontiguousarray(kv[:, begin : begin + step])
+        cpu.attend_page(q, page, scale, softcap, state, begin == 0)
+    near = np.ascontiguousarray(kv[:, far:])
+    cpu.attention(q, near, start - far, None, scale, softcap, out, state=state, **options)
+
+
+@HALF
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "softcap"), [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0)]
+)
+def test_pages_give_the_bits_of_one_attention(isa, half, heads, kv_heads, dim, softcap):
+    context = 11 * SEGMENT + 57
+    kv, _ = cache(1, kv_heads, context, dim, half)
+    for far, start, tokens, threads in (
+        (SEGMENT, SEGMENT, 1, 2),
+        (3 * SEGMENT, 3 * SEGMENT + 7, 16, 1),
+        (10 * SEGMENT, 10 * SEGMENT + 250, 5, 3),
+        (2 * SEGMENT, 2 * SEGMENT + 19, 123, 2),
+        (2 * SEGMENT, 10 * SEGMENT, 2, 2),
+    ):
+        cpu.set_threads(threads)
+        q, out, whole = normal(3, tokens, heads, dim), empty(tokens, heads * dim), empty(tokens, heads * dim)
+        cpu.attention(q, kv, start, None, dim**-0.5, softcap, whole)
+        by_pages(q, kv, far, start, dim**-0.5, softcap, out)
+        assert same(out, whole)
+
+
+@pytest.mark.parametrize("parents", TREES.values(), ids=TREES)
+def test_a_tree_over_pages(isa, parents):
+    q, kv = normal(3, len(parents), 6, 24), cache(1, 2, 800, 24, True)[0]
+    tree = np.array(parents, np.int32)
+    for start in (SEGMENT, 2 * SEGMENT - 5, 2 * SEGMENT + 77):
+        out, whole = empty(len(parents), 144), empty(len(parents), 144)
+        cpu.attention(q, kv, start, None, 0.2, None, whole, parents=tree)
+        by_pages(q, kv, SEGMENT, start, 0.2, None, out, parents=tree)
+        assert same(out, whole)
+
+
+def test_pages_match_the_reference(isa):
+    kv, tensor = cache(1, 2, 700, 24, True)
+    q, state = normal(3, 70, 6, 24), torch.full((70, 6, reference.attention_state_width(24)), torch.nan)
+    out, again, expected = empty(70, 144), torch.empty(70, 144), torch.empty(70, 144)
+    by_pages(q, kv, 2 * SEGMENT, 600, 0.2, 9.0, out)
+    reference.attention(torch.from_numpy(q), tensor, 600, None, 0.2, 9.0, expected)
+    for begin in (0, SEGMENT):
+        page = tensor[:, begin : begin + SEGMENT]
+        reference.attend_page(torch.from_numpy(q), page, 0.2, 9.0, state, begin == 0)
+    near = tensor[:, 2 * SEGMENT :]
+    reference.attention(torch.from_numpy(q), near, 600 - 2 * SEGMENT, None, 0.2, 9.0, again, state=state)
+    assert rms_ratio(out, expected) < 5e-6
+    assert rms_ratio(again.numpy(), expected) < 5e-6
+    assert cpu.attention_state_width(24) == reference.attention_state_width(24)
+
+
+def test_wrong_states_and_pages_are_named():
+    kv, _ = cache(1, 2, 32, 16, False)
+    q, state, out = normal(1, 3, 4, 16), empty(3, 4, 18), empty(3, 64)
+    with pytest.raises(ValueError, match="^window"):
+        cpu.attention(q, kv, 0, 5, 1.0, None, out, state=state)
+    good = {"q": q, "page": kv, "scale": 1.0, "softcap": None, "state": state, "first": True}
+    for name, wrong in [
+        ("q", normal(1, 3, 8, 16)[:, ::2]),
+        ("page", kv[:, :, :, :8]),
+        ("page", kv[:, :0]),
+        ("page", kv.astype(np.float64)),
+        ("state", empty(3, 4, 17)),
+        ("state", empty(3, 8, 18)[:, ::2]),
+        ("state", empty(2, 4, 18)),
+        ("scratch", np.empty(16, np.uint8)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}"):
+            cpu.attend_page(**good | {name: wrong})
+        if name == "state":
+            with pytest.raises(ValueError, match="^state"):
+                cpu.attention(q, kv, 0, None, 1.0, None, out, state=wrong)

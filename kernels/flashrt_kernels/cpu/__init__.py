@@ -29,10 +29,12 @@ from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
 __all__ = [
+    "attend_page",
     "attention",
     "attention_list",
     "attention_list_scratch_bytes",
     "attention_scratch_bytes",
+    "attention_state_width",
     "available_isas",
     "dequantize",
     "down",
@@ -315,6 +317,7 @@ def attention(
     out: Floats,
     scratch: Bytes | None = None,
     parents: NDArray[np.int32] | None = None,
+    state: Floats | None = None,
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
@@ -323,10 +326,36 @@ def attention(
     parents int32 [B], at most 16, makes the tokens a tree: token b follows token parents[b] < b, or with -1 the
     sequence before start. Its keys and values stay at start + b, its position is start plus the number of tokens that
     it follows; of the tree it attends to these and itself, with the bits that they would give in a row.
+    state [B, H, attention_state_width(D)], stride allowed in the first dimension, holds what `attend_page` has gathered
+    of positions before those of kv; there can be no window then.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected a positive number of tokens or None, found {window}")
-    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents)
+    if window is not None and (window < 1 or state is not None):
+        expected = "a positive number of tokens or None" if state is None else "None beside a state"
+        raise ValueError(f"window: expected {expected}, found {window}")
+    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state)
+
+
+def attend_page(
+    q: Floats,
+    page: NDArray[Any],
+    scale: float,
+    softcap: float | None,
+    state: Floats,
+    first: bool,
+    scratch: Bytes | None = None,
+) -> None:
+    """Takes positions that all tokens see, page [KVH, n, 2, D], into state [B, H, attention_state_width(D)].
+
+    Pages come in the order of their positions, all but the last a multiple of 256 long; before the `first`, nothing is
+    in state. q and state may have strides in the first dimension, scratch is that of `attention`. The attention that
+    then begins from state gives the bits of one over everything.
+    """
+    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch)
+
+
+def attention_state_width(dim: int) -> int:
+    """Numbers of the running softmax of one query with heads of `dim` numbers."""
+    return int(_cpu.attention_state_width(dim))
 
 
 def attention_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:

@@ -101,11 +101,12 @@ const T* vector_or_null(const char* name, nb::handle object, int64_t length) {
 }
 
 struct Cache {  // [kv_heads, context, 2, dim]
+    const char* name;
     void* data;
     bool half;
     int64_t heads, context, dim;
 
-    Cache(const char* name, nb::handle object) {
+    Cache(const char* name, nb::handle object) : name(name) {
         nb::ndarray<nb::device::cpu> found;
         if (!nb::try_cast(object, found, false)) wrong(name, "expected a writable numpy array");
         if (found.dtype() == nb::dtype<uint16_t>()) fill(Array<uint16_t>(name, object, 4), true);

@@ -52,6 +52,7 @@ int first_visible(const AttentionJob& job, int position) {
 }
 
 int position(const AttentionJob& job, int token) {
+    if (job.page) return job.start;
     return job.start + (job.tree ? job.tree->depth[token] : token);
 }
 
@@ -112,7 +113,39 @@ void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int i
     kernels().attend(s);
 }
 
+float* state_of(const AttentionJob& job, const Shape& shape, const Tile& tile, int query) {
+    const int token = tile.token + query / shape.group, head = tile.head * shape.group + query % shape.group;
+    return job.state + token * job.state_step + static_cast<size_t>(head) * (shape.dim16 + 2);
+}
+
+// What the tile's queries begin with: nothing, or what they have seen of earlier positions.
+void begin(const AttentionJob& job, const Shape& shape, const Tile& tile, Partial& p) {
+    for (int i = 0; i < tile.tokens * shape.group; ++i) {
+        float* acc = p.acc + static_cast<size_t>(i) * shape.dim16;
+        if (!job.state || job.empty) {
+            p.best[i] = -INFINITY;
+            p.total[i] = 0.0f;
+            std::memset(acc, 0, sizeof(float) * shape.dim16);
+            continue;
+        }
+        const float* from = state_of(job, shape, tile, i);
+        p.best[i] = from[0];
+        p.total[i] = from[1];
+        std::memcpy(acc, from + 2, sizeof(float) * shape.dim16);
+    }
+}
+
+void keep(const AttentionJob& job, const Shape& shape, const Tile& tile, const Partial& p) {
+    for (int i = 0; i < tile.tokens * shape.group; ++i) {
+        float* to = state_of(job, shape, tile, i);
+        to[0] = p.best[i];
+        to[1] = p.total[i];
+        std::memcpy(to + 2, p.acc + static_cast<size_t>(i) * shape.dim16, sizeof(float) * shape.dim16);
+    }
+}
+
 void write(const AttentionJob& job, const Shape& shape, const Tile& tile, const Partial& p) {
+    if (job.page) return keep(job, shape, tile, p);
     for (int t = 0, i = 0; t < tile.tokens; ++t)
         for (int g = 0; g < shape.group; ++g, ++i) {
             float* to = job.out + (tile.token + t) * job.out_step +
@@ -150,7 +183,7 @@ void by_segment(const AttentionJob& job, const Shape& shape, float* workers, flo
         }, job.crew);
         parallel_for(job.kv_heads, [&](int64_t head, int) {
             Partial running = partial(static_cast<int>(head), WAVE);
-            if (from == first) clear(running, queries, shape.dim16);
+            if (from == first) begin(job, shape, {0, job.tokens, static_cast<int>(head)}, running);
             for (int i = 0; i < count; ++i) merge(shape.dim16, queries, running, partial(static_cast<int>(head), i));
             if (from + WAVE > last) write(job, shape, {0, job.tokens, static_cast<int>(head)}, running);
         });
@@ -166,7 +199,7 @@ void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
                         static_cast<int>(item) % job.kv_heads};
         Worker worker(workers + thread * shape.worker(job.dim), shape, job.dim);
         const int queries = tile.tokens * shape.group;
-        clear(worker.running, queries, shape.dim16);
+        begin(job, shape, tile, worker.running);
         int first, last;
         segments(job, tile, first, last);
         for (int i = first; i <= last; ++i) {
@@ -178,6 +211,8 @@ void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
 }
 
 }  // namespace
+
+int attention_state_width(int dim) { return rounded(dim) + 2; }
 
 size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew) {
     const Shape shape(tokens, heads, kv_heads, dim);

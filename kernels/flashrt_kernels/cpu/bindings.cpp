@@ -189,33 +189,79 @@ std::optional<Tree> tree_or_none(handle parents_, int64_t tokens) {
     return Tree(parents.data, static_cast<int>(tokens));
 }
 
-void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
-                  handle scratch, handle parents) {
+// A job for q [tokens, heads, dim] over kv; what the job is for sets the rest.
+AttentionJob attention_job(handle q_, const Cache& kv, float scale, float softcap) {
     const Array<const float> q("q", q_, 3);
     q.contiguous(2);
     const int tokens = static_cast<int>(q.shape[0]), heads = static_cast<int>(q.shape[1]);
     const int dim = static_cast<int>(q.shape[2]);
     if (dim < 1 || dim > WIDEST_HEAD)
         wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(dim));
-    const Cache kv("kv", kv_);
-    if (kv.dim != dim) wrong("kv", "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.dim));
+    if (kv.dim != dim)
+        wrong(kv.name, "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.dim));
     if (kv.heads == 0 || heads % kv.heads)
-        wrong("kv", std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
-    check_positions(start, tokens, kv.context);
-    const std::optional<Tree> tree = tree_or_none(parents, tokens);
-    if (window > kv.context) window = 0;  // all that there is
-    const Array<float> out("out", out_, 2);
-    out.expect(0, tokens);
-    out.expect(1, heads * dim);
-    if (tokens == 0 || heads == 0) return;
-    const int kv_heads = static_cast<int>(kv.heads);
-    const int crew = threads();
-    const Scratch memory(scratch, attention_scratch_bytes(tokens, heads, kv_heads, dim, crew));
-    const AttentionJob job = {q.data, static_cast<size_t>(q.step[0]), tokens, heads, kv_heads, dim, kv.data, kv.half,
-                              kv.context, static_cast<int>(start), static_cast<int>(window), scale, softcap, out.data,
-                              static_cast<size_t>(out.step[0]), memory.data(), crew, tree ? &*tree : nullptr};
+        wrong(kv.name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
+    AttentionJob job{};
+    job.q = q.data;
+    job.q_step = q.step[0];
+    job.tokens = tokens;
+    job.heads = heads;
+    job.kv_heads = static_cast<int>(kv.heads);
+    job.dim = dim;
+    job.kv = kv.data;
+    job.half = kv.half;
+    job.context = kv.context;
+    job.scale = scale;
+    job.softcap = softcap;
+    return job;
+}
+
+void set_state(AttentionJob& job, handle state_) {
+    const Array<float> state("state", state_, 3);
+    state.contiguous(2);
+    state.expect(0, job.tokens);
+    state.expect(1, job.heads);
+    state.expect(2, attention_state_width(job.dim));
+    job.state = state.data;
+    job.state_step = state.step[0];
+}
+
+void run(AttentionJob& job, handle scratch) {
+    if (job.tokens == 0 || job.heads == 0) return;
+    job.crew = threads();
+    const Scratch memory(scratch, attention_scratch_bytes(job.tokens, job.heads, job.kv_heads, job.dim, job.crew));
+    job.scratch = memory.data();
     Released release;
     attention(job);
+}
+
+void py_attention(handle q, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
+                  handle scratch, handle parents, handle state) {
+    const Cache kv("kv", kv_);
+    AttentionJob job = attention_job(q, kv, scale, softcap);
+    check_positions(start, job.tokens, kv.context);
+    const std::optional<Tree> tree = tree_or_none(parents, job.tokens);
+    const Array<float> out("out", out_, 2);
+    out.expect(0, job.tokens);
+    out.expect(1, job.heads * job.dim);
+    if (!state.is_none()) set_state(job, state);
+    job.start = static_cast<int>(start);
+    job.window = window > kv.context ? 0 : static_cast<int>(window);  // 0: all that there is
+    job.out = out.data;
+    job.out_step = out.step[0];
+    job.tree = tree ? &*tree : nullptr;
+    run(job, scratch);
+}
+
+void py_attend_page(handle q, handle page_, float scale, float softcap, handle state, bool first, handle scratch) {
+    const Cache page("page", page_);
+    AttentionJob job = attention_job(q, page, scale, softcap);
+    if (page.context == 0) wrong("page", "expected one position at least");
+    set_state(job, state);
+    job.start = static_cast<int>(page.context) - 1;
+    job.page = true;
+    job.empty = first;
+    run(job, scratch);
 }
 
 void py_kv_append(handle k_, handle v_, handle kv_, int64_t start) {
@@ -395,7 +441,10 @@ NB_MODULE(_cpu, m) {
         return attention_scratch_bytes(tokens, heads, kv_heads, dim, threads());
     });
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none(), nb::arg().none());
+          nb::arg().none(), nb::arg().none(), nb::arg().none());
+    m.def("attend_page", &py_attend_page, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg().none());
+    m.def("attention_state_width", &attention_state_width);
     m.def("kv_append", &py_kv_append);
     bind_sparse(m);
     m.def("rms_norm", [](handle x, handle weight, float eps, handle out) {

@@ -117,6 +117,10 @@ struct AttentionJob {
     void* scratch;
     int crew;  // threads that `scratch` has room for
     const Tree* tree = nullptr;  // null: tokens follow one another
+    float* state = nullptr;      // [tokens, heads, dim16 + 2] running softmax over what lies before kv; null: nothing
+    size_t state_step = 0;
+    bool page = false;   // all tokens see all of kv; the running softmax goes back into `state`, `out` is not written
+    bool empty = false;  // nothing is in `state` yet
 };
 
 struct AttentionListJob {
@@ -184,6 +188,8 @@ void gemm_glu(const GluJob&, void* scratch, int crew);
 size_t gate_up_scratch_bytes(int tokens, int groups, int crew);
 void gemm_gate_up(const GateUpJob&, void* scratch, int crew);
 void gemm_down(const DownJob&, void* scratch, int crew);
+// Numbers of the running softmax of one query: best score, sum of weights, weighted sum of values.
+int attention_state_width(int dim);
 size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
 void attention(const AttentionJob&);
 size_t attention_list_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from flashrt_kernels.reference.attention import attention, attention_scratch_bytes, kv_append
+from flashrt_kernels.reference.attention import (
+    attend_page,
+    attention,
+    attention_scratch_bytes,
+    attention_state_width,
+    kv_append,
+)
 from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_bytes, gemm_down, gemm_gate_up
 from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope
 from flashrt_kernels.reference.glu import gemm_glu, glu
@@ -23,10 +29,12 @@ from flashrt_kernels.reference.sparse import (
 )
 
 __all__ = [
+    "attend_page",
     "attention",
     "attention_list",
     "attention_list_scratch_bytes",
     "attention_scratch_bytes",
+    "attention_state_width",
     "dequantize",
     "down",
     "gate_up",

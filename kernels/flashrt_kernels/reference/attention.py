@@ -34,10 +34,12 @@ def attention(
     out: Tensor,
     scratch: Tensor | None = None,
     parents: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> None:
     """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D] into out [B, H * D].
 
-    parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence.
+    parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state
+    [B, H, attention_state_width(D)] holds what `attend_page` has gathered of positions before those of kv.
     """
     tokens, heads, dim = q.shape
     grouped = q.reshape(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)  # [KVH, group, B, D]
@@ -59,9 +61,50 @@ def attention(
             position = torch.cat((position[:, : start - low], token.T), 1)
         if window is not None:
             hidden = hidden | (position <= token - window)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(3)
-        result = (weights @ values).permute(2, 0, 1, 3)
-        out[first : first + QUERIES] = result.reshape(-1, heads * dim)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if state is None:
+            result = scores.softmax(3) @ values
+        else:
+            seen = state[first : first + QUERIES].unflatten(1, grouped.shape[:2]).permute(1, 2, 0, 3)
+            _, total, weighted = _merged(seen, scores, values)
+            result = weighted / total
+        out[first : first + QUERIES] = result.permute(2, 0, 1, 3).reshape(-1, heads * dim)
+
+
+def attend_page(
+    q: Tensor,
+    page: Tensor,
+    scale: float,
+    softcap: float | None,
+    state: Tensor,
+    first: bool,
+    scratch: Tensor | None = None,
+) -> None:
+    """Takes positions that all tokens see, page [KVH, n, 2, D], into state [B, H, attention_state_width(D)]."""
+    dim = q.shape[2]
+    grouped = q.unflatten(1, (page.shape[0], -1)).permute(1, 2, 0, 3)  # [KVH, group, B, D]
+    keys, values = page[:, None].to(torch.float32).unbind(3)
+    scores = grouped @ keys.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if first:
+        state[..., 0], state[..., 1:] = float("-inf"), 0
+    seen = state.unflatten(1, grouped.shape[:2]).permute(1, 2, 0, 3)
+    merged = torch.cat(_merged(seen, scores, values), 3)
+    state[..., : 2 + dim] = merged.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def attention_state_width(dim: int) -> int:
+    """Numbers of the running softmax of one query: best score, sum of weights, weighted values, and zeros."""
+    return (dim + 15) // 16 * 16 + 2
+
+
+def _merged(seen: Tensor, scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Running softmax over what is `seen` [.., width] and positions of which scores and values are given."""
+    best, total, weighted = seen[..., :1], seen[..., 1:2], seen[..., 2 : 2 + values.shape[3]]
+    top = torch.maximum(best, scores.amax(3, keepdim=True))
+    old, weights = (best - top).exp(), (scores - top).exp()
+    return top, total * old + weights.sum(3, keepdim=True), weighted * old + weights @ values
 
 
 def attention_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:
