@@ -34,6 +34,7 @@ def load(
     max_loss: float | None = None,
     speculate: str | int = "auto",
     draft: str | Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -47,6 +48,8 @@ def load(
     mode: 'exact' or, after `flashrt calibrate`, 'sparse'
     max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
+    rope_scaling: 'linear:4', 'dynamic:2' or 'yarn:4': support contexts that many times as long as the model was trained
+        for, in place of the model's own scaling
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
 
     Raises a FlashrtError that says what to do: UsageError, before anything is opened, for an option of a wrong type or
@@ -67,5 +70,6 @@ def load(
         max_loss=max_loss,
         speculate=speculate,
         draft=draft,
+        rope_scaling=rope_scaling,
     )
     return open_engine(path, options)

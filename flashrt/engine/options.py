@@ -10,6 +10,7 @@ from typing import Any
 
 from flashrt.config import MOST_THREADS, budget_bytes, checked_loss, parse_speculate, whole
 from flashrt.errors import UsageError
+from flashrt.rope import RopeScaling, parse_rope_scaling
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
@@ -38,6 +39,7 @@ class LoadOptions:
     max_loss: float | None = None
     speculate: str | int = "auto"
     draft: str | Path | None = None
+    rope_scaling: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -53,6 +55,8 @@ class LoadOptions:
             if getattr(self, name) is not None:
                 checked_path(name, getattr(self, name))
         parse_speculate(self.speculate)
+        if self.rope_scaling is not None:
+            parse_rope_scaling(self.rope_scaling)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -77,6 +81,11 @@ class LoadOptions:
     def cache(self) -> Path:
         """The directory where checkpoints, packs and measurements are kept."""
         return default_cache() if self.cache_dir is None else Path(self.cache_dir)
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """What the rotary embedding is scaled by, in place of the model's own scaling; None: as the model says."""
+        return None if self.rope_scaling is None else parse_rope_scaling(self.rope_scaling)
 
     @property
     def max_draft_tokens(self) -> int | None:
