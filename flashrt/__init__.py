@@ -36,6 +36,7 @@ def load(
     draft: str | Path | None = None,
     kv: str = "exact",
     kv_keep: str | float | None = None,
+    rope_scaling: str | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -49,6 +50,8 @@ def load(
     mode: 'exact' or, after `flashrt calibrate`, 'sparse'
     max_loss: with mode='sparse', refuse a calibration that allows more loss of perplexity (0.02 is 2%)
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
+    rope_scaling: 'linear:4', 'dynamic:2' or 'yarn:4': support contexts that many times as long as the model was trained
+        for, in place of the model's own scaling
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
     kv: 'exact' or, after `flashrt calibrate --kv`, 'sparse': decode passes attend to the positions that labels choose
     kv_keep: with kv='sparse', the share of positions, such as 1/16 (the default)
@@ -73,5 +76,6 @@ def load(
         draft=draft,
         kv=kv,
         kv_keep=kv_keep,
+        rope_scaling=rope_scaling,
     )
     return open_engine(path, options)

@@ -93,7 +93,10 @@ def checked_context(spec: ModelSpec, asked: int | None, default: int) -> int:
     if asked < 1:
         raise UsageError(f"the context is {asked} tokens, expected 1 or more")
     if asked > spec.context:
-        raise UsageError(f"a context of {asked} tokens was asked for, the model supports at most {spec.context}")
+        raise UsageError(
+            f"a context of {asked} tokens was asked for, the model supports at most {spec.context}: "
+            "for more, scale its rotary embedding with --rope-scaling"
+        )
     return int(asked)
 
 

@@ -22,69 +22,15 @@ RMSNorm weights are stored as the factor that is multiplied (Gemma's `1 + w` is 
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flashrt.errors import UsageError
+from flashrt.rope import MAX_CONTEXT, Rope, RopeScaling
 from flashrt_kernels.limits import LONGEST_ROW, WIDEST_HEAD
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 MAX_LAYERS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding over the whole head, halves rotated against each other (the NeoX layout).
-
-    kind: 'default', 'linear' (positions / factor), 'llama3' (Llama 3.1's piecewise scaling) or 'yarn'
-    (arXiv:2309.00071). Unused fields keep their defaults.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    original_context: int = 0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
-    truncate: bool = True  # yarn: round the correction range to whole dimensions
-
-    def inverse_frequencies(self, head_dim: int) -> list[float]:
-        """The head_dim / 2 angular frequencies, radians per position."""
-        plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-        if self.kind == "linear":
-            return [f / self.factor for f in plain]
-        if self.kind == "llama3":
-            return [self._llama3(f) for f in plain]
-        if self.kind == "yarn":
-            return self._yarn(plain, head_dim)
-        return plain
-
-    def _llama3(self, frequency: float) -> float:
-        turns = self.original_context * frequency / (2 * math.pi)
-        if turns < self.low_freq_factor:
-            return frequency / self.factor
-        if turns > self.high_freq_factor:
-            return frequency
-        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return (1 - smooth) * frequency / self.factor + smooth * frequency
-
-    def _yarn(self, plain: list[float], head_dim: int) -> list[float]:
-        def dimension(turns: float) -> float:
-            return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        width = max(high - low, 0.001)
-        result = []
-        for i, frequency in enumerate(plain):
-            interpolated = min(max((i - low) / width, 0.0), 1.0)
-            result.append(interpolated * frequency / self.factor + (1 - interpolated) * frequency)
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +118,34 @@ class ModelSpec:
             )
         return None
 
+    def scaled(self, scaling: RopeScaling) -> ModelSpec:
+        """The spec with `scaling`, which replaces what its full layers have, and with the context that it gives.
+
+        Raises UsageError where there is nothing to scale, or no length to scale from.
+        """
+        ropes = full_ropes(self.layers)
+        if not ropes:
+            raise UsageError(f"--rope-scaling {scaling}: this {self.family} model has no rotary embedding to scale")
+        if any(rope.kind == "linear" for rope in ropes):
+            raise UsageError(
+                f"--rope-scaling {scaling}: this model's own scaling is linear, which does not say for how many tokens "
+                "the model was trained: leave --rope-scaling out"
+            )
+        trained = min(rope.original_context or self.context for rope in ropes)
+        context = int(scaling.factor * trained)
+        if context > MAX_CONTEXT:
+            raise UsageError(f"--rope-scaling {scaling} of {trained} tokens gives more than {MAX_CONTEXT}: lower it")
+        layers = tuple(
+            replace(layer, attention=replace(a, rope=scaling.rope(a.rope.theta, trained)))
+            if (a := layer.attention).rope in ropes
+            else layer
+            for layer in self.layers
+        )
+        for attention in {layer.attention for layer in layers}:
+            if attention.rope is not None and (problem := attention.rope.problem(attention.head_dim, context)):
+                raise UsageError(f"--rope-scaling {scaling}: {problem}")
+        return replace(self, layers=layers, context=context)
+
     def vectors(self) -> dict[str, int]:
         """Logical name → length of every vector, in the order in which they are stored."""
         norms = ("", ".bias") if self.norm == "layer" else ("",)
@@ -234,7 +208,9 @@ class ModelSpec:
         """A JSON object; equal layers are written once, with a count."""
         data = asdict(self)
         runs: list[dict[str, Any]] = []
-        for layer in data["layers"]:
+        for layer, own in zip(data["layers"], self.layers, strict=True):
+            rope = own.attention.rope
+            layer["attention"]["rope"] = None if rope is None else rope.to_json()
             if runs and runs[-1]["layer"] == layer:
                 runs[-1]["count"] += 1
             else:
@@ -251,7 +227,7 @@ class ModelSpec:
         for run in fields["layers"]:
             attention, ffn = dict(run["layer"]["attention"]), dict(run["layer"]["ffn"])
             if attention["rope"] is not None:
-                attention["rope"] = Rope(**attention["rope"])
+                attention["rope"] = Rope.from_json(attention["rope"])
             count = run["count"]
             if not isinstance(count, int) or not 0 < count <= MAX_LAYERS - len(layers):
                 raise ValueError(f"a run of {count!r} layers after {len(layers)}, expected at most {MAX_LAYERS} in all")
@@ -259,3 +235,10 @@ class ModelSpec:
         fields["layers"] = tuple(layers)
         fields["eos"] = tuple(fields["eos"])
         return cls(**fields)
+
+
+def full_ropes(layers: Iterable[Layer]) -> set[Rope]:
+    """The ropes of the layers that see every token; of all layers where each sees a window."""
+    attentions = [layer.attention for layer in layers]
+    full = [attention for attention in attentions if attention.window is None] or attentions
+    return {attention.rope for attention in full if attention.rope is not None}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
+from flashrt.rope import Rope
+from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 
 DENSE = ModelSpec(
     family="dense",

@@ -28,6 +28,7 @@ LAYERS = (
     ("flashrt.cache", "flashrt.speculate", "flashrt.machine", "flashrt.checkpoints"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text", "flashrt.kv"),
     ("flashrt.config", "flashrt.sparsity", "flashrt.spec", "flashrt.child"),
+    ("flashrt.rope",),
     ("flashrt.errors",),
     ("flashrt_kernels",),
 )

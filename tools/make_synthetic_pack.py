@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from flashrt.errors import FlashrtError
-from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
+from flashrt.rope import Rope
+from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.packer import pack

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ from flashrt.arch import gemma3, llama, mistral, mixtral, opt, qwen2, qwen3, qwe
 from flashrt.arch.config import Config
 from flashrt.arch.names import GGUF_NAMES, Has, Names, Part, TensorMap
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import ModelSpec, Rope
+from flashrt.spec import ModelSpec
 
 __all__ = ["FAMILIES", "Family", "Part", "TensorMap", "family_of"]
 
@@ -34,8 +33,8 @@ class Family:
         if problem := spec.unsupported():
             raise UnsupportedModelError(f"this {self.name} model is not supported: {problem}")
         for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
-            if rope is not None and not _gives_frequencies(rope, head_dim):
-                raise CheckpointError(f"{self.name} config: {rope} gives no frequencies")
+            if rope is not None and (problem := rope.problem(head_dim, spec.context)):
+                raise CheckpointError(f"{self.name} config: {problem}")
         return spec
 
     def tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
@@ -48,13 +47,6 @@ class Family:
     def gguf_tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
         """Tensor names of a GGUF file."""
         return replace(GGUF_NAMES, permuted=self.gguf_permuted).resolve(spec, has)
-
-
-def _gives_frequencies(rope: Rope, head_dim: int) -> bool:
-    try:
-        return all(map(math.isfinite, rope.inverse_frequencies(head_dim)))
-    except (ArithmeticError, ValueError):
-        return False
 
 
 _GEMMA3 = Family("gemma3", gemma3.spec, gemma3.NAMES)

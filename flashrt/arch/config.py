@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import Rope
+from flashrt.rope import MAX_FACTOR, ROPE_KINDS, Rope, yarn_attention
 from flashrt_kernels.activations import fatrelu
 
 _ACTIVATION_NAMES = {
@@ -39,6 +39,13 @@ class Config:
 
     def number(self, key: str, default: float | None = None) -> float:
         return _number(self.data.get(key, default) if self.data.get(key) is not None else default, key, self.family)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers."""
+        value = self.data.get(key)
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self.family} config: {key} is {value!r:.80}, expected a list of numbers")
+        return tuple(_number(item, key, self.family) for item in value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.data.get(key)
@@ -140,15 +147,17 @@ def rope_from(config: Config, parameters: Any, theta: float) -> Rope:
     theta = rope.number("rope_theta", theta)
     if theta <= 0:
         raise CheckpointError(f"{config.family} config: rope_theta is {theta}, expected a positive number")
-    if "mrope_section" in parameters or kind not in ("default", "linear", "llama3", "yarn"):
+    if "mrope_section" in parameters or kind not in ROPE_KINDS:
         name = "mrope" if "mrope_section" in parameters else kind
         raise UnsupportedModelError(
-            f"{config.family} with rope scaling {name!r} is not supported; known: default, linear, llama3, yarn"
+            f"{config.family} with rope scaling {name!r} is not supported; known: {', '.join(ROPE_KINDS)}"
         )
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, "linear", _factor(rope))
+    if kind == "dynamic":  # scales from what the config states as its context, whatever it was trained for
+        return Rope(theta, "dynamic", _factor(rope), config.integer("max_position_embeddings"))
     context = config.integer("original_max_position_embeddings", _original_context(config, rope))
     if kind == "llama3":
         return Rope(
@@ -162,6 +171,16 @@ def rope_from(config: Config, parameters: Any, theta: float) -> Rope:
     factor = (
         _factor(rope) if parameters.get("factor") is not None else config.integer("max_position_embeddings") / context
     )
+    if kind == "longrope":
+        return Rope(
+            theta,
+            "longrope",
+            factor,
+            context,
+            attention_factor=_longrope_attention_factor(rope, factor, context),
+            short_factors=rope.numbers("short_factor"),
+            long_factors=rope.numbers("long_factor"),
+        )
     return Rope(
         theta,
         "yarn",
@@ -176,8 +195,10 @@ def rope_from(config: Config, parameters: Any, theta: float) -> Rope:
 
 def _factor(rope: Config) -> float:
     factor = rope.number("factor")
-    if factor <= 0:
-        raise CheckpointError(f"{rope.family} config: rope factor is {factor}, expected a positive number")
+    if not 0 < factor <= MAX_FACTOR:
+        raise CheckpointError(
+            f"{rope.family} config: rope factor is {factor}, expected a positive number up to {MAX_FACTOR}"
+        )
     return factor
 
 
@@ -191,10 +212,15 @@ def _original_context(config: Config, rope: Config) -> int:
 
 
 def _yarn_attention_factor(rope: Config, factor: float) -> float:
-    def scale(mscale: float = 1.0) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if rope.data.get("attention_factor") is not None:
         return rope.number("attention_factor")
     mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
-    return scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale()
+    if mscale and mscale_all:
+        return yarn_attention(factor, mscale) / yarn_attention(factor, mscale_all)
+    return yarn_attention(factor)
+
+
+def _longrope_attention_factor(rope: Config, factor: float, context: int) -> float:
+    if rope.data.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    return math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 and context > 1 else 1.0

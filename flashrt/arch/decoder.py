@@ -7,7 +7,8 @@ from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import MAX_LAYERS, Attention, Ffn, Layer, ModelSpec, Rope
+from flashrt.rope import MAX_CONTEXT, Rope
+from flashrt.spec import MAX_LAYERS, Attention, Ffn, Layer, ModelSpec, full_ropes
 
 
 def attention(config: Config, head_dim: int, rope: Rope, **options: Any) -> Attention:
@@ -47,7 +48,7 @@ def decoder_spec(config: Config, layers: Sequence[Layer], **options: Any) -> Mod
     config.refuse("attn_logit_softcapping", 0)
     bos = config.token_ids("bos_token_id")
     fields: dict[str, Any] = {
-        "context": config.integer("max_position_embeddings", options.pop("context", None)),
+        "context": _context(config, layers, options.pop("context", None)),
         "norm_eps": config.number("rms_norm_eps", 1e-6),
         "tied": config.flag("tie_word_embeddings", options.pop("tied", False)),
         "bos": bos[0] if bos else None,
@@ -56,3 +57,14 @@ def decoder_spec(config: Config, layers: Sequence[Layer], **options: Any) -> Mod
     }
     vocab = config.integer("vocab_size", fields.pop("vocab", None))
     return ModelSpec(config.family, vocab, config.integer("hidden_size"), tuple(layers), **fields)
+
+
+def _context(config: Config, layers: Sequence[Layer], default: int | None) -> int:
+    """max_position_embeddings, or what the scaling reaches: model cards add a scaling and leave that number."""
+    stated = config.integer("max_position_embeddings", default)
+    context = max(stated, *(rope.reach for rope in full_ropes(layers)), 0)
+    if context > MAX_CONTEXT:
+        raise CheckpointError(
+            f"{config.family} config: rope scaling reaches {context} tokens, expected at most {MAX_CONTEXT}"
+        )
+    return context

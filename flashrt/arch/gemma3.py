@@ -10,7 +10,8 @@ from flashrt.arch.config import Config, rope_from
 from flashrt.arch.decoder import attention, decoder_spec, layer_count, windows
 from flashrt.arch.names import HF_DECODER, HF_LAYER
 from flashrt.errors import CheckpointError
-from flashrt.spec import Ffn, Layer, ModelSpec, Rope
+from flashrt.rope import Rope
+from flashrt.spec import Ffn, Layer, ModelSpec
 
 NAMES = replace(
     HF_DECODER,

@@ -9,6 +9,7 @@ from typing import Any
 
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.rope import yarn_attention
 from flashrt.spec import MAX_LAYERS, ModelSpec
 
 _MODEL_TYPES = {
@@ -44,17 +45,30 @@ _REFUSED = (
     "embedding_scale",
     "attention.temperature_scale",
 )
+# Tensors of factors that divide the rotary frequencies: Llama 3.x's, and the two of longrope.
+ROPE_FREQS = "rope_freqs.weight"
+LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+ROPE_FACTORS = (ROPE_FREQS, *LONGROPE_FACTORS)
+# Numbers that change frequencies or attention in ways that are not computed here, with the value that changes nothing.
+_NEUTRAL_ROPE = {
+    "rope.scaling.alpha": 0.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+}
 # Tokens after which llama.cpp ends a reply whatever the metadata names as end of sequence.
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 
 
 def gguf_config(
-    metadata: Mapping[str, Any], shape: Callable[[str], Sequence[int] | None], rope_factors: Sequence[float] | None
+    metadata: Mapping[str, Any],
+    shape: Callable[[str], Sequence[int] | None],
+    rope_factors: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """The config of a GGUF file.
 
     shape: (rows, columns) or (length,) of the tensor of a name, None where the file has none
-    rope_factors: the values of `rope_freqs.weight`, which divide the rotary frequencies (Llama 3.1)
+    rope_factors: the values of those of ROPE_FACTORS that the file has, which divide the rotary frequencies
     """
     values = Metadata(metadata)
     name = values.string("general.architecture")
@@ -137,34 +151,57 @@ def _check_heads(config: dict[str, Any], fields: Metadata) -> None:
             raise UnsupportedModelError(f"GGUF with {key}={found} but head size {config['head_dim']} is not supported")
 
 
-def _rope(config: Mapping[str, Any], fields: Metadata, factors: Sequence[float] | None) -> dict[str, Any]:
-    theta = fields.number("rope.freq_base", 10000.0)
+def _rope(config: Mapping[str, Any], fields: Metadata, factors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     kind = fields.string("rope.scaling.type", "none")
-    if factors is not None:
-        if kind != "none":
-            raise UnsupportedModelError(f"GGUF with rope_freqs and rope scaling {kind!r} is not supported")
-        if len(factors) != config["head_dim"] // 2:
-            raise CheckpointError(f"GGUF with {len(factors)} rope_freqs, expected {config['head_dim'] // 2}")
-        return {"rope_theta": theta, **llama3_parameters(factors, theta)}
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise UnsupportedModelError(
+            f"GGUF with rope scaling {kind!r} is not supported; known: none, linear, yarn, longrope"
+        )
+    for key, neutral in _NEUTRAL_ROPE.items():
+        if (found := fields.number(key, neutral)) != neutral:
+            raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")
+    for name, values in factors.items():
+        if (kind == "longrope") != (name in LONGROPE_FACTORS) or (kind != "none" and name == ROPE_FREQS):
+            raise UnsupportedModelError(f"GGUF with {name} and rope scaling {kind!r} is not supported")
+        if len(values) != config["head_dim"] // 2:
+            raise CheckpointError(f"GGUF with {len(values)} numbers in {name}, expected {config['head_dim'] // 2}")
+    theta = fields.number("rope.freq_base", 10000.0)
+    return {"rope_theta": theta} | _scaling(kind, config, fields, factors, theta)
+
+
+def _scaling(
+    kind: str, config: Mapping[str, Any], fields: Metadata, factors: Mapping[str, Sequence[float]], theta: float
+) -> dict[str, Any]:
     if kind == "none":
+        if ROPE_FREQS in factors:
+            return llama3_parameters(factors[ROPE_FREQS], theta)
         # Files older than the scaling type say it with a scale alone.
         scale = fields.number("rope.scale_linear", 1.0)
-        return {"rope_theta": theta} | ({"rope_type": "linear", "factor": scale} if scale not in (0, 1) else {})
+        return {"rope_type": "linear", "factor": scale} if scale not in (0, 1) else {}
     factor = fields.number("rope.scaling.factor", 1.0)
-    result = {"rope_theta": theta, "rope_type": kind, "factor": factor}
-    if kind != "yarn":
-        return result
-    if (extrapolated := fields.number("rope.scaling.yarn_ext_factor", 1.0)) != 1.0:
-        raise UnsupportedModelError(f"GGUF with yarn_ext_factor={extrapolated} is not supported")
-    scale = fields.number("rope.scaling.attn_factor", 1.0)
-    return result | {
+    if kind == "linear":
+        return {"rope_type": kind, "factor": factor}
+    result = {
+        "rope_type": kind,
         "original_max_position_embeddings": fields.integer(
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         ),
-        "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
-        "attention_factor": scale * (0.1 * math.log(factor) + 1.0) if factor > 1 else scale,
     }
+    attention = fields.number("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        return result | {
+            "factor": factor,
+            "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
+            "attention_factor": attention * yarn_attention(factor),
+        }
+    if factor != 1.0:
+        raise UnsupportedModelError(f"GGUF with rope.scaling.factor={factor} beside longrope is not supported")
+    for name in LONGROPE_FACTORS:
+        if name not in factors:
+            raise CheckpointError(f"GGUF with rope scaling 'longrope' has no {name}")
+    short, long = (list(factors[name]) for name in LONGROPE_FACTORS)
+    return result | {"short_factor": short, "long_factor": long, "attention_factor": attention}
 
 
 def llama3_parameters(factors: Sequence[float], theta: float) -> dict[str, Any]:

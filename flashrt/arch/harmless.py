@@ -13,7 +13,7 @@ HF_HARMLESS = (
     r"(model\.)?(mtp|mtp_layers)\..*",  # layers that predict further tokens, beside the model itself
 )
 GGUF_HARMLESS = (
-    r"rope_freqs\.weight",  # rotary factors, which are read into the spec
+    r"rope_(freqs|factors_short|factors_long)\.weight",  # rotary factors, which are read into the spec
     r"blk\.\d+\.attn_rot_embd(\.weight)?",  # rotary frequencies, which the metadata gives
     r"(v|mm)\..*",  # images are not read
 )

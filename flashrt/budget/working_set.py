@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flashrt.spec import ModelSpec, Rope
+from flashrt.rope import Rope
+from flashrt.spec import ModelSpec
 from flashrt_kernels.rows import Codec, row_bytes
 
 SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted

@@ -33,7 +33,9 @@ def _eval() -> None:
     """Measure quality: the perplexity of a text, and what sparse mode costs on it."""
 
 
-@options.loads("budget_gb", "dtype", "mode", "max_loss", "kv", "kv_keep", *options.MACHINE, speculate="off")
+@options.loads(
+    "budget_gb", "rope_scaling", "dtype", "mode", "max_loss", "kv", "kv_keep", *options.MACHINE, speculate="off"
+)
 def ppl(
     pack: options.Model,
     text_file: Annotated[

@@ -64,6 +64,16 @@ Context = Annotated[
         "Omitted: 4096, or the model's; `run` takes what its prompt and --max-new-tokens need.",
     ),
 ]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        "--rope-scaling",
+        metavar="KIND:FACTOR",
+        show_default=False,
+        help="Support contexts FACTOR times as long as the model was trained for: linear:4, dynamic:2 or yarn:4. "
+        "Replaces the model's own scaling; the pack stays as it is.",
+    ),
+]
 Dtype = Annotated[
     Codec,
     typer.Option("--dtype", help="How a checkpoint is packed on first use; a pack has its own."),
@@ -151,6 +161,7 @@ KvKeep = Annotated[
 LOAD: dict[str, Any] = {
     "budget_gb": BudgetGb,
     "context": Context,
+    "rope_scaling": RopeScaling,
     "dtype": Dtype,
     "mode": Mode,
     "max_loss": MaxLoss,

@@ -91,9 +91,11 @@ def run(
 
     from flashrt.budget.plan import Workload
     from flashrt.cli import session
+    from flashrt.config import checked_context
 
     model = session.open_model(pack, load)
     ids = _prompt_ids(model.tokenizer, text, chat, system)
+    checked_context(model.spec, load.context, 1)
     length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
     with session.load(model, Workload(length, prompt=len(ids))) as engine:
         generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos)
@@ -189,8 +191,6 @@ def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None)
 
 def _lengths(limit: int, asked: int | None, prompt: int, new: int | None) -> tuple[int, int]:
     """Positions to plan for, and how many tokens to generate. Raises UsageError when they do not fit."""
-    if asked is not None and asked > limit:
-        raise UsageError(f"a context of {asked} tokens was asked for, the model supports at most {limit}")
     room = (asked or limit) - prompt
     within = f"--context {asked}" if asked else f"the model's context of {limit} tokens"
     if room < 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flashrt.cli.console import BAR_MODULES, Progress, say, size
 from flashrt.engine import open as loader
 from flashrt.engine.options import LoadOptions
+from flashrt.spec import full_ropes
 
 if TYPE_CHECKING:
     from flashrt.budget.plan import Plan, Workload
@@ -20,7 +21,22 @@ def open_model(where: str, options: LoadOptions, modules: Sequence[str] = ()) ->
     """See `flashrt.engine.open.open_model`; shows how far packing has come, and counts the bar that loading draws."""
     bars = BAR_MODULES if sys.stderr.isatty() else ()
     with Progress() as progress:
-        return loader.open_model(where, options, progress, (*bars, *modules))
+        model = loader.open_model(where, options, progress, (*bars, *modules))
+    if note := replaced(model):
+        say(note)
+    return model
+
+
+def replaced(model: LoadedPack) -> str | None:
+    """What --rope-scaling takes the place of, as one line; None where the model has no scaling of its own."""
+    stored = model.exact.manifest.spec
+    kinds = sorted({rope.kind for rope in full_ropes(stored.layers)} - {"default"})
+    if model.options.scaling is None or not kinds:
+        return None
+    return (
+        f"note: --rope-scaling {model.options.scaling} replaces the model's own scaling ({', '.join(kinds)}, up to "
+        f"{stored.context} tokens): contexts up to {model.spec.context}"
+    )
 
 
 def load(model: LoadedPack, workload: Workload) -> Engine:

@@ -14,6 +14,7 @@ from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.options import LoadOptions, checked_path
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import PackError, UsageError
+from flashrt.rope import RopeScaling
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack, is_pack
 
@@ -41,12 +42,14 @@ def open_model(
     path = checked_path("the model", where)
     runtime = runtime_for(options.device, options.threads, options.host_budget_gb)
     draft = None if options.draft is None else Pack(options.draft)
-    exact = Pack(resolve(path, options.cache, options.dtype, progress, options.context))
+    scaling = options.scaling
+    unscaled = options.context if scaling is None else None  # a scaled context is checked once the pack is open
+    exact = Pack(resolve(path, options.cache, options.dtype, progress, unscaled), scaling)
     if exact.manifest.sparsity is not None:
         raise UsageError(
             f"{exact.path} is a calibrated pack, which leaves out: name {exact.path.parent} and --mode sparse"
         )
-    pack = sparse_pack(exact, options.max_loss) if options.mode == "sparse" else exact
+    pack = sparse_pack(exact, options.max_loss, scaling) if options.mode == "sparse" else exact
     warm_up(modules)
     return LoadedPack(pack, options, runtime, exact=exact, draft=draft)
 
@@ -58,7 +61,7 @@ def warm_up(modules: Sequence[str]) -> None:
             importlib.import_module(name)
 
 
-def sparse_pack(exact: Pack, max_loss: float | None = None) -> Pack:
+def sparse_pack(exact: Pack, max_loss: float | None = None, scaling: RopeScaling | None = None) -> Pack:
     """The calibrated pack inside the pack `exact`.
 
     Raises UsageError when it is not calibrated, or for a larger loss than `max_loss`; PackError when what is there was
@@ -69,7 +72,7 @@ def sparse_pack(exact: Pack, max_loss: float | None = None) -> Pack:
         raise UsageError("a mixture of experts reads what its router names in exact mode already: use --mode exact")
     if not is_pack(base / SPARSE_DIR):
         raise UsageError(f"{base} is not calibrated: run `flashrt calibrate {base}` first, or use --mode exact")
-    sparse = Pack(base / SPARSE_DIR)
+    sparse = Pack(base / SPARSE_DIR, scaling)
     sparsity = sparse.manifest.sparsity
     if sparsity is None or sparsity.base != exact.manifest.hash:
         raise PackError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashrt.config import MOST_THREADS, budget_bytes, checked_loss, parse_keep, parse_speculate, whole
 from flashrt.errors import UsageError
+from flashrt.rope import RopeScaling, parse_rope_scaling
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
@@ -43,6 +44,7 @@ class LoadOptions:
     draft: str | Path | None = None
     kv: str = "exact"
     kv_keep: str | float | None = None
+    rope_scaling: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -60,6 +62,8 @@ class LoadOptions:
         parse_speculate(self.speculate)
         if self.kv_keep is not None:
             parse_keep(self.kv_keep)
+        if self.rope_scaling is not None:
+            parse_rope_scaling(self.rope_scaling)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -95,6 +99,11 @@ class LoadOptions:
         if self.kv == "exact":
             return None
         return DEFAULT_KEEP if self.kv_keep is None else parse_keep(self.kv_keep)
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """What the rotary embedding is scaled by, in place of the model's own scaling; None: as the model says."""
+        return None if self.rope_scaling is None else parse_rope_scaling(self.rope_scaling)
 
     @property
     def max_draft_tokens(self) -> int | None:

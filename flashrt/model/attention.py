@@ -19,7 +19,8 @@ class AttentionBlocks:
         self.work, self.ops = work, work.ops
         pairs = ropes(work.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
-        self._frequencies = [np.asarray(rope.inverse_frequencies(dim), np.float64) for rope, dim in pairs]
+        planned = work.weights.plan.context
+        self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
         self._parts: list[tuple[slice, KvCache, KvRows]] = []
 
     def begin(self, batch: Batch) -> None:

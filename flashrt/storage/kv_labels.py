@@ -1,1 +1,2 @@
-def read_labels(pack): raise NotImplementedError
+def read_labels(pack):
+    raise NotImplementedError

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flashrt.errors import PackError
+from flashrt.rope import MAX_CONTEXT, Rope
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
-from flashrt.spec import MAX_LAYERS, ROPE_KINDS, ModelSpec, Rope
+from flashrt.spec import MAX_LAYERS, ModelSpec
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
@@ -182,7 +183,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     _check_fields(spec, where)
     bounded("vocab", spec.vocab, 1, 1 << 24)
     bounded("hidden", spec.hidden, 1, 1 << 20)
-    bounded("context", spec.context, 1, 1 << 31)
+    bounded("context", spec.context, 1, MAX_CONTEXT)
     bounded("positions", spec.positions, 0, 1 << 31)
     bounded("position_offset", spec.position_offset, 0, spec.positions)
     bounded("layers", len(spec.layers), 1, MAX_LAYERS)
@@ -212,7 +213,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         raise PackError(f"{where}: {problem}")
     for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
         if rope is not None:
-            _check_rope(rope, head_dim, where)
+            _check_rope(rope, head_dim, spec.context, where)
 
 
 def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: str) -> None:
@@ -238,13 +239,9 @@ def _check_fields(part: Any, where: str) -> None:
             raise PackError(f"{where}: {item.name} is {value!r}, expected a {item.type}")
 
 
-def _check_rope(rope: Rope, head_dim: int, where: str) -> None:
+def _check_rope(rope: Rope, head_dim: int, context: int, where: str) -> None:
     _check_fields(rope, where)
-    if rope.kind not in ROPE_KINDS or head_dim % 2:
-        raise PackError(f"{where}: cannot rotate heads of {head_dim} numbers by rope {rope.kind!r}")
-    try:
-        possible = all(math.isfinite(f) for f in rope.inverse_frequencies(head_dim))
-    except (ArithmeticError, ValueError, TypeError):
-        possible = False
-    if not possible:
-        raise PackError(f"{where}: {rope} gives no frequencies")
+    if type(rope.original_context) is not int or not 0 <= rope.original_context <= MAX_CONTEXT:
+        raise PackError(f"{where}: original_context is {rope.original_context!r}, expected a whole number")
+    if problem := rope.problem(head_dim, context):
+        raise PackError(f"{where}: {problem}")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flashrt.errors import PackError
+from flashrt.rope import RopeScaling
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt.storage.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
@@ -19,22 +20,22 @@ TEXT_CHUNK_BYTES = 256 << 10  # small: this happens while the process is being m
 class Pack:
     """An opened pack: its manifest and layout. Opening checks everything but the data itself.
 
-    Raises PackError when the directory, the manifest, a file or a header is missing, damaged or of the wrong size.
+    `spec` is the manifest's, with `scaling` in place of its own rope scaling where one is given.
+    Raises PackError when the directory, the manifest, a file or a header is missing, damaged or of the wrong size, and
+    UsageError when the model cannot be scaled so.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, scaling: RopeScaling | None = None) -> None:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
+        stored = self.manifest.spec
+        self.spec: ModelSpec = stored if scaling is None else stored.scaled(scaling)
         self.layout: PackLayout = self.manifest.layout
         for name, entry in self.manifest.files.items():
             _check_file(self.path / name, entry, self._header_bytes(name))
         for name in self.manifest.text_files:
             if not (self.path / name).is_file():
                 raise PackError(f"{self.path / name} is missing: pack the checkpoint again")
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.manifest.spec
 
     @property
     def largest_file(self) -> Path:

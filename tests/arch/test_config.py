@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from flashrt.arch import family_of
 from flashrt.arch.gguf import llama3_parameters
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import Rope
+from flashrt.rope import Rope
 from flashrt.storage.sources import open_checkpoint
 from tests.arch.test_forward import check
 from tests.families import tiny_checkpoint

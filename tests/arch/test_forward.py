@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashrt.spec import Attention, ModelSpec, Rope
+from flashrt.rope import Rope
+from flashrt.spec import Attention, ModelSpec
 from flashrt.storage.sources import Checkpoint, open_checkpoint
 from tests.families import FAMILIES, FATRELU_THRESHOLD, GGUF_FAMILIES, VOCAB, tiny_checkpoint, tiny_gguf
 

@@ -26,7 +26,8 @@ from flashrt.budget.planner import (
 from flashrt.errors import BudgetError
 from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import kv_bytes
-from flashrt.spec import Attention, Ffn, Layer, ModelSpec, Rope
+from flashrt.rope import Rope
+from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PAGE, TensorLayout, pack_layout
 from flashrt_kernels.rows import Codec
 

@@ -42,7 +42,7 @@ UNKNOWN_GGUF = (
     "blk.1.attn_q.scale",
     "blk.9.attn_norm.weight",
     "output.bias",
-    "rope_factors_short.weight",
+    "rope_factors_other.weight",
 )
 HARMLESS_GGUF = ("blk.0.attn_rot_embd", "blk.1.attn_rot_embd.weight", "v.blk.0.attn_q.weight", "mm.input.weight")
 GGUF_FIELDS: dict[str, dict[str, Any]] = {

@@ -103,7 +103,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
 
 
 def read(values: dict[str, Any], shapes: dict[str, Any]) -> None:
-    config = gguf_config(values, shapes.get, None)
+    config = gguf_config(values, shapes.get, {})
     family_of(config["model_type"]).spec(config)
     text_from_gguf(values)
 

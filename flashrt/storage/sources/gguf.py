@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashrt.arch import family_of
-from flashrt.arch.gguf import gguf_config, with_biases
+from flashrt.arch.gguf import ROPE_FACTORS, gguf_config, with_biases
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import MERGE_ADAPTER
@@ -16,8 +16,6 @@ from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.gguf import text_from_gguf
 from flashrt_kernels.limits import WIDEST_HEAD
-
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
@@ -50,10 +48,13 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
     )
 
 
-def _rope_factors(reader: TensorReader) -> list[float] | None:
-    tensor = reader.tensors.get(ROPE_FACTORS)
-    if tensor is None:
-        return None
-    if len(tensor.shape) != 1 or tensor.shape[0] > WIDEST_HEAD // 2:
-        raise CheckpointError(f"{tensor.path}: {ROPE_FACTORS} has shape {list(tensor.shape)}, expected half a head")
-    return reader.vector(ROPE_FACTORS).tolist()
+def _rope_factors(reader: TensorReader) -> dict[str, list[float]]:
+    result = {}
+    for name in ROPE_FACTORS:
+        tensor = reader.tensors.get(name)
+        if tensor is None:
+            continue
+        if len(tensor.shape) != 1 or tensor.shape[0] > WIDEST_HEAD // 2:
+            raise CheckpointError(f"{tensor.path}: {name} has shape {list(tensor.shape)}, expected half a head")
+        result[name] = reader.vector(name).tolist()
+    return result
