@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from tools.benchmarks.kv_sample import SINKS, KvSample, fill, record
 TEXT = "the thing and the ring are in the inn, and another one is on the handle. " * 20
 TOKENS = 307  # recorded
 CONTEXT = 701
+GIVEN = Namespace(budget="1.5", threads=2)
 
 
 def test_longctx(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    options = ("--contexts", 300, 800, "--steps", 3, "--repeat", 2, "--text", tmp_path / "text.txt")
-    ways = ("--text-tokens", 290, "--a", "threads=1", "--b", "threads=2", "mode=exact")
+    options = ("--context", 300, 800, "--steps", 3, "--repeat", 2, "--text", tmp_path / "text.txt")
+    ways = ("--text-tokens", 290, "--threads", 2, "--a", "--b", "device=cpu", "mode=exact")
     found = run_tool("tools.benchmarks.longctx", tmp_path / "out", tiny_pack(tmp_path), *options, *ways)
     labels = [(sample["context"], sample["way"], sample["options"]) for sample in found["samples"]]
-    a, b = ("a", "threads=1"), ("b", "threads=2 mode=exact")
+    a, b = ("a", ""), ("b", "device=cpu mode=exact")
     assert labels == [(context, *way) for context in (300, 800) for way in (a, b, b, a)]
     for sample in found["samples"]:
         assert len(sample["step_s_all"]) == 3
@@ -38,18 +40,40 @@ def test_longctx(tmp_path: Path) -> None:
         assert 0 < sample["peak_rss_bytes"] <= sample["budget_bytes"]
     figures, over = found["summary"]["tables"]
     assert [row[:2] for row in figures["rows"]] == [[c, w] for c in (300, 800) for w in (a[1], b[1])]
-    assert [row[0] for row in over["rows"]] == [300, 800]
-    assert over["rows"][0][1]["count"] == 2
+    assert [row[:2] for row in over["rows"]] == [[300, b[1]], [800, b[1]]]
+    assert over["rows"][0][2]["count"] == 2
 
 
-@pytest.mark.parametrize("words", [["threads"], ["budget_gb=1"], ["nonsense=1"], ["threads=0"], ["mode=fast"]])
+def test_llama_cpp_takes_turns(tmp_path: Path) -> None:
+    """With a stand-in, which says what it was asked for."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    stand_in = tmp_path / "peers" / "llama.cpp" / "bin" / "python"
+    stand_in.parent.mkdir(parents=True)
+    figures = '"decode_tok_per_s": 2.0, "step_s": 0.5, "short_step_s": 0.1, "context_s": 0.4'
+    stand_in.write_text(f"#!/bin/sh\necho '{{{figures}, \"asked\": \"'$*'\"}}'\n")
+    stand_in.chmod(0o755)
+    options = ("--context", 300, "--steps", 2, "--repeat", 1, "--text", tmp_path / "text.txt", "--threads", 1)
+    peers = ("--gguf", tmp_path / "model.gguf", "--peers", tmp_path / "peers")
+    (tmp_path / "out").mkdir()
+    pack = tiny_pack(tmp_path / "model")
+    found = run_tool("tools.benchmarks.longctx", tmp_path / "out" / "x", pack, *options, *peers)
+    assert [sample["way"] for sample in found["samples"]] == ["a", "llama.cpp, on", "llama.cpp, off"]
+    own, on, off = found["samples"]
+    assert on["asked"].endswith("--threads 1 --steps 2 --flash-attention on --context 300")
+    assert off["asked"].endswith("--flash-attention off --context 300")
+    row = found["summary"]["tables"][1]["rows"][0]
+    assert row[:2] == [300, "llama.cpp --flash-attention on"]
+    assert row[2]["median"] == 2.0 / own["decode_tok_per_s"]
+
+
+@pytest.mark.parametrize("words", [["mode"], ["budget_gb=1"], ["nonsense=1"], ["max_loss=2"], ["mode=fast"]])
 def test_what_is_no_option_is_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit, match=words[0].partition("=")[0]):
-        longctx.load_options(words, "none")
+        longctx.load_options(words, GIVEN)
 
 
 def test_options_are_those_of_loading() -> None:
-    options = longctx.load_options(["threads=2", "max_loss=0.03", "mode=sparse"], "1.5")
+    options = longctx.load_options(["max_loss=0.03", "mode=sparse"], GIVEN)
     assert (options.threads, options.max_loss, options.mode, options.budget_gb) == (2, 0.03, "sparse", 1.5)
 
 
