@@ -57,9 +57,12 @@ class Shape:
     context: int
     experts: int = 0
     experts_per_token: int = 0
+    rope_base: int = 10_000
 
     def spec(self) -> ModelSpec:
-        attention = Attention(self.heads, self.kv_heads, self.head_dim, self.head_dim**-0.5, Rope(1e4))
+        attention = Attention(
+            self.heads, self.kv_heads, self.head_dim, self.head_dim**-0.5, Rope(float(self.rope_base))
+        )
         ffn = Ffn(self.neurons, "silu", experts=self.experts, experts_per_token=self.experts_per_token)
         return ModelSpec(
             family="mixtral" if self.experts else "llama",
@@ -76,6 +79,7 @@ PRESETS = {
     "llama-2-7b": Shape(4096, 32, 32, 32, 128, 11008, 32000, 4096),
     "llama-2-13b": Shape(5120, 40, 40, 40, 128, 13824, 32000, 4096),
     "llama-2-70b": Shape(8192, 80, 64, 8, 128, 28672, 32000, 4096),
+    "llama-3-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, 8192, rope_base=500_000),
     "mixtral-8x7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, 32768, 8, 2),
 }
 

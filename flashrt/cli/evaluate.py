@@ -1,4 +1,4 @@
-"""flashrt eval: how well a pack models text."""
+"""flashrt eval: how well a pack models text, and whether it finds what a text says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
 from flashrt.cli.quality import quality
+from flashrt.cli.retrieval import retrieval
 from flashrt.cli.run import read_text
 from flashrt.cli.texts import first_ids
 from flashrt.engine.options import LoadOptions
@@ -26,11 +27,12 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     group.callback()(_eval)
     group.command("ppl")(guarded(ppl))
     group.command("quality")(guarded(quality))
+    group.command("retrieval")(guarded(retrieval))
     app.add_typer(group, name=name)
 
 
 def _eval() -> None:
-    """Measure quality: the perplexity of a text, and what sparse mode costs on it."""
+    """Measure quality: the perplexity of a text, what sparse mode costs on it, and retrieval from long prompts."""
 
 
 @options.loads(

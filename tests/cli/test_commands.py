@@ -163,7 +163,19 @@ def test_chat_says_when_the_context_is_full(cli: Cli, pack: Path) -> None:
 
 def test_help_shows_an_example_of_every_command(cli: Cli) -> None:
     top = cli("--help").stdout
-    for command in ("pull", "pack", "plan", "run", "chat", "bench", "inspect", "verify", "doctor", "eval ppl"):
+    for command in (
+        "pull",
+        "pack",
+        "plan",
+        "run",
+        "chat",
+        "bench",
+        "inspect",
+        "verify",
+        "doctor",
+        "eval ppl",
+        "eval retrieval",
+    ):
         text = cli(*command.split(), "--help").stdout
         assert f"Example: flashrt {command}" in text
         assert command.split()[0] in top

@@ -72,9 +72,10 @@ def test_the_tokenizer_takes_any_text(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_a_70b_holds_what_a_70b_holds() -> None:
-    spec = PRESETS["llama-2-70b"].spec()
-    assert spec.parameters + sum(spec.vectors().values()) == 68_976_648_192
+@pytest.mark.parametrize(("preset", "weights"), [("llama-2-70b", 68_976_648_192), ("llama-3-8b", 8_030_261_248)])
+def test_a_preset_holds_what_the_model_holds(preset: str, weights: int) -> None:
+    spec = PRESETS[preset].spec()
+    assert spec.parameters + sum(spec.vectors().values()) == weights
 
 
 def test_command_line(tmp_path: Path) -> None:
