@@ -34,6 +34,9 @@ def load(
     max_loss: float | None = None,
     speculate: str | int = "auto",
     draft: str | Path | None = None,
+    session: str | Path | None = None,
+    session_dir: str | Path | None = None,
+    session_gb: float | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -49,8 +52,14 @@ def load(
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
 
+    session: a file that `engine.save` wrote: a request with `reuse` goes on from its tokens
+    session_dir: a directory that keeps what was computed of prompts and answers, across processes: each request goes on
+        from the longest beginning of its prompt that is there
+    session_gb: GiB that this directory may take, 16 where None; what was used least recently goes
+
     Raises a FlashrtError that says what to do: UsageError, before anything is opened, for an option of a wrong type or
-    out of range; BudgetError, before anything is loaded, when the budget is too small.
+    out of range; BudgetError, before anything is loaded, when the budget is too small; SessionError for a session
+    that is missing, damaged, or of another pack.
     """
     from flashrt.engine.open import load as open_engine
     from flashrt.engine.options import LoadOptions
@@ -67,5 +76,8 @@ def load(
         max_loss=max_loss,
         speculate=speculate,
         draft=draft,
+        session=session,
+        session_dir=session_dir,
+        session_gb=session_gb,
     )
     return open_engine(path, options)
