@@ -214,7 +214,8 @@ class Engine:
         """Go on from a session that `save` wrote: its sequence takes the place of the engine's. Returns its messages.
 
         A request with `reuse` then computes only what the session does not begin with. Given the token ids of its
-        `prompt`, no more is read than it shares with the session, and no more has to fit in the context.
+        `prompt`, no more is read than it shares with the session, its last 17 tokens left out, and no more has to fit
+        in the context: where the session has these of a prompt too, the text is the one that there is without it.
 
         Raises SessionError for a file that is missing, damaged, or of another pack, version or form of keys and values,
         and DiskError when reading it fails: the engine is then empty and can be used. Raises UsageError as `save` does,

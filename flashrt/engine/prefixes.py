@@ -21,7 +21,7 @@ import numpy as np
 
 from flashrt.config import GIB
 from flashrt.engine.sequence import Sequence
-from flashrt.engine.sessions import Sessions, common
+from flashrt.engine.sessions import Sessions, beginning, common
 from flashrt.errors import DiskError, SessionError, SessionWarning, UsageError
 from flashrt.kv.cache import KvCache
 from flashrt.kv.pages import Extent
@@ -77,11 +77,8 @@ class Prefixes:
             raise UsageError(f"no sessions can be kept in {folder}: {error.strerror}") from None
 
     def resume(self, sequence: Sequence, prompt: Items[int]) -> None:
-        """Make `sequence` hold the longest beginning of `prompt` that is kept, where it holds a shorter one.
-
-        The prompt's last token is left out.
-        """
-        tokens = np.array(prompt[:-1], np.int32)
+        """Make `sequence` hold the longest beginning of `prompt` that is kept, where it holds a shorter one."""
+        tokens = beginning(prompt)
         while True:
             links = self._chain(tokens)
             length, top = self._reach(links, sequence.kv)

@@ -14,6 +14,7 @@ from flashrt.kv.pages import Extent, Page
 from flashrt.kv.reach import needed
 from flashrt.storage.reader import Reader
 from flashrt.storage.session_file import KvForm, Messages, Session, SessionFile, write_session
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
@@ -68,19 +69,27 @@ class Sessions:
 
 
 def resumable(sequence: Sequence, session: Session, prompt: Items[int] | None) -> Array:
-    """Tokens of `session` that a prompt goes on from: what it begins with, its last token left out; None: all.
+    """Tokens of `session` that a prompt goes on from (see `beginning`); for None, all.
 
     Raises UsageError where the context has no room for them.
     """
     kv, length = sequence.kv, len(session.tokens)
     if prompt is not None:
-        length = common(session.tokens, np.array(prompt[:-1], np.int32))
+        length = common(session.tokens, beginning(prompt))
     if length >= kv.capacity:
         raise UsageError(
             f"the session has {length} tokens, the context is {kv.capacity}: use a --context of {length + 1} or more"
         )
     sequence.rewind(0)
     return session.tokens[: kv.reach(length, session.extent.top)]
+
+
+def beginning(prompt: Items[int]) -> Array:
+    """What of a prompt need not be computed where it is kept: all but the fewest tokens that a wide pass has.
+
+    So the rest is computed by the kernels that would compute all of it, and the text is the same.
+    """
+    return np.array(prompt[: -(NARROW_TOKENS + 1)], np.int32)
 
 
 def common(ours: Array, theirs: Array) -> int:
