@@ -148,7 +148,7 @@ SessionGb = Annotated[
         "--session-gb",
         metavar="GIB",
         show_default=False,
-        help=f"What --session-dir may take, in GiB; what was used least recently goes. Omitted: {DEFAULT_SESSION_GB:g}.",
+        help=f"What --session-dir may take; what was used least recently goes. Omitted: {DEFAULT_SESSION_GB:g}.",
     ),
 ]
 

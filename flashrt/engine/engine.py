@@ -218,8 +218,8 @@ class Engine:
         in the context: where the session has these of a prompt too, the text is the one that there is without it.
 
         Raises SessionError for a file that is missing, damaged, or of another pack, version or form of keys and values,
-        and DiskError when reading it fails: the engine is then empty and can be used. Raises UsageError as `save` does,
-        and where the session does not fit in the context.
+        and DiskError when reading it fails: the engine can be used then, with the sequence that it had or an empty one.
+        Raises UsageError as `save` does, and where the session does not fit in the context.
         """
         with self.turns.using(None):
             sessions = self._sessions

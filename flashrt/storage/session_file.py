@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_native_id
 from types import TracebackType
 from typing import Any
 
@@ -99,7 +100,7 @@ def write_session(
     size = start + sum(align(form.nbytes(page), PAGE) for page in found)
     with disk_errors(path.parent):
         remove_leftovers(path)
-    with disk_errors(path.parent), replacing(path, f".{os.getpid()}.tmp") as file:
+    with disk_errors(path.parent), replacing(path, f".{get_native_id()}.{os.getpid()}.tmp") as file:
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is known before anything is written
         file.seek(start)
         for i, page in enumerate(found):
