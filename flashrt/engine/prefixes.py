@@ -123,6 +123,7 @@ class Prefixes:
         self._make_room(paths, new)
         for path, extent in new.items():
             self._sessions.save(sequence, path, extent)
+            self._dropped.discard(path)
             link = held.get(extent.begin)
             if link and link.path != path and link.length == link.whole:  # the new file begins with all that it holds
                 link.path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """A session on disk: tokens, and the keys and values that were computed of them, bound to the pack that computed.
 
-    magic, format version, length of the JSON, CRC-32 of all up to the first page that follows this
+    magic, format version, length of all up to the first page, length of the JSON, CRC-32 of what follows up to there
     JSON         what the session is bound to, where it begins and ends, the messages of a conversation
     tokens       int32, all of them, also those before a session that begins later
     checksums    uint32, the CRC-32 of each page
@@ -39,13 +39,13 @@ from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import align
 
 VERSION = 1
-MAX_JSON_BYTES = 64 << 20  # of messages: a conversation of the longest context
+MAX_JSON_BYTES = 16 << 20  # of messages: more than a conversation of a million tokens
 
 Array = np.ndarray
 Messages = Sequence[Mapping[str, str]]
 
 _MAGIC = b"flashrt session\n"
-_HEAD = struct.Struct("<16s3I")
+_HEAD = struct.Struct("<16s4I")
 _ITEMS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
 
 
@@ -200,29 +200,32 @@ class SessionFile:
         head = self._read(0, min(size, PAGE))
         if len(head) < _HEAD.size or not head.startswith(_MAGIC):
             raise SessionError(f"{self.path} is not a session: name another file")
-        _, version, json_bytes, checksum = _HEAD.unpack_from(head)
+        _, version, nbytes, json_bytes, checksum = _HEAD.unpack_from(head)
         if version != VERSION:
             raise SessionError(
                 f"{self.path} is a session of format version {version}, this flashrt reads version {VERSION}: "
                 "use the flashrt that saved it, or delete it"
             )
-        if json_bytes > min(size, MAX_JSON_BYTES):
-            raise self._damaged(f"its JSON would have {json_bytes} bytes")
-        text = self._read(_HEAD.size, json_bytes)
-        session, count = self._parse(text)
-        tail = 4 * (len(session.tokens) + count)
-        start = align(_HEAD.size + json_bytes + tail, PAGE)
-        if start > size:
-            raise self._damaged(f"it has {size} bytes, its header alone takes {start}")
-        body = self._read(_HEAD.size, start - _HEAD.size)
+        if nbytes > min(size, self._largest_header()) or nbytes < _HEAD.size + json_bytes:
+            raise self._damaged(f"it has {size} bytes, its header would have {nbytes}")
+        body = self._read(_HEAD.size, nbytes - _HEAD.size)
         if _io.crc32(np.frombuffer(body, np.uint8)) != checksum:
             raise self._damaged("the checksum of its header does not match")
-        numbers = np.frombuffer(body, "<u4", len(session.tokens) + count, json_bytes)
-        tokens = numbers[: len(session.tokens)].astype(np.int32)
-        return Session(tokens, session.extent, session.messages), numbers[len(tokens) :], start
+        extent, messages = self._parse(body[:json_bytes])
+        count = extent.length + len(self._form.pages(extent))
+        if nbytes != align(_HEAD.size + json_bytes + 4 * count, PAGE):
+            raise self._damaged(f"its header has {nbytes} bytes, which is not what {count} numbers take")
+        numbers = np.frombuffer(body, "<u4", count, json_bytes)
+        tokens = numbers[: extent.length].astype(np.int32)
+        return Session(tokens, extent, messages), numbers[extent.length :], nbytes
 
-    def _parse(self, text: bytes) -> tuple[Session, int]:
-        """The session, its tokens yet to be read, and the number of its pages."""
+    def _largest_header(self) -> int:
+        """Bytes of the header of a session that fills the context."""
+        whole = Extent(0, self._form.spec.context, 0)
+        return MAX_JSON_BYTES + 4 * (whole.length + len(self._form.pages(whole)))
+
+    def _parse(self, text: bytes) -> tuple[Extent, Messages | None]:
+        """What the JSON says."""
         form = self._form
         try:
             body = json.loads(text)
@@ -245,7 +248,7 @@ class SessionFile:
             raise self._damaged(f"it goes from {extent.begin} to {extent.length}, of {extent.top} tokens")
         if extent.begin % ATTENTION_SEGMENT or not _are_messages(messages):
             raise self._damaged("its header says what no session has")
-        return Session(np.zeros(extent.length, np.int32), extent, messages), len(form.pages(extent))
+        return extent, messages
 
     def _read(self, offset: int, nbytes: int) -> bytes:
         """Bytes of the header, by whole pages: the file may be open around the page cache. Fewer where it ends."""
@@ -287,7 +290,7 @@ def _header(form: KvForm, session: Session, checksums: Array) -> bytes:
     data = text + session.tokens.astype("<i4").tobytes() + checksums.astype("<u4").tobytes()
     data = data.ljust(align(_HEAD.size + len(data), PAGE) - _HEAD.size, b"\0")
     checksum = _io.crc32(np.frombuffer(data, np.uint8))
-    return _HEAD.pack(_MAGIC, VERSION, len(text), checksum) + data
+    return _HEAD.pack(_MAGIC, VERSION, _HEAD.size + len(data), len(text), checksum) + data
 
 
 def _check_file(path: Path) -> None:
