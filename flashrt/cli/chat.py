@@ -90,11 +90,11 @@ def chat(
         conversation.resume(session.resume(engine, load.session, chat=True))
         if typed:
             say(f"{model.pack.manifest.name}, context {model.context} tokens. {HELP}")
-        before = conversation.messages
+        sequence, messages = engine.sequence, conversation.messages
         try:
             _converse(conversation, stats)
-        finally:
-            if conversation.messages is not before:
+        finally:  # also where Ctrl-C ends an answer before its message is taken in: it was read
+            if engine.sequence is not sequence or conversation.messages is not messages:
                 session.save(engine, load.session, conversation.messages)
 
 
