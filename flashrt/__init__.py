@@ -37,6 +37,9 @@ def load(
     kv: str = "exact",
     kv_keep: str | float | None = None,
     rope_scaling: str | None = None,
+    session: str | Path | None = None,
+    session_dir: str | Path | None = None,
+    session_gb: float | None = None,
 ) -> Engine:
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
@@ -56,8 +59,14 @@ def load(
     kv: 'exact' or, after `flashrt calibrate --kv`, 'sparse': decode passes attend to the positions that labels choose
     kv_keep: with kv='sparse', the share of positions, such as 1/16 (the default)
 
+    session: a file that `engine.save` wrote: a request with `reuse` goes on from its tokens
+    session_dir: a directory that keeps what was computed of prompts and answers, across processes: each request goes on
+        from the longest beginning of its prompt that is there
+    session_gb: GiB that this directory may take, 16 where None; what was used least recently goes
+
     Raises a FlashrtError that says what to do: UsageError, before anything is opened, for an option of a wrong type or
-    out of range; BudgetError, before anything is loaded, when the budget is too small.
+    out of range; BudgetError, before anything is loaded, when the budget is too small; SessionError for a session
+    that is missing, damaged, or of another pack.
     """
     from flashrt.engine.open import load as open_engine
     from flashrt.engine.options import LoadOptions
@@ -77,5 +86,8 @@ def load(
         kv=kv,
         kv_keep=kv_keep,
         rope_scaling=rope_scaling,
+        session=session,
+        session_dir=session_dir,
+        session_gb=session_gb,
     )
     return open_engine(path, options)

@@ -23,6 +23,14 @@ class PackError(FlashrtError):
     """A pack is missing, damaged or written by an incompatible version."""
 
 
+class SessionError(FlashrtError):
+    """A saved session is missing, damaged, or of another pack or version."""
+
+
+class SessionWarning(UserWarning):
+    """Something of what is kept in a directory of sessions could not be used or kept; the run goes on without."""
+
+
 class BudgetError(FlashrtError):
     """The memory budget cannot hold what the run needs."""
 

@@ -19,6 +19,7 @@ from flashrt.errors import PackError, UsageError
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
+    from flashrt.storage.session_file import Messages
     from flashrt.text.template import ChatTemplate
     from flashrt.text.tokenizer import Tokenizer
 
@@ -85,9 +86,16 @@ def chat(
     template.check()
     choice = _sampling(given, model.tokenizer.text.generation)
     with session.load(model, Workload(model.context)) as engine:
+        conversation = Conversation(engine, template, choice, system, max_new_tokens)
+        conversation.resume(session.resume(engine, load.session, chat=True))
         if typed:
             say(f"{model.pack.manifest.name}, context {model.context} tokens. {HELP}")
-        _converse(Conversation(engine, template, choice, system, max_new_tokens), stats)
+        sequence, messages = engine.sequence, conversation.messages
+        try:
+            _converse(conversation, stats)
+        finally:  # also where Ctrl-C ends an answer before its message is taken in: it was read
+            if engine.sequence is not sequence or conversation.messages is not messages:
+                session.save(engine, load.session, conversation.messages)
 
 
 @dataclass
@@ -106,6 +114,15 @@ class Conversation:
 
     def reset(self) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def resume(self, messages: Messages | None) -> None:
+        """Go on with the messages of a session; nothing for None. Raises UsageError where they had another system."""
+        if not messages:
+            return
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        if self.system not in (None, system):
+            raise UsageError("the session began with another system message: leave --system out, or name another file")
+        self.system, self.messages = system, [dict(message) for message in messages]
 
     def answer(self, text: str) -> str:
         """Answer one message, printing the answer as it comes; return its line of figures.

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flashrt.config import MOST_THREADS, Sampling
-from flashrt.engine.options import LoadOptions
+from flashrt.engine.options import DEFAULT_SESSION_GB, LoadOptions
 from flashrt_kernels.rows import Codec
 
 
@@ -156,6 +156,33 @@ KvKeep = Annotated[
         help="With --kv sparse: the share of the tokens that is attended to. Omitted: 1/16.",
     ),
 ]
+Session = Annotated[
+    Path | None,
+    typer.Option(
+        "--session",
+        metavar="FILE",
+        show_default=False,
+        help="Go on from what FILE holds of this text or chat, and save to it at the end; made where it is not there.",
+    ),
+]
+SessionDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--session-dir",
+        metavar="DIR",
+        show_default=False,
+        help="Keep what is computed of prompts and answers in DIR, and begin from the longest match that is there.",
+    ),
+]
+SessionGb = Annotated[
+    float | None,
+    typer.Option(
+        "--session-gb",
+        metavar="GIB",
+        show_default=False,
+        help=f"What --session-dir may take; what was used least recently goes. Omitted: {DEFAULT_SESSION_GB:g}.",
+    ),
+]
 
 # The fields of LoadOptions, as the command line asks for them.
 LOAD: dict[str, Any] = {
@@ -169,11 +196,15 @@ LOAD: dict[str, Any] = {
     "draft": Draft,
     "kv": Kv,
     "kv_keep": KvKeep,
+    "session": Session,
+    "session_dir": SessionDir,
+    "session_gb": SessionGb,
     "threads": Threads,
     "device": Device,
     "host_budget_gb": HostBudgetGb,
     "cache_dir": CacheDir,
 }
+SESSIONS = ("session", "session_dir", "session_gb")
 MACHINE = ("threads", "device", "host_budget_gb", "cache_dir")
 
 

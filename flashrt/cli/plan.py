@@ -23,7 +23,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(plan))
 
 
-@options.loads(*(field for field in options.LOAD if field != "draft"))
+@options.loads(*(field for field in options.LOAD if field not in ("draft", *options.SESSIONS)))
 def plan(
     pack: options.Model,
     *,

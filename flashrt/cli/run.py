@@ -98,7 +98,9 @@ def run(
     checked_context(model.spec, load.context, 1)
     length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
     with session.load(model, Workload(length, prompt=len(ids))) as engine:
-        generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos)
+        session.resume(engine, load.session, chat=False, prompt=ids)
+        reuse = load.session is not None
+        generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos, reuse=reuse)
         interrupted = False
         try:
             for token in generation:
@@ -112,6 +114,7 @@ def run(
         else:
             write("\n")
             say(figures(generation.report))
+        session.save(engine, load.session)
     if interrupted:
         sys.exit(INTERRUPTED)
 
@@ -123,6 +126,8 @@ def figures(report: Report) -> str:
         parts[0] += f", {report.decode_tok_per_s:.2f} tokens/s"
     if report.tokens_per_pass and report.tokens_per_pass > 1:
         parts.append(f"{report.tokens_per_pass:.2f} tokens per pass")
+    if report.resumed_tokens:
+        parts.append(f"{report.resumed_tokens} of {report.prompt_tokens} prompt tokens resumed")
     parts.append(f"first after {duration(report.ttft_s)}")
     if report.bytes_read_per_token:
         read = f"{size(report.bytes_read_per_token)} read per token"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrt.cli.console import BAR_MODULES, Progress, say, size
 from flashrt.engine import open as loader
 from flashrt.engine.options import LoadOptions
+from flashrt.errors import SessionWarning, UsageError
 from flashrt.spec import full_ropes
+from flashrt.storage.names import exists
 
 if TYPE_CHECKING:
     from flashrt.budget.plan import Plan, Workload
     from flashrt.engine.engine import Engine
     from flashrt.engine.loaded_pack import LoadedPack
+    from flashrt.storage.session_file import Messages
 
 
 def open_model(where: str, options: LoadOptions, modules: Sequence[str] = ()) -> LoadedPack:
@@ -40,7 +45,12 @@ def replaced(model: LoadedPack) -> str | None:
 
 
 def load(model: LoadedPack, workload: Workload) -> Engine:
-    """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError."""
+    """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError.
+
+    From now on what becomes of sessions is said as it happens.
+    """
+    warnings.simplefilter("always", SessionWarning)
+    warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
 
     def note(the_plan: Plan) -> None:
         if warning := slower(model, workload, the_plan):
@@ -48,6 +58,27 @@ def load(model: LoadedPack, workload: Workload) -> Engine:
 
     with Progress() as progress:
         return model.load(workload, progress.of("loading"), note)
+
+
+def resume(engine: Engine, path: str | Path | None, *, chat: bool, prompt: list[int] | None = None) -> Messages | None:
+    """Go on from the session at `path`, if one is there; see `Engine.resume`. Returns its messages.
+
+    Raises UsageError for the session of a conversation where a text is asked for, and the other way round: saving would
+    lose it.
+    """
+    if path is None or not exists(Path(path)):
+        return None
+    messages = engine.resume(path, prompt)
+    if (messages is not None) != chat:
+        held, command = ("a conversation", "flashrt chat") if messages is not None else ("a text", "flashrt run")
+        raise UsageError(f"{path} is the session of {held}: go on with `{command}`, or name another file")
+    return messages
+
+
+def save(engine: Engine, path: str | Path | None, messages: Messages | None = None) -> None:
+    """Save to `path`, if one is given, what was computed so far."""
+    if path is not None and engine.sequence.length:
+        engine.save(path, messages)
 
 
 def slower(model: LoadedPack, workload: Workload, the_plan: Plan) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,19 +16,23 @@ import numpy as np
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
 from flashrt.engine.generation import Generation
+from flashrt.engine.options import checked_path
+from flashrt.engine.prefixes import Prefixes
 from flashrt.engine.request import Request, checked_flag, checked_ids, checked_limit, checked_sampling, checked_stops
 from flashrt.engine.runner import Runner
-from flashrt.engine.runtime import Runtime
+from flashrt.engine.runtime import Runtime, kv_item_bytes
 from flashrt.engine.sampling import Sampler
 from flashrt.engine.sequence import Sequence
+from flashrt.engine.sessions import Sessions, resumable
 from flashrt.engine.turns import Turns
-from flashrt.errors import UsageError
+from flashrt.errors import SessionError, UsageError
 from flashrt.kv.cache import KvCache
 from flashrt.machine.disk import DiskRoof
 from flashrt.model.decoder import Decoder
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage.reader import Reader
+from flashrt.storage.session_file import KvForm, Messages
 from flashrt.text.tokenizer import Tokenizer
 from flashrt_kernels.limits import NARROW_TOKENS
 
@@ -63,6 +69,7 @@ class Engine:
         self._runner: Runner | None = Runner(decoder, plan)
         self._spec = decoder.spec
         self._sparsity = decoder.weights.pack.manifest.sparsity
+        self._prefixes: Prefixes | None = None
         self._wait_s = 0.0
         self._ffn_counts: Counter[str] = Counter()  # once closed
 
@@ -130,6 +137,7 @@ class Engine:
             self._wait_s, self._ffn_counts = decoder.wait_s, decoder.ffns.counts()
             self._runner = None
             self.sequence = Sequence(KvCache((), 0))
+            self.__dict__.pop("_sessions", None)
 
     def generate(
         self,
@@ -164,14 +172,72 @@ class Engine:
         return Generation(self, Request(ids, limit, checked_sampling(sampling), stops, stop_ids, reuse))
 
     def begin(self, request: Request) -> Sequence:
-        """The sequence of a request that begins; without `reuse` it starts from an empty cache."""
+        """The sequence of a request that begins: without `reuse`, with what a directory of sessions has of it."""
         sparse = self.runner.decoder.sparse
         if not request.reuse:
             self.sequence.rewind(0)
         if sparse is not None:
             sparse.restart()
         self.sequence = self.sequence.successor(Sampler(request.sampling, request.prompt))
+        self.sequence.keep_shared(request.prompt)
+        if self._prefixes is not None:
+            self._prefixes.resume(self.sequence, request.prompt)
         return self.sequence
+
+    def finish(self) -> None:
+        """The current request is over."""
+        if self._prefixes is not None and self.sequence.length:
+            self._prefixes.save(self.sequence)
+
+    def keep_sessions(self, folder: Path, limit: int) -> None:
+        """From now on keep what requests compute in `folder`, `limit` bytes of it, and begin from what is there.
+
+        Raises UsageError where nothing can be kept there, and on a GPU.
+        """
+        self._prefixes = Prefixes(folder, limit, self._sessions)
+
+    def save(self, path: str | Path, messages: Messages | None = None) -> None:
+        """Save the sequence, its keys and values to a file, in place of one that is there, from which `resume` goes on.
+
+        messages: of a conversation, each a `role` and a `content`; `resume` gives them back
+
+        Raises DiskError, with what was there untouched; UsageError where nothing was computed yet, while another
+        thread's request goes on, on a GPU, and once the engine is closed.
+        """
+        with self.turns.using(None):
+            sessions = self._sessions
+            if self.sequence.length == 0:
+                raise UsageError("there is nothing to save: generate something first")
+            sessions.save(self.sequence, checked_path("the session", path), messages=messages)
+
+    def resume(self, path: str | Path, prompt: Items[int] | None = None) -> Messages | None:
+        """Go on from a session that `save` wrote: its sequence takes the place of the engine's. Returns its messages.
+
+        A request with `reuse` then computes only what the session does not begin with. Given the token ids of its
+        `prompt`, no more is read than it shares with the session, its last 17 tokens left out, and no more has to fit
+        in the context: where the session has these of a prompt too, the text is the one that there is without it.
+
+        Raises SessionError for a file that is missing, damaged, or of another pack, version or form of keys and values,
+        and DiskError when reading it fails: the engine can be used then, with the sequence that it had or an empty one.
+        Raises UsageError as `save` does, and where the session does not fit in the context.
+        """
+        with self.turns.using(None):
+            sessions = self._sessions
+            self.turns.begin(None)
+            with sessions.open(checked_path("the session", path)) as file:
+                if file.session.extent.begin:
+                    raise SessionError(f"{path} is a part of a session, kept by --session-dir: name that directory")
+                tokens = resumable(self.sequence, file.session, prompt)
+                sessions.restore(self.sequence, [file], tokens, file.session.extent.top)
+                return file.session.messages
+
+    @functools.cached_property
+    def _sessions(self) -> Sessions:
+        if not self.runtime.bounds_process:
+            raise UsageError("sessions are saved from the CPU only: use --device cpu")
+        pack = self.runner.decoder.weights.pack
+        item = "f32" if kv_item_bytes(pack) == 4 else "bf16"
+        return Sessions(KvForm(pack.manifest.hash, self.spec, item), self.reader)
 
     def prefill(self, ids: Items[int]) -> Array:
         """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.

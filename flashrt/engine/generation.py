@@ -51,6 +51,7 @@ class Host(Protocol):
     def ffn_counts(self) -> Counter[str]: ...
     def ffn_figures(self, counts: Counter[str]) -> tuple[dict[str, Any], list[str]]: ...
     def begin(self, request: Request) -> Sequence: ...
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Generation:
         self._prefill, self._decode = _Phase(), _Phase()
         self._passes: DecodeLoop | None = None
         self._finish = "interrupted"
+        self._resumed = 0
         self._report: Report | None = None
         self._tokens = self._run()
 
@@ -123,6 +125,7 @@ class Generation:
             with self._measured(self._prefill):
                 engine.turns.begin(self)
                 sequence = engine.begin(request)
+                self._resumed = sequence.length
                 token = sequence.sampler.choose(engine.runner.prefill(sequence, request.prompt))
             ahead: deque[int] = deque()  # tokens that the last pass gave, and that are not handed out yet
             while True:
@@ -175,10 +178,13 @@ class Generation:
             phase.ffn += engine.ffn_counts() - counts
 
     def _end(self) -> None:
+        last = self._engine.turns.current is self  # none has begun since
         self._engine.turns.end(self)
         if self._report is None:
             self._report = self._make_report()
         self._passes = None  # it holds the runner, and so the weights
+        if last:
+            self._engine.finish()
 
     def _make_report(self) -> Report:
         engine, prefill, decode = self._engine, self._prefill, self._decode
@@ -194,6 +200,7 @@ class Generation:
             token_ids=self._ids,
             finish_reason=self._finish,
             prompt_tokens=len(self._request.prompt),
+            resumed_tokens=self._resumed,
             new_tokens=len(self._ids),
             load_s=engine.load_s,
             ttft_s=prefill.seconds,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from flashrt.budget.plan import FixedCosts, Plan, Workload
 from flashrt.budget.planner import plan, resident_budget, smallest_budget
@@ -127,9 +129,13 @@ class LoadedPack:
         # Measured now: beside a loaded model that takes memory that is not planned, and reads that disturb.
         disk = None if the_plan.resident else self.disk()
         roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
-        return build_engine(
+        engine = build_engine(
             self.pack, the_plan, self.tokenizer, self.runtime, progress=progress, roof=roof, drafting=drafting
         )
+        if self.options.session_dir is not None:
+            with closing_on_error(engine):
+                engine.keep_sessions(Path(self.options.session_dir), self.options.session_bytes)
+        return engine
 
     def _load_draft(self, context: int) -> Engine | None:
         if self.draft is None:
@@ -180,3 +186,13 @@ class LoadedPack:
         if measured is not None:
             save_disk_profile(self.cache, self.disk_number, measured)
         return measured or known
+
+
+@contextlib.contextmanager
+def closing_on_error(engine: Engine) -> Iterator[None]:
+    """Closes `engine` where the block fails."""
+    try:
+        yield
+    except BaseException:
+        engine.close()
+        raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashrt.budget.plan import Workload
 from flashrt.checkpoints.resolve import Progress, resolve
-from flashrt.engine.loaded_pack import LoadedPack
+from flashrt.engine.loaded_pack import LoadedPack, closing_on_error
 from flashrt.engine.options import LoadOptions, checked_path
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import PackError, UsageError
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 def load(where: str | Path, options: LoadOptions) -> Engine:
     """See `flashrt.load`."""
     model = open_model(where, options)
-    return model.load(Workload(model.context))
+    engine = model.load(Workload(model.context))
+    if options.session is not None:
+        with closing_on_error(engine):
+            engine.resume(options.session)
+    return engine
 
 
 def open_model(

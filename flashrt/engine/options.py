@@ -8,12 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashrt.config import MOST_THREADS, budget_bytes, checked_loss, parse_keep, parse_speculate, whole
+from flashrt.config import (
+    GIB,
+    LARGEST_BUDGET_GB,
+    MOST_THREADS,
+    budget_bytes,
+    checked_loss,
+    number,
+    parse_keep,
+    parse_speculate,
+    whole,
+)
 from flashrt.errors import UsageError
 from flashrt.rope import RopeScaling, parse_rope_scaling
 from flashrt.storage.names import default_cache
 from flashrt_kernels.rows import Codec
 
+DEFAULT_SESSION_GB = 16.0
 CHOICES = {
     "dtype": tuple(codec.value for codec in Codec),
     "device": ("cpu", "cuda"),
@@ -45,6 +56,9 @@ class LoadOptions:
     kv: str = "exact"
     kv_keep: str | float | None = None
     rope_scaling: str | None = None
+    session: str | Path | None = None
+    session_dir: str | Path | None = None
+    session_gb: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -52,11 +66,13 @@ class LoadOptions:
         for budget in (self.budget_gb, self.host_budget_gb):
             if budget is not None:
                 budget_bytes(budget)
+        if self.session_gb is not None:
+            number("session_gb", self.session_gb, 0.0, LARGEST_BUDGET_GB)
         if self.context is not None:
             whole("the context", self.context, 1)
         if self.threads is not None:
             whole("threads", self.threads, 1, MOST_THREADS)
-        for name in ("cache_dir", "draft"):
+        for name in ("cache_dir", "draft", "session", "session_dir"):
             if getattr(self, name) is not None:
                 checked_path(name, getattr(self, name))
         parse_speculate(self.speculate)
@@ -82,11 +98,20 @@ class LoadOptions:
             raise UsageError("--draft needs drafts: leave --speculate off out")
         if self.draft is not None and self.device != "cpu":
             raise UsageError("--draft computes on the CPU only: use --device cpu")
+        if (self.session is not None or self.session_dir is not None) and self.device != "cpu":
+            raise UsageError("sessions are saved from the CPU only: use --device cpu")
+        if self.session_gb is not None and self.session_dir is None:
+            raise UsageError("--session-gb needs --session-dir, which it bounds")
 
     @property
     def budget(self) -> int | None:
         """Bytes; None: what the model needs, or what the machine has."""
         return None if self.budget_gb is None else budget_bytes(self.budget_gb)
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes that the directory of sessions may take."""
+        return int((DEFAULT_SESSION_GB if self.session_gb is None else self.session_gb) * GIB)
 
     @property
     def cache(self) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 class Report:
     """Figures of one generation. Times in seconds, sizes in bytes; the caller's own time is not counted.
 
+    resumed_tokens        of the prompt, that were not computed: the conversation or a session had them
     load_s                allocating and reading what is pinned, once for all requests
     ttft_s                from the request to the first token, loading left out
     decode_*              the passes after the first token
@@ -39,6 +40,7 @@ class Report:
     token_ids: list[int]
     finish_reason: str  # 'eos', 'stop', 'length' or 'interrupted'
     prompt_tokens: int
+    resumed_tokens: int
     new_tokens: int
     load_s: float
     ttft_s: float

@@ -63,6 +63,11 @@ class Sequence:
         del self.tokens[kept:]
         return kept
 
+    def restored(self, tokens: Items[int], top: int) -> None:
+        """Take in tokens whose keys and values the stores were given, of a sequence that has had `top`."""
+        self.kv.restored(len(tokens), top)
+        self.tokens = list(tokens)
+
     def keep_shared(self, ids: Items[int]) -> int:
         """Cut back to what `ids` begin with, the last of them left out; returns how many tokens that are."""
         shared = 0

@@ -89,8 +89,22 @@ class KvStore(ABC):
         """Keep the rows `path`, ascending, of a tree that was appended at `start`: one after the other from there."""
 
     @abstractmethod
-    def restart(self) -> None:
-        """Begin again at position 0: nothing is held any more."""
+    def restart(self, first: int = 0) -> None:
+        """Begin again: nothing is held any more.
+
+        The next rows, or pages, stand from position `first` on, a multiple of a segment; no row sees what lies before.
+        """
+
+    @abstractmethod
+    def read_page(self, begin: int, heads: slice, out: Tensor) -> None:
+        """Copy the positions of one segment, from its first, `begin`, on, of some KV heads.
+
+        out: [heads, n, 2, head_dim] of the store's items, on the host; n is a segment, or less at the sequence's end
+        """
+
+    @abstractmethod
+    def write_page(self, begin: int, heads: slice, page: Tensor) -> None:
+        """Take back what `read_page` gave: after a `restart`, all heads of a segment, then of the next."""
 
     @abstractmethod
     def truncate(self, length: int, top: int) -> int:

@@ -26,12 +26,12 @@ class KvCache:
     def __init__(self, stores: Sequence[KvStore], capacity: int) -> None:
         self.stores, self.capacity = stores, capacity
         self.length = 0
-        self._top = 0  # the most tokens since it began
+        self.top = 0  # the most tokens since it began
 
     def append(self, count: int) -> None:
         """Make the `count` rows that were written behind the sequence part of it."""
         self.length += count
-        self._top = max(self._top, self.length)
+        self.top = max(self.top, self.length)
 
     def commit(self, path: Sequence[int]) -> None:
         """Make the rows `path`, ascending, of those written behind the sequence part of it; forget the others."""
@@ -46,15 +46,26 @@ class KvCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a sequence of {self.length} tokens back to {length}")
-        kept = length
-        while (least := min((store.truncate(kept, self._top) for store in self.stores), default=kept)) < kept:
-            kept = least
-        self.length = kept
-        if kept == 0:  # what an interrupt leaves of this, the next call makes good
-            for store in self.stores:
-                store.restart()
-            self._top = 0
-        return kept
+        self.length = self.reach(length, self.top)
+        if self.length == 0:  # what an interrupt leaves of this, the next call makes good
+            self.restart([0] * len(self.stores))
+        return self.length
+
+    def reach(self, length: int, top: int) -> int:
+        """How many of the first `length` tokens can be gone on from, in a sequence that has had `top`."""
+        while (least := min((store.truncate(length, top) for store in self.stores), default=length)) < length:
+            length = least
+        return length
+
+    def restart(self, firsts: Sequence[int]) -> None:
+        """Begin again with nothing; what each store is given next stands from its place in `firsts` on."""
+        self.length = self.top = 0
+        for store, first in zip(self.stores, firsts, strict=True):
+            store.restart(first)
+
+    def restored(self, length: int, top: int) -> None:
+        """The stores were given what is needed of the first `length` tokens of a sequence that has had `top`."""
+        self.length, self.top = length, top
 
 
 def open_cache(

@@ -48,8 +48,18 @@ class ContiguousStore(KvStore):
             if row != place:  # always behind its place: nothing is overwritten that is still to come
                 self.memory[:, base + place] = self.memory[:, base + row]
 
-    def restart(self) -> None:
+    def restart(self, first: int = 0) -> None:
         self.first = 0
+
+    def read_page(self, begin: int, heads: slice, out: Tensor) -> None:
+        out[...] = self._page(begin, heads, out.shape[1])
+
+    def write_page(self, begin: int, heads: slice, page: Tensor) -> None:
+        self._page(begin, heads, page.shape[1])[...] = page
 
     def truncate(self, length: int, top: int) -> int:
         return reach(self._attention.window, length, top)
+
+    def _page(self, begin: int, heads: slice, count: int) -> Tensor:
+        slot = begin - self.first
+        return self.memory[heads, slot : slot + count]

@@ -20,3 +20,13 @@ def reach(window: int | None, length: int, top: int) -> int:
         return length
     unmoved = window - 1 + KEPT + ATTENTION_SEGMENT - 1  # rows that begin here or before fit in the smallest memory
     return length if top + NARROW_TOKENS <= unmoved else 0
+
+
+def needed(window: int | None, top: int) -> int:
+    """The first position that is needed to go on, from wherever `reach` allows: the first of a segment.
+
+    Every store of a sequence that has had `top` tokens holds it and what follows.
+    """
+    if window is None:
+        return 0
+    return max(top + NARROW_TOKENS - KEPT - (window - 1), 0) // ATTENTION_SEGMENT * ATTENTION_SEGMENT

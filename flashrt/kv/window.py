@@ -34,6 +34,9 @@ class WindowStore(ContiguousStore):
             self._slide(start)
         super().append(key, value, start)
 
+    def restart(self, first: int = 0) -> None:
+        self.first = first
+
     def truncate(self, length: int, top: int) -> int:
         return 0 if self.first == LOST else super().truncate(length, top)
 

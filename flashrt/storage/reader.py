@@ -88,8 +88,9 @@ class BlockTicket(Ticket):
 class Reader:
     """Reads of one pack. `direct` says whether they go around the page cache, `backend` what carries them out.
 
-    `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, `curve` gives the costs by which
-    they are merged (without it, each is read by itself). `backend` may be named to force it.
+    `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, which nobody uses after `settle`.
+    `curve` gives the costs by which rows are merged (without it, each is read by itself). `backend` may be named to
+    force it.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Reader:
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
         if staging is None:
             staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
+        self.staging = staging
         try:
             for name, path in self._paths.items():
                 self._files[name] = open_direct(path)
@@ -145,6 +147,14 @@ class Reader:
         handle, direct = self._open_file(file)
         return Ticket(self._paths[file], self._engine.read_rows(handle, direct, offsets, out, slots))
 
+    def read_file(self, handle: int, direct: bool, offset: int, buffer: Array, crc: int) -> _io.Read:
+        """Start reading from another open file (see `open_direct`), on boundaries of 4 KiB, into page-aligned memory.
+
+        Raises UsageError once closed.
+        """
+        self._check_open()
+        return self._engine.read(handle, direct, offset, buffer, crc)
+
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
         self._engine.settle()
@@ -164,6 +174,9 @@ class Reader:
         self._files = {}
 
     def _open_file(self, file: str) -> tuple[int, bool]:
+        self._check_open()
+        return self._files[file]
+
+    def _check_open(self) -> None:
         if not self._files:
             raise UsageError("the engine is closed: load the model again")
-        return self._files[file]

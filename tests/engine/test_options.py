@@ -48,13 +48,20 @@ WRONG = [
     ("speculate", 17),
     ("speculate", "9" * 5000),
     ("draft", 3),
+    ("session", 3),
+    ("session", ""),
+    ("session_dir", b"/tmp"),
+    ("session_gb", 1.0),  # without a directory
+    ("session_gb", "1"),
+    ("session_gb", -1.0),
+    ("session_gb", math.nan),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_wrong_option_is_refused_before_anything_is_opened(name, value, monkeypatch):
     monkeypatch.setattr(loader, "open_model", lambda *_: pytest.fail("opened"))
-    with pytest.raises(UsageError, match="expected|host budget|--max-loss"):
+    with pytest.raises(UsageError, match="expected|host budget|--max-loss|--session-gb"):
         flashrt.load("anything", **{name: value})
 
 

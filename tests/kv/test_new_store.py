@@ -48,8 +48,16 @@ class PagedStore(KvStore):
         for place, row in enumerate(path):
             self._at(start + place)[:] = self._at(start + row)
 
-    def restart(self) -> None:
+    def restart(self, first: int = 0) -> None:
         """Nothing to do."""
+
+    def read_page(self, begin: int, heads: slice, out: np.ndarray) -> None:
+        for i in range(out.shape[1]):
+            out[:, i] = self._at(begin + i).swapaxes(0, 1)[heads]
+
+    def write_page(self, begin: int, heads: slice, page: np.ndarray) -> None:
+        for i in range(page.shape[1]):
+            self._at(begin + i)[:, heads] = page[:, i].swapaxes(0, 1)
 
     def truncate(self, length: int, top: int) -> int:
         """Nothing but whole pages is gone on from."""
