@@ -161,7 +161,8 @@ void check_lists(bool half) {
     constexpr int TOKENS = 2, HEADS = 6, KV_HEADS = 2, DIM = 20, CONTEXT = 304, CHANNELS = 24, BLOCK = 8, KEEP = 5;
     const std::vector<float> q = normal(TOKENS * HEADS * DIM, 1), k = normal(CONTEXT * KV_HEADS * DIM, 2);
     std::vector<uint8_t> near(KV_HEADS * CONTEXT * 2 * DIM * (half ? 2 : 4));
-    kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, near.data(), half, CONTEXT, 0);
+    const size_t kv_step = KV_HEADS * DIM;
+    kv_append(k.data(), kv_step, k.data(), kv_step, CONTEXT, KV_HEADS, DIM, near.data(), half, CONTEXT, 0);
     std::vector<int32_t> lists(TOKENS * KV_HEADS * CONTEXT), counts;
     for (size_t i = 0; i < lists.size(); ++i) lists[i] = static_cast<int32_t>(i % CONTEXT);
     for (int i = 0; i < TOKENS * KV_HEADS; ++i) counts.push_back(CONTEXT - TOKENS + 1 + i / KV_HEADS);
@@ -180,7 +181,8 @@ void check_lists(bool half) {
                    0.1f, 0.0f, dense.data(), HEADS * DIM, scratch.data(), crew, nullptr});
         scratch.assign(attention_list_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew), 0);
         attention_list({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), nullptr, half, CONTEXT,
-                        lists.data(), counts.data(), CONTEXT, 0.1f, 0.0f, out.data(), HEADS * DIM, scratch.data(), crew});
+                        lists.data(), counts.data(), CONTEXT, 0.1f, 0.0f, out.data(), HEADS * DIM, scratch.data(),
+                        crew});
         CHECK(out == dense);
         scratch.assign(select_scratch_bytes(HEADS, KV_HEADS, CONTEXT, BLOCK), 0);
         std::vector<int32_t> chosen(TOKENS * KV_HEADS * KEEP, -1), found(TOKENS * KV_HEADS);

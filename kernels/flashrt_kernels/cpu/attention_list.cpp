@@ -1,4 +1,4 @@
-// Attention over lists of tokens, in segments of 256 of the list that are merged in order: each row and KV head has its own.
+// Attention over lists of tokens, one for each row and KV head, in segments of 256 that are merged in order.
 
 #include "ops.h"
 #include "partial.h"
@@ -7,7 +7,7 @@
 namespace flashrt {
 namespace {
 
-constexpr int WAVE = 64;  // segments of all lists that run in parallel before they are merged, about
+constexpr int WAVE = 128;  // segments of all lists that run in parallel before they are merged, about
 
 struct Shape {
     int group, dim, dim16, lists, wave;  // wave: segments of each list

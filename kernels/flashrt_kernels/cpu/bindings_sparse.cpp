@@ -96,7 +96,8 @@ void py_select(handle q_, handle labels_, handle step_, float scale, int64_t fir
     q.expect(2, labels.channels);
     const int heads = static_cast<int>(q.shape[1]);
     shared("labels", heads, labels.kv_heads);
-    if (!(scale > 0) || !std::isfinite(scale)) wrong("scale", "expected a positive number, found " + std::to_string(scale));
+    if (!(scale > 0) || !std::isfinite(scale))
+        wrong("scale", "expected a positive number, found " + std::to_string(scale));
     check_block(block);
     const int64_t blocks = labels.groups * LABEL_TOKENS / block;
     if (first < 0 || first > blocks)
@@ -117,7 +118,8 @@ void py_select(handle q_, handle labels_, handle step_, float scale, int64_t fir
                      channels_of("step", step_, labels, true), scale, static_cast<int>(first), ends.data, keep.data,
                      static_cast<int>(block), chosen.data, counts.data, chosen.shape[2], nullptr};
     check_choice(job, blocks);
-    const Scratch memory(scratch, select_scratch_bytes(heads, labels.kv_heads, labels.groups * LABEL_TOKENS, job.block));
+    const int64_t context = labels.groups * LABEL_TOKENS;
+    const Scratch memory(scratch, select_scratch_bytes(heads, labels.kv_heads, context, job.block));
     job.scratch = memory.data();
     Released release;
     select(job);
@@ -169,7 +171,8 @@ void py_attention_list(handle q_, handle near_, handle far_, handle lists_, hand
     if (dim < 1 || dim > WIDEST_HEAD)
         wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(dim));
     const Cache near("near", near_);
-    if (near.dim != dim) wrong("near", "expected heads of " + std::to_string(dim) + ", found " + std::to_string(near.dim));
+    if (near.dim != dim)
+        wrong("near", "expected heads of " + std::to_string(dim) + ", found " + std::to_string(near.dim));
     const int kv_heads = shared("near", heads, near.heads);
     const Far far(far_, near);
     const Array<const int32_t> lists("lists", lists_, 3), counts("counts", counts_, 2);

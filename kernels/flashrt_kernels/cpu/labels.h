@@ -1,8 +1,8 @@
 // Labels of keys: their codes, and what queries make of them. labels.py describes how they lie.
 //
-// Products of codes are added as integers, exactly. The softmax of a query is summed by chunks, each in units of a power
-// of two near its best score, and chunks are brought together in order. So sums have one order, whoever computes a chunk,
-// and blocks with the same labels weigh the same, wherever they lie.
+// Products of codes are added as integers, exactly. The softmax of a query is summed by chunks, each in units of a
+// power of two near its best score, and chunks are brought together in order. So sums have one order, whoever computes
+// a chunk, and blocks with the same labels weigh the same, wherever they lie.
 #pragma once
 
 #include "vectors.h"
@@ -13,7 +13,8 @@ inline void encode_label(const float* values, const float* low, const float* ste
     alignas(64) int32_t codes[WIDEST_HEAD];
     const F most = splat(LABEL_CODES - 1);
     each16(channels, [&](int i, int n) {
-        const F v = div(sub(load_n(values + i, n), load_n(low + i, n)), n == 16 ? load(step + i) : load_part(step + i, n, 1.0f));
+        const F steps = n == 16 ? load(step + i) : load_part(step + i, n, 1.0f);
+        const F v = div(sub(load_n(values + i, n), load_n(low + i, n)), steps);
         store_i(codes + i, nearest(min(max(v, zero()), most)));  // this order makes NaN zero
     });
     constexpr int HALF = LABEL_CHANNELS / 2;
@@ -61,7 +62,8 @@ FLASHRT_INLINE void dot_labels(const LabelChunk& c, const int8_t* codes, float (
 FLASHRT_INLINE void add_blocks(float* numbers, int width, float* sums) {
     int n = LABEL_CHUNK;
     for (; width > 1; width /= 2, n /= 2)
-        for (int i = 0; i < n; i += 32) store(numbers + i / 2, add_neighbours(load(numbers + i), load(numbers + i + 16)));
+        for (int i = 0; i < n; i += 32)
+            store(numbers + i / 2, add_neighbours(load(numbers + i), load(numbers + i + 16)));
     std::memcpy(sums, numbers, 4 * static_cast<size_t>(n));
 }
 
@@ -70,7 +72,8 @@ FLASHRT_INLINE F less(F a, F b) { return max(sub(a, b), splat(-126.0f)); }
 
 // Scores of query q → its best, its total and the sums of its blocks. Tokens that are no candidates become zero.
 FLASHRT_INLINE void soften_labels(const LabelChunk& c, int q, float* scores) {
-    const int begin = c.begin / LABEL_TOKENS * LABEL_TOKENS, end = (c.end + LABEL_TOKENS - 1) / LABEL_TOKENS * LABEL_TOKENS;
+    const int begin = c.begin / LABEL_TOKENS * LABEL_TOKENS;
+    const int end = (c.end + LABEL_TOKENS - 1) / LABEL_TOKENS * LABEL_TOKENS;
     for (int t = begin; t < c.begin; ++t) scores[t] = -__builtin_inff();
     for (int t = c.end; t < end; ++t) scores[t] = -__builtin_inff();
     F most = splat(-__builtin_inff());

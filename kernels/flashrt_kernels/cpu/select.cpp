@@ -30,8 +30,8 @@ struct Head {  // scratch memory of one KV head
     static size_t bytes(int group, int64_t context, int block) {
         const size_t queries = static_cast<size_t>(group), blocks = LABEL_CHUNK / block;
         const size_t step = static_cast<size_t>(chunks_of(context));
-        const size_t all = sizeof(float) * (step * ((queries + 1) * blocks + 2 * queries) + queries) + queries * WIDEST_HEAD;
-        return (all + 63) / 64 * 64;
+        const size_t floats = step * ((queries + 1) * blocks + 2 * queries) + queries;
+        return (sizeof(float) * floats + queries * WIDEST_HEAD + 63) / 64 * 64;
     }
 };
 
@@ -58,7 +58,8 @@ struct Row {
     Head memory(int head) const {
         const int64_t context = job.labels.groups * LABEL_TOKENS;
         const size_t aligned = (reinterpret_cast<size_t>(job.scratch) + 63) / 64 * 64;
-        return {reinterpret_cast<char*>(aligned) + head * Head::bytes(group, context, job.block), group, context, job.block};
+        const size_t own = aligned + head * Head::bytes(group, context, job.block);
+        return {reinterpret_cast<char*>(own), group, context, job.block};
     }
 };
 
