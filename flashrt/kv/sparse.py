@@ -52,8 +52,8 @@ class SparseStore(ContiguousStore):
         self._index.begin(start, self._keys)
         super().append(key, value, start)
 
-    def restart(self) -> None:
-        super().restart()
+    def restart(self, first: int = 0) -> None:
+        super().restart(first)
         self._index.restart()
 
     def attend(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
