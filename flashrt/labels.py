@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,14 @@ class KvLabels:
     losses: Mapping[str, float] = field(default_factory=dict)
     version: int = VERSION
 
+    def loss(self, keep: float) -> float | None:
+        """By how much perplexity rises at most where a share is kept, by what was measured; None: nothing says.
+
+        Where that share was not measured, the next smaller one is as bad at least.
+        """
+        known = {share: loss for text, loss in self.losses.items() if (share := share_of(text)) <= keep * (1 + 1e-9)}
+        return known[max(known)] if known else None
+
     def describe(self) -> dict[str, Any]:
         """All but the arrays, for a file's header."""
         return {
@@ -66,6 +75,11 @@ class KvLabels:
             "shares": [list(shares) for shares in self.shares],
             "losses": dict(self.losses),
         }
+
+
+def share_of(keep: str) -> float:
+    """The share that a text such as '1/16' or '0.0625' means."""
+    return float(Fraction(keep))
 
 
 def most_channels(attention: Attention) -> int | None:

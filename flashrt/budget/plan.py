@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import KINDS, Choices, KvKinds
+from flashrt.kv.choice import SparseKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,12 @@ class Workload:
     logit_rows: int = 1
     scoring: bool = False
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
-    choices: Choices = ()  # by layer, how decode passes choose what they attend to; none: they attend to everything
+    kv: SparseKv | None = None  # how decode passes choose what they attend to; None: they attend to everything
+
+    @property
+    def choices(self) -> Choices:
+        """How each layer chooses."""
+        return () if self.kv is None else self.kv.layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,12 @@ class Plan:
     streamed_bytes_per_token: int
     tiers: Mapping[str, tuple[TierPlan, ...]] = field(default_factory=dict)  # by the owner whose weights they are for
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most
-    choices: Choices = ()  # see `Workload`
+    kv: SparseKv | None = None  # see `Workload`
+
+    @property
+    def choices(self) -> Choices:
+        """How each layer chooses what it attends to."""
+        return () if self.kv is None else self.kv.layers
 
     @property
     def resident(self) -> bool:
@@ -128,6 +139,8 @@ class Plan:
             "positions_per_pass": self.max_draft_tokens,
             "ring_slots": self.ring_slots,
             "slot_bytes": self.slot_bytes,
+            "kv_keep": None if self.kv is None else self.kv.keep,
+            "kv_loss": None if self.kv is None else self.kv.loss,
         }
         for tier in self.all_tiers:
             figures |= tier.to_json()

@@ -117,7 +117,7 @@ class _Planner:
             streamed_bytes_per_token=self._streamed(pinned, granted),
             tiers=tiers,
             max_draft_tokens=self.workload.max_draft_tokens,
-            choices=self.workload.choices,
+            kv=self.workload.kv,
         )
 
     def smallest(self) -> int:

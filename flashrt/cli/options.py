@@ -113,7 +113,8 @@ MaxLoss = Annotated[
         "--max-loss",
         metavar="SHARE",
         show_default=False,
-        help="With --mode sparse: refuse a calibration that lets perplexity rise by more (0.02 is 2%).",
+        help="The rise of perplexity allowed (0.02 is 2%): --mode sparse refuses a calibration that allows more, "
+        "--kv sparse keeps as few tokens as that leaves room for.",
     ),
 ]
 Speculate = Annotated[
@@ -153,7 +154,7 @@ KvKeep = Annotated[
         "--kv-keep",
         metavar="SHARE",
         show_default=False,
-        help="With --kv sparse: the share of the tokens that is attended to. Omitted: 1/16.",
+        help="With --kv sparse: the share of the tokens that is attended to. Omitted: what --max-loss allows, or 1/16.",
     ),
 ]
 Session = Annotated[

@@ -108,6 +108,7 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
         f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
         *(f"{label:<18}{text}" for tier in the_plan.all_tiers for label, text in tier.lines(size).items()),
+        *([] if the_plan.kv is None else [f"attention         {the_plan.kv.describe()}"]),
         f"read per token    {size(the_plan.streamed_bytes_per_token)}",
     ]
     if the_plan.streamed_bytes_per_token:

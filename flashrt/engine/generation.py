@@ -217,6 +217,8 @@ class Generation:
             disk_roofline_share=engine.roof.share(rate) if rate and engine.roof else None,
             mode="exact" if engine.sparsity is None else "sparse",
             loss=engine.sparsity.max_loss if engine.sparsity else None,
+            kv_keep=engine.plan.kv.keep if engine.plan.kv else None,
+            kv_loss=engine.plan.kv.loss if engine.plan.kv else None,
             tokens_per_pass=passes.tokens / passes.count if passes else None,
             positions_per_pass=passes.positions / passes.count if passes else None,
             acceptance=passes.acceptance() if passes and engine.plan.max_draft_tokens > 1 else None,
@@ -224,7 +226,7 @@ class Generation:
             verify_s=passes.verify_s if passes else 0.0,
             plan=engine.plan.to_json(),
             ffn=ffn,
-            remarks=remarks,
+            remarks=[*remarks, engine.plan.kv.describe()] if engine.plan.kv else remarks,
         )
 
 

@@ -16,12 +16,11 @@ from flashrt.engine.draft import check_draft, load_draft
 from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
-from flashrt.kv.cache import Choices
-from flashrt.kv.choice import choices_of
+from flashrt.engine.sparse_kv import sparse_kv
+from flashrt.kv.choice import SparseKv
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
 from flashrt.spec import ModelSpec
-from flashrt.storage.kv_labels import read_labels
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import CHUNK_BYTES
 
@@ -69,18 +68,14 @@ class LoadedPack:
         return self.runtime.fixed_costs(self.pack)
 
     @functools.cached_property
-    def choices(self) -> Choices:
-        """How decode passes choose what they attend to, by layer; nothing where they attend to everything.
-
-        Raises UsageError when that was never calibrated, PackError when it was for other weights.
-        """
-        keep = self.options.keep
-        return () if keep is None else choices_of(read_labels(self.exact), keep)
+    def kv(self) -> SparseKv | None:
+        """How decode passes choose what they attend to; see `sparse_kv`."""
+        return sparse_kv(self.exact, self.options, self.pack.manifest.sparsity)
 
     def plan(self, workload: Workload) -> Plan:
         """Plan the budget for `workload` and drafts; without one, all that the model needs or that the machine has."""
         arguments = (self.spec, self.pack.layout)
-        workload = self._with_drafts(replace(workload, choices=self.choices))
+        workload = self._with_drafts(replace(workload, kv=self.kv))
         if self.budget is not None:
             return plan(*arguments, self.budget, workload, self.costs)
         enough = resident_budget(*arguments, workload, self.costs)
@@ -92,14 +87,14 @@ class LoadedPack:
 
         Where the budget does not even hold that one, its smallest is planned for.
         """
-        arguments, workload = (self.spec, self.exact.layout), replace(workload, choices=self.choices)
+        arguments, workload = (self.spec, self.exact.layout), replace(workload, kv=self.kv)
         wanted = resident_budget(*arguments, workload, self.costs) if self.budget is None else self.budget
         smallest = smallest_budget(*arguments, workload, self.costs)
         return plan(*arguments, max(smallest, wanted), workload, self.costs)
 
     def smallest_budget(self, workload: Workload) -> int:
         """Bytes of the smallest budget that `plan` accepts."""
-        workload = replace(workload, choices=self.choices)
+        workload = replace(workload, kv=self.kv)
         return smallest_budget(self.spec, self.pack.layout, workload, self.costs)
 
     def load(

@@ -32,8 +32,6 @@ CHOICES = {
     "kv": ("exact", "sparse"),
 }
 
-DEFAULT_KEEP = 1 / 16  # of all positions
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
@@ -87,8 +85,8 @@ class LoadOptions:
         if self.host_budget_gb is not None and self.device == "cpu":
             raise UsageError("a host budget is for --device cuda; on the CPU the budget bounds the whole process")
         if self.max_loss is not None:
-            if self.mode == "exact":
-                raise UsageError("--max-loss needs --mode sparse: exact mode loses nothing")
+            if self.mode == self.kv == "exact":
+                raise UsageError("--max-loss needs --mode sparse or --kv sparse: exact mode loses nothing")
             checked_loss(self.max_loss)
         if self.kv_keep is not None and self.kv == "exact":
             raise UsageError("--kv-keep needs --kv sparse: exact attention keeps everything")
@@ -120,10 +118,8 @@ class LoadOptions:
 
     @property
     def keep(self) -> float | None:
-        """The share of positions that decode passes attend to; None: all."""
-        if self.kv == "exact":
-            return None
-        return DEFAULT_KEEP if self.kv_keep is None else parse_keep(self.kv_keep)
+        """The share of positions that sparse attention keeps; None: as the loss allows, or 1/16."""
+        return None if self.kv_keep is None else parse_keep(self.kv_keep)
 
     @property
     def scaling(self) -> RopeScaling | None:

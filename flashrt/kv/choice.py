@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from flashrt.labels import KvLabels, LayerLabels
 from flashrt_kernels.labels import LABEL_TOKENS
@@ -52,9 +53,28 @@ def labelled(start: int) -> int:
     return max(start - NARROW_TOKENS, 0) // LABEL_TOKENS * LABEL_TOKENS
 
 
-def choices_of(labels: KvLabels, keep: float) -> tuple[Choice | None, ...]:
-    """How each layer chooses where this share of all positions is kept; None: the layer attends to everything."""
-    return tuple(
-        None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares))
-        for layer, shares in zip(labels.layers, labels.shares, strict=True)
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseKv:
+    """Attention of decode passes to a share of all positions: how each layer chooses (None: it does not), at what loss.
+
+    loss: the rise of perplexity that was measured on other text; None: it was not
+    """
+
+    keep: float
+    loss: float | None
+    layers: tuple[Choice | None, ...]
+
+    @classmethod
+    def of(cls, labels: KvLabels, keep: float) -> SparseKv:
+        """What `labels` choose where this share is kept."""
+        layers = (
+            None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares))
+            for layer, shares in zip(labels.layers, labels.shares, strict=True)
+        )
+        return cls(keep, labels.loss(keep), tuple(layers))
+
+    def describe(self) -> str:
+        """For people, in one line."""
+        share = Fraction(self.keep).limit_denominator(4096)
+        loss = "loss not measured" if self.loss is None else f"perplexity {self.loss:+.1%} where measured"
+        return f"{share} of the tokens attended to, {loss}"

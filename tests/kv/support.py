@@ -29,7 +29,7 @@ def spec_labels(spec: ModelSpec, block: int = 4) -> KvLabels:
         None if a.window is not None else random_labels(a.kv_heads, a.head_dim, i) for i, a in enumerate(attentions)
     )
     shares = tuple((1.0,) * a.kv_heads for a in attentions)
-    return KvLabels(base="", block=block, layers=layers, shares=shares)
+    return KvLabels("", block, layers, shares)
 
 
 def random_rows(attention: Attention, rows: int, seed: int) -> tuple[Array, Array, Array]:

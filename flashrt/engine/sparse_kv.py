@@ -1,0 +1,48 @@
+"""What sparse attention keeps: the share that was asked for, or the smallest whose loss is allowed."""
+
+from __future__ import annotations
+
+from flashrt.engine.options import LoadOptions
+from flashrt.errors import UsageError
+from flashrt.kv.choice import SparseKv
+from flashrt.labels import KvLabels, share_of
+from flashrt.sparsity import Sparsity
+from flashrt.storage.kv_labels import read_labels
+from flashrt.storage.pack import Pack
+
+DEFAULT_KEEP = 1 / 16  # of all positions, where neither a share nor a loss is given
+
+
+def sparse_kv(exact: Pack, options: LoadOptions, sparsity: Sparsity | None) -> SparseKv | None:
+    """How decode passes of `exact` choose what they attend to; None where they attend to everything.
+
+    The loss allowed is that of everything left out together: what `sparsity` of the feed-forward blocks may cost is
+    taken from it. Raises UsageError where labels were never calibrated, or lose more than is allowed; PackError where
+    they are damaged or another pack's.
+    """
+    if options.kv == "exact":
+        return None
+    labels = read_labels(exact)
+    if options.max_loss is None:
+        return SparseKv.of(labels, options.keep or DEFAULT_KEEP)
+    allowed = options.max_loss - (0.0 if sparsity is None else sparsity.max_loss)
+    keep = options.keep or _smallest(labels, allowed)
+    loss = None if keep is None else labels.loss(keep)
+    if keep is None or loss is None or loss > allowed:
+        known = ", ".join(f"{share} {loss:+.2%}" for share, loss in labels.losses.items()) or "nothing"
+        raise UsageError(
+            f"--max-loss {options.max_loss:g} leaves {allowed:.2%} for sparse attention; measured were: {known}. "
+            "Allow more, keep more with --kv-keep, or use --kv exact"
+        )
+    return SparseKv.of(labels, keep)
+
+
+def _smallest(labels: KvLabels, allowed: float) -> float | None:
+    """The smallest share measured whose loss is allowed, and that of every larger one too."""
+    found = None
+    for share in sorted(map(share_of, labels.losses), reverse=True):
+        loss = labels.loss(share)
+        if loss is None or loss > allowed:
+            break
+        found = share
+    return found
