@@ -14,6 +14,8 @@ from flashrt_kernels.labels import LABEL_TOKENS, label_shape
 
 Array = np.ndarray
 
+LABELLED_AT_ONCE = 128  # positions: a session brings thousands, whose products would take memory that is not planned
+
 
 class LabelIndex:
     """Positions are labelled in whole groups of 16: products of one shape give a key the same label in every pass."""
@@ -47,14 +49,13 @@ class LabelIndex:
         `keys` gives those of positions from one up to another, float32 [kv_heads, positions, head_dim].
         """
         self._count = min(self._count, start // LABEL_TOKENS * LABEL_TOKENS)  # the sequence may have been cut back
-        first, end = self._count, labelled(start)
-        if first >= end:
-            return
-        part, own = keys(first, end), self._choice.labels
-        groups = part.reshape(len(part), -1, LABEL_TOKENS, part.shape[-1])
-        values = (groups @ self._keys).reshape(len(part), end - first, -1)
-        self._ops.label_append(np.ascontiguousarray(values.swapaxes(0, 1)), own.low, own.step, self._labels, first)
-        self._count = end
+        for first in range(self._count, labelled(start), LABELLED_AT_ONCE):
+            end = min(first + LABELLED_AT_ONCE, labelled(start))
+            part, own = keys(first, end), self._choice.labels
+            groups = part.reshape(len(part), -1, LABEL_TOKENS, part.shape[-1])
+            values = (groups @ self._keys).reshape(len(part), end - first, -1)
+            self._ops.label_append(np.ascontiguousarray(values.swapaxes(0, 1)), own.low, own.step, self._labels, first)
+            self._count = end
 
     def leaves_out(self, position: int, heads: slice) -> bool:
         """Whether a row at `position` attends to less than everything before it."""
