@@ -29,6 +29,7 @@ import numpy as np
 
 from flashrt.errors import DiskError, SessionError
 from flashrt.kv.pages import Extent, Page, pages
+from flashrt.kv.reach import needed
 from flashrt.spec import ModelSpec
 from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, remove_leftovers, replacing
@@ -67,6 +68,12 @@ class KvForm:
         """As the file says it: what attention of each layer is, equal neighbours once with a count."""
         runs = [{"count": run["count"], **run["layer"]["attention"]} for run in self.spec.to_json()["layers"]]
         return {"item": self.item, "layers": runs}
+
+    @functools.cached_property
+    def largest_header(self) -> int:
+        """Bytes of the header of a session that fills the context."""
+        whole = Extent(0, self.spec.context, 0)
+        return MAX_JSON_BYTES + 4 * (whole.length + len(self.pages(whole)))
 
     def pages(self, extent: Extent) -> list[Page]:
         return list(pages([layer.attention for layer in self.spec.layers], extent, self.dtype.itemsize))
@@ -166,7 +173,8 @@ class SessionFile:
 
         `reader` reads nothing else meanwhile: its staging memory takes the pages.
         """
-        form, wanted = self._form, {(page.layer, page.begin) for page in self._form.pages(extent)}
+        form = self._form
+        firsts = [needed(layer.attention.window, extent.top) for layer in form.spec.layers]
         reader.settle()
         size = page_bytes(form)
         free = deque(reader.staging[at : at + size] for at in range(0, len(reader.staging) - size + 1, size))
@@ -180,7 +188,7 @@ class SessionFile:
 
         try:
             for page, offset, checksum in self._places:
-                if (page.layer, page.begin) not in wanted:
+                if not firsts[page.layer] <= page.begin < extent.length:
                     continue
                 if not free or len(flying) == DEPTH:
                     yield finish()
@@ -206,7 +214,7 @@ class SessionFile:
                 f"{self.path} is a session of format version {version}, this flashrt reads version {VERSION}: "
                 "use the flashrt that saved it, or delete it"
             )
-        if nbytes > min(size, self._largest_header()) or nbytes < _HEAD.size + json_bytes:
+        if nbytes > min(size, self._form.largest_header) or nbytes < _HEAD.size + json_bytes:
             raise self._damaged(f"it has {size} bytes, its header would have {nbytes}")
         body = self._read(_HEAD.size, nbytes - _HEAD.size)
         if _io.crc32(np.frombuffer(body, np.uint8)) != checksum:
@@ -218,11 +226,6 @@ class SessionFile:
         numbers = np.frombuffer(body, "<u4", count, json_bytes)
         tokens = numbers[: extent.length].astype(np.int32)
         return Session(tokens, extent, messages), numbers[extent.length :], nbytes
-
-    def _largest_header(self) -> int:
-        """Bytes of the header of a session that fills the context."""
-        whole = Extent(0, self._form.spec.context, 0)
-        return MAX_JSON_BYTES + 4 * (whole.length + len(self._form.pages(whole)))
 
     def _parse(self, text: bytes) -> tuple[Extent, Messages | None]:
         """What the JSON says."""
