@@ -31,7 +31,8 @@ def store(choice: Choice | None, item: type = np.float32, attention: Attention =
     kernels = ops.load("cpu")
     limits = KvLimits(CONTEXT, 64, choice)
     kind = ContiguousStore if choice is None else SparseStore
-    needed = kernels.attention_scratch_bytes(64, attention.heads, attention.kv_heads, attention.head_dim)
+    heads = attention.heads, attention.kv_heads, attention.head_dim
+    needed = max(kernels.attention_scratch_bytes(count, *heads) for count in range(1, 65))
     scratch = np.zeros(max(needed, kind.scratch_bytes(attention, limits, kernels)), np.uint8)
     return kind(attention, limits, Kernels(kernels, scratch), lambda shape, dtype=item: np.zeros(shape, dtype))
 
