@@ -15,16 +15,21 @@ from flashrt.labels import KvLabels, LayerLabels
 from flashrt_kernels.labels import LABEL_TOKENS
 from flashrt_kernels.limits import NARROW_TOKENS
 
+LEAST = 512  # positions that a row chooses at least
 RECENT = 2 * NARROW_TOKENS  # positions before and with a row that it attends to, at least
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """How one layer chooses: by `labels`, `block` neighbours together, `shares` of all positions by KV head."""
+    """How one layer chooses: by `labels`, `block` neighbours together, `shares` of all positions by KV head.
+
+    A row chooses `least` positions at least: fewer save no time that could be noticed, and cost most of the loss.
+    """
 
     labels: LayerLabels
     block: int
     shares: tuple[float, ...]
+    least: int = 0
 
     def most(self, context: int) -> int:
         """Blocks that a row chooses for one KV head, at most."""
@@ -32,7 +37,7 @@ class Choice:
 
     def kept(self, position: int, head: int) -> int:
         """Blocks that a row at `position` chooses for a KV head; no more than there are."""
-        wanted = math.ceil(self.shares[head] * (position + 1) / self.block)
+        wanted = math.ceil(max(self.shares[head] * (position + 1), self.least) / self.block)
         return max(0, min(wanted, self.end(position) - 1))
 
     def end(self, position: int) -> int:
@@ -65,10 +70,10 @@ class SparseKv:
     layers: tuple[Choice | None, ...]
 
     @classmethod
-    def of(cls, labels: KvLabels, keep: float) -> SparseKv:
-        """What `labels` choose where this share is kept."""
+    def of(cls, labels: KvLabels, keep: float, least: int = LEAST) -> SparseKv:
+        """What `labels` choose where this share is kept, and `least` positions at least."""
         layers = (
-            None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares))
+            None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares), least)
             for layer, shares in zip(labels.layers, labels.shares, strict=True)
         )
         return cls(keep, labels.loss(keep), tuple(layers))

@@ -177,7 +177,7 @@ def test_drafts_do_not_change_what_sparse_attention_writes(tmp_path, family):
     prompt = np.random.default_rng(7).integers(3, VOCAB, 60).tolist() * 2
 
     def texts(share: float, draft: int, keep: float) -> list[int]:
-        options = {"context": 240, "chunk": 32, "max_draft_tokens": draft, "kv": SparseKv.of(labels, keep)}
+        options = {"context": 240, "chunk": 32, "max_draft_tokens": draft, "kv": SparseKv.of(labels, keep, least=8)}
         with tiny_engine(packed, share, **options) as engine:
             assert engine.plan.owners["KV"] == planned(engine)
             generation = engine.generate(prompt, 100, Sampling(temperature=2.0, seed=5), ignore_eos=True)
