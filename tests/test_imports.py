@@ -27,6 +27,7 @@ LAYERS = (
     ("flashrt.model",),
     ("flashrt.cache", "flashrt.speculate", "flashrt.machine", "flashrt.checkpoints"),
     ("flashrt.budget", "flashrt.storage", "flashrt.arch", "flashrt.text", "flashrt.kv"),
+    ("flashrt.labels",),
     ("flashrt.config", "flashrt.sparsity", "flashrt.spec", "flashrt.child"),
     ("flashrt.rope",),
     ("flashrt.errors",),

@@ -53,15 +53,17 @@ class Split:
         return sum(predicted(self.compared[other]) for other in before)
 
 
-def cut(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> Windows:
-    """Pieces spread evenly over a text, each beginning as texts do. Raises UsageError when it is too short."""
+def cut(tokenizer: Tokenizer, text: str, length: int, tokens: int, least: int = LEAST_WINDOWS) -> Windows:
+    """Pieces spread evenly over a text, each beginning as texts do.
+
+    Raises UsageError when the text is shorter than `least` of them.
+    """
     ids, prefix = tokenizer.encode(text, special=False), tokenizer.encode("")
     step = length - len(prefix)
     whole = [[*prefix, *ids[i : i + step]] for i in range(0, len(ids) - step + 1, step)]
-    if len(whole) < LEAST_WINDOWS:
-        least = LEAST_WINDOWS * step
+    if len(whole) < least:
         raise UsageError(
-            f"the text has {len(ids)} tokens, calibration takes {least} or more: give a longer file, or none"
+            f"the text has {len(ids)} tokens, calibration takes {least * step} or more: give a longer file, or none"
         )
     wanted = min(tokens // length, len(whole))
     return [whole[i] for i in np.linspace(0, len(whole) - 1, wanted).astype(int)]

@@ -18,12 +18,12 @@ ROOM = 64 << 20  # bytes that a disk is left with
 
 
 @contextlib.contextmanager
-def work_dir(path: Path, job: dict[str, Any]) -> Iterator[Path]:
+def work_dir(path: Path, job: dict[str, Any], name: str = WORK_DIR) -> Iterator[Path]:
     """The directory, held for this calibration alone, with what an earlier one of the same job left.
 
     Removed at the end of a calibration that does not fail. Raises UsageError while another process has it.
     """
-    work = path / WORK_DIR
+    work = path / name
     try:
         work.mkdir(exist_ok=True)
         held = lock(work / "lock", busy=f"another process is calibrating {path}")

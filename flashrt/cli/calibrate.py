@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrt.cli import options
+from flashrt.cli.calibrate_kv import calibrate_attention
 from flashrt.cli.console import Progress, duration, emit, show, table
 from flashrt.cli.run import read_text
 from flashrt.engine.options import LoadOptions
+from flashrt.errors import UsageError
 
 if TYPE_CHECKING:
     from flashrt.sparsity import Sparsity
 
+DEFAULT_LOSS = 0.02
 CHANNEL_COLUMNS = {
     "channels": "channels",
     "whole_channels": "of them whole",
@@ -56,10 +59,23 @@ def calibrate(
             help="UTF-8 text to calibrate with. Omitted: text that the model writes itself.",
         ),
     ] = None,
+    kv: Annotated[
+        bool,
+        typer.Option(
+            "--kv",
+            help="Calibrate attention instead, of any pack, for `run --kv sparse`: labels of keys, by which a token "
+            "chooses what it attends to.",
+        ),
+    ] = False,
     max_loss: Annotated[
-        float,
-        typer.Option("--max-loss", metavar="SHARE", help="How much perplexity may rise: 0.02 is 2%."),
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            "--max-loss",
+            metavar="SHARE",
+            show_default=False,
+            help="How much perplexity may rise: 0.02 is 2%, which is meant where it is omitted.",
+        ),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -67,7 +83,8 @@ def calibrate(
             min=1,
             metavar="N",
             show_default=False,
-            help="Tokens of text to calibrate with. Omitted: 2048, or 8192 where neurons are to be predicted (ReLU).",
+            help="Tokens of text to calibrate with. Omitted: 2048, or 8192 where neurons are to be predicted (ReLU); "
+            "with --kv 6144.",
         ),
     ] = None,
     *,
@@ -83,11 +100,15 @@ def calibrate(
 
     Example: flashrt calibrate ./qwen-int4 --max-loss 0.02
     """
+    text = None if text_file is None else read_text(text_file)
+    if kv:
+        if max_loss is not None:
+            raise UsageError("--max-loss is not for --kv, whose losses are measured at several shares kept")
+        return calibrate_attention(pack, load, text, tokens, json)
     from flashrt.calibration.pipeline import Request
     from flashrt.calibration.pipeline import calibrate as run
 
-    text = None if text_file is None else read_text(text_file)
-    request = Request(max_loss, text, tokens)
+    request = Request(DEFAULT_LOSS if max_loss is None else max_loss, text, tokens)
     began = time.perf_counter()
     with Progress("") as progress:
         sparsity = run(pack, load, request, progress)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import numpy as np
 
 from flashrt.budget.working_set import ropes
@@ -10,6 +13,9 @@ from flashrt.kv.cache import KvCache
 from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.workspace import Tensor, Workspace
+
+# Is shown the layer, and queries [T, heads, head_dim] and keys [T, kv_heads, head_dim] before their rotation.
+HeadObserver = Callable[[int, Tensor, Tensor], None]
 
 
 class AttentionBlocks:
@@ -22,6 +28,16 @@ class AttentionBlocks:
         planned = work.weights.plan.context
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
         self._parts: list[tuple[slice, KvCache, KvRows]] = []
+        self._observe: HeadObserver | None = None
+
+    @contextlib.contextmanager
+    def observing(self, observe: HeadObserver) -> Iterator[None]:
+        """Meanwhile, show `observe` the queries and keys of every layer."""
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
 
     def begin(self, batch: Batch) -> None:
         """Prepare what all layers need of a pass: cosines and sines of its positions for every rope, and its trees."""
@@ -57,6 +73,8 @@ class AttentionBlocks:
         if attention.qk_norm:
             self._norm_heads(query, f"{i}.q_norm")
             self._norm_heads(key, f"{i}.k_norm")
+        if self._observe is not None:
+            self._observe(i, query, key)
         if attention.rope is not None:
             index = self._rope_index[attention.rope, dim]
             cos, sin = (self.work.view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))

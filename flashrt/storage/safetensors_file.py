@@ -14,13 +14,14 @@ from flashrt_kernels.rows import align
 
 PAGE = 4096
 ITEM_BYTES = {"U8": 1, "F32": 4}
+FORMAT = {"format": "flashrt"}
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape), in the order of the data
 
 
-def build_header(shapes: Shapes) -> bytes:
+def build_header(shapes: Shapes, metadata: Mapping[str, str] = FORMAT) -> bytes:
     """The header, its eight length bytes included, padded to a multiple of 4 KiB."""
-    entries: dict[str, object] = {"__metadata__": {"format": "flashrt"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         end = offset + ITEM_BYTES[dtype] * math.prod(shape)

@@ -1,0 +1,168 @@
+"""Calibration of sparse attention: from a pack and some text to labels of keys beside it.
+
+    text       windows, from a file or written by the model itself; the last ones are held out
+    moments    of queries and keys, which labels are fitted to
+    ranges     of label values, which their codes cover
+    errors     of what heads give on the text held out, at several shares kept
+    shares     what each head keeps, where that is better than all the same
+    labels     beside the pack
+
+Everything lies in a working directory inside the pack until it is done; an interrupted calibration is taken up again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from flashrt.budget.plan import Workload
+from flashrt.calibration.kv_errors import Errors
+from flashrt.calibration.kv_fit import Ranges, Rotations, projections
+from flashrt.calibration.kv_moments import Moments
+from flashrt.calibration.kv_reading import BLOCK, Progress, Reading
+from flashrt.calibration.kv_shares import SHARES, divide, error_at
+from flashrt.calibration.windows import Windows, cut, written
+from flashrt.calibration.work_dir import work_dir
+from flashrt.config import whole
+from flashrt.engine.engine import Engine
+from flashrt.engine.loaded_pack import LoadedPack
+from flashrt.engine.options import LoadOptions
+from flashrt.engine.runtime import Runtime, runtime_for
+from flashrt.errors import UnsupportedModelError
+from flashrt.labels import CHANNEL_STEP, VERSION, KvLabels, LayerLabels, most_channels
+from flashrt.spec import ModelSpec
+from flashrt.storage.atomic import write_atomically
+from flashrt.storage.kv_labels import write_labels
+from flashrt.storage.pack import Pack
+from flashrt_kernels.limits import NARROW_TOKENS
+
+WINDOW = 2048  # tokens of one piece of text, or the model's context
+TOKENS = 3 * WINDOW
+LEAST_WINDOWS = 2
+HELD_OUT = 3  # one of so many windows
+TEXT_FILE, WORK_DIR = "text.json", "kv-labels.partial"
+
+
+@dataclass(frozen=True, slots=True)
+class KvRequest:
+    """What is asked of a calibration. text None: the model writes its own; tokens None: `TOKENS`."""
+
+    text: str | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvCalibration:
+    """What came of it. Errors are those of what heads give at 1/16, as shares of its square, on text held out."""
+
+    labels: KvLabels
+    errors: tuple[float | None, ...]  # by layer, None without labels
+    uniform_error: float  # their mean, where every head keeps as much
+    divided_error: float  # the same, where each keeps its share
+
+
+def calibrate_kv(path: Path, options: LoadOptions, request: KvRequest, progress: Progress) -> KvCalibration:
+    """Make labels for the pack at `path`; what `flashrt run` with --kv sparse then uses lies inside it.
+
+    Of the options, budget, threads and cache count: it computes exactly, on the CPU, without drafts. Raises
+    UnsupportedModelError for a model all of whose layers see a window, UsageError for too short a text and while
+    another calibration is going on, DiskError when the disk fails or is full.
+    """
+    base = Pack(path)
+    labelled_layers(base.spec)
+    length = min(WINDOW, base.spec.context)
+    tokens = whole("tokens", TOKENS if request.tokens is None else request.tokens, LEAST_WINDOWS * length)
+    job = {
+        "kv": VERSION,
+        "base": base.manifest.hash,
+        "text": None if request.text is None else hashlib.sha256(request.text.encode()).hexdigest(),
+        "tokens": tokens,
+    }
+    runtime = runtime_for("cpu", options.threads)
+    with work_dir(path, job, WORK_DIR) as work:
+        run = _Calibration(base, work, replace(request, tokens=tokens), length, progress)
+        return run.run(replace(options, speculate="off", context=length), runtime)
+
+
+class _Calibration:
+    def __init__(self, base: Pack, work: Path, request: KvRequest, length: int, progress: Progress) -> None:
+        self.base, self.work, self.request, self.length, self.progress = base, work, request, length, progress
+        self.attentions = {i: base.spec.layers[i].attention for i in labelled_layers(base.spec)}
+        self.rotations = {i: Rotations(own, base.spec.context) for i, own in self.attentions.items()}
+
+    def run(self, options: LoadOptions, runtime: Runtime) -> KvCalibration:
+        workload = Workload(self.length, prompt=self.length, logit_rows=NARROW_TOKENS)
+        model = LoadedPack(self.base, options, runtime)
+        with model.load(workload, lambda done, total: self.progress("loading MiB", done >> 20, total >> 20)) as engine:
+            windows = self._windows(engine)
+            held_out = max(len(windows) // HELD_OUT, 1)
+            reading = Reading(engine, self.attentions, self.progress)
+            fitted = self._fit(reading, windows[:-held_out])
+            errors = reading.errors(windows[-held_out:], fitted, self.rotations)
+        return self._chosen(fitted, errors)
+
+    def _windows(self, engine: Engine) -> Windows:
+        path, tokens = self.work / TEXT_FILE, self.request.tokens
+        assert tokens is not None
+        if path.exists():
+            return [list(map(int, window)) for window in json.loads(path.read_bytes())]
+        if self.request.text is not None:
+            windows = cut(engine.tokenizer, self.request.text, self.length, tokens, LEAST_WINDOWS)
+        else:
+            windows, count = [], tokens // self.length
+            for n in range(count):
+                windows.append(written(engine, n, self.length))
+                self.progress("writing text", n + 1, count)
+        write_atomically(path, json.dumps(windows).encode())
+        return windows
+
+    def _fit(self, reading: Reading, windows: Windows) -> dict[int, LayerLabels]:
+        """The labels of each layer, from what an earlier calibration left or from the text."""
+        paths = {i: self.work / f"moments-{i:03d}.npz" for i in self.attentions}
+        if not all(path.exists() for path in paths.values()):
+            for i, own in reading.moments(windows).items():
+                own.save(paths[i])
+        ranges, queries = {}, {}
+        for done, (i, path) in enumerate(paths.items()):
+            channels = most_channels(self.attentions[i])
+            assert channels is not None
+            keys, queries[i], means = projections(Moments.load(path), self.rotations[i], channels)
+            ranges[i] = Ranges(keys, means)
+            self.progress("fitting", done + 1, len(paths))
+        reading.ranges(windows, ranges, self.rotations)
+        return {i: own.labels(queries[i]) for i, own in ranges.items()}
+
+    def _chosen(self, fitted: Mapping[int, LayerLabels], errors: Mapping[int, Errors]) -> KvCalibration:
+        """Write the labels, with shares that were chosen on half of the rows, where they do better on the others."""
+        halves = [[own.relative(rows) for own in errors.values()] for rows in (slice(0, None, 2), slice(1, None, 2))]
+        even = [np.ones(len(layer)) for layer in halves[0]]
+        divided = divide(halves[0])
+        uniform_error, divided_error = error_at(halves[1], even), error_at(halves[1], divided)
+        shares = dict(zip(errors, divided if divided_error < uniform_error else even, strict=True))
+        layers = range(len(self.base.spec.layers))
+        labels = KvLabels(
+            self.base.manifest.hash,
+            BLOCK,
+            tuple(fitted.get(i) for i in layers),
+            tuple(tuple(map(float, shares.get(i, ()))) for i in layers),
+        )
+        write_labels(self.base.path, labels, self.base.spec)
+        place = SHARES.index(1.0)
+        whole = {i: float(own.relative(slice(None))[:, place].sum()) for i, own in errors.items()}
+        return KvCalibration(labels, tuple(whole.get(i) for i in layers), uniform_error, divided_error)
+
+
+def labelled_layers(spec: ModelSpec) -> list[int]:
+    """The layers that can have labels. Raises UnsupportedModelError for a model that has none."""
+    layers = [i for i, layer in enumerate(spec.layers) if most_channels(layer.attention) is not None]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{spec.family}: all layers of this model see a window, or have heads narrower than {CHANNEL_STEP}; its "
+            "keys and values need no labels"
+        )
+    return layers
