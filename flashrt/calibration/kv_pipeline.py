@@ -25,7 +25,7 @@ from flashrt.calibration.kv_errors import Errors
 from flashrt.calibration.kv_fit import Ranges, Rotations, projections
 from flashrt.calibration.kv_moments import Moments
 from flashrt.calibration.kv_reading import BLOCK, Progress, Reading
-from flashrt.calibration.kv_shares import SHARES, divide, error_at
+from flashrt.calibration.kv_shares import SHARES, divide, error_at, is_dense
 from flashrt.calibration.windows import Windows, cut, written
 from flashrt.calibration.work_dir import work_dir
 from flashrt.config import whole
@@ -143,12 +143,13 @@ class _Calibration:
         even = [np.ones(len(layer)) for layer in halves[0]]
         divided = divide(halves[0])
         uniform_error, divided_error = error_at(halves[1], even), error_at(halves[1], divided)
-        shares = dict(zip(errors, divided if divided_error < uniform_error else even, strict=True))
+        better = divided if divided_error < uniform_error else even
+        shares = {i: own for i, own in zip(errors, better, strict=True) if not is_dense(own)}
         layers = range(len(self.base.spec.layers))
         labels = KvLabels(
             self.base.manifest.hash,
             BLOCK,
-            tuple(fitted.get(i) for i in layers),
+            tuple(fitted[i] if i in shares else None for i in layers),
             tuple(tuple(map(float, shares.get(i, ()))) for i in layers),
         )
         write_labels(self.base.path, labels, self.base.spec)

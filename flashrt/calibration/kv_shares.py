@@ -9,7 +9,7 @@ import numpy as np
 Array = np.ndarray
 
 KEEP = 1 / 16  # of all positions, for which shares are chosen
-SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of that
+SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0)  # of that; the last keeps everything
 KEEPS = tuple(KEEP * share for share in SHARES)
 BISECTIONS = 60
 
@@ -31,6 +31,11 @@ def divide(errors: Sequence[Array]) -> list[Array]:
         low, high = (low, middle) if at(middle).mean() <= 1 else (middle, high)
     ends = np.cumsum([len(layer) for layer in errors])[:-1]
     return np.split(at(high), ends)
+
+
+def is_dense(shares: Array) -> bool:
+    """Whether all heads of a layer keep everything, so that it needs no labels."""
+    return bool((shares == SHARES[-1]).all())
 
 
 def error_at(errors: Sequence[Array], shares: Sequence[Array]) -> float:

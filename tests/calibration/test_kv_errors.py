@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashrt.calibration.kv_errors import Rows, chosen, measure
-from flashrt.calibration.kv_shares import SHARES, divide, error_at
+from flashrt.calibration.kv_shares import SHARES, divide, error_at, is_dense
 from flashrt.labels import LayerLabels
 from flashrt.spec import Attention
 
@@ -75,3 +75,13 @@ def test_shares_go_where_they_are_worth_most() -> None:
     assert found[0][1] > 1 > found[0][0]
     even = [np.ones(2)] * 3
     assert error_at(errors, found) < 0.8 * error_at(errors, even)
+
+
+def test_a_layer_that_needs_everything_stays_dense() -> None:
+    """All that is worth something to its heads is everything; the others lose little by keeping less."""
+    shares = np.asarray(SHARES)
+    needy = np.where(shares == SHARES[-1], 0.0, 5.0)
+    found = divide([np.stack([needy, needy]), *[np.stack([0.01 / shares] * 2)] * 40])
+    assert is_dense(found[0])
+    assert not any(is_dense(layer) for layer in found[1:])
+    assert np.concatenate(found).mean() <= 1
