@@ -18,6 +18,7 @@ from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
 from flashrt.kv.cache import Choices
 from flashrt.kv.choice import choices_of
+from flashrt.labels import KvLabels
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
 from flashrt.spec import ModelSpec
@@ -44,10 +45,14 @@ class LoadedPack:
         *,
         exact: Pack | None = None,
         draft: Pack | None = None,
+        labels: KvLabels | None = None,
     ) -> None:
-        """Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded."""
+        """`labels` of keys are those to choose by, which lie beside the exact pack where none are given.
+
+        Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded."""
         self.pack, self.options, self.runtime = pack, options, runtime
         self.exact, self.draft = exact or pack, draft
+        self._labels = labels
         self.budget, self.cache = options.budget, options.cache
         if self.budget is not None and runtime.bounds_process:
             check_start(pack, self.budget)
@@ -75,7 +80,7 @@ class LoadedPack:
         Raises UsageError when that was never calibrated, PackError when it was for other weights.
         """
         keep = self.options.keep
-        return () if keep is None else choices_of(read_labels(self.exact), keep)
+        return () if keep is None else choices_of(self._labels or read_labels(self.exact), keep)
 
     def plan(self, workload: Workload) -> Plan:
         """Plan the budget for `workload` and drafts; without one, all that the model needs or that the machine has."""
