@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,7 @@ def test_a_read_error_leaves_an_empty_engine(engine, saved, tmp_path, monkeypatc
         with pytest.raises(DiskError, match=r"session at byte \d+ failed: Input/output error"):
             engine.resume(tmp_path / "session")
     assert (engine.sequence.length, engine.sequence.tokens) == (0, [])
+    assert {store.first for store in engine.sequence.kv.stores} == {0}
     engine.resume(tmp_path / "session")
     assert text_of(engine, [*PROMPT, 7], 20, reuse=True) == saved[1]
 
@@ -355,22 +357,29 @@ with flashrt.load({str(gemma.path)!r}, context=500, cache_dir={str(tmp_path / "c
     engine.resume(path)
 
 
-def test_who_saves_while_another_does_leaves_a_whole_file(engine, tmp_path, monkeypatch):
-    path, crc32, left = tmp_path / f"session.{os.getpid()}", _io.crc32, []
-    text_of(engine, PROMPT[:300], 5)
-    other = tmp_path / f"{path.name}.1.{os.getppid()}.tmp"  # of a process that runs
-    other.write_bytes(b"half")
+def test_who_saves_while_another_does_leaves_a_whole_file(gemma, engine, tmp_path, monkeypatch):
+    path, crc32 = tmp_path / "session", _io.crc32
+    calls: list[threading.Thread] = []
+    with engine_of(gemma) as other, monkeypatch.context() as patched:
+        text_of(engine, PROMPT[:300], 5)
+        text_of(other, PROMPT[300:700], 5)
+        second = threading.Thread(target=other.save, args=(path,))
 
-    def meanwhile(data):
-        left.extend(tmp_path.glob("*.tmp"))
-        return crc32(data)
+        def meanwhile(data):
+            calls.append(threading.current_thread())
+            if len(calls) == 4:  # some pages are written
+                second.start()
+                second.join()
+                assert other.resume(path) is None
+                assert other.sequence.tokens[:400] == PROMPT[300:700]
+            return crc32(data)
 
-    with monkeypatch.context() as patched:
         patched.setattr(_io, "crc32", meanwhile)
         engine.save(path)
-    assert len(set(left)) == 2
-    assert other.read_bytes() == b"half"
     engine.resume(path)
+    assert second in calls
+    assert engine.sequence.tokens[:300] == PROMPT[:300]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_nothing_is_saved_where_nothing_is(gemma, tmp_path):
