@@ -33,19 +33,18 @@ class Rotations:
     """The rotations of a layer's keys and queries in contexts of several lengths."""
 
     def __init__(self, attention: Attention, context: int) -> None:
-        rope, dim = attention.rope, attention.head_dim
-        self.lengths = _lengths(context)
-        self._frequencies = None if rope is None else np.asarray(rope.inverse_frequencies(dim), np.float64)
-        self._factor = 1.0 if rope is None else rope.attention_factor
+        self._rope, self._dim = attention.rope, attention.head_dim
+        self._lengths = _lengths(context)
+        self._factor = 1.0 if attention.rope is None else attention.rope.attention_factor
 
     def moment(self, moment: Array, first: float) -> Array:
         """The mean of R m Rᵀ, of a second moment m, float64 [head_dim, head_dim].
 
         It is over positions of every context, from a share `first` of it on.
         """
-        if self._frequencies is None:
+        if self._rope is None:
             return moment
-        half = len(self._frequencies)
+        half = self._dim // 2
         a, b, c, d = moment[:half, :half], moment[:half, half:], moment[half:, :half], moment[half:, half:]
         turned, mirrored = (a + d) + 1j * (c - b), (a - d) + 1j * (c + b)  # of z = x + iy: z zᴴ and z zᵀ
         waves = self._waves(first)
@@ -57,9 +56,9 @@ class Rotations:
 
     def mean(self, mean: Array) -> Array:
         """The mean of R m, of a vector m, float64 [head_dim]."""
-        if self._frequencies is None:
+        if self._rope is None:
             return mean
-        half = len(self._frequencies)
+        half = self._dim // 2
         turned = (mean[:half] + 1j * mean[half:]) * self._waves(0.0).mean(axis=0) * self._factor
         return np.concatenate([turned.real, turned.imag])
 
@@ -69,23 +68,30 @@ class Rotations:
         first: how many keys came before, so that each context takes its turn, and its positions evenly
         """
         numbers = np.arange(first, first + len(keys))
-        lengths = np.asarray(self.lengths)[numbers % len(self.lengths)]
-        return self.turned(keys, np.floor(lengths * (numbers * GOLDEN % 1.0)))
+        result = np.empty_like(keys)
+        for i, length in enumerate(self._lengths):
+            own = np.flatnonzero(numbers % len(self._lengths) == i)
+            result[own] = self.turned(keys[own], np.floor(length * (numbers[own] * GOLDEN % 1.0)), length)
+        return result
 
-    def turned(self, vectors: Array, positions: Array) -> Array:
-        """What RoPE makes of vectors [T, heads, head_dim] at these positions [T], float32."""
-        if self._frequencies is None:
+    def turned(self, vectors: Array, positions: Array, context: int) -> Array:
+        """What RoPE makes of vectors [T, heads, head_dim] at these positions [T] of a context, float32."""
+        if self._rope is None:
             return vectors
-        half = len(self._frequencies)
-        waves = np.exp(1j * positions[:, None] * self._frequencies)[:, None] * self._factor
+        half = self._dim // 2
+        waves = self._turns(positions, context)[:, None] * self._factor
         turned = (vectors[..., :half] + 1j * vectors[..., half:]) * waves
         return np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
 
     def _waves(self, first: float) -> Array:
+        """Turns at positions of all contexts, as many of each."""
+        return np.concatenate([self._turns(np.linspace(first * n, n, ROTATIONS), n) for n in self._lengths])
+
+    def _turns(self, positions: Array, context: int) -> Array:
         """exp(i position frequency), complex [positions, head_dim / 2]."""
-        assert self._frequencies is not None
-        positions = np.concatenate([np.linspace(first * length, length, ROTATIONS) for length in self.lengths])
-        return np.exp(1j * positions[:, None] * self._frequencies)
+        assert self._rope is not None
+        frequencies = np.asarray(self._rope.inverse_frequencies(self._dim, context), np.float64)
+        return np.exp(1j * positions[:, None] * frequencies)
 
 
 def project(queries: Array, keys: Array, channels: int) -> tuple[Array, Array]:

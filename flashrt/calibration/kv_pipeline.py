@@ -5,6 +5,7 @@
     ranges     of label values, which their codes cover
     errors     of what heads give on the text held out, at several shares kept
     shares     what each head keeps, where that is better than all the same
+    losses     of perplexity on the text held out, at several shares kept
     labels     beside the pack
 
 Everything lies in a working directory inside the pack until it is done; an interrupted calibration is taken up again.
@@ -23,6 +24,7 @@ import numpy as np
 from flashrt.budget.plan import Workload
 from flashrt.calibration.kv_errors import Errors
 from flashrt.calibration.kv_fit import Ranges, Rotations, projections
+from flashrt.calibration.kv_losses import Losses
 from flashrt.calibration.kv_moments import Moments
 from flashrt.calibration.kv_reading import BLOCK, Progress, Reading
 from flashrt.calibration.kv_shares import SHARES, divide, error_at, is_dense
@@ -45,7 +47,7 @@ WINDOW = 2048  # tokens of one piece of text, or the model's context
 TOKENS = 3 * WINDOW
 LEAST_WINDOWS = 2
 HELD_OUT = 3  # one of so many windows
-TEXT_FILE, WORK_DIR = "text.json", "kv-labels.partial"
+TEXT_FILE, LOSSES_FILE, WORK_DIR = "text.json", "losses.json", "kv-labels.partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,12 @@ class _Calibration:
             reading = Reading(engine, self.attentions, self.progress)
             fitted = self._fit(reading, windows[:-held_out])
             errors = reading.errors(windows[-held_out:], fitted, self.rotations)
-        return self._chosen(fitted, errors)
+        found = self._chosen(fitted, errors)
+        losses = Losses(self.base, options, runtime, windows[-held_out:], self.length, self.work / LOSSES_FILE)
+        measured = losses.measure(found.labels, lambda done, total: self.progress("losses", done, total))
+        labels = replace(found.labels, losses=measured)
+        write_labels(self.base.path, labels, self.base.spec)
+        return replace(found, labels=labels)
 
     def _windows(self, engine: Engine) -> Windows:
         path, tokens = self.work / TEXT_FILE, self.request.tokens
@@ -138,7 +145,7 @@ class _Calibration:
         return {i: own.labels(queries[i]) for i, own in ranges.items()}
 
     def _chosen(self, fitted: Mapping[int, LayerLabels], errors: Mapping[int, Errors]) -> KvCalibration:
-        """Write the labels, with shares that were chosen on half of the rows, where they do better on the others."""
+        """The labels, with shares that were chosen on half of the rows, where they do better on the others."""
         halves = [[own.relative(rows) for own in errors.values()] for rows in (slice(0, None, 2), slice(1, None, 2))]
         even = [np.ones(len(layer)) for layer in halves[0]]
         divided = divide(halves[0])
@@ -152,7 +159,6 @@ class _Calibration:
             tuple(fitted[i] if i in shares else None for i in layers),
             tuple(tuple(map(float, shares.get(i, ()))) for i in layers),
         )
-        write_labels(self.base.path, labels, self.base.spec)
         place = SHARES.index(1.0)
         whole = {i: float(own.relative(slice(None))[:, place].sum()) for i, own in errors.items()}
         return KvCalibration(labels, tuple(whole.get(i) for i in layers), uniform_error, divided_error)

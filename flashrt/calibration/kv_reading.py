@@ -66,7 +66,7 @@ class Reading:
             with self._engine.runner.decoder.attention.observing(sampled.observe):
                 self._engine.runner.prefill(self._engine.sequence, window)
             for i, own in labels.items():
-                queries = rotations[i].turned(np.concatenate(sampled.queries[i]), positions)
+                queries = rotations[i].turned(np.concatenate(sampled.queries[i]), positions, self._engine.plan.context)
                 keys, values = self._stored(i, len(window))
                 rows = Rows(positions, queries, keys, values)
                 parts[i].append(measure(self._attentions[i], own, rows, BLOCK, KEEPS))

@@ -32,7 +32,9 @@ def calibrate_attention(pack: Path, load: LoadOptions, text: str | None, tokens:
         return
     show(_table(found))
     source = "text of the model's own" if text is None else "the end of the text"
+    losses = ", ".join(f"{loss:+.2%} at {keep}" for keep, loss in labels.losses.items())
     print(
+        f"perplexity        {losses}; on {source}\n"
         f"error at 1/16     {found.divided_error:.2%} of what heads give, squared, on {source}; "
         f"{found.uniform_error:.2%} where every head keeps as much\n"
         f"calibrated in     {duration(seconds)}; use it with `flashrt run {pack} --kv sparse`"

@@ -27,7 +27,7 @@ def test_what_is_chosen_is_what_a_loop_chooses() -> None:
     guesses = rng.standard_normal((len(positions), 3, 203)).astype(np.float32)
     for keep, masks in zip((0.02, 0.1, 1.0), chosen(guesses, positions, BLOCK, (0.02, 0.1, 1.0)), strict=True):
         for row, p in enumerate(positions):
-            end = max(p - 31, 0) // BLOCK
+            end = max(p - 31, 0) // 16 * 16 // BLOCK
             expected = {*range(min(BLOCK, p + 1)), *range(end * BLOCK, p + 1)}
             candidates = range(1, end)
             scores = guesses[row, :, BLOCK : end * BLOCK].astype(np.float64)

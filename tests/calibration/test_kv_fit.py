@@ -9,7 +9,8 @@ import pytest
 
 from flashrt.calibration.kv_fit import BINS, SPREAD, Ranges, Rotations, best_range, project, projections
 from flashrt.calibration.kv_moments import Moments
-from flashrt.spec import Attention, Rope
+from flashrt.rope import Rope
+from flashrt.spec import Attention
 from flashrt_kernels import ops
 
 HEADS, KV_HEADS, DIM = 6, 2, 20
@@ -73,7 +74,9 @@ def test_moments_are_averaged_over_rotations(first: float) -> None:
     keys = draw(4, 50)[1].astype(np.float64)
     moment = keys[:, 0].T @ keys[:, 0] / 50
     positions = np.linspace(256 * first, 256, 2048)
-    turned = [rotations.turned(keys[:, :1], np.full(50, position))[:, 0].astype(np.float64) for position in positions]
+    turned = [
+        rotations.turned(keys[:, :1], np.full(50, position), 256)[:, 0].astype(np.float64) for position in positions
+    ]
     expected = np.mean([part.T @ part / 50 for part in turned], axis=0)
     np.testing.assert_allclose(rotations.moment(moment, first), expected, rtol=1e-4, atol=1e-4)
     if first == 0:
@@ -86,7 +89,7 @@ def test_what_turns_is_what_the_model_turns() -> None:
     angles = positions[:, None] * np.asarray(ROPED.rope.inverse_frequencies(DIM))  # type: ignore[union-attr]
     expected = keys.copy()
     ops.load("cpu").rope(expected, *((1.2 * part(angles)).astype(np.float32) for part in (np.cos, np.sin)))
-    np.testing.assert_allclose(Rotations(ROPED, 256).turned(keys, positions), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(Rotations(ROPED, 256).turned(keys, positions, 256), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_go_on_beyond_the_text() -> None:
@@ -98,7 +101,7 @@ def test_labels_go_on_beyond_the_text() -> None:
     of_keys, of_queries, _ = projections(moments, rotations, 8)
     here = project(moments.queries[0] / 1200, np.cov(keys[:, 0].T), 8)
     late = np.full(400, 2000)
-    q, k = rotations.turned(queries, late)[:, 0], rotations.turned(keys, np.arange(1000, 1400))[:, 0]
+    q, k = rotations.turned(queries, late, 2048)[:, 0], rotations.turned(keys, np.arange(1000, 1400), 2048)[:, 0]
     k = k - k.mean(0)
     errors = [np.mean((q @ b.T @ (a @ k.T) - q @ k.T) ** 2) for a, b in ((of_keys[0], of_queries[0]), here)]
     assert errors[0] < 0.7 * errors[1]
@@ -130,3 +133,20 @@ def test_a_range_leaves_out_what_is_rare() -> None:
     one = np.zeros(BINS, np.int64)
     one[40] = 3
     assert best_range(one)[1] > 0
+
+
+def test_a_context_turns_by_its_own_frequencies() -> None:
+    """Long contexts may have other frequencies (longrope): labels are fitted to the rotations of each."""
+    factors = tuple(np.linspace(1, 8, DIM // 2).tolist())
+    rope = Rope(1000.0, "longrope", original_context=4096, short_factors=(1.0,) * (DIM // 2), long_factors=factors)
+    rotations = Rotations(Attention(HEADS, KV_HEADS, DIM, 1.0, rope), 8192)
+    keys = draw(9, 64)[1]
+    numbers = np.arange(5, 69)
+    found = rotations.scattered(keys, 5)
+    for length in (4096, 8192):
+        own = np.flatnonzero(numbers % 2 == (length == 8192))
+        positions = np.floor(length * (numbers[own] * (5**0.5 - 1) / 2 % 1.0))
+        angles = positions[:, None] * np.asarray(rope.inverse_frequencies(DIM, length))
+        expected = keys[own].copy()
+        ops.load("cpu").rope(expected, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+        np.testing.assert_allclose(found[own], expected, rtol=1e-3, atol=1e-3)

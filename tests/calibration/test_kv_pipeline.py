@@ -73,6 +73,8 @@ def test_labels_are_made_for_layers_that_see_everything(tmp_path: Path, family: 
     for shares in stored.shares:
         assert set(shares) <= set(SHARES)
     assert np.concatenate(stored.shares).mean() <= 1
+    assert list(stored.losses) == ["1/16", "1/32", "1/4", "1/8"]
+    assert all(loss != 0 for loss in stored.losses.values()), "less than everything was attended to"
 
 
 def test_a_model_of_windows_needs_none(tmp_path: Path) -> None:
@@ -84,7 +86,15 @@ def test_its_own_text_will_do(tmp_path: Path) -> None:
     path = packed("llama", tmp_path, Codec.INT4)
     stages: list[str] = []
     calibrated(path, None, lambda stage, done, total: stages.append(stage))
-    assert list(dict.fromkeys(stages)) == ["loading MiB", "writing text", "moments", "fitting", "ranges", "errors"]
+    assert list(dict.fromkeys(stages)) == [
+        "loading MiB",
+        "writing text",
+        "moments",
+        "fitting",
+        "ranges",
+        "errors",
+        "losses",
+    ]
     assert (path / LABELS_FILE).exists()
 
 
@@ -126,7 +136,7 @@ def test_killed_at_every_stage_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
             break
         except KeyboardInterrupt:
             assert not (path / LABELS_FILE).exists()
-    assert seen == {"loading MiB", "writing text", "moments", "fitting", "ranges", "errors"}
+    assert seen == {"loading MiB", "writing text", "moments", "fitting", "ranges", "errors", "losses"}
     assert calls == {"text": 4, "moments": 1}, "a piece of text is lost, no moments are taken twice"
     assert not (path / WORK_DIR).exists()
     check_same(found, whole)

@@ -17,7 +17,7 @@ def test_calibrate_kv_says_what_came_of_it(cli: Cli, pack: Path, tmp_path: Path)
     arguments = ("calibrate", pack, "--kv", "--text-file", text, "--tokens", 768)
     result = cli(*arguments)
     assert result.returncode == 0, result.stderr
-    for word in ("layer", "error at 1/16", "shares by KV head", "--kv sparse"):
+    for word in ("layer", "error at 1/16", "at 1/32", "shares by KV head", "--kv sparse"):
         assert word in result.stdout
     found = parsed(cli(*arguments, "--json"))
     assert found["block"] == 8
