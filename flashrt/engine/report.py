@@ -22,8 +22,8 @@ class Report:
     disk_bytes_per_s      rate at which decode passes read; None where they read nothing but rows of embeddings
     disk_roofline_share   rate at which decode passes read, as a share of the best that is known of the disk, this run
                           included; None when they read nothing but rows of embeddings
-    kv_keep, kv_loss      the share of tokens that sparse attention keeps, and the rise of perplexity measured for it; None
-                          with exact attention, the loss also where it was not measured
+    kv_keep, kv_loss      the share of tokens that sparse attention keeps, and the rise of perplexity measured for it;
+                          None with exact attention, the loss also where it was not measured
     loss                  the rise of perplexity that sparse mode was calibrated to stay below; None in exact mode
     tokens_per_pass       that the passes after the first token gave, and positions_per_pass that they computed; None
                           where there were none
