@@ -19,8 +19,8 @@ def sparse_kv(
     """How decode passes of `exact` choose what they attend to; None where they attend to everything.
 
     The loss allowed is that of everything left out together: what `sparsity` of the feed-forward blocks may cost is
-    taken from it. `labels` are taken from the pack where none are given. Raises UsageError where labels were never calibrated, or lose more than is allowed; PackError where
-    they are damaged or another pack's.
+    taken from it. `labels` are the pack's where none are given. Raises UsageError where they were never calibrated, or
+    lose more than is allowed; PackError where they are damaged or another pack's.
     """
     if options.kv == "exact":
         return None

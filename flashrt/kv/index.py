@@ -12,9 +12,9 @@ from flashrt.kv.choice import Choice, labelled
 from flashrt.spec import Attention
 from flashrt_kernels.labels import LABEL_TOKENS, label_shape
 
-Array = np.ndarray
+PIECE = 4 * LABEL_TOKENS  # positions labelled at a time: what their keys take in float32 is not planned
 
-LABELLED_AT_ONCE = 128  # positions: a session brings thousands, whose products would take memory that is not planned
+Array = np.ndarray
 
 
 class LabelIndex:
@@ -36,8 +36,8 @@ class LabelIndex:
         self._labels = allocate(_shape(attention, limits), np.uint8)
         self._count = 0  # positions that have labels
         own = self._choice.labels
-        self._keys = np.ascontiguousarray(own.keys.swapaxes(1, 2))[:, None]
-        self._queries = np.ascontiguousarray(own.queries.swapaxes(1, 2))
+        self._keys = own.keys.swapaxes(1, 2)[:, None]  # views: copies for every layer would not be planned
+        self._queries = own.queries.swapaxes(1, 2)
 
     def restart(self) -> None:
         """Forget all labels."""
@@ -49,13 +49,17 @@ class LabelIndex:
         `keys` gives those of positions from one up to another, float32 [kv_heads, positions, head_dim].
         """
         self._count = min(self._count, start // LABEL_TOKENS * LABEL_TOKENS)  # the sequence may have been cut back
-        for first in range(self._count, labelled(start), LABELLED_AT_ONCE):
-            end = min(first + LABELLED_AT_ONCE, labelled(start))
-            part, own = keys(first, end), self._choice.labels
-            groups = part.reshape(len(part), -1, LABEL_TOKENS, part.shape[-1])
-            values = (groups @ self._keys).reshape(len(part), end - first, -1)
-            self._ops.label_append(np.ascontiguousarray(values.swapaxes(0, 1)), own.low, own.step, self._labels, first)
-            self._count = end
+        while self._count < (end := labelled(start)):
+            self._extend(keys(self._count, min(self._count + PIECE, end)))
+
+    def _extend(self, keys: Array) -> None:
+        """Label the next positions, float32 [kv_heads, positions, head_dim]."""
+        own, (heads, count, dim) = self._choice.labels, keys.shape
+        values = (keys.reshape(heads, -1, LABEL_TOKENS, dim) @ self._keys).reshape(heads, count, -1)
+        self._ops.label_append(
+            np.ascontiguousarray(values.swapaxes(0, 1)), own.low, own.step, self._labels, self._count
+        )
+        self._count += count
 
     def leaves_out(self, position: int, heads: slice) -> bool:
         """Whether a row at `position` attends to less than everything before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -167,6 +168,25 @@ def test_labels_follow_a_sequence_that_was_cut_back():
         own.append(key, value, 640)
         found.append(attended(own, ATTENTION, query, KvRows(640)))
     assert np.array_equal(*found)
+
+
+def test_labelling_a_long_session_takes_little_memory_beside_the_plan():
+    """All positions but the last are without labels when a session has been resumed."""
+    choice = choice_of(ATTENTION, 1 / 16, 4)
+    tracemalloc.start()
+    try:
+        own = store(choice)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        _, key, value = random_rows(ATTENTION, 1, 2)
+        own.append(key, value, CONTEXT - 1)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * ATTENTION.kv_heads * ATTENTION.head_dim * 4  # float32 keys of all positions take six times that
+    fitted, index = choice.labels, own._index
+    assert np.shares_memory(index._keys, fitted.keys)
+    assert np.shares_memory(index._queries, fitted.queries)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
