@@ -70,10 +70,10 @@ class SparseKv:
     layers: tuple[Choice | None, ...]
 
     @classmethod
-    def of(cls, labels: KvLabels, keep: float, least: int = LEAST) -> SparseKv:
-        """What `labels` choose where this share is kept, and `least` positions at least."""
+    def of(cls, labels: KvLabels, keep: float) -> SparseKv:
+        """What `labels` choose where this share is kept, and `LEAST` positions at least."""
         layers = (
-            None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares), least)
+            None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares), LEAST)
             for layer, shares in zip(labels.layers, labels.shares, strict=True)
         )
         return cls(keep, labels.loss(keep), tuple(layers))

@@ -28,6 +28,12 @@ from tests.families import VOCAB, tiny_checkpoint
 TEXT = "the thing and the ring are in the inn, and another thing is in the ring. " * 40
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of tiny models are shorter than what every row attends to at least."""
+    monkeypatch.setattr("flashrt.kv.choice.LEAST", 8)
+
+
 def packed(family: str, path: Path, dtype: Codec = Codec.F32) -> Path:
     return make_pack(tiny_checkpoint(family, path / "checkpoint", seed=3)[1], path / "pack", dtype).path
 

@@ -190,14 +190,15 @@ def test_labelling_a_long_session_takes_little_memory_beside_the_plan():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
-def test_drafts_do_not_change_what_sparse_attention_writes(tmp_path, family):
+def test_drafts_do_not_change_what_sparse_attention_writes(tmp_path, family, monkeypatch):
+    monkeypatch.setattr("flashrt.kv.choice.LEAST", 8)
     _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3)
     packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)
     labels = spec_labels(packed.spec)
     prompt = np.random.default_rng(7).integers(3, VOCAB, 60).tolist() * 2
 
     def texts(share: float, draft: int, keep: float) -> list[int]:
-        options = {"context": 240, "chunk": 32, "max_draft_tokens": draft, "kv": SparseKv.of(labels, keep, least=8)}
+        options = {"context": 240, "chunk": 32, "max_draft_tokens": draft, "kv": SparseKv.of(labels, keep)}
         with tiny_engine(packed, share, **options) as engine:
             assert engine.plan.owners["KV"] == planned(engine)
             generation = engine.generate(prompt, 100, Sampling(temperature=2.0, seed=5), ignore_eos=True)
