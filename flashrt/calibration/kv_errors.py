@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from flashrt.calibration.kv_fit import LAST_CODE
+from flashrt.kv.choice import recent
 from flashrt.labels import LayerLabels
 from flashrt.spec import Attention
 
 Array = np.ndarray
-
-RECENT = 31  # positions before its own that a row attends to in any case
 
 
 class Rows(NamedTuple):
@@ -70,7 +69,7 @@ def measure(attention: Attention, labels: LayerLabels, rows: Rows, block: int, k
 def chosen(guesses: Array, positions: Array, block: int, keeps: Sequence[float]) -> list[Array]:
     """Which positions rows attend to, bool [R, n] for every share kept, by guesses of their scores [R, group, n]."""
     count = guesses.shape[-1]
-    ends = np.maximum(positions - RECENT, 0) // block  # blocks before these may be chosen, but the first
+    ends = np.array([recent(int(p)) for p in positions]) // block  # blocks before these may be chosen, but the first
     blocks = np.arange(-(-count // block))
     candidates = (blocks >= 1) & (blocks < ends[:, None])
     weights = softmax(guesses, np.repeat(candidates, block, axis=1)[:, :count]).sum(axis=1)

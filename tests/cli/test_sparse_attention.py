@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def test_what_is_not_measured_is_not_promised(cli: Cli, pack: Path, tmp_path: Pa
     check_failure(cli(*scaled, "--max-loss", 0.02), 2, "its loss was not measured for this pack and rotation")
     check_failure(cli(*sparse, "--max-loss", 0.005), 2, "measured were: 1/16 +1.00%")
     assert parsed(cli(*sparse, "--max-loss", 0.005, "--kv-keep", 1, "--json"))["kv_loss"] == 0
+    bench = ("bench", pack, "--prompt-tokens", 80, "--new-tokens", 4, "--repeat", 1, "--kv", "sparse", "--json")
+    assert json.loads(cli(*bench).stdout)["plan"]["kv_keep"] == 1 / 16
     scores = ("eval", "ppl", pack, "--text-file", text, "--max-tokens", 200, "--ctx", 200, "--json")
     exact, decoded, kept = (parsed(cli(*scores, *own)) for own in ((), ("--as-decoded",), ("--kv", "sparse")))
     assert [result["as_decoded"] for result in (exact, decoded, kept)] == [False, True, True]
