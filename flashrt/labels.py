@@ -60,8 +60,10 @@ class KvLabels:
     def loss(self, keep: float) -> float | None:
         """By how much perplexity rises at most where a share is kept, by what was measured; None: nothing says.
 
-        Where that share was not measured, the next smaller one is as bad at least.
+        Where that share was not measured, the next smaller one is as bad at least. Where all is kept, nothing is lost.
         """
+        if keep >= 1:
+            return 0.0
         known = {share: loss for text, loss in self.losses.items() if (share := share_of(text)) <= keep * (1 + 1e-9)}
         return known[max(known)] if known else None
 

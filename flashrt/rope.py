@@ -48,6 +48,12 @@ class Rope:
         """Tokens that the scaling is made for, where factor and original context say it; otherwise 0."""
         return int(self.factor * self.original_context) if self.kind in ("dynamic", "yarn") else 0
 
+    def variant(self, context: int) -> int:
+        """The same number for contexts of which `inverse_frequencies` are the same."""
+        if self.kind == "dynamic":
+            return max(context, self.original_context)
+        return int(self.kind == "longrope" and context > self.original_context)
+
     def inverse_frequencies(self, head_dim: int, context: int = 0) -> list[float]:
         """The head_dim / 2 angular frequencies, radians per position, of a sequence planned for `context` tokens."""
         theta = self._dynamic_theta(head_dim, context) if self.kind == "dynamic" else self.theta

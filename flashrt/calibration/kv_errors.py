@@ -69,7 +69,7 @@ def measure(attention: Attention, labels: LayerLabels, rows: Rows, block: int, k
 def chosen(guesses: Array, positions: Array, block: int, keeps: Sequence[float]) -> list[Array]:
     """Which positions rows attend to, bool [R, n] for every share kept, by guesses of their scores [R, group, n]."""
     count = guesses.shape[-1]
-    ends = np.asarray([recent(int(p)) // block for p in positions])  # blocks before these may be chosen, but the first
+    ends = np.array([recent(int(p)) for p in positions]) // block  # blocks before these may be chosen, but the first
     blocks = np.arange(-(-count // block))
     candidates = (blocks >= 1) & (blocks < ends[:, None])
     weights = softmax(guesses, np.repeat(candidates, block, axis=1)[:, :count]).sum(axis=1)

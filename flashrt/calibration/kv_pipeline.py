@@ -35,7 +35,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime, runtime_for
-from flashrt.errors import UnsupportedModelError
+from flashrt.errors import UnsupportedModelError, UsageError
 from flashrt.labels import CHANNEL_STEP, VERSION, KvLabels, LayerLabels, most_channels
 from flashrt.spec import ModelSpec
 from flashrt.storage.atomic import write_atomically
@@ -72,10 +72,12 @@ def calibrate_kv(path: Path, options: LoadOptions, request: KvRequest, progress:
     """Make labels for the pack at `path`; what `flashrt run` with --kv sparse then uses lies inside it.
 
     Of the options, budget, threads and cache count: it computes exactly, on the CPU, without drafts. Raises
-    UnsupportedModelError for a model all of whose layers see a window, UsageError for too short a text and while
-    another calibration is going on, DiskError when the disk fails or is full.
+    UnsupportedModelError for a model all of whose layers see a window, UsageError for a calibrated pack, for too short
+    a text and while another calibration is going on, DiskError when the disk fails or is full.
     """
     base = Pack(path)
+    if base.manifest.sparsity is not None:
+        raise UsageError("this pack is a calibrated one: name the pack that it lies in")
     labelled_layers(base.spec)
     length = min(WINDOW, base.spec.context)
     tokens = whole("tokens", TOKENS if request.tokens is None else request.tokens, LEAST_WINDOWS * length)

@@ -60,7 +60,10 @@ def ppl(
     ] = None,
     as_decoded: Annotated[
         bool,
-        typer.Option("--as-decoded", help="Compute with the kernels of decoding: slower, and they round otherwise."),
+        typer.Option(
+            "--as-decoded",
+            help="Compute with the kernels of decoding: slower, and they round otherwise. --kv sparse always does.",
+        ),
     ] = False,
     *,
     load: LoadOptions,
@@ -79,6 +82,7 @@ def ppl(
     from flashrt.config import checked_context
     from flashrt.machine.process import peak_resident_bytes
 
+    as_decoded = as_decoded or load.kv == "sparse"
     scored_so_far = Progress("tokens")
     model = session.open_model(pack, replace(load, context=ctx))
     window = checked_context(model.spec, ctx, DEFAULT_CTX)

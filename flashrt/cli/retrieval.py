@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flashrt.calibration.retrieval import Answer, Pace
 
-LOADED = tuple(name for name in options.LOAD if name not in ("context", "speculate", "draft"))
+LOADED = tuple(name for name in options.LOAD if name not in ("context", "speculate", "draft", *options.SESSIONS))
 
 
 @options.loads(*LOADED, speculate="off")

@@ -237,7 +237,8 @@ class Engine:
             raise UsageError("sessions are saved from the CPU only: use --device cpu")
         pack = self.runner.decoder.weights.pack
         item = "f32" if kv_item_bytes(pack) == 4 else "bf16"
-        return Sessions(KvForm(pack.manifest.hash, self.spec, item), self.reader)
+        choice = None if self.plan.kv is None else self.plan.kv.digest()
+        return Sessions(KvForm(pack.manifest.hash, self.spec, item, self.plan.context, choice), self.reader)
 
     def prefill(self, ids: Items[int]) -> Array:
         """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.
@@ -263,7 +264,8 @@ class Engine:
 
         Every window starts afresh (with the model's BOS where it has one, which counts as one of its tokens); its
         first token is not predicted. `progress` is called after each window with the tokens done, and all. `as_decoded`
-        computes with the kernels that decoding uses, which are slower on many tokens and round otherwise.
+        computes with the kernels that decoding uses, which are slower on many tokens and round otherwise; with sparse
+        attention, which only decoding uses, that is done in any case.
 
         Needs a plan made for scoring (`Workload.scoring`). Raises UsageError without one, for unknown ids, for fewer
         than two tokens, for a window that the plan does not hold, while another thread's request goes on, and once the
@@ -284,7 +286,7 @@ class Engine:
             for begin in range(0, len(ids), step):
                 part = [*prefix, *ids[begin : begin + step]]
                 if len(part) > 1:
-                    wide = len(part) > NARROW_TOKENS and not as_decoded
+                    wide = len(part) > NARROW_TOKENS and not as_decoded and self.plan.kv is None
                     total += runner.score(self.sequence, part, wide)
                     count += len(part) - 1
                 progress(min(begin + step, len(ids)), len(ids))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
 from flashrt.kv.choice import SparseKv
@@ -25,13 +27,20 @@ def sparse_kv(
     if options.kv == "exact":
         return None
     labels = labels or read_labels(exact)
+    if options.scaling is not None:
+        labels = replace(labels, losses={})  # they were measured with the model's own rotation
     if options.max_loss is None:
         return SparseKv.of(labels, options.keep or DEFAULT_KEEP)
+    if not labels.losses and options.keep != 1:
+        raise UsageError(
+            "--max-loss cannot be promised with --kv sparse: its loss was not measured for this pack and rotation. "
+            "Leave --max-loss out, or use --kv exact"
+        )
     allowed = options.max_loss - (0.0 if sparsity is None else sparsity.max_loss)
     keep = options.keep or _smallest(labels, allowed)
     loss = None if keep is None else labels.loss(keep)
     if keep is None or loss is None or loss > allowed:
-        known = ", ".join(f"{share} {loss:+.2%}" for share, loss in labels.losses.items()) or "nothing"
+        known = ", ".join(f"{share} {loss:+.2%}" for share, loss in labels.losses.items())
         raise UsageError(
             f"--max-loss {options.max_loss:g} leaves {allowed:.2%} for sparse attention; measured were: {known}. "
             "Allow more, keep more with --kv-keep, or use --kv exact"

@@ -7,9 +7,12 @@ arXiv:2408.07092).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+
+import numpy as np
 
 from flashrt.labels import KvLabels, LayerLabels
 from flashrt_kernels.labels import LABEL_TOKENS
@@ -71,12 +74,23 @@ class SparseKv:
 
     @classmethod
     def of(cls, labels: KvLabels, keep: float) -> SparseKv:
-        """What `labels` choose where this share is kept, and `LEAST` positions at least."""
+        """What `labels` choose where this share is kept, `LEAST` positions at least; all of it is all, for every head."""
         layers = (
-            None if layer is None else Choice(layer, labels.block, tuple(share * keep for share in shares), LEAST)
+            None
+            if layer is None
+            else Choice(layer, labels.block, tuple(1.0 if keep >= 1 else share * keep for share in shares), LEAST)
             for layer, shares in zip(labels.layers, labels.shares, strict=True)
         )
         return cls(keep, labels.loss(keep), tuple(layers))
+
+    def digest(self) -> str:
+        """Tells this from whatever may choose other positions; 64 hexadecimal digits."""
+        found = hashlib.sha256()
+        for layer in self.layers:
+            found.update(repr(layer and (layer.block, layer.shares, layer.labels.channels)).encode())
+            for array in () if layer is None else layer.labels.arrays().values():
+                found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def describe(self) -> str:
         """For people, in one line."""

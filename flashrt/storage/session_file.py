@@ -45,6 +45,13 @@ MAX_JSON_BYTES = 16 << 20  # of messages: more than a conversation of a million 
 Array = np.ndarray
 Messages = Sequence[Mapping[str, str]]
 
+FORM_OPTIONS = {  # parts of `KvForm.shapes`, and what they come from
+    "item": "pack",
+    "layers": "--rope-scaling",
+    "rotations": "--context, on which this model's rotation depends,",
+    "choice": "--kv, --kv-keep and labels",
+}
+
 _MAGIC = b"flashrt session\n"
 _HEAD = struct.Struct("<16s4I")
 _ITEMS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
@@ -52,11 +59,13 @@ _ITEMS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "bf16": np.dtype(np.
 
 @dataclass(frozen=True)
 class KvForm:
-    """What keys and values are bound to: the pack of this hash, and their shapes, rotation and type of numbers."""
+    """What keys and values are bound to: a pack, their type of numbers, and all else that they depend on."""
 
-    pack: str
+    pack: str  # its hash
     spec: ModelSpec
     item: str  # 'f32' or 'bf16'
+    context: int  # that was planned for: some kinds of rotation depend on it
+    choice: str | None  # `SparseKv.digest` of what decode passes chose by; None: they attended to everything
 
     @property
     def dtype(self) -> np.dtype:
@@ -67,7 +76,9 @@ class KvForm:
     def shapes(self) -> dict[str, Any]:
         """As the file says it: what attention of each layer is, equal neighbours once with a count."""
         runs = [{"count": run["count"], **run["layer"]["attention"]} for run in self.spec.to_json()["layers"]]
-        return {"item": self.item, "layers": runs}
+        ropes = [layer.attention.rope for layer in self.spec.layers]
+        rotations = sorted({rope.variant(self.context) for rope in ropes if rope is not None})
+        return {"item": self.item, "layers": runs, "rotations": rotations, "choice": self.choice}
 
     @functools.cached_property
     def largest_header(self) -> int:
@@ -237,11 +248,12 @@ class SessionFile:
                     f"{self.path} was saved with another pack (hash {str(body['pack'])[:12]}, expected "
                     f"{form.pack[:12]}): load that one, or name another file"
                 )
-            if body["kv"] != form.shapes:
-                raise SessionError(
-                    f"{self.path} was saved with keys and values of another form: "
-                    "use the options that it was saved with, or name another file"
-                )
+            for part, options in FORM_OPTIONS.items():
+                if body["kv"][part] != form.shapes[part]:
+                    raise SessionError(
+                        f"{self.path} was saved with keys and values of another form: "
+                        f"use the {options} that it was saved with, or name another file"
+                    )
             extent = Extent(*(body[name] for name in ("begin", "length", "top")))
             messages = body["messages"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -6,6 +6,7 @@ import numpy as np
 
 from flashrt.calibration.kv_errors import Rows, chosen, measure
 from flashrt.calibration.kv_shares import SHARES, divide, error_at, is_dense
+from flashrt.kv.choice import recent
 from flashrt.labels import LayerLabels
 from flashrt.spec import Attention
 
@@ -27,7 +28,7 @@ def test_what_is_chosen_is_what_a_loop_chooses() -> None:
     guesses = rng.standard_normal((len(positions), 3, 203)).astype(np.float32)
     for keep, masks in zip((0.02, 0.1, 1.0), chosen(guesses, positions, BLOCK, (0.02, 0.1, 1.0)), strict=True):
         for row, p in enumerate(positions):
-            end = max(p - 31, 0) // 16 * 16 // BLOCK
+            end = recent(p) // BLOCK
             expected = {*range(min(BLOCK, p + 1)), *range(end * BLOCK, p + 1)}
             candidates = range(1, end)
             scores = guesses[row, :, BLOCK : end * BLOCK].astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,15 @@ def test_labels_are_made_for_layers_that_see_everything(tmp_path: Path, family: 
 def test_a_model_of_windows_needs_none(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="all layers of this model see a window"):
         calibrated(packed("mistral", tmp_path))
+
+
+def test_a_calibrated_pack_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its labels would lie where nothing looks for them."""
+    path = packed("llama", tmp_path)
+    thinned = SimpleNamespace(spec=Pack(path).spec, manifest=SimpleNamespace(sparsity=object()))
+    monkeypatch.setattr(kv_pipeline, "Pack", lambda path: thinned)
+    with pytest.raises(UsageError, match="name the pack that it lies in"):
+        calibrated(path)
 
 
 def test_its_own_text_will_do(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
+from flashrt.storage.kv_labels import read_labels, write_labels
+from flashrt.storage.pack import Pack
 from tests.cli.conftest import Cli, check_failure
 from tests.cli.test_commands import parsed
 from tests.families import tiny_checkpoint
@@ -33,3 +37,35 @@ def test_calibrate_kv_refuses_what_makes_no_sense(cli: Cli, pack: Path, tmp_path
     _, checkpoint = tiny_checkpoint("mistral", tmp_path / "mistral")
     assert cli("pack", checkpoint, tmp_path / "windows").returncode == 0
     check_failure(cli("calibrate", tmp_path / "windows", "--kv"), 1, "all layers of this model see a window")
+
+
+def test_what_is_not_measured_is_not_promised(cli: Cli, pack: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    assert cli("calibrate", pack, "--kv", "--text-file", text, "--tokens", 768).returncode == 0
+    path = pack / "kv-labels.safetensors"
+    sparse = ("run", pack, "-p", "the", "-n", 3, "--kv", "sparse")
+    check_failure(cli(*sparse, "--max-loss", 0.02), 2, "its loss was not measured", "Leave --max-loss out")
+    opened = Pack(pack)
+    labels = replace(read_labels(opened), losses={"1/16": 0.01})
+    path.unlink()
+    write_labels(pack, labels, opened.spec)
+    found = parsed(cli(*sparse, "--max-loss", 0.02, "--json"))
+    assert (found["kv_keep"], found["kv_loss"]) == (1 / 16, 0.01)
+    scaled = (*sparse, "--rope-scaling", "yarn:4")
+    assert parsed(cli(*scaled, "--json"))["kv_loss"] is None
+    check_failure(cli(*scaled, "--max-loss", 0.02), 2, "its loss was not measured for this pack and rotation")
+    check_failure(cli(*sparse, "--max-loss", 0.005), 2, "measured were: 1/16 +1.00%")
+    assert parsed(cli(*sparse, "--max-loss", 0.005, "--kv-keep", 1, "--json"))["kv_loss"] == 0
+    bench = ("bench", pack, "--prompt-tokens", 80, "--new-tokens", 4, "--repeat", 1, "--kv", "sparse", "--json")
+    assert json.loads(cli(*bench).stdout)["plan"]["kv_keep"] == 1 / 16
+    scores = ("eval", "ppl", pack, "--text-file", text, "--max-tokens", 200, "--ctx", 200, "--json")
+    exact, decoded, kept = (parsed(cli(*scores, *own)) for own in ((), ("--as-decoded",), ("--kv", "sparse")))
+    assert [result["as_decoded"] for result in (exact, decoded, kept)] == [False, True, True]
+    assert kept["ppl"] != decoded["ppl"]
+
+
+def test_retrieval_takes_no_sessions(cli: Cli, pack: Path, tmp_path: Path) -> None:
+    """It would ask none of its questions of them."""
+    result = cli("eval", "retrieval", pack, "--session", tmp_path / "saved")
+    assert (result.returncode, "No such option: --session" in result.stderr) == (2, True), result.stderr

@@ -22,6 +22,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import CpuRuntime
 from flashrt.errors import DiskError, SessionError, UsageError
 from flashrt.kv.cache import KINDS
+from flashrt.kv.choice import SparseKv
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.storage import _io
 from flashrt.storage.pack import Pack
@@ -30,6 +31,7 @@ from flashrt.storage.session_file import VERSION
 from flashrt_kernels.rows import Codec
 from tests.engine.support import TorchRuntime, make_pack, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
+from tests.kv.support import spec_labels
 
 CONTEXT = 1400
 FAMILIES = {  # windows that have slid by the end of the prompt, and those that have not
@@ -110,6 +112,40 @@ def test_a_resumed_sequence_goes_on_as_the_one_that_was_saved(packed, tmp_path, 
             assert generation.report.token_ids == expected
             assert generation.report.resumed_tokens == resumed
             assert np.array_equal(engine.runner.prefill(engine.sequence, [*longer, 5]), bits)
+
+
+def test_what_sparse_attention_computed_is_no_exact_session(tmp_path):
+    """Nor the other way round, nor that of another share: the tokens that follow would be none of theirs."""
+    packed = packed_of("llama-yarn", tmp_path)
+    labels = spec_labels(packed.spec)
+    kinds = {name: keep and SparseKv.of(labels, keep) for name, keep in (("all", None), ("8", 1 / 8), ("16", 1 / 16))}
+    for name, kv in kinds.items():
+        with engine_of(packed, kv=kv) as engine:
+            engine.keep_sessions(tmp_path / "directory", 1 << 30)
+            generation = engine.generate(PROMPT, 20, DRAWN, ignore_eos=True)
+            list(generation)
+            assert generation.report.resumed_tokens == 0
+            engine.save(tmp_path / name)
+            for other in kinds.keys() - {name}:
+                if (tmp_path / other).exists():
+                    with pytest.raises(SessionError, match="use the --kv, --kv-keep and labels that it was saved with"):
+                        engine.resume(tmp_path / other)
+    with engine_of(packed, kv=SparseKv.of(spec_labels(packed.spec), 1 / 16)) as engine:  # calibrated to the same again
+        engine.resume(tmp_path / "16")
+
+
+def test_a_rotation_that_depends_on_the_context_binds_a_session_to_it(tmp_path):
+    options = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 8.0}}
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", 3, max_position_embeddings=400, **options)
+    packed = make_pack(checkpoint, tmp_path / "pack", Codec.INT8)
+    for context, same, other in ((1000, 1000, 1001), (300, 400, 401)):
+        with engine_of(packed, context=context) as engine:
+            text_of(engine, PROMPT[:250], 20)
+            engine.save(tmp_path / "saved")
+        with engine_of(packed, context=same) as engine:
+            engine.resume(tmp_path / "saved")
+        with engine_of(packed, context=other) as engine, pytest.raises(SessionError, match="use the --context"):
+            engine.resume(tmp_path / "saved")
 
 
 def test_a_sequence_is_saved_again_after_it_was_resumed_and_cut_back(packed, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,6 +209,31 @@ def test_drafts_do_not_change_what_sparse_attention_writes(tmp_path, family, mon
     kept = texts(1.0, 1, 1 / 32)
     assert kept == texts(1.0, 8, 1 / 32) == texts(0.3, 8, 1 / 32)
     assert family == "gemma3" or kept != texts(1.0, 1, 1.0)  # the tiny gemma3 repeats one token
+
+
+def test_a_text_is_scored_as_it_would_be_decoded(tmp_path):
+    """Wide passes attend to everything: they would say that nothing is lost."""
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", seed=3)
+    packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)
+    ids = np.random.default_rng(7).integers(3, VOCAB, 400).tolist()
+    found = []
+    for kv in (None, SparseKv.of(spec_labels(packed.spec), 1 / 32)):
+        with tiny_engine(packed, 1.0, context=240, chunk=64, scoring=True, kv=kv) as engine:
+            found.append([engine.score(ids, 200, as_decoded=as_decoded)[0] for as_decoded in (False, True)])
+    exact, sparse = found
+    assert sparse[0] == sparse[1]
+    assert abs(sparse[0] - exact[1]) > 1e-3
+
+
+def test_to_keep_all_is_to_keep_all_whatever_the_heads_shares(tmp_path):
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", seed=3)
+    packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)
+    labels = spec_labels(packed.spec)
+    labels = replace(labels, shares=tuple((0.25,) * len(own) for own in labels.shares))
+    for keep, all_kept in ((1.0, True), (0.99, False)):
+        own = SparseKv.of(labels, keep)
+        assert [layer.kept(500, 0) == layer.end(500) - 1 for layer in own.layers] == [all_kept] * len(own.layers)
+        assert own.loss == (0.0 if all_kept else None)
 
 
 def planned(engine: Engine) -> int:
