@@ -11,7 +11,7 @@ from flashrt_kernels.gpu.arguments import check, check_readable
 from flashrt_kernels.limits import ATTENTION_SEGMENT, WIDEST_HEAD
 
 SEGMENTS = 16  # that are merged at a time
-TILE = 32  # tokens of a list that a program takes at a time
+TILE = 4096  # numbers of keys that a program takes at a time, of 64 tokens at most
 LEAST = 16  # queries and numbers of a head: the smallest matrices that tensor cores multiply
 
 
@@ -154,7 +154,7 @@ def attention_list(
         return
     segments = triton.cdiv(most, ATTENTION_SEGMENT)
     parts = torch.empty((segments, tokens, heads, dim + 2), dtype=torch.float32, device=q.device)
-    group, padded = heads // kv_heads, triton.next_power_of_2(dim)
+    group, padded = heads // kv_heads, max(triton.next_power_of_2(dim), LEAST)
     if segments:
         _segment_kernel[(segments, tokens, kv_heads)](
             q,
@@ -170,12 +170,12 @@ def attention_list(
             GROUP=group,
             QUERIES=max(triton.next_power_of_2(group), LEAST),
             DIM=dim,
-            DIM_PADDED=max(padded, LEAST),
+            DIM_PADDED=padded,
             HALF=near.dtype == torch.bfloat16,
             CAPPED=bool(softcap),
             SEGMENT=ATTENTION_SEGMENT,
-            TILE=TILE,
-            num_stages=2,
+            TILE=min(TILE // padded, 64),
+            num_stages=1,  # the tiles of other programs hide what a load takes, and a GPU's shared memory is small
         )
     _merge_kernel[(tokens, heads)](
         parts, counts, out, most, GROUP=group, DIM=dim, DIM_PADDED=padded, SEGMENT=ATTENTION_SEGMENT, SEGMENTS=SEGMENTS

@@ -19,7 +19,7 @@ CHUNK = 256  # tokens that a program scores
 CHUNKS = 4  # whose blocks a program weighs
 PEAKS = 64  # chunks whose softmaxes are brought together at a time
 TILE = 1024  # weights that are looked at together
-LEAST = 16, 32  # queries and bytes of labels: the smallest matrices that tensor cores multiply
+LEAST = 16  # queries and bytes of labels: the smallest matrices that tensor cores multiply
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _query_codes(q_ptr, step_ptr, byte, query, GROUP: tl.constexpr, R: tl.conste
     some = top > 1e-30
     inverse = tl.where(some, tl.math.div_rn(127.0, tl.where(some, top, 1.0)), 0.0)[:, None]
     scale = tl.where(some, tl.math.div_rn(top, 127.0), 0.0)
-    return round_half_even(low * inverse).to(tl.int8), round_half_even(high * inverse).to(tl.int8), scale
+    return round_half_even(low * inverse).to(tl.float16), round_half_even(high * inverse).to(tl.float16), scale
 
 
 @triton.jit(do_not_specialize=["groups", "first"])
@@ -82,9 +82,9 @@ def _score_kernel(
     inside = (byte < R // 2)[:, None] & candidate[None, :]
     byte_at = byte // 4 * (TOKENS * 4) + byte % 4
     both = tl.load(labels + byte_at[:, None] + at[None, :], mask=inside, other=0)
-    dots = tl.dot(low, (both & 15).to(tl.int8), out_dtype=tl.int32)
-    dots = tl.dot(high, (both >> 4).to(tl.int8), acc=dots, out_dtype=tl.int32)
-    scores = dots.to(tl.float32) * (scale * query_scale)[:, None]
+    dots = tl.dot(low, (both & 15).to(tl.float16))  # exact: of integers, and below 2^19
+    dots = tl.dot(high, (both >> 4).to(tl.float16), acc=dots)
+    scores = dots * (scale * query_scale)[:, None]
     scores = tl.where(candidate[None, :], scores, float("-inf"))
     best = tl.max(scores, axis=1)
     sums = tl.sum(tl.exp(scores - best[:, None]).reshape(QUERIES, CHUNK // BLOCK, BLOCK), axis=2)
@@ -232,9 +232,9 @@ def select_blocks(
         scale,
         first,
         GROUP=group,
-        QUERIES=max(triton.next_power_of_2(group), LEAST[0]),
+        QUERIES=max(triton.next_power_of_2(group), LEAST),
         R=channels,
-        BYTES=max(triton.next_power_of_2(channels // 2), LEAST[1]),
+        BYTES=max(triton.next_power_of_2(channels // 2), LEAST),
         BLOCK=block,
         TOKENS=LABEL_TOKENS,
         CHUNK=CHUNK,
