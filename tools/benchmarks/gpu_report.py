@@ -106,15 +106,18 @@ def copy_rates(nbytes: int = 256 << 20, repeat: int = 8) -> dict[str, float]:
 
 
 def kernel_rates() -> list[dict[str, Any]]:
-    """Rates of the sparse FFN's kernels."""
+    """Rates of the kernels of the sparse FFN and of sparse attention."""
     if importlib.util.find_spec("triton") is None:
         return [{"error": "triton is not installed"}]
-    from tools.benchmarks import gpu_kernels
+    from tools.benchmarks import gpu_attention, gpu_kernels
 
-    try:
-        return gpu_kernels.measure()
-    except Exception as error:  # a kernel that fails must not take the rest of the report with it
-        return [{"error": f"{type(error).__name__}: {error}"[:2000]}]
+    results: list[dict[str, Any]] = []
+    for measure in (gpu_kernels.measure, gpu_attention.measure):
+        try:
+            results += measure()
+        except Exception as error:  # a kernel that fails must not take the rest of the report with it
+            results.append({"error": f"{type(error).__name__}: {error}"[:2000]})
+    return results
 
 
 def benchmark(deadline: float) -> list[dict[str, Any]]:
@@ -204,7 +207,17 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     copies = [[name, rate] for name, rate in report["copies"].items()]
     tables = [table(["copies", ("rate", "MB/s")], copies)]
     columns = {
-        "kernels": {"kernel": "", "shape": "", "tokens": "", "rows": "", "bytes_per_s": "MB/s", "error": ""},
+        "kernels": {
+            "kernel": "",
+            "shape": "",
+            "tokens": "",
+            "rows": "",
+            "context": "",
+            "microseconds": "number",
+            "bytes_per_s": "MB/s",
+            "speedup": "ratio",
+            "error": "",
+        },
         "benchmark": {"dtype": "", "budget": "", "decode_tok_per_s": "number", "ttft_s": "s", "error": ""},
     }
     for part, units in columns.items():

@@ -19,5 +19,11 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None
         raise ValueError(f"{name}: expected a contiguous tensor, found strides {tensor.stride()}")
 
 
+def check_readable(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless kernels on `device` can read `tensor`: there, or in pinned host memory over the bus."""
+    if tensor.device != device and not tensor.is_pinned():
+        raise ValueError(f"{name}: expected pinned host memory or {device}, found pageable memory; use pin_memory()")
+
+
 def _show(shape: tuple[int | None, ...]) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashrt_kernels.gpu.arguments import check
+from flashrt_kernels.gpu.arguments import check, check_readable
 from flashrt_kernels.rows import ALIGNMENT
 
 BLOCK = 1024  # words of 8 bytes that a program moves at a time
@@ -36,8 +36,7 @@ def check_source(name: str, rows: Tensor, device: torch.device) -> None:
     check(name, rows, torch.uint8, (None, None), rows.device)
     if rows.shape[1] == 0 or rows.shape[1] % ALIGNMENT:
         raise ValueError(f"{name}: expected rows of a multiple of {ALIGNMENT} bytes, found {rows.shape[1]}")
-    if rows.device != device and not rows.is_pinned():
-        raise ValueError(f"{name}: expected pinned host memory or {device}, found pageable memory; use pin_memory()")
+    check_readable(name, rows, device)
 
 
 def gather_rows(rows: Tensor, indices: Tensor, out: Tensor, slots: Tensor, count: Tensor | None = None) -> None:

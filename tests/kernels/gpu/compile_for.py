@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 from flashrt_kernels.ffn import FfnWeights
-from flashrt_kernels.gpu import LayerRows, SparseStep, glu_rows
+from flashrt_kernels.gpu import KeyLabels, LayerRows, SparseStep, attention_list, glu_rows, kv_append, select_blocks
+from flashrt_kernels.labels import label_shape
 from flashrt_kernels.rows import Codec, bundle_stride
 
 
@@ -36,11 +37,13 @@ class Absent:
 
 def main() -> None:
     codec, compiled = Codec(sys.argv[2]), set()
+    shared = 64 << 10 if int(sys.argv[1]) < 80 else 99 << 10  # that a program can have on the smallest GPU of the kind
     launch = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= shared, (self.__name__, kernel.metadata.shared)
         compiled.add(self.__name__)
         return kernel
 
@@ -55,7 +58,23 @@ def main() -> None:
     x, slots = torch.ones(1, k), torch.arange(33, dtype=torch.int32)
     for activation in ("gelu_tanh", "relu", "relu2", "fatrelu:0.5"):
         glu_rows(x, FfnWeights(host, codec, activation, False), x.clone(), slots, factors=torch.ones(1))
+    attend(heads=12, kv_heads=2, dim=128, channels=32, dtype=torch.bfloat16)
+    attend(heads=5, kv_heads=5, dim=80, channels=24, dtype=torch.float32)
+    attend(heads=32, kv_heads=1, dim=256, channels=64, dtype=torch.float32)
     print(*sorted(compiled))
+
+
+def attend(heads: int, kv_heads: int, dim: int, channels: int, dtype: torch.dtype) -> None:
+    """A decode step of two rows, each kernel once."""
+    k, q, step = torch.ones(2, kv_heads, dim), torch.ones(2, heads, dim), torch.ones(kv_heads, channels)
+    near, keys = torch.zeros(kv_heads, 100, 2, dim, dtype=dtype), torch.ones(kv_heads, channels, dim)
+    labels = torch.zeros(label_shape(kv_heads, 100, channels), dtype=torch.uint8)
+    ends, counts = torch.ones(2, dtype=torch.int32), torch.ones(2, kv_heads, dtype=torch.int32)
+    lists, out = torch.zeros(2, kv_heads, 7, dtype=torch.int32), torch.zeros(2, heads * dim)
+    kv_append(k, k, near, 3, KeyLabels(labels, keys, step, step), 5)
+    select_blocks(q[:, :, :channels].contiguous(), labels, step, 0.5, 1, ends, counts, 8, lists, counts)
+    for far, softcap in ((None, 20.0), (near[0], None)):
+        attention_list(q, near, far, lists, counts, 0.5, softcap, out)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,25 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrt_kernels import reference
 from flashrt_kernels.rows import Codec, bundle_stride, row_bytes
 
 gpu = pytest.importorskip("flashrt_kernels.gpu", reason="triton is not installed")
+
+
+class AskNothing(TorchDispatchMode):
+    """Fails when a tensor's value is asked for, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def pinned(tensor: Tensor, device: str) -> Tensor:
+    """Host memory that kernels on `device` can read."""
+    return tensor.pin_memory() if device == "cuda" else tensor
 
 
 def normal(seed: int, *shape: int) -> Tensor:

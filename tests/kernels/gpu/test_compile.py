@@ -31,5 +31,6 @@ def test_every_kernel_compiles(tmp_path: Path, capability: int, codec: Codec) ->
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    kernels = "copy_bias count_chosen count_free count_hits find gather partial place reduce split write_chosen"
-    assert set(done.stdout.split()) == {f"_{name}_kernel" for name in kernels.split()}
+    rows = "copy_bias count_chosen count_free count_hits find gather partial place reduce split write_chosen"
+    tokens = "append choose merge score segment weigh"
+    assert set(done.stdout.split()) == {f"_{name}_kernel" for name in f"{rows} {tokens}".split()}

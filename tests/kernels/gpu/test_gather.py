@@ -3,21 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .helpers import gpu, int32, shuffled
+from .helpers import gpu, int32, pinned, shuffled
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def host(rows: torch.Tensor, device: str) -> torch.Tensor:
-    return rows.pin_memory() if device == "cuda" else rows
-
-
 @pytest.mark.parametrize("stride", [64, 192, 8192, 13888])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_come_whole_and_nothing_else_changes(device, stride, dtype):
-    rows, out = host(noise(1, 23, stride), device), noise(2, 11, stride).to(device)
+    rows, out = pinned(noise(1, 23, stride), device), noise(2, 11, stride).to(device)
     indices, slots = shuffled(3, 23, 7).to(dtype), shuffled(4, 11, 7)
     expected = out.clone()
     expected[slots.to(device).long()] = rows[indices.long()].to(device)
@@ -27,7 +23,7 @@ def test_rows_come_whole_and_nothing_else_changes(device, stride, dtype):
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_only_counted_rows_come(device, count):
-    rows, out = host(noise(1, 9, 128), device), noise(2, 6, 128).to(device)
+    rows, out = pinned(noise(1, 9, 128), device), noise(2, 6, 128).to(device)
     indices, slots = torch.full((6,), 1 << 40), torch.full((6,), 1 << 30, dtype=torch.int32)
     indices[:count], slots[:count] = torch.arange(count) + 3, torch.arange(count, dtype=torch.int32)
     expected = out.clone()
@@ -37,11 +33,11 @@ def test_only_counted_rows_come(device, count):
 
 
 def test_wrong_arguments_are_named(device):
-    rows, out = host(noise(1, 9, 128), device), noise(2, 6, 128).to(device)
+    rows, out = pinned(noise(1, 9, 128), device), noise(2, 6, 128).to(device)
     good = {"rows": rows, "indices": int32(1, 2).to(device), "out": out, "slots": int32(0, 3).to(device)}
     for name, wrong in [
         ("rows", rows[:, :64]),
-        ("rows", host(noise(1, 9, 100), device)),
+        ("rows", pinned(noise(1, 9, 100), device)),
         ("rows", rows.to(torch.int16)),
         ("indices", int32(1, 2).float().to(device)),
         ("out", noise(2, 6, 192).to(device)),

@@ -2,28 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrt_kernels import reference
 from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.rows import Codec
 
-from .helpers import gpu, listed, neurons, normal, rms_ratio, same
+from .helpers import AskNothing, gpu, listed, neurons, normal, pinned, rms_ratio, same
 
 K = 72
 NEURONS = 300
-
-
-class AskNothing(TorchDispatchMode):
-    """Fails when a tensor's value is asked for, which on a GPU would wait for it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-        return func(*args, **(kwargs or {}))
-
-
-def host(rows: torch.Tensor, device: str) -> torch.Tensor:
-    return rows.pin_memory() if device == "cuda" else rows
 
 
 def whole(x, weights, y, scores, threshold):
@@ -41,7 +28,7 @@ def test_slots_change_no_bit(device, slots, thresholds):
     """Few rows, more than there are slots, none, all: the sum is that over a token's rows in one place."""
     codec, w = Codec.INT8, neurons(1, NEURONS, K, Codec.INT8)
     step = gpu.SparseStep(NEURONS, slots, K, codec, "silu", True, device)
-    layer = gpu.LayerRows.create(host(w, device), slots, device)
+    layer = gpu.LayerRows.create(pinned(w, device), slots, device)
     weights = FfnWeights(w.to(device), codec, "silu", True)
     for i, threshold in enumerate(thresholds):
         tokens = (1, 3, 2)[i]
@@ -65,7 +52,7 @@ def test_a_token_does_not_see_who_shares_its_pass(device, activation):
     scores, up_bias = normal(4, 3, NEURONS).to(device), normal(5, NEURONS).to(device)
     for slots in (128, NEURONS):
         step = gpu.SparseStep(NEURONS, slots, K, codec, activation, False, device)
-        layer, together = gpu.LayerRows.create(host(w, device), slots, device, up_bias), start.clone()
+        layer, together = gpu.LayerRows.create(pinned(w, device), slots, device, up_bias), start.clone()
         step(layer, x, scores, 0.4, together)
         for token in range(3):
             own = slice(token, token + 1)
@@ -85,7 +72,8 @@ def test_layers_share_a_step(device):
     weights = [neurons(seed, NEURONS, K, codec, gated=False) for seed in (1, 2)]
     biases = [normal(seed, NEURONS).to(device) for seed in (3, 4)]
     layers = [
-        gpu.LayerRows.create(host(w, device), 256, device, up_bias) for w, up_bias in zip(weights, biases, strict=True)
+        gpu.LayerRows.create(pinned(w, device), 256, device, up_bias)
+        for w, up_bias in zip(weights, biases, strict=True)
     ]
     scores = normal(5, 1, NEURONS).to(device)
     for token in range(3):
@@ -109,7 +97,7 @@ def test_it_fetches_only_what_is_missing(device, monkeypatch):
 
     monkeypatch.setattr("flashrt_kernels.gpu.step.gather_rows", count)
     step = gpu.SparseStep(NEURONS, 256, K, Codec.INT8, "silu", True, device)
-    layer = gpu.LayerRows.create(host(neurons(1, NEURONS, K, Codec.INT8), device), 256, device)
+    layer = gpu.LayerRows.create(pinned(neurons(1, NEURONS, K, Codec.INT8), device), 256, device)
     x, scores = normal(2, 1, K).to(device), normal(3, 1, NEURONS).to(device)
     chosen = set(listed(gpu.select_rows(scores[0], 0.8)))
     later = scores.roll(1)
@@ -125,9 +113,9 @@ def test_wrong_arguments_are_named(device):
         with pytest.raises(ValueError, match=rf"^slots: expected 128 to {NEURONS}, found {slots}"):
             gpu.SparseStep(NEURONS, slots, K, Codec.INT8, "silu", True, device)
     with pytest.raises(ValueError, match="^up_bias"):
-        gpu.LayerRows.create(host(neurons(1, 3, K, Codec.INT8), device), 2, device, normal(1, 2).to(device))
+        gpu.LayerRows.create(pinned(neurons(1, 3, K, Codec.INT8), device), 2, device, normal(1, 2).to(device))
     step = gpu.SparseStep(NEURONS, 128, K, Codec.INT8, "silu", True, device)
-    rows = host(neurons(1, NEURONS, K, Codec.INT8), device)
+    rows = pinned(neurons(1, NEURONS, K, Codec.INT8), device)
     x, scores = normal(2, 2, K).to(device), normal(3, 2, NEURONS).to(device)
     layer = gpu.LayerRows.create(rows, 128, device)
     for name, args in [

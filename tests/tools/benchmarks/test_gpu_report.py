@@ -72,3 +72,15 @@ def test_any_trouble_is_a_failure() -> None:
     assert gpu_report.failed(good | {"tests": {"status": 1}})
     assert gpu_report.failed(good | {"benchmark": [{"error": "out of memory"}]})
     assert gpu_report.failed(good | {"kernels": [{"error": "triton is not installed"}]})
+
+
+def test_a_kernel_that_fails_leaves_the_others_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_attention = pytest.importorskip("tools.benchmarks.gpu_attention", reason="torch or triton is not installed")
+    gpu_kernels = pytest.importorskip("tools.benchmarks.gpu_kernels", reason="torch or triton is not installed")
+
+    def fail() -> None:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(gpu_kernels, "measure", fail)
+    monkeypatch.setattr(gpu_attention, "measure", lambda: [{"kernel": "sparse"}])
+    assert gpu_report.kernel_rates() == [{"error": "RuntimeError: out of shared memory"}, {"kernel": "sparse"}]
