@@ -50,6 +50,15 @@ def test_it_matches_the_reference(device, dtype, heads, kv_heads, dim, softcap):
     assert not out[0, : heads // kv_heads * dim].any()
 
 
+def test_many_segments(device):
+    """More than are merged at a time, with the highest scores in the last one."""
+    near, q = normal(1, 1, 600, 2, 12), normal(3, 1, 2, 12)
+    lists, expected = [[[*numbers(4, 0, 500, 4200), *range(500, 600)]]], torch.empty(1, 24)
+    near[0, 500:, 0] *= 3
+    reference.attention_list(q, near, None, *packed(lists, "cpu"), 0.2, None, expected)
+    assert rms_ratio(attended(q.to(device), near.to(device), None, lists), expected) < 1e-3
+
+
 @HALF
 def test_where_tokens_lie_does_not_matter(device, dtype):
     """The same tokens in near memory, in another order there, or in far memory; and near memory on the host."""

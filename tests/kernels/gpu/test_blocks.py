@@ -51,6 +51,16 @@ def test_it_chooses_what_the_reference_does(device, heads, kv_heads, channels, b
     assert any(0 < len(items) < end - first for row, end in zip(expected, ends, strict=True) for items in row)
 
 
+def test_many_chunks(device):
+    """More than are brought together at a time, with the highest scores in the last ones."""
+    labels, step = made(1, 1, 18000, 8)
+    labels[:, :1100] &= 0x33
+    q = normal(2, 1, 3, 8).abs()
+    expected = choice("cpu", q, labels, step, 1, [2240], [[150]], 8, reference.select)
+    assert choice(device, q, labels, step, 1, [2240], [[150]], 8) == expected
+    assert len({block // 2048 for block in expected[0][0]}) == 2
+
+
 def test_of_equals_the_earlier_go_first(device):
     """A query of zeros cannot tell tokens apart; blocks with the same labels weigh the same."""
     labels, step = made(1, 1, 2600, 8)
