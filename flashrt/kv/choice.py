@@ -74,7 +74,7 @@ class SparseKv:
 
     @classmethod
     def of(cls, labels: KvLabels, keep: float) -> SparseKv:
-        """What `labels` choose where this share is kept, `LEAST` positions at least; all of it is all, for every head."""
+        """What `labels` choose where this share is kept, and `LEAST` positions at least; 1 keeps all in every head."""
         layers = (
             None
             if layer is None

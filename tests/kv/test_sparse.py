@@ -29,6 +29,12 @@ ATTENTION = Attention(heads=6, kv_heads=2, head_dim=20, scale=0.3)
 TREE = [-1, -1, 0, 0, 1, 2, 2, 5, 7, 8, 9, 3, 10, 12, 4, 13]
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Texts of tiny models are shorter than what every row attends to at least."""
+    monkeypatch.setattr("flashrt.kv.choice.LEAST", 8)
+
+
 def store(choice: Choice | None, item: type = np.float32, attention: Attention = ATTENTION) -> ContiguousStore:
     kernels = ops.load("cpu")
     limits = KvLimits(CONTEXT, 64, choice)
@@ -191,8 +197,7 @@ def test_labelling_a_long_session_takes_little_memory_beside_the_plan():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
-def test_drafts_do_not_change_what_sparse_attention_writes(tmp_path, family, monkeypatch):
-    monkeypatch.setattr("flashrt.kv.choice.LEAST", 8)
+def test_drafts_do_not_change_what_sparse_attention_writes(tmp_path, family):
     _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3)
     packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)
     labels = spec_labels(packed.spec)
