@@ -41,6 +41,8 @@ def read_labels(pack: Pack) -> KvLabels:
     """
     path = pack.path / LABELS_FILE
     again = f"run `flashrt calibrate {pack.path} --kv` again"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise PackError(f"{path} is no file: remove it, and {again}")
     try:
         with open(path, "rb") as file:
             labels = _read(file, path.stat().st_size, pack.spec)

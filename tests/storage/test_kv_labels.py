@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,3 +162,17 @@ def test_labels_take_a_16th_of_a_key(dim: int, channels: int | None) -> None:
     assert most_channels(Attention(4, 2, dim, 1.0, window=9)) is None
     if channels is not None and dim >= 32:
         assert channels / 2 <= dim * 2 / 16
+
+
+def test_a_pipe_in_their_place_is_not_waited_for(opened: Pack) -> None:
+    path = opened.path / LABELS_FILE
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)  # should it be opened all the same, that does not hang
+    os.write(writer, bytes(8))
+    try:
+        with pytest.raises(PackError, match="is no file: remove it"):
+            read_labels(opened)
+    finally:
+        os.close(writer)
+        path.unlink()
