@@ -36,6 +36,7 @@ def load(
     draft: str | Path | None = None,
     kv: str = "exact",
     kv_keep: str | float | None = None,
+    kv_dir: str | Path | None = None,
     rope_scaling: str | None = None,
     session: str | Path | None = None,
     session_dir: str | Path | None = None,
@@ -58,6 +59,8 @@ def load(
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
     kv: 'exact' or, after `flashrt calibrate --kv`, 'sparse': decode passes attend to the positions that labels choose
     kv_keep: with kv='sparse', the share of positions, such as 1/16 (the default)
+    kv_dir: a directory for keys and values that do not fit in memory, in a file that goes with the engine; None takes
+        `cache_dir`
 
     session: a file that `engine.save` wrote: a request with `reuse` goes on from its tokens
     session_dir: a directory that keeps what was computed of prompts and answers, across processes: each request goes on
@@ -65,8 +68,8 @@ def load(
     session_gb: GiB that this directory may take, 16 where None; what was used least recently goes
 
     Raises a FlashrtError that says what to do: UsageError, before anything is opened, for an option of a wrong type or
-    out of range; BudgetError, before anything is loaded, when the budget is too small; SessionError for a session
-    that is missing, damaged, or of another pack.
+    out of range; BudgetError, before anything is loaded, when the budget is too small; DiskError where the disk has no
+    room for keys and values; SessionError for a session that is missing, damaged, or of another pack.
     """
     from flashrt.engine.open import load as open_engine
     from flashrt.engine.options import LoadOptions
@@ -85,6 +88,7 @@ def load(
         draft=draft,
         kv=kv,
         kv_keep=kv_keep,
+        kv_dir=kv_dir,
         rope_scaling=rope_scaling,
         session=session,
         session_dir=session_dir,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import KINDS, Choices, KvKinds
 from flashrt.kv.choice import SparseKv
+from flashrt.kv.far_layout import FarLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,22 @@ class Plan:
     slot_bytes: int
     weight_bytes: int
     pinned_bytes: int  # of weights that loading reads, into tiers included
-    streamed_bytes_per_token: int
+    streamed_bytes_per_token: int  # at the end of the context
     tiers: Mapping[str, tuple[TierPlan, ...]] = field(default_factory=dict)  # by the owner whose weights they are for
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most
     kv: SparseKv | None = None  # see `Workload`
+    kv_held: int | None = None  # see `KvLimits`
+    far: FarLayout | None = None  # pages of keys and values that do not fit in memory; None: all do
+
+    @property
+    def kv_limits(self) -> KvLimits:
+        """What stores of keys and values must hold."""
+        return KvLimits(self.context, self.prefill_chunk, held=self.kv_held)
+
+    @property
+    def kv_disk_bytes(self) -> int:
+        """Keys and values on disk at the end of the context, which each token reads there."""
+        return 0 if self.far is None else self.far.nbytes
 
     @property
     def choices(self) -> Choices:
@@ -139,6 +152,8 @@ class Plan:
             "positions_per_pass": self.max_draft_tokens,
             "ring_slots": self.ring_slots,
             "slot_bytes": self.slot_bytes,
+            "kv_bytes": self.owners["KV"],
+            "kv_disk_bytes": self.kv_disk_bytes,
             "kv_keep": None if self.kv is None else self.kv.keep,
             "kv_loss": None if self.kv is None else self.kv.loss,
         }

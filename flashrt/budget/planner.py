@@ -3,7 +3,8 @@
 Order of claim: the process itself, KV for the asked context and the buffers of a pass, because nothing runs without
 them; then weights, the small ones that every token needs first (router, attention, head), then FFN rows spread evenly
 over the layers, so that every layer streams the same share and compute overlaps all of it; embeddings last, since a
-token needs one row of them.
+token needs one row of them. Where keys and values of the context do not fit even so, older ones lie on disk and stream
+as weights do; then what weights leave holds some of these.
 
 What a kind of FFN wants beside pinned blocks it says by a claim (`flashrt.budget.claims`), and is granted when the turn
 of its weights has come.
@@ -21,7 +22,9 @@ from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
 from flashrt.errors import BudgetError
 from flashrt.kv.base import KvLimits
-from flashrt.kv.cache import kv_bytes
+from flashrt.kv.cache import far_layout, kv_bytes
+from flashrt.kv.far_layout import FarLayout
+from flashrt.kv.spill import SPILL_BUFFERS
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PAGE, PackLayout, TensorLayout
 from flashrt.storage.reader import STAGING_BYTES
@@ -50,14 +53,27 @@ def plan(
     claims: Claims = CLAIMS,
 ) -> Plan:
     """Divide `budget_bytes`. Raises BudgetError, with the smallest budget that would do, when it cannot be done."""
-    return _Planner(Case(spec, layout, workload, costs), claims).plan(budget_bytes)
+    planners = _planners(Case(spec, layout, workload, costs), claims)
+    for planner in planners:
+        if budget_bytes >= planner.smallest() - PEAK_JITTER:
+            return planner.plan(budget_bytes)
+    raise BudgetError(min(planners, key=_Planner.smallest).refusal(budget_bytes))
 
 
 def smallest_budget(
-    spec: ModelSpec, layout: PackLayout, workload: Workload, costs: FixedCosts, claims: Claims = CLAIMS
+    spec: ModelSpec,
+    layout: PackLayout,
+    workload: Workload,
+    costs: FixedCosts,
+    claims: Claims = CLAIMS,
+    stream_kv: bool = True,
 ) -> int:
-    """Bytes of the smallest budget for which `plan` succeeds."""
-    return _Planner(Case(spec, layout, workload, costs), claims).smallest()
+    """Bytes of the smallest budget for which `plan` succeeds.
+
+    Without `stream_kv`, of the smallest with which all keys and values are in memory.
+    """
+    planners = _planners(Case(spec, layout, workload, costs), claims)
+    return min(planner.smallest() for planner in (planners if stream_kv else planners[:1]))
 
 
 def resident_budget(
@@ -76,30 +92,49 @@ def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes
     return _spread(tensors, host_bytes, device_plan.pinned)
 
 
+def _planners(case: Case, claims: Claims) -> list[_Planner]:
+    """With all keys and values in memory; and where older ones can stream, with these on disk."""
+    resident, streaming = _Planner(case, claims), _Planner(case, claims, held=0)
+    return [resident] if streaming.far(CHUNKS[-1]) is None else [resident, streaming]
+
+
 class _Planner:
-    def __init__(self, case: Case, claims: Claims) -> None:
-        self.case, self.spec, self.workload = case, case.spec, case.workload
+    """`held` is that of `KvLimits`."""
+
+    def __init__(self, case: Case, claims: Claims, held: int | None = None) -> None:
+        self.case, self.spec, self.workload, self.held = case, case.spec, case.workload, held
         self.claims = [make(case) for make in claims]
         self.whole = {t.name: t.blocks for claim in self.claims for t in claim.whole}
         self.tensors = [t for t in case.layout.tensors.values() if t.name not in self.whole]
         self.weight_bytes = sum(t.nbytes for t in self.tensors)
-        self.slot_bytes = align(max(t.max_block_bytes for t in case.layout.tensors.values()), PAGE)
+        self.block_bytes = align(max(t.max_block_bytes for t in case.layout.tensors.values()), PAGE)
+        far = self.far(CHUNKS[-1])
+        self.page_bytes = 0 if far is None else far.largest
+        self.slot_bytes = max(self.block_bytes, self.page_bytes)
+
+    def far(self, chunk: int, held: int = 0) -> FarLayout | None:
+        """Pages of keys and values on disk; `held` are those of a layer in memory."""
+        limits, costs = self._limits(chunk, held), self.case.costs
+        return far_layout(self.spec, limits, costs.kv_item_bytes, costs.kv_kinds, self.workload.choices)
 
     def plan(self, budget: int) -> Plan:
-        if budget < self.smallest() - PEAK_JITTER:
-            raise BudgetError(self._refusal(budget))
+        """For a budget that is not below `smallest`, or hardly."""
         chunk = self._chunk(budget)
         fixed = self._fixed(chunk) | {"slack": slack_bytes(budget)}
         free = budget - sum(fixed.values())
         slots = 0
-        if free < self.weight_bytes and not any(claim.spares_ring(free) for claim in self.claims):
+        ring = free < self.weight_bytes and not any(claim.spares_ring(free) for claim in self.claims)
+        if ring or self.page_bytes:
             slots = self._ring_slots(free)
             moving = _added({"stream buffers": self._ring_bytes(slots)}, *(claim.moving() for claim in self.claims))
             fixed = _added(fixed, moving)
             free -= sum(moving.values())
-        pinned, tiers = self._pin(free, ring=slots > 0)
+        pinned, tiers = self._pin(free, ring)
         owners = fixed | self._weights_by_owner(pinned, tiers)
+        held = self._hold(chunk, budget - sum(owners.values()))
+        owners["KV"] = self._kv_bytes(chunk, held)
         owners["slack"] += budget - sum(owners.values())
+        far = self.far(chunk, held)
         granted = [tier for own in tiers.values() for tier in own]
         return Plan(
             budget_bytes=budget,
@@ -114,10 +149,12 @@ class _Planner:
             weight_bytes=self.weight_bytes,
             pinned_bytes=sum(prefix_bytes(t, pinned[t.name]) for t in self.tensors)
             + sum(tier.loaded_bytes for tier in granted),
-            streamed_bytes_per_token=self._streamed(pinned, granted),
+            streamed_bytes_per_token=self._streamed(pinned, granted) + (0 if far is None else far.nbytes),
             tiers=tiers,
             max_draft_tokens=self.workload.max_draft_tokens,
             kv=self.workload.kv,
+            kv_held=None if self.held is None else held,
+            far=far,
         )
 
     def smallest(self) -> int:
@@ -137,17 +174,33 @@ class _Planner:
         spec, layout, workload, costs = self.spec, self.case.layout, self.workload, self.case.costs
         codec = layout.tensors["embed"].codec
         buffers = working_set(spec, codec, chunk, self._logit_rows, workload.scoring, layout.channel_columns)
-        limits, choices = KvLimits(workload.context, chunk), workload.choices
-        scratch = max(costs.scratch_bytes(chunk, workload.context), costs.kv_scratch_bytes(limits, choices))
+        kv_scratch = costs.kv_scratch_bytes(self._limits(chunk), workload.choices)
+        scratch = max(costs.scratch_bytes(chunk, workload.context), kv_scratch)
         drafting = workload.max_draft_tokens > 1
         lookup = {"speculation": LOOKUP_BYTES * workload.context} if drafting else {}  # see `speculate.lookup`
-        return _added(*(claim.fixed() for claim in self.claims), lookup) | {
+        buffers_of_pages = {"KV buffers": SPILL_BUFFERS * self.page_bytes} if self.page_bytes else {}
+        return _added(*(claim.fixed() for claim in self.claims), lookup, buffers_of_pages) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
-            "KV": kv_bytes(spec, limits, costs.kv_item_bytes, costs.kv_kinds, choices),
+            "KV": self._kv_bytes(chunk),
             "activations": sum(b.nbytes for b in buffers.values()) + scratch,
-            "embedding reads": self.slot_bytes + STAGING_BYTES,
+            "embedding reads": self.block_bytes + STAGING_BYTES,
         }
+
+    def _limits(self, chunk: int, held: int = 0) -> KvLimits:
+        return KvLimits(self.workload.context, chunk, held=None if self.held is None else held)
+
+    def _kv_bytes(self, chunk: int, held: int = 0) -> int:
+        limits, costs = self._limits(chunk, held), self.case.costs
+        return kv_bytes(self.spec, limits, costs.kv_item_bytes, costs.kv_kinds, self.workload.choices)
+
+    def _hold(self, chunk: int, free: int) -> int:
+        """Pages of each layer that `free` bytes hold; some always stream, or else a store would hold everything."""
+        far = self.far(chunk)
+        if far is None:
+            return 0
+        one = self._kv_bytes(chunk, 1) - self._kv_bytes(chunk)
+        return max(min(free // one, far.count - 2), 0)
 
     def _chunk(self, budget: int) -> int:
         """The longest pass that is of use and leaves all weights resident, or else takes no more than its share."""
@@ -156,7 +209,8 @@ class _Planner:
         free = {chunk: budget - slack_bytes(budget) - sum(parts.values()) for chunk, parts in fixed.items()}
         enough = min(RESIDENT_CHUNK, max(fixed))
         least = fixed[min(fixed)]["KV"]  # the KV of windows grows with the passes
-        resident = [chunk for chunk in free if self.weight_bytes <= free[chunk] and chunk >= enough]
+        pages = self._least_moving() if self.page_bytes else 0
+        resident = [chunk for chunk in free if self.weight_bytes + pages <= free[chunk] and chunk >= enough]
         within = [
             chunk
             for chunk, parts in fixed.items()
@@ -219,7 +273,8 @@ class _Planner:
         rest = tensor.nbytes - prefix_bytes(tensor, pinned)
         return min(rest, PAGE) if owner_of(self.spec, tensor) == "embeddings" else rest
 
-    def _refusal(self, budget: int) -> str:
+    def refusal(self, budget: int) -> str:
+        """What is said of a budget that is too small."""
         smallest = self.smallest()
         fixed = _added(self._fixed(CHUNKS[-1]), *(claim.moving() for claim in self.claims))
         fixed["stream buffers"] = self._ring_bytes(RING_SLOTS[-1])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashrt.budget.ledger import Ledger, populate
-from flashrt.cache.streamer import Streamer, Submit
+from flashrt.cache.streamer import Reading, Streamer, Submit
 from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, BlockTicket, Reader
 from flashrt_kernels.ops import Ops
@@ -28,15 +28,6 @@ class BlockStream(Protocol):
     def take_all(self, blocks: Sequence[Block]) -> list[Tensor]: ...
     def release(self) -> None: ...
     def flush(self) -> None: ...
-
-
-class Reading(Protocol):
-    """A block on its way to its memory; see `Ticket`."""
-
-    @property
-    def ready(self) -> bool: ...
-    def wait(self) -> None: ...
-    def cancel(self) -> None: ...
 
 
 class Device(Protocol):

@@ -9,20 +9,32 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from flashrt.storage.layout import Block
-from flashrt.storage.reader import Reader, Ticket
+from flashrt.storage.reader import BlockTicket, Reader
 
 SUBMIT_BATCH = 4  # blocks at most that are submitted at once: what many of them need is found out only once
 
 Array = np.ndarray
 Place = tuple[Block, int]  # a block, and the buffer that is to hold it
-Submit = Callable[[Reader, Sequence[Place], Array], Iterable[Ticket]]
 
 
-def whole_blocks(reader: Reader, places: Sequence[Place], memory: Array) -> list[Ticket]:
+class Reading(Protocol):
+    """A block on its way to its memory; see `flashrt.storage.reader.Ticket`."""
+
+    @property
+    def ready(self) -> bool: ...
+    def wait(self) -> None: ...
+    def cancel(self) -> None: ...
+
+
+Submit = Callable[[Reader, Sequence[Place], Array], Iterable[Reading]]
+
+
+def whole_blocks(reader: Reader, places: Sequence[Place], memory: Array) -> list[BlockTicket]:
     """Start to read some blocks into rows of `memory`; a ticket for each."""
     return [reader.submit(block, memory[buffer, : block.nbytes]) for block, buffer in places]
 
@@ -37,7 +49,7 @@ class Streamer:
         self._reader, self.memory = reader, memory
         self._free = deque(range(len(memory)))
         self._wanted: deque[tuple[Iterator[Block], Submit]] = deque()
-        self._flying: deque[tuple[Place, Ticket]] = deque()
+        self._flying: deque[tuple[Place, Reading]] = deque()
         self._held: list[int] = []
         self.wait_s = 0.0
 
@@ -88,7 +100,7 @@ class Streamer:
         self._held = []
         self._free = deque(range(len(self.memory)))
 
-    def _await(self, ticket: Ticket) -> None:
+    def _await(self, ticket: Reading) -> None:
         if ticket.ready:
             ticket.wait()
             return

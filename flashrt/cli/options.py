@@ -157,6 +157,15 @@ KvKeep = Annotated[
         help="With --kv sparse: the share of the tokens that is attended to. Omitted: what --max-loss allows, or 1/16.",
     ),
 ]
+KvDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--kv-dir",
+        metavar="DIR",
+        show_default=False,
+        help="Where keys and values lie that do not fit in memory, until the end. Omitted: the cache directory.",
+    ),
+]
 Session = Annotated[
     Path | None,
     typer.Option(
@@ -197,6 +206,7 @@ LOAD: dict[str, Any] = {
     "draft": Draft,
     "kv": Kv,
     "kv_keep": KvKeep,
+    "kv_dir": KvDir,
     "session": Session,
     "session_dir": SessionDir,
     "session_gb": SessionGb,

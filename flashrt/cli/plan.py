@@ -23,7 +23,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(plan))
 
 
-@options.loads(*(field for field in options.LOAD if field not in ("draft", *options.SESSIONS)))
+@options.loads(*(field for field in options.LOAD if field not in ("draft", "kv_dir", *options.SESSIONS)))
 def plan(
     pack: options.Model,
     *,
@@ -104,8 +104,12 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     from flashrt.budget.planner import ceil_gib
 
     weights = f"{size(the_plan.pinned_bytes)} of {size(the_plan.weight_bytes)}"
+    kv = f"{size(the_plan.owners['KV'])} in memory"
+    if the_plan.far is not None:
+        kv += f", {size(the_plan.kv_disk_bytes)} on disk, which a token at the end of the context reads"
     lines = [
         f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
+        f"keys and values   {kv}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
         *(f"{label:<18}{text}" for tier in the_plan.all_tiers for label, text in tier.lines(size).items()),
         *([] if the_plan.kv is None else [f"attention         {the_plan.kv.describe()}"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
@@ -11,17 +13,20 @@ from flashrt.budget.ledger import Ledger
 from flashrt.budget.plan import Plan
 from flashrt.budget.planner import GIB, SLACK_BASE, ceil_gib
 from flashrt.budget.working_set import working_set
+from flashrt.cache.pages import RingPages
 from flashrt.cache.weights import Weights
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime, kv_item_bytes
+from flashrt.engine.spilling import open_spill
 from flashrt.errors import BudgetError
-from flashrt.kv.base import Kernels, KvLimits
+from flashrt.kv.base import Kernels
 from flashrt.kv.cache import open_cache
 from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import resident_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.model.ffn.choose import KINDS, Ffns, Kinds
 from flashrt.model.workspace import Workspace
+from flashrt.storage.names import default_cache
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import STAGING_BYTES, Reader
 from flashrt.text.files import TOKENIZER
@@ -66,16 +71,19 @@ def build_engine(
     roof: DiskRoof | None = None,
     drafting: Engine | None = None,
     kinds: Kinds = KINDS,
+    kv_dir: Path | None = None,
 ) -> Engine:
     """An engine for exactly this plan, loaded. `roof` says what reads cost, by which rows are read together.
 
-    kinds: those of feed-forward blocks that its layers may be of.
+    kinds: those of feed-forward blocks that its layers may be of; kv_dir: where keys and values lie that do not fit in
+    memory, None takes the cache directory. Raises DiskError where there is no room for them.
     """
     began = time.perf_counter()
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     curve = None if roof is None else roof.curve()
     reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
-    try:
+    with ExitStack() as on_error:
+        on_error.callback(reader.close)
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)
         codec = pack.layout.tensors["embed"].codec
@@ -85,14 +93,19 @@ def build_engine(
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()
         }
-        limits, choices = KvLimits(the_plan.context, the_plan.prefill_chunk), the_plan.choices
+        limits, choices = the_plan.kv_limits, the_plan.choices
         needed = runtime.scratch_bytes(pack, the_plan.prefill_chunk, the_plan.context)
         scratch = device.scratch(max(needed, runtime.kv_scratch_bytes(pack, limits, choices)))
+        pages = None
+        if the_plan.far is not None:
+            spill = open_spill(kv_dir or default_cache(), the_plan.far, device, reader)
+            on_error.callback(spill.close)
+            pages = RingPages(spill, weights.ring)
         kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
         kv = open_cache(
             spec,
             limits,
-            Kernels(device.ops, scratch),
+            Kernels(device.ops, scratch, None if pages is None else pages.open),
             lambda shape, dtype=kv_type: device.allocate("KV", shape, dtype),
             runtime.kv_kinds,
             choices,
@@ -103,12 +116,10 @@ def build_engine(
         ffns = Ffns(work, kinds)
         ffns.load(arrived)
         device.cache_on_host(weights.streamed(pack.layout.tensors))
-        decoder = Decoder(work, ffns)
+        decoder = Decoder(work, ffns, pages)
         load_s = time.perf_counter() - began
-        return Engine(decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
-    except BaseException:
-        reader.close()
-        raise
+        on_error.pop_all()
+    return Engine(decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
 
 
 def _counting(progress: Progress, total: int) -> Callable[[int], None]:

@@ -133,6 +133,7 @@ class Engine:
             if self.drafting is not None:
                 self.drafting.close()
             self.reader.close()
+            self.sequence.kv.close()
             decoder = self._runner.decoder
             self._wait_s, self._ffn_counts = decoder.wait_s, decoder.ffns.counts()
             self._runner = None

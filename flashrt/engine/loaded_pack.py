@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashrt.budget.plan import FixedCosts, Plan, Workload
-from flashrt.budget.planner import plan, resident_budget, smallest_budget
+from flashrt.budget.planner import PEAK_JITTER, plan, resident_budget, smallest_budget
 from flashrt.config import checked_context
 from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
 from flashrt.engine.draft import check_draft, load_draft
@@ -97,10 +97,10 @@ class LoadedPack:
         smallest = smallest_budget(*arguments, workload, self.costs)
         return plan(*arguments, max(smallest, wanted), workload, self.costs)
 
-    def smallest_budget(self, workload: Workload) -> int:
-        """Bytes of the smallest budget that `plan` accepts."""
+    def smallest_budget(self, workload: Workload, stream_kv: bool = True) -> int:
+        """Bytes of the smallest budget that `plan` accepts; without `stream_kv`, with all keys and values in memory."""
         workload = replace(workload, kv=self.kv)
-        return smallest_budget(self.spec, self.pack.layout, workload, self.costs)
+        return smallest_budget(self.spec, self.pack.layout, workload, self.costs, stream_kv=stream_kv)
 
     def load(
         self,
@@ -130,7 +130,14 @@ class LoadedPack:
         disk = None if the_plan.resident else self.disk()
         roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
         engine = build_engine(
-            self.pack, the_plan, self.tokenizer, self.runtime, progress=progress, roof=roof, drafting=drafting
+            self.pack,
+            the_plan,
+            self.tokenizer,
+            self.runtime,
+            progress=progress,
+            roof=roof,
+            drafting=drafting,
+            kv_dir=self.options.kv_folder,
         )
         if self.options.session_dir is not None:
             with closing_on_error(engine):
@@ -146,14 +153,21 @@ class LoadedPack:
     def _with_drafts(self, workload: Workload) -> Workload:
         """`workload` with drafts as they are asked for; by default where they may pay, and there is room.
 
-        On a GPU a pass of several tokens rounds otherwise than one of one, so it only drafts when it is told to.
+        Keys and values leave memory for no draft. On a GPU a pass of several tokens rounds otherwise than one of one,
+        so it only drafts when it is told to.
         """
         most = self.options.max_draft_tokens
         if most is not None:
             return replace(workload, max_draft_tokens=most)
         drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
-        fits = self.budget is None or self.smallest_budget(drafting) <= self.budget
-        return drafting if fits and self.runtime.bounds_process else workload
+        return drafting if self.runtime.bounds_process and self._has_room(drafting, workload) else workload
+
+    def _has_room(self, drafting: Workload, without: Workload) -> bool:
+        """Whether the budget holds drafts too, and keys and values in memory where it holds these without drafts."""
+        if self.budget is None:
+            return True
+        resident = self.smallest_budget(without, stream_kv=False) - PEAK_JITTER <= self.budget
+        return self.smallest_budget(drafting, stream_kv=not resident) <= self.budget
 
     def read_seconds(self, the_plan: Plan) -> float | None:
         """What a token's reads take under a plan, by what is known of the disk; None where nothing is known.

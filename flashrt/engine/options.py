@@ -53,6 +53,7 @@ class LoadOptions:
     draft: str | Path | None = None
     kv: str = "exact"
     kv_keep: str | float | None = None
+    kv_dir: str | Path | None = None
     rope_scaling: str | None = None
     session: str | Path | None = None
     session_dir: str | Path | None = None
@@ -70,7 +71,7 @@ class LoadOptions:
             whole("the context", self.context, 1)
         if self.threads is not None:
             whole("threads", self.threads, 1, MOST_THREADS)
-        for name in ("cache_dir", "draft", "session", "session_dir"):
+        for name in ("cache_dir", "draft", "kv_dir", "session", "session_dir"):
             if getattr(self, name) is not None:
                 checked_path(name, getattr(self, name))
         parse_speculate(self.speculate)
@@ -115,6 +116,11 @@ class LoadOptions:
     def cache(self) -> Path:
         """The directory where checkpoints, packs and measurements are kept."""
         return default_cache() if self.cache_dir is None else Path(self.cache_dir)
+
+    @property
+    def kv_folder(self) -> Path:
+        """The directory for keys and values that do not fit in memory."""
+        return self.cache if self.kv_dir is None else Path(self.kv_dir)
 
     @property
     def keep(self) -> float | None:

@@ -20,8 +20,6 @@ from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
-DECODE = PassKind(head=True, wide=False)
-
 
 class Runner:
     """Runs a decoder under a plan, for sequences whose KV caches the plan holds.
@@ -45,8 +43,12 @@ class Runner:
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)
                 next_is_last = last or begin + 2 * chunk >= len(new)
-                self.decoder.begin_pass(PassKind(last, wide), PassKind(next_is_last, wide and not last))
-                tokens = new[begin : begin + chunk]
+                tokens, following = new[begin : begin + chunk], new[begin + chunk : begin + 2 * chunk]
+                start, end = sequence.length, sequence.length + len(tokens)
+                self.decoder.begin_pass(
+                    PassKind(last, wide, sequence.kv.far(start, len(tokens))),
+                    PassKind(next_is_last, wide and not last, sequence.kv.far(end, len(following))),
+                )
                 states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
                 sequence.extend(tokens)
             return self._on_host(self.decoder.logits(states[-1:]))[0]
@@ -97,11 +99,13 @@ class Runner:
         wide: whether by the kernels for many tokens. Needs a plan with `scoring`.
         """
         sequence.rewind(0)
-        chunk, total, kind = self.plan.prefill_chunk, 0.0, PassKind(head=True, wide=wide)
+        chunk, total = self.plan.prefill_chunk, 0.0
         with self._pass_or_nothing():
             for begin in range(0, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
-                self.decoder.begin_pass(kind, kind)
+                start, end = sequence.length, sequence.length + len(tokens)
+                kind, following = (PassKind(True, wide, sequence.kv.far(at, len(tokens))) for at in (start, end))
+                self.decoder.begin_pass(kind, following)
                 states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
                 sequence.extend(tokens)
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
@@ -120,7 +124,8 @@ class Runner:
         if not 1 <= len(rows.tokens) <= most:
             raise UsageError(f"a pass of {len(rows.tokens)} tokens, expected 1 to {most}")
         with self._pass_or_nothing():
-            self.decoder.begin_pass(DECODE, DECODE)
+            kind = PassKind(head=True, wide=False, far=sequence.kv.far(rows.start, len(rows.tokens)))
+            self.decoder.begin_pass(kind, kind)
             return self._on_host(self.decoder.logits(self._forward(sequence, Batch([rows]))))
 
     def _forward(self, sequence: Sequence, batch: Batch) -> Tensor:

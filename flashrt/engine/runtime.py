@@ -13,7 +13,7 @@ from flashrt.cache.device import CpuDevice, Device
 from flashrt.config import budget_bytes
 from flashrt.errors import BudgetError, DeviceError
 from flashrt.kv.base import KvLimits
-from flashrt.kv.cache import KINDS, Choices, KvKinds, kv_scratch_bytes
+from flashrt.kv.cache import KINDS, RESIDENT_KINDS, Choices, KvKinds, kv_scratch_bytes
 from flashrt.machine.process import (
     available_bytes,
     peak_resident_bytes,
@@ -104,7 +104,7 @@ class CudaRuntime:
     """The budget bounds all GPU memory of the process, its context included; `host_budget_gb` bounds host memory."""
 
     bounds_process = False
-    kv_kinds = KINDS
+    kv_kinds = RESIDENT_KINDS
 
     def __init__(self, host_budget_gb: float | None) -> None:
         before = _gpu_used_bytes()
@@ -126,7 +126,7 @@ class CudaRuntime:
             raise DeviceError("sparse mode computes on the CPU only: use --device cpu, or --mode exact")
         runtime = self._context + RUNTIME_GROWTH
         scratch = functools.partial(self.scratch_bytes, pack)
-        return FixedCosts(runtime, runtime, kv_item_bytes(pack), scratch, supports_gather=False)
+        return FixedCosts(runtime, runtime, kv_item_bytes(pack), scratch, supports_gather=False, kv_kinds=self.kv_kinds)
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(pack, tokens, context)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from flashrt.kv.choice import Choice
 from flashrt.spec import Attention
@@ -27,6 +27,7 @@ class KvLimits:
     context: int  # positions of the sequence
     rows: int  # of one pass that belong to the sequence, drafts behind it included
     choice: Choice | None = None  # how few rows choose the positions that they attend to; None: to all
+    held: int | None = None  # pages of older positions of a layer that are kept in memory, others on disk; None: all
 
 
 class Kernels(NamedTuple):
@@ -34,6 +35,7 @@ class Kernels(NamedTuple):
 
     ops: Any
     scratch: Tensor  # uint8, as large as the ops ask for; None where they allocate for themselves
+    pages: Callable[..., Any] | None = None  # opens `LayerPages`, of a layer and memory for the first of them
 
 
 class KvRows(NamedTuple):
@@ -42,6 +44,7 @@ class KvRows(NamedTuple):
     start: int  # position of the first; a tree's rows without a parent all stand there
     parents: Tensor | None = None  # int32 [T]: makes the rows a tree, as `flashrt_kernels.cpu.attention` takes it
     wide: bool = False  # whether many rows are computed together, by other kernels; few rows may choose what they see
+    draft: bool = False  # whether they are guesses, for which nothing is read: older positions may be left out
 
 
 class KvStore(ABC):
@@ -50,6 +53,8 @@ class KvStore(ABC):
     Positions are those of the sequence. The store is told where rows stand, and need not know how long the sequence is.
     Rows are appended, then attended to, before the next are appended.
     """
+
+    whole: ClassVar[bool] = False  # whether all heads must be attended to in one call
 
     @classmethod
     @abstractmethod
@@ -64,6 +69,11 @@ class KvStore(ABC):
     @classmethod
     def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
         """Bytes of scratch that it needs beside what attention over all positions does."""
+        return 0
+
+    @classmethod
+    def far_pages(cls, attention: Attention, limits: KvLimits) -> int:
+        """Pages of a segment that it lets go of at the end of the context, to memory or disk."""
         return 0
 
     @abstractmethod
@@ -113,3 +123,13 @@ class KvStore(ABC):
         The sequence has had `top` tokens since it began. The answer depends on lengths alone, never on how large the
         memory is (see `flashrt.kv.reach`), or less where an interrupt has spoilt the memory. Nothing is changed.
         """
+
+    def far(self, start: int, rows: int) -> int:
+        """Pages that lie before what is in memory once `rows` rows from position `start` on are appended."""
+        return 0
+
+    def cut(self, length: int) -> None:
+        """Go on from the first `length` tokens, as `truncate` has allowed. Raises DiskError."""
+
+    def close(self) -> None:
+        """Give up what is not memory. Closing again does nothing."""

@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvStore
 from flashrt.kv.choice import Choice
 from flashrt.kv.contiguous import ContiguousStore
+from flashrt.kv.far_layout import FarLayout, page_bytes
 from flashrt.kv.sparse import SparseStore
+from flashrt.kv.streamed import StreamedStore
 from flashrt.kv.window import WindowStore
 from flashrt.spec import Attention, ModelSpec
 
 KvKinds = Sequence[type[KvStore]]
 Choices = Sequence[Choice | None]
 
-KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore)
+RESIDENT_KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore)
+KINDS: KvKinds = (*RESIDENT_KINDS, StreamedStore)
 
 
 class KvCache:
@@ -42,13 +46,15 @@ class KvCache:
     def truncate(self, length: int) -> int:
         """Cut the sequence back to its first `length` tokens, or to as many of these as can be gone on from.
 
-        Returns how many that are.
+        Returns how many that are. Raises DiskError.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a sequence of {self.length} tokens back to {length}")
         self.length = self.reach(length, self.top)
         if self.length == 0:  # what an interrupt leaves of this, the next call makes good
             self.restart([0] * len(self.stores))
+        for store in self.stores:
+            store.cut(self.length)
         return self.length
 
     def reach(self, length: int, top: int) -> int:
@@ -62,6 +68,15 @@ class KvCache:
         self.length = self.top = 0
         for store, first in zip(self.stores, firsts, strict=True):
             store.restart(first)
+
+    def far(self, start: int, rows: int) -> int:
+        """Pages on disk or held that lie before what is in memory in a pass of `rows` rows from `start` on."""
+        return max((store.far(start, rows) for store in self.stores), default=0)
+
+    def close(self) -> None:
+        """Give up what is not memory. Closing again does nothing."""
+        for store in self.stores:
+            store.close()
 
     def restored(self, length: int, top: int) -> None:
         """The stores were given what is needed of the first `length` tokens of a sequence that has had `top`."""
@@ -77,10 +92,10 @@ def open_cache(
     choices: Choices = (),
 ) -> KvCache:
     """An empty cache for a sequence of `spec`; `choices` by layer, none: all attend to everything."""
-    stores = [
-        choose(attention, own, kinds)[0](attention, own, kernels, allocate)
-        for attention, own in _layers(spec, limits, choices)
-    ]
+    stores = []
+    for layer, (attention, own) in enumerate(_layers(spec, limits, choices)):
+        pages = None if kernels.pages is None else partial(kernels.pages, layer)
+        stores.append(choose(attention, own, kinds)[0](attention, own, kernels._replace(pages=pages), allocate))
     return KvCache(stores, limits.context)
 
 
@@ -97,9 +112,20 @@ def kv_scratch_bytes(spec: ModelSpec, limits: KvLimits, ops: Any, kinds: KvKinds
     """Bytes of scratch that the stores of `open_cache` need, beside what attention over all positions does."""
     needs = (
         choose(attention, own, kinds)[0].scratch_bytes(attention, own, ops)
-        for attention, own in _layers(spec, limits, choices)
+        for attention, own in set(_layers(spec, limits, choices))
     )
     return max(needs, default=0)
+
+
+def far_layout(
+    spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS, choices: Choices = ()
+) -> FarLayout | None:
+    """The pages of older positions of the stores of `open_cache`; None where all are in memory."""
+    nbytes, count = {}, 0
+    for layer, (attention, own) in enumerate(_layers(spec, limits, choices)):
+        if pages := choose(attention, own, kinds)[0].far_pages(attention, own):
+            nbytes[layer], count = page_bytes(attention, item_bytes), max(count, pages)
+    return FarLayout(nbytes, limits.held or 0, count) if nbytes else None
 
 
 def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type[KvStore], int]:

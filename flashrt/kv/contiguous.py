@@ -38,9 +38,9 @@ class ContiguousStore(KvStore):
         self._kernels.ops.kv_append(key, value, self.memory, start - self.first)
 
     def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
-        ops, scratch = self._kernels
+        kernels = self._kernels
         options = (rows.start - self.first, self._attention.window, self._attention.scale, None)
-        ops.attention(query, self.memory[heads], *options, out, scratch, rows.parents)
+        kernels.ops.attention(query, self.memory[heads], *options, out, kernels.scratch, rows.parents)
 
     def commit(self, start: int, path: Sequence[int]) -> None:
         base = start - self.first

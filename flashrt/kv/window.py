@@ -49,8 +49,13 @@ class WindowStore(ContiguousStore):
         """Make room for rows from `start` on; what the tokens before them and the window needs stays."""
         first = (self._needed(start) - KEPT) // ATTENTION_SEGMENT * ATTENTION_SEGMENT
         moved, self.first = first - self.first, LOST
-        for head in self.memory:
-            for begin in range(moved, len(head), moved):  # in pieces that do not overlap
-                piece = head[begin : begin + moved]
-                head[begin - moved : begin - moved + len(piece)] = piece
+        slide_down(self.memory, moved)
         self.first = first
+
+
+def slide_down(memory: Tensor, moved: int) -> None:
+    """Move what lies in `memory` [kv_heads, slots, 2, head_dim] down by `moved` slots."""
+    for head in memory:
+        for begin in range(moved, len(head), moved):  # in pieces that do not overlap
+            piece = head[begin : begin + moved]
+            head[begin - moved : begin - moved + len(piece)] = piece

@@ -50,7 +50,7 @@ class AttentionBlocks:
         self._parts = []
         for own, part in batch.parts:
             parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
-            self._parts.append((own, part.kv, KvRows(part.start, parents, batch.wide)))
+            self._parts.append((own, part.kv, KvRows(part.start, parents, batch.wide, batch.draft)))
 
     def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
         """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""
@@ -80,12 +80,12 @@ class AttentionBlocks:
             cos, sin = (self.work.view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
             self.ops.rope(split[:, : heads + kv_heads], cos, sin)
         group = heads // kv_heads
-        spans = [(0, heads)] if chosen is None else chosen.spans
         for own, kv, rows in self._parts:
-            kv.stores[i].append(key[own], value[own], rows.start)
-            for first, end in spans:
+            store = kv.stores[i]
+            store.append(key[own], value[own], rows.start)
+            for first, end in [(0, heads)] if chosen is None or store.whole else chosen.spans:
                 part = out[own, first * dim : end * dim]
-                kv.stores[i].attend(query[own, first:end], rows, slice(first // group, end // group), part)
+                store.attend(query[own, first:end], rows, slice(first // group, end // group), part)
         if chosen is not None:
             out.reshape(count, -1, dim)[~chosen.each] = 0
         return out

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flashrt.budget.working_set import SCORE_ROWS
+from flashrt.cache.pages import RingPages
 from flashrt.model.attention import AttentionBlocks
 from flashrt.model.batch import Batch
 from flashrt.model.ffn.base import Tokens
@@ -28,14 +29,14 @@ Observer = Callable[[str, int, Tensor, Tensor], None]
 
 
 class Decoder:
-    """Runs passes in the buffers of `work` over its weights and `ffns`."""
+    """Runs passes in the buffers of `work` over its weights, `ffns`, and `pages` of keys and values."""
 
-    def __init__(self, work: Workspace, ffns: Ffns) -> None:
+    def __init__(self, work: Workspace, ffns: Ffns, pages: RingPages | None = None) -> None:
         self.work, self.ffns = work, ffns
         self.spec, self.layout = work.spec, work.layout
         self.weights, self.device = work.weights, work.device
         self.attention = AttentionBlocks(work)
-        self._schedule = Schedule(work.weights, ffns)
+        self._schedule = Schedule(work.weights, ffns, pages)
         self._observe: Observer | None = None
 
     @property

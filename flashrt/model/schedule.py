@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+from flashrt.cache.pages import RingPages
 from flashrt.cache.streamer import Submit
 from flashrt.cache.weights import Weights
+from flashrt.model.ffn.base import FfnBlock
 from flashrt.model.ffn.choose import Ffns
 from flashrt.storage.layout import Block
 
@@ -21,40 +23,49 @@ class PassKind:
 
     head: bool
     wide: bool
+    far: int = 0  # pages of older keys and values that lie before what is in memory
+
+
+Expect = Callable[[PassKind], Iterable[Block]]  # what a pass takes somewhere
 
 
 class _Stretch(NamedTuple):
     """Neighbours in the order of a pass whose blocks are read in the same way."""
 
-    expect: Sequence[Callable[[bool], Iterable[Block]]]
+    expect: Sequence[Expect]
     submit: Submit | None
 
-    def blocks(self, wide: bool) -> Iterator[Block]:
-        return itertools.chain.from_iterable(expect(wide) for expect in self.expect)
+    def blocks(self, kind: PassKind) -> Iterator[Block]:
+        return itertools.chain.from_iterable(expect(kind) for expect in self.expect)
 
 
 class Schedule:
-    """Has the ring of `weights` bring what passes take."""
+    """Has the ring of `weights` bring what passes take, `pages` of keys and values among it."""
 
-    def __init__(self, weights: Weights, ffns: Ffns) -> None:
-        self._weights, self._ffns = weights, ffns
-        steps: list[tuple[Callable[[bool], Iterable[Block]], Submit | None]] = []
+    def __init__(self, weights: Weights, ffns: Ffns, pages: RingPages | None = None) -> None:
+        self._weights, self._ffns, self._pages = weights, ffns, pages
+        steps: list[tuple[Expect, Submit | None]] = []
         for i, block in enumerate(ffns.blocks):
-            steps += (partial(_attention, weights, i), None), (block.expect, block.submit)
+            steps.append((partial(_weights, weights, f"{i}.qkv"), None))
+            if pages is not None and i in pages.layers:
+                steps.append((partial(_far, pages, i), pages.submit(i)))
+            steps += (partial(_weights, weights, f"{i}.out"), None), (partial(_ffn, block), block.submit)
         alike = itertools.groupby(steps, key=lambda step: step[1])
         self._body = [_Stretch([expect for expect, _ in own], submit) for submit, own in alike]
         self._partial = any(block.partial for block in ffns.blocks)
         self._ahead: PassKind | None = None  # the pass that is already expected
+        self._version = 0  # of the pages when it was
 
     def begin(self, kind: PassKind, next_pass: PassKind) -> None:
         """Start a pass over all layers; `next_pass` guesses the one after it."""
         if not self._partial:  # then passes of few tokens read what others do
             kind, next_pass = replace(kind, wide=True), replace(next_pass, wide=True)
-        if self._ahead != kind:
+        version = 0 if self._pages is None else self._pages.version
+        if self._ahead != kind or self._version != version:
             self.abandon()
             self._expect(kind)
         self._expect(next_pass)
-        self._ahead = next_pass
+        self._ahead, self._version = next_pass, version
 
     def abandon(self) -> None:
         """Forget what was read ahead, after a pass that was left half-way, or where another comes."""
@@ -67,11 +78,21 @@ class Schedule:
     def _expect(self, kind: PassKind) -> None:
         ring = self._weights.ring
         for stretch in self._body:
-            ring.expect(stretch.blocks(kind.wide), stretch.submit)
+            ring.expect(stretch.blocks(kind), stretch.submit)
         if kind.head:
             ring.expect(self._weights.streamed([self._weights.spec.head]))
 
 
-def _attention(weights: Weights, i: int, wide: bool) -> Iterator[Block]:
-    """What layer `i`'s attention takes, whatever the pass."""
-    return weights.streamed((f"{i}.qkv", f"{i}.out"))
+def _weights(weights: Weights, name: str, kind: PassKind) -> Iterator[Block]:
+    """A tensor that every pass takes."""
+    return weights.streamed([name])
+
+
+def _far(pages: RingPages, layer: int, kind: PassKind) -> Iterator[Block]:
+    """Keys and values of older positions."""
+    return pages.blocks(layer, kind.far)
+
+
+def _ffn(block: FfnBlock, kind: PassKind) -> Iterable[Block]:
+    """What a feed-forward block takes."""
+    return block.expect(kind.wide)

@@ -147,10 +147,10 @@ class Reader:
         handle, direct = self._open_file(file)
         return Ticket(self._paths[file], self._engine.read_rows(handle, direct, offsets, out, slots))
 
-    def read_file(self, handle: int, direct: bool, offset: int, buffer: Array, crc: int) -> _io.Read:
+    def read_file(self, handle: int, direct: bool, offset: int, buffer: Array, crc: int | None = None) -> _io.Read:
         """Start reading from another open file (see `open_direct`), on boundaries of 4 KiB, into page-aligned memory.
 
-        Raises UsageError once closed.
+        crc: what the bytes are compared with. Raises UsageError once closed.
         """
         self._check_open()
         return self._engine.read(handle, direct, offset, buffer, crc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -25,7 +26,7 @@ from flashrt.budget.planner import (
 )
 from flashrt.errors import BudgetError
 from flashrt.kv.base import KvLimits
-from flashrt.kv.cache import kv_bytes
+from flashrt.kv.cache import RESIDENT_KINDS, kv_bytes
 from flashrt.rope import Rope
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PAGE, TensorLayout, pack_layout
@@ -104,7 +105,7 @@ def test_every_byte_has_one_owner(spec: ModelSpec, codec: Codec, workload: Workl
     assert sum(the_plan.owners.values()) == budget == the_plan.budget_bytes
     assert min(the_plan.owners.values()) >= 0
     assert the_plan.owners["slack"] >= max(slack_bytes(budget), nobody_counts(budget))
-    assert the_plan.owners["KV"] == kv_bytes(spec, KvLimits(workload.context, the_plan.prefill_chunk), 2)
+    assert the_plan.owners["KV"] == kv_bytes(spec, the_plan.kv_limits, 2)
     assert the_plan.prefill_chunk in CHUNKS
 
 
@@ -128,9 +129,11 @@ def test_pinned_blocks_are_those_that_are_paid_for(
         assert the_plan.owners.get(owner, 0) == nbytes
     assert the_plan.pinned_bytes == sum(by_owner.values()) <= the_plan.weight_bytes
     everything = the_plan.pinned_bytes == the_plan.weight_bytes
-    assert the_plan.resident == everything
+    assert the_plan.resident == (everything and the_plan.far is None)
     if the_plan.tier(ExpertTier).experts:
-        assert the_plan.ring_slots == 0, "all but experts and embeddings is resident: there is nothing for a ring"
+        assert the_plan.ring_slots == 0 or the_plan.far is not None, (
+            "all but experts and embeddings is resident: there is nothing for a ring"
+        )
         assert the_plan.tier(ExpertTier).experts >= 2 * spec.layers[0].ffn.experts_per_token
         assert all(t.blocks == the_plan.pinned[t.name] for t in layout.tensors.values() if caches_beside(spec, t))
     elif not everything:
@@ -241,5 +244,62 @@ def test_too_few_experts_to_cache_are_pinned_in_blocks() -> None:
 
 def test_a_long_context_is_named_as_the_reason() -> None:
     layout = pack_layout(LLAMA_70B, Codec.INT4)
+    costs = replace(fixed_costs(), kv_kinds=RESIDENT_KINDS)
     with pytest.raises(BudgetError, match=r"context of 32768 tokens.*KV 10240 MiB.*shorter --context"):
-        plan(LLAMA_70B, layout, GIB, Workload(32768), fixed_costs())
+        plan(LLAMA_70B, layout, GIB, Workload(32768), costs)
+
+
+LONG = Workload(context=100_000)
+
+
+def test_keys_and_values_leave_memory_only_where_they_must() -> None:
+    """Below the smallest budget that holds them all, and never above it."""
+    layout = pack_layout(LLAMA_70B, Codec.INT4)
+    resident = smallest_budget(LLAMA_70B, layout, LONG, fixed_costs(), stream_kv=False)
+    streamed = smallest_budget(LLAMA_70B, layout, LONG, fixed_costs())
+    assert resident > 30 * GIB
+    assert streamed < 2 * GIB
+    for budget in (resident, resident - PEAK_JITTER):
+        the_plan = plan(LLAMA_70B, layout, budget, LONG, fixed_costs())
+        assert the_plan.far is the_plan.kv_held is None
+        assert the_plan.kv_disk_bytes == 0
+    for budget in (resident - PEAK_JITTER - 1, streamed, 10 * GIB):
+        the_plan = plan(LLAMA_70B, layout, budget, LONG, fixed_costs())
+        assert the_plan.far is not None
+        assert sum(the_plan.owners.values()) == budget
+        assert the_plan.owners["slack"] >= slack_bytes(budget)
+        in_memory = kv_bytes(LLAMA_70B, the_plan.kv_limits, 2)
+        assert the_plan.owners["KV"] == in_memory
+        everything = kv_bytes(LLAMA_70B, KvLimits(LONG.context, the_plan.prefill_chunk), 2)
+        assert everything <= in_memory + the_plan.kv_disk_bytes <= 1.02 * everything
+        assert the_plan.streamed_bytes_per_token > the_plan.kv_disk_bytes
+        assert the_plan.ring_slots >= 2
+        assert the_plan.slot_bytes >= the_plan.far.largest
+    with pytest.raises(BudgetError, match=rf"smallest that would do is {ceil_gib(streamed):.3f} GiB"):
+        plan(LLAMA_70B, layout, streamed - PEAK_JITTER - PAGE, LONG, fixed_costs())
+
+
+def test_what_weights_leave_holds_pages() -> None:
+    """Also a ring where no weight needs it."""
+    layout = pack_layout(LLAMA_70B, Codec.INT4)
+    long = Workload(context=1_000_000)
+    weights = sum(t.nbytes for t in layout.tensors.values())
+    before = -1
+    for extra in (4, 12, 60):
+        the_plan = plan(LLAMA_70B, layout, weights + extra * GIB, long, fixed_costs())
+        assert the_plan.pinned_bytes == the_plan.weight_bytes
+        assert the_plan.kv_held is not None
+        assert the_plan.kv_held > before
+        before = the_plan.kv_held
+        assert the_plan.streamed_bytes_per_token == the_plan.kv_disk_bytes
+        assert not the_plan.resident
+        assert the_plan.ring_slots >= 2
+        assert the_plan.owners["slack"] - slack_bytes(the_plan.budget_bytes) < 0.02 * the_plan.budget_bytes
+
+
+def test_kinds_that_do_not_stream_are_not_streamed() -> None:
+    layout, costs = pack_layout(LLAMA_70B, Codec.INT4), replace(fixed_costs(), kv_kinds=RESIDENT_KINDS)
+    sizes = {smallest_budget(LLAMA_70B, layout, LONG, costs, stream_kv=stream) for stream in (True, False)}
+    assert len(sizes) == 1
+    with pytest.raises(BudgetError, match="shorter --context"):
+        plan(LLAMA_70B, layout, 10 * GIB, LONG, costs)

@@ -48,16 +48,20 @@ def tiny_plan(
     context: int = 96,
     chunk: int | None = None,
     claims: Claims = CLAIMS,
+    stream_kv: bool = False,
     **workload: object,
 ) -> Plan:
-    """A plan as if the process itself took nothing, that pins about `share` of the weights (1: all of them)."""
+    """A plan as if the process itself took nothing, that pins about `share` of the weights (1: all of them).
+
+    stream_kv: whether keys and values leave memory where they can; what a share beyond 1 leaves holds some of these
+    """
     machine = replace(runtime.fixed_costs(packed), runtime_bytes=0, peak_bytes=0)
     wanted = Workload(context=context, prompt=chunk, **workload)  # type: ignore[arg-type]
     arguments = (packed.spec, packed.layout)
-    if share >= 1:
+    if share >= 1 and not stream_kv:
         return plan(*arguments, resident_budget(*arguments, wanted, machine, claims), wanted, machine, claims)
     weights = sum(t.nbytes for t in packed.layout.tensors.values())
-    least = smallest_budget(*arguments, wanted, machine, claims) - PEAK_JITTER
+    least = smallest_budget(*arguments, wanted, machine, claims, stream_kv) - PEAK_JITTER
     return plan(*arguments, least + int(share * weights), wanted, machine, claims)
 
 

@@ -1,0 +1,68 @@
+"""Pages of older keys and values through the ring of the weights, read ahead as these are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from flashrt.cache.device import BlockStream
+from flashrt.cache.streamer import Place, Submit
+from flashrt.kv.base import Tensor
+from flashrt.kv.far import LayerPages
+from flashrt.kv.far_layout import PageId
+from flashrt.kv.spill import Reading, Spill
+from flashrt.storage.layout import Block
+from flashrt.storage.reader import Reader
+from flashrt_kernels.limits import ATTENTION_SEGMENT
+
+Array = np.ndarray
+
+
+class RingPages:
+    """Brings pages of `spill` through `ring`, to whose users they are blocks of a tensor for each layer."""
+
+    def __init__(self, spill: Spill, ring: BlockStream) -> None:
+        self._spill, self._ring = spill, ring
+
+    @property
+    def layers(self) -> Collection[int]:
+        """Layers that have pages."""
+        return self._spill.layout.page_bytes
+
+    @property
+    def version(self) -> int:
+        """Changes where what was read ahead may hold what is gone."""
+        return self._spill.version
+
+    def open(self, layer: int, held: Tensor) -> LayerPages:
+        """The pages of a layer, the first of them in the memory `held`."""
+        return LayerPages(layer, held, self._spill, self)
+
+    def blocks(self, layer: int, far: int) -> Iterator[Block]:
+        """What a pass takes that finds `far` pages before what is in memory."""
+        return (self._block(PageId(layer, segment)) for segment in range(self._spill.layout.held, far))
+
+    def submit(self, layer: int) -> Submit:
+        """Starts reading pages of a layer."""
+        spill = self._spill
+
+        def begin(reader: Reader, places: Sequence[Place], memory: Array) -> list[Reading]:
+            return [
+                spill.submit(PageId(layer, block.index), memory[buffer, : block.nbytes]) for block, buffer in places
+            ]
+
+        return begin
+
+    def take(self, page: PageId) -> Array:
+        """See `flashrt.kv.far.PageStream`."""
+        return self._ring.take(self._block(page))
+
+    def release(self) -> None:
+        """See `flashrt.kv.far.PageStream`."""
+        self._ring.release()
+
+    def _block(self, page: PageId) -> Block:
+        place = self._spill.layout.place(page)
+        first = ATTENTION_SEGMENT * page.segment
+        return Block(f"{page.layer}.kv", page.segment, "", place.offset, place.nbytes, first, ATTENTION_SEGMENT)

@@ -1,0 +1,126 @@
+"""Keys and values that do not fit in memory: the last positions in one array, older ones in pages on disk.
+
+What is in memory slides by whole segments, as in a `WindowStore`, but the segments that leave become pages. Attention
+passes over the pages in order, from a running softmax on, and ends with what is in memory: sums are those of a store
+that holds all positions, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows, Tensor
+from flashrt.kv.contiguous import ContiguousStore
+from flashrt.kv.far import LayerPages
+from flashrt.kv.window import LOST, slide_down
+from flashrt.spec import Attention
+from flashrt_kernels.limits import ATTENTION_SEGMENT as SEGMENT
+from flashrt_kernels.limits import NARROW_TOKENS
+
+NEAR = 2 * SEGMENT  # positions in memory beside the rows of a pass: drafts see no others
+
+
+class StreamedStore(ContiguousStore):
+    """A `ContiguousStore` of the last positions, before which pages hold all others."""
+
+    whole = True
+
+    @classmethod
+    def slots(cls, attention: Attention, limits: KvLimits) -> int:
+        return min(NEAR + limits.rows, limits.context)
+
+    @classmethod
+    def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+        if limits.held is None or limits.choice is not None or attention.window is not None:
+            return None
+        slots = cls.slots(attention, limits) + limits.held * SEGMENT
+        return 2 * attention.kv_heads * attention.head_dim * slots
+
+    @classmethod
+    def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
+        heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
+        counts = range(1, limits.rows + 1)  # a few rows may take more than many, which are cut into tiles
+        most = max(ops.attention_scratch_bytes(count, heads, kv_heads, dim) for count in counts)
+        return 4 * limits.rows * heads * int(ops.attention_state_width(dim)) + int(most)
+
+    @classmethod
+    def far_pages(cls, attention: Attention, limits: KvLimits) -> int:
+        return _pages_before(limits.context + NARROW_TOKENS, cls.slots(attention, limits))
+
+    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
+        super().__init__(attention, limits, kernels, allocate)
+        assert limits.held is not None, "without pages, positions are not let go of"
+        assert kernels.pages is not None, "a page needs a place to go to"
+        held = allocate((limits.held, attention.kv_heads, SEGMENT, 2, attention.head_dim))
+        self._pages: LayerPages = kernels.pages(held)
+
+    def far(self, start: int, rows: int) -> int:
+        return max(self.first // SEGMENT, _pages_before(start + max(rows, NARROW_TOKENS), self.memory.shape[1]))
+
+    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+        self._make_room(start, len(key))
+        super().append(key, value, start)
+
+    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
+        if self.first == 0 or rows.draft:
+            super().attend(query, rows, heads, out)
+            return
+        ops, scale = self._kernels.ops, self._attention.scale
+        tokens, count, dim = query.shape
+        shape = tokens, count, ops.attention_state_width(dim)
+        end = 4 * int(np.prod(shape))
+        state, scratch = self._kernels.scratch[:end].view(np.float32).reshape(shape), self._kernels.scratch[end:]
+        for segment in range(self.first // SEGMENT):
+            page = self._pages.take(segment)
+            ops.attend_page(query, page[heads], scale, None, state, segment == 0, scratch)
+        self._pages.release()
+        start = rows.start - self.first
+        ops.attention(query, self.memory[heads], start, None, scale, None, out, scratch, rows.parents, state)
+
+    def restart(self, first: int = 0) -> None:
+        super().restart(first)
+        self._pages.restart()
+
+    def read_page(self, begin: int, heads: slice, out: Tensor) -> None:
+        if begin < self.first:
+            out[...] = self._pages.fetch(begin // SEGMENT)[heads, : out.shape[1]]
+        else:
+            super().read_page(begin, heads, out)
+
+    def write_page(self, begin: int, heads: slice, page: Tensor) -> None:
+        self._make_room(begin, page.shape[1])
+        super().write_page(begin, heads, page)
+
+    def truncate(self, length: int, top: int) -> int:
+        return 0 if self.first == LOST or self._pages.failed else super().truncate(length, top)
+
+    def cut(self, length: int) -> None:
+        if length >= self.first:
+            return
+        segment, self.first = length // SEGMENT, LOST
+        if length % SEGMENT:
+            self.memory[:, :SEGMENT] = self._pages.fetch(segment)
+        self._pages.forget(segment)
+        self.first = segment * SEGMENT
+
+    def close(self) -> None:
+        self._pages.close()
+
+    def _make_room(self, start: int, rows: int) -> None:
+        """Let the oldest segments become pages where rows from `start` on need it: all that they hold is committed."""
+        far, before = self.far(start, rows), self.first // SEGMENT
+        if far == before:
+            return
+        self.first = LOST
+        for segment in range(before, far):
+            begin = (segment - before) * SEGMENT
+            self._pages.put(segment, self.memory[:, begin : begin + SEGMENT])
+        slide_down(self.memory, (far - before) * SEGMENT)
+        self.first = far * SEGMENT
+
+
+def _pages_before(end: int, slots: int) -> int:
+    """Whole segments that have left `slots` slots by the time that positions up to `end` are in them."""
+    return max(-(-(end - slots) // SEGMENT), 0)
