@@ -165,6 +165,17 @@ def test_a_long_prompt(model: Path, tmp_path: Path) -> None:
     check(result, report, 0.3)
 
 
+@pytest.mark.parametrize("budget_gb", [0.115, 0.12])
+def test_keys_and_values_larger_than_what_is_left(model: Path, tmp_path: Path, budget_gb: float) -> None:
+    """A prompt of about 1,800 tokens, most of whose keys and values are on disk; nothing is left there."""
+    result, report = run(model, budget_gb, tmp_path, 4096, PROMPT * 100)
+    check(result, report, budget_gb)
+    assert report["prompt_tokens"] > 1500
+    assert report["plan"]["kv_disk_bytes"] > 2 * report["plan"]["kv_bytes"] > 0
+    assert report["bytes_read_per_token"] > report["plan"]["streamed_bytes_per_token"] - report["plan"]["kv_disk_bytes"]
+    assert not list(tmp_path.rglob("flashrt-kv-*"))
+
+
 def test_the_tokens_do_not_depend_on_the_budget(model: Path, tmp_path: Path) -> None:
     tokens = {}
     for budget_gb in (0.2, 0.35, 2.0):
