@@ -20,7 +20,9 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError
+from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import KINDS as KV_KINDS
+from flashrt.kv.cache import Choices
 from flashrt.model.ffn.choose import KINDS, Kinds
 from flashrt.sparsity import Sparsity
 from flashrt.storage.manifest import SPARSE_DIR
@@ -130,6 +132,9 @@ class TorchRuntime:
 
     def fixed_costs(self, packed: Pack) -> FixedCosts:
         return FixedCosts(0, 0, kv_item_bytes(packed), partial(self.scratch_bytes, packed))
+
+    def kv_scratch_bytes(self, packed: Pack, limits: KvLimits, choices: Choices) -> int:
+        return 0
 
     def scratch_bytes(self, packed: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(packed, tokens, context)
