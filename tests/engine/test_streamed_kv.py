@@ -125,6 +125,20 @@ def test_sessions_go_on_with_either_kind_of_memory(packed, tmp_path):
         assert answers[0] == answers[1]
 
 
+def test_what_was_read_ahead_of_another_text_is_not_attended_to(packed, tmp_path):
+    """A session takes the place of a text that has as many pages."""
+    other = PROMPT[::-1]
+    with tiny_engine(packed, 1.0, context=CONTEXT) as whole, streaming(packed, max_draft_tokens=1) as far:
+        answers = []
+        for engine in (whole, far):
+            first = text_of(engine, PROMPT, 40)
+            engine.save(tmp_path / "session")
+            text_of(engine, other, 40)
+            engine.resume(tmp_path / "session")
+            answers.append(engine.prefill([*PROMPT, *first]).copy())
+        assert np.array_equal(*answers)
+
+
 def test_reads_are_as_planned(packed):
     with streaming(packed, max_draft_tokens=1) as far:
         generation = far.generate((PROMPT * 4)[: CONTEXT - 200], None, ignore_eos=True)
