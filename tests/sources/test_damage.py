@@ -194,10 +194,9 @@ def test_pickles_are_named(directory: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "xielu"}, "xielu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "su"),
         ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}}, "mrope"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"attn_logit_softcapping": 30.0}, "softcapping"),
         ({"head_dim": 21}, "head_dim"),
@@ -492,7 +491,7 @@ def test_gguf_versions_and_kinds(gguf_file: Path, tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("general.architecture", "mamba", "mamba"),
-        ("llama.rope.scaling.type", "longrope", "longrope"),
+        ("llama.rope.scaling.type", "dynamic", "dynamic"),
         ("llama.attention.clamp_kqv", 3.0, "clamp_kqv"),
         ("llama.rope.dimension_count", 10, "dimension_count"),
         ("tokenizer.ggml.pre", "viking", "viking"),
@@ -509,7 +508,7 @@ def test_unsupported_gguf(key: str, value: Any, message: str, gguf_file: Path) -
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
 
     def read() -> None:
-        family_of("llama").spec(gguf_config(metadata, shapes.get, None))
+        family_of("llama").spec(gguf_config(metadata, shapes.get, {}))
         text_from_gguf(metadata)
 
     with pytest.raises(UnsupportedModelError, match=message):
