@@ -136,13 +136,8 @@ Draft = Annotated[
 ]
 
 
-class KvName(str, enum.Enum):
-    EXACT = "exact"
-    SPARSE = "sparse"
-
-
 Kv = Annotated[
-    KvName,
+    ModeName,
     typer.Option(
         "--kv",
         help="exact attends to every token; sparse, after `flashrt calibrate --kv`, to those that matter most.",
