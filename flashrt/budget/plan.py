@@ -81,21 +81,24 @@ class Plan:
     slot_bytes: int
     weight_bytes: int
     pinned_bytes: int  # of weights that loading reads, into tiers included
-    streamed_bytes_per_token: int  # at the end of the context
+    streamed_bytes_per_token: int  # at the end of the context, where no cell of keys and values is there already
     tiers: Mapping[str, tuple[TierPlan, ...]] = field(default_factory=dict)  # by the owner whose weights they are for
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most
     kv: SparseKv | None = None  # see `Workload`
     kv_held: int | None = None  # see `KvLimits`
     far: FarLayout | None = None  # pages of keys and values that do not fit in memory; None: all do
+    kv_cells: int = 0  # cells of these that memory holds, where tokens choose what they attend to
+    kv_cell_bytes_per_token: int = 0  # of the cells that a token chooses at the end of the context
 
     @property
     def kv_limits(self) -> KvLimits:
         """What stores of keys and values must hold."""
-        return KvLimits(self.context, self.prefill_chunk, held=self.kv_held)
+        cell_bytes = 0 if self.far is None else self.far.cell_bytes
+        return KvLimits(self.context, self.prefill_chunk, held=self.kv_held, cell_bytes=cell_bytes)
 
     @property
     def kv_disk_bytes(self) -> int:
-        """Keys and values on disk at the end of the context, which each token reads there."""
+        """Keys and values on disk at the end of the context."""
         return 0 if self.far is None else self.far.nbytes
 
     @property
@@ -132,13 +135,15 @@ class Plan:
 
     @property
     def scattered_reads_per_token(self) -> float:
-        """Reads of single rows by which a token brings `scattered_bytes_per_token`."""
-        return sum(tier.scattered_reads for tier in self.all_tiers)
+        """Reads of single rows and cells by which a token brings `scattered_bytes_per_token`."""
+        cells = self.kv_cell_bytes_per_token // self.far.cell_bytes if self.far and self.far.cell_bytes else 0
+        return cells + sum(tier.scattered_reads for tier in self.all_tiers)
 
     @property
     def scattered_bytes_per_token(self) -> int:
-        """Of the bytes that a token reads, those of single rows."""
-        return sum(sum(tier.reads.values()) for tier in self.all_tiers if tier.scattered_reads)
+        """Of the bytes that a token reads, those of single rows and cells."""
+        rows = sum(sum(tier.reads.values()) for tier in self.all_tiers if tier.scattered_reads)
+        return self.kv_cell_bytes_per_token + rows
 
     def to_json(self) -> dict[str, Any]:
         figures = {
@@ -154,6 +159,8 @@ class Plan:
             "slot_bytes": self.slot_bytes,
             "kv_bytes": self.owners["KV"],
             "kv_disk_bytes": self.kv_disk_bytes,
+            "kv_cells": self.kv_cells,
+            "kv_cell_bytes_per_token": self.kv_cell_bytes_per_token,
             "kv_keep": None if self.kv is None else self.kv.keep,
             "kv_loss": None if self.kv is None else self.kv.loss,
         }

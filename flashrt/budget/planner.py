@@ -4,7 +4,9 @@ Order of claim: the process itself, KV for the asked context and the buffers of 
 them; then weights, the small ones that every token needs first (router, attention, head), then FFN rows spread evenly
 over the layers, so that every layer streams the same share and compute overlaps all of it; embeddings last, since a
 token needs one row of them. Where keys and values of the context do not fit even so, older ones lie on disk and stream
-as weights do; then what weights leave holds some of these.
+as weights do; then what weights leave holds some of these. Where tokens choose what they attend to, a cache holds what
+was chosen before: what a token chooses in one layer at least, in all layers as far as that takes no more than half of
+what weights may have, and more of what they leave.
 
 What a kind of FFN wants beside pinned blocks it says by a claim (`flashrt.budget.claims`), and is granted when the turn
 of its weights has come.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from flashrt.budget.cells import CellClaim
 from flashrt.budget.claims.base import Case, Claim
 from flashrt.budget.claims.registry import CLAIMS
 from flashrt.budget.owners import WEIGHTS, owner_of, prefix_bytes, vector_bytes
@@ -22,7 +25,7 @@ from flashrt.budget.working_set import working_set
 from flashrt.config import GIB
 from flashrt.errors import BudgetError
 from flashrt.kv.base import KvLimits
-from flashrt.kv.cache import far_layout, kv_bytes
+from flashrt.kv.cache import cells_chosen, far_layout, kv_bytes, kv_cell_bytes
 from flashrt.kv.far_layout import FarLayout
 from flashrt.kv.spill import SPILL_BUFFERS
 from flashrt.spec import ModelSpec
@@ -95,7 +98,7 @@ def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes
 def _planners(case: Case, claims: Claims) -> list[_Planner]:
     """With all keys and values in memory; and where older ones can stream, with these on disk."""
     resident, streaming = _Planner(case, claims), _Planner(case, claims, held=0)
-    return [resident] if streaming.far(CHUNKS[-1]) is None else [resident, streaming]
+    return [resident, streaming] if streaming.streams else [resident]
 
 
 class _Planner:
@@ -108,8 +111,12 @@ class _Planner:
         self.tensors = [t for t in case.layout.tensors.values() if t.name not in self.whole]
         self.weight_bytes = sum(t.nbytes for t in self.tensors)
         self.block_bytes = align(max(t.max_block_bytes for t in case.layout.tensors.values()), PAGE)
-        far = self.far(CHUNKS[-1])
+        choices, chooses = self.workload.choices, any(self.workload.choices)
+        self.cell_bytes = kv_cell_bytes(self.spec, case.costs.kv_item_bytes, choices) if held is not None else 0
+        far = None if held is None or (chooses and not self.cell_bytes) else self.far(CHUNKS[-1])
+        self.streams = far is not None
         self.page_bytes = 0 if far is None else far.largest
+        self.cells = None if far is None or not far.heads else CellClaim(far, self._cells_chosen())
         self.slot_bytes = max(self.block_bytes, self.page_bytes)
 
     def far(self, chunk: int, held: int = 0) -> FarLayout | None:
@@ -122,6 +129,7 @@ class _Planner:
         chunk = self._chunk(budget)
         fixed = self._fixed(chunk) | {"slack": slack_bytes(budget)}
         free = budget - sum(fixed.values())
+        free -= 0 if self.cells is None else self.cells.spare(free)
         slots = 0
         ring = free < self.weight_bytes and not any(claim.spares_ring(free) for claim in self.claims)
         if ring or self.page_bytes:
@@ -131,10 +139,15 @@ class _Planner:
             free -= sum(moving.values())
         pinned, tiers = self._pin(free, ring)
         owners = fixed | self._weights_by_owner(pinned, tiers)
+        cells = 0
+        if self.cells is not None:
+            cells = self.cells.most(budget - sum(owners.values()) + owners["KV cells"])
+            owners["KV cells"] = self.cells.nbytes(cells)
         held = self._hold(chunk, budget - sum(owners.values()))
         owners["KV"] = self._kv_bytes(chunk, held)
         owners["slack"] += budget - sum(owners.values())
-        far = self.far(chunk, held)
+        far = self.far(chunk, held) if self.streams else None
+        chosen_bytes = 0 if self.cells is None else self.cells.chosen_bytes
         granted = [tier for own in tiers.values() for tier in own]
         return Plan(
             budget_bytes=budget,
@@ -149,12 +162,15 @@ class _Planner:
             weight_bytes=self.weight_bytes,
             pinned_bytes=sum(prefix_bytes(t, pinned[t.name]) for t in self.tensors)
             + sum(tier.loaded_bytes for tier in granted),
-            streamed_bytes_per_token=self._streamed(pinned, granted) + (0 if far is None else far.nbytes),
+            streamed_bytes_per_token=self._streamed(pinned, granted)
+            + (0 if far is None else far.streamed_bytes + chosen_bytes),
             tiers=tiers,
             max_draft_tokens=self.workload.max_draft_tokens,
             kv=self.workload.kv,
             kv_held=None if self.held is None else held,
             far=far,
+            kv_cells=cells,
+            kv_cell_bytes_per_token=chosen_bytes,
         )
 
     def smallest(self) -> int:
@@ -178,8 +194,9 @@ class _Planner:
         scratch = max(costs.scratch_bytes(chunk, workload.context), kv_scratch)
         drafting = workload.max_draft_tokens > 1
         lookup = {"speculation": LOOKUP_BYTES * workload.context} if drafting else {}  # see `speculate.lookup`
-        buffers_of_pages = {"KV buffers": SPILL_BUFFERS * self.page_bytes} if self.page_bytes else {}
-        return _added(*(claim.fixed() for claim in self.claims), lookup, buffers_of_pages) | {
+        pages = {"KV buffers": SPILL_BUFFERS * self.page_bytes} if self.page_bytes else {}
+        cells = {} if self.cells is None else {"KV cells": self.cells.nbytes(self.cells.least)}
+        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
             "KV": self._kv_bytes(chunk),
@@ -188,15 +205,23 @@ class _Planner:
         }
 
     def _limits(self, chunk: int, held: int = 0) -> KvLimits:
-        return KvLimits(self.workload.context, chunk, held=None if self.held is None else held)
+        held_pages = None if self.held is None else held
+        return KvLimits(self.workload.context, chunk, held=held_pages, cell_bytes=self.cell_bytes)
+
+    def _cells_chosen(self) -> list[int]:
+        limits, costs = self._limits(CHUNKS[-1]), self.case.costs
+        return cells_chosen(self.spec, limits, costs.kv_kinds, self.workload.choices)
 
     def _kv_bytes(self, chunk: int, held: int = 0) -> int:
         limits, costs = self._limits(chunk, held), self.case.costs
         return kv_bytes(self.spec, limits, costs.kv_item_bytes, costs.kv_kinds, self.workload.choices)
 
     def _hold(self, chunk: int, free: int) -> int:
-        """Pages of each layer that `free` bytes hold; some always stream, or else a store would hold everything."""
-        far = self.far(chunk)
+        """Pages of each layer that `free` bytes hold; some always stream, or else a store would hold everything.
+
+        None where a cache of cells takes what is left.
+        """
+        far = self.far(chunk) if self.streams and self.cells is None else None
         if far is None:
             return 0
         one = self._kv_bytes(chunk, 1) - self._kv_bytes(chunk)

@@ -9,6 +9,7 @@ import numpy as np
 from flashrt.cache.device import BlockStream
 from flashrt.cache.streamer import Place, Submit
 from flashrt.kv.base import Tensor
+from flashrt.kv.cells import KvCells
 from flashrt.kv.far import LayerPages
 from flashrt.kv.far_layout import PageId
 from flashrt.kv.spill import Reading, Spill
@@ -20,15 +21,22 @@ Array = np.ndarray
 
 
 class RingPages:
-    """Brings pages of `spill` through `ring`, to whose users they are blocks of a tensor for each layer."""
+    """Brings pages of `spill` through `ring`, to whose users they are blocks of a tensor for each layer.
 
-    def __init__(self, spill: Spill, ring: BlockStream) -> None:
-        self._spill, self._ring = spill, ring
+    cells: where narrow passes take cells of pages
+    """
+
+    def __init__(self, spill: Spill, ring: BlockStream, cells: KvCells | None = None) -> None:
+        self._spill, self._ring, self.cells = spill, ring, cells
 
     @property
     def layers(self) -> Collection[int]:
         """Layers that have pages."""
         return self._spill.layout.page_bytes
+
+    def narrow_takes_cells(self, layer: int) -> bool:
+        """Whether narrow passes read cells of a layer's pages, which the ring does not bring."""
+        return layer in self._spill.layout.heads
 
     @property
     def version(self) -> int:
@@ -37,10 +45,23 @@ class RingPages:
 
     def open(self, layer: int, held: Tensor) -> LayerPages:
         """The pages of a layer, the first of them in the memory `held`."""
-        return LayerPages(layer, held, self._spill, self)
+        cells = None if self.cells is None else self.cells.open(layer)
+        return LayerPages(layer, held, self._spill, self, cells)
 
-    def blocks(self, layer: int, far: int) -> Iterator[Block]:
-        """What a pass takes that finds `far` pages before what is in memory."""
+    def cancel(self) -> None:
+        """Forget what is being read beside the ring, after a pass that was left half-way."""
+        if self.cells is not None:
+            self.cells.cache.cancel()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that compute has waited for cells."""
+        return 0.0 if self.cells is None else self.cells.cache.wait_s
+
+    def blocks(self, layer: int, far: int, wide: bool) -> Iterator[Block]:
+        """What a pass takes that finds `far` pages before what is in memory. Narrow ones may take cells instead."""
+        if not wide and self.narrow_takes_cells(layer):
+            return iter(())
         return (self._block(PageId(layer, segment)) for segment in range(self._spill.layout.held, far))
 
     def submit(self, layer: int) -> Submit:

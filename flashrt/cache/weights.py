@@ -67,6 +67,10 @@ class Weights:
         """A norm weight or bias, float32 [length]."""
         return self._vectors[name]
 
+    def resident(self, name: str) -> bool:
+        """Whether all of a tensor is in memory."""
+        return self.plan.pinned[name] == self.layout.tensors[name].blocks
+
     def pinned(self, name: str) -> Tensor:
         """The leading bundles of a tensor that are pinned, uint8 [bundles, stride]."""
         return self._pinned[name]

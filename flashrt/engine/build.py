@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from flashrt.budget.ledger import Ledger
 from flashrt.budget.plan import Plan
 from flashrt.budget.planner import GIB, SLACK_BASE, ceil_gib
 from flashrt.budget.working_set import working_set
+from flashrt.cache.device import Device
 from flashrt.cache.pages import RingPages
 from flashrt.cache.weights import Weights
 from flashrt.engine.engine import Engine
@@ -21,6 +23,8 @@ from flashrt.engine.spilling import open_spill
 from flashrt.errors import BudgetError
 from flashrt.kv.base import Kernels
 from flashrt.kv.cache import open_cache
+from flashrt.kv.cells import KvCells
+from flashrt.kv.spill import Spill
 from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import resident_bytes
 from flashrt.model.decoder import Decoder
@@ -100,7 +104,7 @@ def build_engine(
         if the_plan.far is not None:
             spill = open_spill(kv_dir or default_cache(), the_plan.far, device, reader)
             on_error.callback(spill.close)
-            pages = RingPages(spill, weights.ring)
+            pages = RingPages(spill, weights.ring, _cells(spill, the_plan, device))
         kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
         kv = open_cache(
             spec,
@@ -120,6 +124,13 @@ def build_engine(
         load_s = time.perf_counter() - began
         on_error.pop_all()
     return Engine(decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
+
+
+def _cells(spill: Spill, the_plan: Plan, device: Device) -> KvCells | None:
+    """The cache of cells that tokens choose of pages."""
+    if not the_plan.kv_cells:
+        return None
+    return KvCells(spill, the_plan.kv_cells, partial(device.allocate, "KV cells"))
 
 
 def _counting(progress: Progress, total: int) -> Callable[[int], None]:

@@ -21,9 +21,20 @@ def open_spill(folder: Path, layout: FarLayout, device: Device, reader: Reader) 
     except OSError as error:
         raise DiskError(f"{folder} cannot be made, for keys and values: {error.strerror}") from None
     file = ScratchFile(folder, layout.nbytes)
-
-    def read(offset: int, buffer: np.ndarray) -> Ticket:
-        return Ticket(file.path, reader.read_file(file.handle, file.direct, offset, buffer))
-
     buffers = device.allocate("KV buffers", (SPILL_BUFFERS, layout.largest), np.uint8)
-    return Spill(file, layout, buffers, read)
+    return Spill(file, layout, buffers, _Reads(file, reader))
+
+
+class _Reads:
+    """Reads of `file` by the engine that reads weights."""
+
+    def __init__(self, file: ScratchFile, reader: Reader) -> None:
+        self._file, self._reader = file, reader
+
+    def page(self, offset: int, out: np.ndarray) -> Ticket:
+        file = self._file
+        return Ticket(file.path, self._reader.read_file(file.handle, file.direct, offset, out))
+
+    def cells(self, offsets: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Ticket:
+        file = self._file
+        return Ticket(file.path, self._reader.read_file_rows(file.handle, file.direct, offsets, out, slots))

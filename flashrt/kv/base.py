@@ -28,6 +28,7 @@ class KvLimits:
     rows: int  # of one pass that belong to the sequence, drafts behind it included
     choice: Choice | None = None  # how few rows choose the positions that they attend to; None: to all
     held: int | None = None  # pages of older positions of a layer that are kept in memory, others on disk; None: all
+    cell_bytes: int = 0  # of a cell of older positions; 0: layers that choose hold all positions
 
 
 class Kernels(NamedTuple):
@@ -74,6 +75,11 @@ class KvStore(ABC):
     @classmethod
     def far_pages(cls, attention: Attention, limits: KvLimits) -> int:
         """Pages of a segment that it lets go of at the end of the context, to memory or disk."""
+        return 0
+
+    @classmethod
+    def cells(cls, attention: Attention, limits: KvLimits) -> int:
+        """Cells of these pages that a row attends to at the end of the context; 0 where it attends to whole pages."""
         return 0
 
     @abstractmethod
@@ -123,6 +129,14 @@ class KvStore(ABC):
         The sequence has had `top` tokens since it began. The answer depends on lengths alone, never on how large the
         memory is (see `flashrt.kv.reach`), or less where an interrupt has spoilt the memory. Nothing is changed.
         """
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `look_ahead` is of use."""
+        return False
+
+    def look_ahead(self, query: Tensor, rows: KvRows) -> None:
+        """Start to bring what narrow `rows` will probably attend to, by a guess of their queries [T, H, head_dim]."""
 
     def far(self, start: int, rows: int) -> int:
         """Pages that lie before what is in memory once `rows` rows from position `start` on are appended."""

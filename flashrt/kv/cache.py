@@ -10,8 +10,9 @@ from typing import Any
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvStore
 from flashrt.kv.choice import Choice
+from flashrt.kv.chosen import ChosenStore
 from flashrt.kv.contiguous import ContiguousStore
-from flashrt.kv.far_layout import FarLayout, page_bytes
+from flashrt.kv.far_layout import FarLayout, cell_bytes, page_bytes
 from flashrt.kv.sparse import SparseStore
 from flashrt.kv.streamed import StreamedStore
 from flashrt.kv.window import WindowStore
@@ -21,7 +22,7 @@ KvKinds = Sequence[type[KvStore]]
 Choices = Sequence[Choice | None]
 
 RESIDENT_KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore)
-KINDS: KvKinds = (*RESIDENT_KINDS, StreamedStore)
+KINDS: KvKinds = (*RESIDENT_KINDS, StreamedStore, ChosenStore)
 
 
 class KvCache:
@@ -121,11 +122,28 @@ def far_layout(
     spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS, choices: Choices = ()
 ) -> FarLayout | None:
     """The pages of older positions of the stores of `open_cache`; None where all are in memory."""
-    nbytes, count = {}, 0
+    nbytes, heads, count = {}, {}, 0
     for layer, (attention, own) in enumerate(_layers(spec, limits, choices)):
-        if pages := choose(attention, own, kinds)[0].far_pages(attention, own):
+        kind = choose(attention, own, kinds)[0]
+        if pages := kind.far_pages(attention, own):
             nbytes[layer], count = page_bytes(attention, item_bytes), max(count, pages)
-    return FarLayout(nbytes, limits.held or 0, count) if nbytes else None
+            if kind.cells(attention, own):
+                heads[layer] = attention.kv_heads
+    return FarLayout(nbytes, limits.held or 0, count, heads, limits.cell_bytes) if nbytes else None
+
+
+def cells_chosen(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> list[int]:
+    """Cells that a token chooses in each layer at the end of the context."""
+    return [choose(attention, own, kinds)[0].cells(attention, own) for attention, own in _layers(spec, limits, choices)]
+
+
+def kv_cell_bytes(spec: ModelSpec, item_bytes: int, choices: Choices) -> int:
+    """Bytes of a cell of the layers that choose; 0 where there are none, or no number of bytes serves them all."""
+    pairs = [(layer.attention, choice) for layer, choice in zip(spec.layers, choices, strict=False) if choice]
+    blocks = {choice.block for _, choice in pairs}
+    if len(blocks) != 1:
+        return 0
+    return cell_bytes([attention for attention, _ in pairs], blocks.pop(), item_bytes)
 
 
 def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type[KvStore], int]:

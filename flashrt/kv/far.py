@@ -1,4 +1,6 @@
-"""Keys and values of older positions, in pages of a segment: the first of each layer in memory, the others on disk."""
+"""Keys and values of older positions, in pages of a segment: the first of each layer in memory, the others on disk.
+
+Where few positions are wanted, cells of pages come from disk, through a cache."""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from flashrt.kv.base import Tensor
+from flashrt.kv.cells import LayerCells
 from flashrt.kv.far_layout import PageId
 from flashrt.kv.spill import Spill
 
@@ -23,11 +26,16 @@ class PageStream(Protocol):
 
 
 class LayerPages:
-    """Pages of `layer`: `held` [n, kv_heads, 256, 2, head_dim] has memory for the first n; `stream` brings others."""
+    """Pages of `layer`: `held` [n, kv_heads, 256, 2, head_dim] has memory for the first n; `stream` brings others.
 
-    def __init__(self, layer: int, held: Tensor, spill: Spill, stream: PageStream) -> None:
+    cells: those of its pages, where few positions of it are wanted
+    """
+
+    def __init__(
+        self, layer: int, held: Tensor, spill: Spill, stream: PageStream, cells: LayerCells | None = None
+    ) -> None:
         self.layer, self.held, self._spill = layer, held, spill
-        self._stream = stream
+        self._stream, self.cells = stream, cells
 
     def put(self, segment: int, values: Tensor) -> None:
         """Take over a page, [kv_heads, 256, 2, head_dim]. Raises DiskError for one that could not be written before."""
@@ -59,15 +67,21 @@ class LayerPages:
 
     def restart(self) -> None:
         """Begin again without any page."""
+        self._forget_cells(0)
         self._spill.restart()
 
     def forget(self, segment: int) -> None:
         """Pages from `segment` on are no longer those of the sequence."""
+        self._forget_cells(segment)
         self._spill.forget(self.layer, segment)
 
     def close(self) -> None:
         """Give up the file. Closing again does nothing."""
         self._spill.close()
+
+    def _forget_cells(self, segment: int) -> None:
+        if self.cells is not None:
+            self.cells.forget(segment * self._spill.layout.cells_of_page(self.layer))
 
     def _shaped(self, landed: np.ndarray) -> Tensor:
         shape = self.held.shape[1:]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 from flashrt.spec import Attention
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import align
 
 DISK_PAGE = 4096  # bytes of which offsets and sizes on disk are multiples
+
+Array = np.ndarray
 
 
 class PageId(NamedTuple):
@@ -29,16 +33,43 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FarLayout:
-    """Each layer of `page_bytes` has up to `count` pages of so many bytes, the first `held` of them in memory."""
+    """Each layer of `page_bytes` has up to `count` pages of so many bytes, the first `held` of them in memory.
+
+    Layers of `heads` are read by cells, each so many neighbours of one of their KV heads as `cell_bytes` hold.
+    """
 
     page_bytes: Mapping[int, int]
     held: int
     count: int
+    heads: Mapping[int, int] = field(default_factory=dict)  # layer → KV heads
+    cell_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file, which a token reads all at the end of the context."""
+        """Bytes of the file."""
         return (self.count - self.held) * sum(self.page_bytes.values())
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of pages that a token reads all at the end of the context: those of layers that have no cells."""
+        streamed = (nbytes for layer, nbytes in self.page_bytes.items() if layer not in self.heads)
+        return (self.count - self.held) * sum(streamed)
+
+    @property
+    def cells(self) -> int:
+        """Cells of a layer over all its KV heads, at most."""
+        return max((self.count * (self.page_bytes[layer] // self.cell_bytes) for layer in self.heads), default=0)
+
+    def cells_of_page(self, layer: int) -> int:
+        """Cells of each KV head in a page."""
+        return self.page_bytes[layer] // (self.heads[layer] * self.cell_bytes)
+
+    def cell_places(self, layer: int, cells: Array) -> tuple[Array, Array]:
+        """The segments and the bytes within their pages of cells, int64 [n]: KV head * cells of the context + cell."""
+        own = self.cells_of_page(layer)
+        head, cell = np.divmod(cells, self.count * own)
+        segment, within = np.divmod(cell, own)
+        return segment, (head * own + within) * self.cell_bytes
 
     @property
     def largest(self) -> int:
@@ -57,3 +88,22 @@ class FarLayout:
 def page_bytes(attention: Attention, item_bytes: int) -> int:
     """Bytes of a page on disk, `item_bytes` each number."""
     return align(2 * attention.kv_heads * ATTENTION_SEGMENT * attention.head_dim * item_bytes, DISK_PAGE)
+
+
+def cell_bytes(attentions: Sequence[Attention], block: int, item_bytes: int) -> int:
+    """Bytes of a cell: the fewest whole disk pages that hold whole blocks of `block` positions of every layer.
+
+    A page holds whole cells. 0 where no number of bytes does.
+    """
+    tokens = [2 * attention.head_dim * item_bytes for attention in attentions]
+    for blocks in range(1, ATTENTION_SEGMENT // block + 1):
+        nbytes = blocks * block * tokens[0]
+        if nbytes % DISK_PAGE == 0 and all(_divides(nbytes, token, block) for token in tokens):
+            return nbytes
+    return 0
+
+
+def _divides(nbytes: int, token: int, block: int) -> bool:
+    """Whether so many bytes hold whole blocks of positions of `token` bytes, and a segment holds whole such cells."""
+    count = nbytes // token
+    return nbytes % (token * block) == 0 and count <= ATTENTION_SEGMENT and ATTENTION_SEGMENT % count == 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +37,16 @@ class File(Protocol):
     def close(self) -> None: ...
 
 
-Read = Callable[[int, Array], Reading]  # starts to read from a byte of the file into memory, uint8 [n], page-aligned
+
+class Reads(Protocol):
+    """Starts reads of the file."""
+
+    def page(self, offset: int, out: Array) -> Reading:
+        """From a byte of the file into memory, uint8 [n], page-aligned."""
+
+    def cells(self, offsets: Array, out: Array, slots: Array) -> Reading:
+        """len(out[0]) bytes from offsets[i] each (int64 [n]) into out[slots[i]]."""
+
 
 
 class Spill:
@@ -49,8 +57,8 @@ class Spill:
     A write that fails shows at the next use of any page, which raises its DiskError, until `restart`.
     """
 
-    def __init__(self, file: File, layout: FarLayout, buffers: Array, read: Read) -> None:
-        self._file, self.layout, self._read = file, layout, read
+    def __init__(self, file: File, layout: FarLayout, buffers: Array, reads: Reads) -> None:
+        self._file, self.layout, self._reads = file, layout, reads
         self._buffers, self._landing = buffers[:-1], buffers[-1]
         self._changed = threading.Condition()
         self._closed = self._writing = False
@@ -110,6 +118,26 @@ class Spill:
             self._landed = page
         return landing
 
+    def submit_cells(self, layer: int, cells: Array, out: Array, slots: Array) -> Reading:
+        """Start bringing cells of pages that were put (see `FarLayout.cell_places`) into rows `slots` of `out`.
+
+        Those of pages that are in a buffer are there at once. Raises DiskError.
+        """
+        segments, within = self.layout.cell_places(layer, cells)
+        left = np.ones(len(cells), bool)
+        with self._changed:
+            self._check()
+            buffered = [(page.segment, buffer) for page, buffer in self._pages.items() if page.layer == layer]
+        for segment, buffer in buffered:
+            own = np.flatnonzero(segments == segment)
+            out[slots[own]] = self._buffers[buffer, : self.layout.page_bytes[layer]].reshape(-1, out.shape[1])[
+                within[own] // out.shape[1]
+            ]
+            left[own] = False
+        offsets = self.layout.place(PageId(layer, 0)).offset + segments[left] * self.layout.page_bytes[layer]
+        self.bytes_read += len(offsets) * out.shape[1]
+        return self._reads.cells(offsets + within[left], out, slots[left])
+
     def forget(self, layer: int, segment: int) -> None:
         """The pages of a layer from `segment` on are no longer those of the sequence."""
         with self._changed:
@@ -159,7 +187,7 @@ class Spill:
     def _begin(self, page: PageId, out: Array) -> Reading:
         place = self.layout.place(page)
         self.bytes_read += place.nbytes
-        return self._read(place.offset, out)
+        return self._reads.page(place.offset, out)
 
     def _write_behind(self) -> None:
         while (job := self._next()) is not None:

@@ -13,6 +13,8 @@ from flashrt.kv.cache import KvCache
 from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.workspace import Tensor, Workspace
+from flashrt.spec import Attention
+from flashrt_kernels.rows import MATRIX_ROWS, align
 
 # Is shown the layer, and queries [T, heads, head_dim] and keys [T, kv_heads, head_dim] before their rotation.
 HeadObserver = Callable[[int, Tensor, Tensor], None]
@@ -75,10 +77,7 @@ class AttentionBlocks:
             self._norm_heads(key, f"{i}.k_norm")
         if self._observe is not None:
             self._observe(i, query, key)
-        if attention.rope is not None:
-            index = self._rope_index[attention.rope, dim]
-            cos, sin = (self.work.view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
-            self.ops.rope(split[:, : heads + kv_heads], cos, sin)
+        self._rotate(attention, split[:, : heads + kv_heads])
         group = heads // kv_heads
         for own, kv, rows in self._parts:
             store = kv.stores[i]
@@ -90,6 +89,34 @@ class AttentionBlocks:
             out.reshape(count, -1, dim)[~chosen.each] = 0
         return out
 
+    def look_ahead(self, i: int, residual: Tensor) -> None:
+        """Start to bring what narrow rows will probably attend to in layer `i`, by the stream before the layer ahead.
+
+        residual: float32 [T, hidden]; it lacks what one feed-forward block adds. A guess costs the projection of
+        queries again, so none is made where that would wait for weights.
+        """
+        work, spec = self.work, self.work.spec
+        parts = [
+            (own, kv.stores[i], rows)
+            for own, kv, rows in self._parts
+            if not (rows.wide or rows.draft) and kv.stores[i].looks_ahead
+        ]
+        if not parts or not work.weights.resident(f"{i}.qkv"):
+            return
+        attention, count = spec.layers[i].attention, len(residual)
+        normed = work.view("y", count, spec.hidden)
+        work.norm(f"{i}.norm.attention", residual, normed)
+        qkv = work.view("qkv", count, attention.qkv_rows)
+        width = attention.heads * attention.head_dim
+        end = min(align(width, MATRIX_ROWS), attention.qkv_rows)
+        work.linear(f"{i}.qkv", normed, qkv, False, f"{i}.qkv.bias" if attention.qkv_bias else None, [(0, end)])
+        query = qkv[:, :width].reshape(count, attention.heads, attention.head_dim)
+        if attention.qk_norm:
+            self._norm_heads(query, f"{i}.q_norm")
+        self._rotate(attention, query)
+        for own, store, rows in parts:
+            store.look_ahead(query[own], rows)
+
     def output(self, i: int, attended: Tensor, wide: bool) -> Tensor:
         """What the block adds to the residual stream, float32 [T, hidden]."""
         work, attention = self.work, self.work.spec.layers[i].attention
@@ -98,6 +125,14 @@ class AttentionBlocks:
         if work.spec.post_norms:
             work.norm(f"{i}.norm.attention_post", y, y)
         return y
+
+    def _rotate(self, attention: Attention, heads: Tensor) -> None:
+        """Rotate [T, heads, head_dim] in place, by the positions of the pass."""
+        if attention.rope is None:
+            return
+        dim, index = attention.head_dim, self._rope_index[attention.rope, attention.head_dim]
+        cos, sin = (self.work.view(f"{name}{index}", len(heads), dim // 2) for name in ("cos", "sin"))
+        self.ops.rope(heads, cos, sin)
 
     def _norm_heads(self, heads: Tensor, name: str) -> None:
         """Normalise [T, heads, head_dim] in place, in as few calls as its strides allow."""

@@ -36,6 +36,7 @@ class Decoder:
         self.spec, self.layout = work.spec, work.layout
         self.weights, self.device = work.weights, work.device
         self.attention = AttentionBlocks(work)
+        self.pages = pages
         self._schedule = Schedule(work.weights, ffns, pages)
         self._observe: Observer | None = None
 
@@ -56,7 +57,7 @@ class Decoder:
     @property
     def wait_s(self) -> float:
         """Seconds that compute has waited for reads."""
-        return self.weights.wait_s + self.ffns.wait_s
+        return self.weights.wait_s + self.ffns.wait_s + (0.0 if self.pages is None else self.pages.wait_s)
 
     def begin_pass(self, kind: PassKind, next_pass: PassKind) -> None:
         """Have read what a pass takes, and what `next_pass` does, which guesses the one after it."""
@@ -140,6 +141,8 @@ class Decoder:
             self._observe("attention", i, x, normed)
             self._observe("heads", i, x, attended)
         x += attention.output(i, attended, wide)
+        if i + 1 < len(self.spec.layers):
+            attention.look_ahead(i + 1, x)
 
     def _ffn(self, i: int, tokens: Tokens, batch: Batch) -> None:
         block, x = self.ffns.blocks[i], tokens.residual

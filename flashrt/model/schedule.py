@@ -52,7 +52,8 @@ class Schedule:
             steps += (partial(_weights, weights, f"{i}.out"), None), (partial(_ffn, block), block.submit)
         alike = itertools.groupby(steps, key=lambda step: step[1])
         self._body = [_Stretch([expect for expect, _ in own], submit) for submit, own in alike]
-        self._partial = any(block.partial for block in ffns.blocks)
+        cells = pages is not None and pages.cells is not None
+        self._partial = cells or any(block.partial for block in ffns.blocks)
         self._ahead: PassKind | None = None  # the pass that is already expected
         self._version = 0  # of the pages when it was
 
@@ -74,6 +75,8 @@ class Schedule:
             all_of_them.callback(self._weights.ring.flush)  # last: a kind may still need what its pass had taken
             for kind in self._ffns.kinds:
                 all_of_them.callback(kind.cancel)
+            if self._pages is not None:
+                all_of_them.callback(self._pages.cancel)
 
     def _expect(self, kind: PassKind) -> None:
         ring = self._weights.ring
@@ -90,7 +93,7 @@ def _weights(weights: Weights, name: str, kind: PassKind) -> Iterator[Block]:
 
 def _far(pages: RingPages, layer: int, kind: PassKind) -> Iterator[Block]:
     """Keys and values of older positions."""
-    return pages.blocks(layer, kind.far)
+    return pages.blocks(layer, kind.far, kind.wide)
 
 
 def _ffn(block: FfnBlock, kind: PassKind) -> Iterable[Block]:

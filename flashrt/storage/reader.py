@@ -155,6 +155,11 @@ class Reader:
         self._check_open()
         return self._engine.read(handle, direct, offset, buffer, crc)
 
+    def read_file_rows(self, handle: int, direct: bool, offsets: Array, out: Array, slots: Array) -> _io.Read:
+        """Start reading rows of another open file, as `submit_rows` does. Raises UsageError once closed."""
+        self._check_open()
+        return self._engine.read_rows(handle, direct, offsets, out, slots)
+
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
         self._engine.settle()

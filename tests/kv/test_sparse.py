@@ -191,7 +191,7 @@ def test_labelling_a_long_session_takes_little_memory_beside_the_plan():
     finally:
         tracemalloc.stop()
     assert peak < 150 * ATTENTION.kv_heads * ATTENTION.head_dim * 4  # float32 keys of all positions take six times that
-    fitted, index = choice.labels, own._index
+    fitted, index = choice.labels, own._chooser.index
     assert np.shares_memory(index._keys, fitted.keys)
     assert np.shares_memory(index._queries, fitted.queries)
 

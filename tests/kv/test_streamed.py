@@ -59,8 +59,14 @@ class MemoryFile:
     def close(self) -> None:
         self.closed = True
 
-    def read(self, offset: int, out: np.ndarray) -> Reading:
+    def page(self, offset: int, out: np.ndarray) -> Reading:
         return Reading(partial(np.copyto, out, self.data[offset : offset + len(out)]))
+
+    def cells(self, offsets: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Reading:
+        return Reading(partial(self._bring, offsets, out, slots))
+
+    def _bring(self, offsets: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        out[slots] = self.data[offsets[:, None] + np.arange(out.shape[1])]
 
 
 class PlainStream:
@@ -85,7 +91,7 @@ class Far:
         assert limits.held is not None
         layout = FarLayout({4: nbytes}, limits.held, StreamedStore.far_pages(ATTENTION, limits))
         self.file = MemoryFile(layout.nbytes)
-        self.spill = Spill(self.file, layout, np.zeros((SPILL_BUFFERS, nbytes), np.uint8), self.file.read)
+        self.spill = Spill(self.file, layout, np.zeros((SPILL_BUFFERS, nbytes), np.uint8), self.file)
         kernels = ops.load("cpu")
         scratch = np.zeros(StreamedStore.scratch_bytes(ATTENTION, limits, kernels), np.uint8)
         open_pages = partial(self._open, 4)

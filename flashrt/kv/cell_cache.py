@@ -1,0 +1,179 @@
+"""Cells of keys and values from disk, in slots that were allocated beforehand and that all layers compete for.
+
+A cell is so many neighbours of a KV head as fill whole pages of a disk (`flashrt.kv.far_layout`).
+
+Layers take turns in one order, so the least recently used cell may be the one that is needed next. What is given up is
+the cell whose uses weigh least, each use half as much after every `HALF_LIFE` tokens (LRFU: Lee et al., "LRFU: A
+Spectrum of Policies that Subsumes the Least Recently Used and Least Frequently Used Policies", 2001).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from flashrt.errors import FlashrtError
+
+Array = np.ndarray
+
+HALF_LIFE = 8  # tokens
+QUEUE_SHARE = 8  # the queue of those to be given up next is made anew for this part of all slots
+LARGEST_WEIGHT = 2.0**500  # beyond which all are scaled down
+
+
+class Reading(Protocol):
+    """Reads under way; see `flashrt.storage.reader.Ticket`."""
+
+    def wait(self) -> None: ...
+
+
+# Starts reading cells of a layer (int64 [n], KV head * cells of the context + cell) into slots (int64 [n]).
+Read = Callable[[int, Array, Array], Reading]
+Allocate = Callable[..., Array]  # zeroed memory of a shape and type
+
+
+class CellCache:
+    """`slots` slots for cells of `layers` layers, each of which has `cells` cells over all KV heads.
+
+    `counts` says how many cells that were wanted were there (hits) or not (misses), how many began to be read before
+    they were wanted (ahead), and how many of these were wanted then (useful).
+    """
+
+    def __init__(self, slots: int, layers: int, cells: int, read: Read, allocate: Allocate = np.zeros) -> None:
+        self.slots, self.cells, self._read = slots, cells, read
+        self._slot = allocate((layers, cells), np.int32)  # that holds a cell, or is being filled with it
+        self._owner = allocate((slots,), np.int64)  # layer * cells + cell
+        self._weight = allocate((slots,), np.float64)  # of its uses
+        self._slot[:], self._owner[:] = -1, -1
+        self._use = 1.0  # what a use weighs now
+        self._growth = 2.0 ** (1 / (HALF_LIFE * layers))  # by which that grows from one layer to the next
+        self._queue = np.zeros(0, np.int64)  # slots in the order in which they are given up
+        self._queued = np.zeros(0)  # their weights when it was made
+        self._held = allocate((slots,), np.bool_)  # may not be given up: wanted now, or being filled
+        self._ahead = allocate((slots,), np.bool_)  # read before it was wanted
+        self._flying: list[tuple[int, Reading, Array]] = []  # layer, what is being read, and the slots that it goes to
+        self.counts: Counter[str] = Counter()
+        self.wait_s = 0.0
+
+    @classmethod
+    def nbytes(cls, slots: int, layers: int, cells: int) -> int:
+        """Bytes that it takes beside the cells: what it allocates, and a queue of all slots while that is made."""
+        return 4 * layers * cells + (8 + 8 + 2 + 16) * slots
+
+    def fetch(self, layer: int, cells: Array) -> Array:
+        """Slots (int32 [n]) that hold these cells, all different, of a layer; valid until the next call.
+
+        Returns when all are there. n is at most `slots`.
+        """
+        self._age()
+        slots = self._slot[layer, cells]
+        there = slots >= 0
+        hits = slots[there]
+        self._weight[hits] += self._use
+        self.counts["hits"] += len(hits)
+        self.counts["useful"] += int(self._ahead[hits].sum())
+        self._ahead[hits] = False
+        missing = cells[~there]
+        if len(missing) + len(hits) > self.slots - int(self._held.sum()):
+            self._arrive()
+        self._held[hits] = True
+        try:
+            self.counts["misses"] += len(missing)
+            if len(missing):
+                slots[~there] = self._begin(layer, missing)
+            self._arrive(layer)
+        finally:
+            self._held[slots[slots >= 0]] = False
+        return slots
+
+    def prefetch(self, layer: int, cells: Array) -> None:
+        """Start reading those of a layer's cells that are not there, as far as slots allow."""
+        missing = cells[self._slot[layer, cells] < 0][: self.slots // 4]
+        if len(missing):
+            self._arrive()
+            self._ahead[self._begin(layer, missing)] = True
+            self.counts["ahead"] += len(missing)
+
+    def drop(self, layer: int, cells: Array) -> None:
+        """Forget cells of a layer that are about to change on disk, and what is being read."""
+        self.cancel()
+        slots = self._slot[layer, cells]
+        self._forget(slots[slots >= 0])
+
+    def cancel(self) -> None:
+        """Forget what is being read, after a pass that was left half-way: an interrupt may have struck anywhere."""
+        while self._flying:
+            _, reading, slots = self._flying[-1]
+            self._forget(slots)
+            with contextlib.suppress(FlashrtError):
+                reading.wait()
+            self._flying.pop()
+        self._held[:] = False
+
+    def _begin(self, layer: int, cells: Array) -> Array:
+        """Read cells that are not there; the slots that they go to."""
+        slots = self._free(len(cells))
+        self._forget(slots)
+        self._held[slots] = True
+        self._flying.append((layer, self._read(layer, cells, slots.astype(np.int64)), slots))
+        self._owner[slots] = layer * self.cells + cells
+        self._slot[layer, cells] = slots
+        self._weight[slots] = self._use
+        self._ahead[slots] = False
+        return slots
+
+    def _arrive(self, layer: int | None = None) -> None:
+        """Wait for what is being read of a layer, or of all."""
+        began = time.perf_counter()
+        for flight in [flight for flight in self._flying if layer is None or flight[0] == layer]:
+            try:
+                flight[1].wait()
+            except BaseException:
+                self.cancel()
+                raise
+            self._held[flight[2]] = False
+            self._flying = [other for other in self._flying if other is not flight]
+        self.wait_s += time.perf_counter() - began
+
+    def _forget(self, slots: Array) -> None:
+        owners = self._owner[slots]
+        self._slot.reshape(-1)[owners[owners >= 0]] = -1
+        self._owner[slots] = -1
+        self._weight[slots] = 0.0
+
+    def _age(self) -> None:
+        """Let all that was used weigh less than what is used from now on."""
+        self._use *= self._growth
+        if self._use > LARGEST_WEIGHT:
+            self._weight /= self._use
+            self._queued, self._use = self._queued / self._use, 1.0
+
+    def _free(self, count: int) -> Array:
+        """Slots to give up, int32 [count]. Raises ValueError where fewer are not held."""
+        found: list[Array] = []
+        for fresh in (False, True):
+            if fresh:
+                self._line_up(count)
+            usable = (self._weight[self._queue] <= self._queued) & ~self._held[self._queue]
+            place = np.flatnonzero(usable)[:count]
+            found.append(self._queue[place])
+            count -= len(place)
+            used = int(place[-1]) + 1 if count == 0 and len(place) else len(self._queue)
+            self._queue, self._queued = self._queue[used:], self._queued[used:]
+            if count == 0:
+                return np.concatenate(found).astype(np.int32)
+            self._held[found[-1]] = True  # so that they are not found again
+        raise ValueError(f"a cache of {self.slots} cells cannot hold {count} more")
+
+    def _line_up(self, count: int) -> None:
+        """Make the queue anew, for `count` slots at least."""
+        weights = np.where(self._held, np.inf, self._weight)
+        some = min(count + self.slots // QUEUE_SHARE, self.slots)
+        lightest = np.argpartition(weights, some - 1)[:some]
+        self._queue = lightest[np.argsort(weights[lightest], kind="stable")]
+        self._queued = self._weight[self._queue]

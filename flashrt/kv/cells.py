@@ -1,0 +1,69 @@
+"""Cells of pages on disk, for layers whose rows attend to few positions; one cache holds those of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from flashrt.kv.cell_cache import CellCache
+from flashrt.kv.far_layout import FarLayout
+from flashrt.kv.spill import Reading, Spill
+
+Array = np.ndarray
+
+
+class KvCells:
+    """`slots` cells of the layers of `spill` that have cells; `allocate` gives zeroed memory of a shape and type."""
+
+    @classmethod
+    def nbytes(cls, layout: FarLayout, slots: int) -> int:
+        """Bytes that it takes from `allocate`, and while it computes."""
+        return slots * layout.cell_bytes + CellCache.nbytes(slots, len(layout.heads), layout.cells)
+
+    def __init__(self, spill: Spill, slots: int, allocate: Callable[..., Array]) -> None:
+        self._spill, layout = spill, spill.layout
+        self._layers = list(layout.heads)
+        self.memory = allocate((slots, layout.cell_bytes), np.uint8)
+        self.cache = CellCache(slots, len(self._layers), layout.cells, self._read, allocate)
+
+    def open(self, layer: int) -> LayerCells | None:
+        """The cells of a layer; None where it has none."""
+        layout = self._spill.layout
+        if layer not in layout.heads:
+            return None
+        count = layout.count * layout.cells_of_page(layer)
+        return LayerCells(self._layers.index(layer), count, self.cache, self.memory)
+
+    def _read(self, row: int, cells: Array, slots: Array) -> Reading:
+        return self._spill.submit_cells(self._layers[row], cells, self.memory, slots)
+
+
+class LayerCells:
+    """Cells of a layer's pages, `count` for each KV head, of which `cache` holds some in `memory` (uint8 [slots, n]).
+
+    The layer is the one of this `row` to the cache.
+    """
+
+    def __init__(self, row: int, count: int, cache: CellCache, memory: np.ndarray) -> None:
+        self.count, self.memory, self._row, self._cache = count, memory, row, cache
+
+    @property
+    def slots(self) -> int:
+        """Cells that can be fetched at a time."""
+        return self._cache.slots
+
+    def fetch(self, cells: np.ndarray) -> np.ndarray:
+        """Slots (int32 [n]) of cells (int64 [n], KV head * count + cell), all different; valid until the next call.
+
+        Raises DiskError.
+        """
+        return self._cache.fetch(self._row, cells)
+
+    def prefetch(self, cells: np.ndarray) -> None:
+        """Start to read those that are not there."""
+        self._cache.prefetch(self._row, cells)
+
+    def forget(self, first: int) -> None:
+        """Forget cells of all KV heads from cell `first` on, which are about to change on disk."""
+        self._cache.drop(self._row, np.flatnonzero(np.arange(self._cache.cells) % self.count >= first))

@@ -1,0 +1,142 @@
+"""Keys and values that do not fit in memory, of which rows of narrow passes attend to those that labels choose.
+
+The last positions lie in one array, older ones in pages on disk, as in a `StreamedStore`, and labels of all keys in
+memory. What a row chooses of older positions comes from disk by cells, through a cache that layers share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows
+from flashrt.kv.contiguous import ContiguousStore
+from flashrt.kv.far import LayerCells
+from flashrt.kv.index import LabelIndex
+from flashrt.kv.lists import Chooser, Chosen
+from flashrt.kv.sparse import keys_of
+from flashrt.kv.streamed import StreamedStore
+from flashrt.spec import Attention
+from flashrt_kernels.limits import NARROW_TOKENS
+
+Array = np.ndarray
+
+
+class ChosenStore(StreamedStore):
+    """A `StreamedStore` with labels of its keys."""
+
+    chooses = True
+
+    @classmethod
+    def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+        if limits.held is None or limits.choice is None or not limits.cell_bytes:
+            return None
+        return 2 * attention.kv_heads * attention.head_dim * cls.slots(attention, limits)
+
+    @classmethod
+    def beside(cls, attention: Attention, limits: KvLimits) -> int:
+        return LabelIndex.nbytes(attention, limits)
+
+    @classmethod
+    def cells(cls, attention: Attention, limits: KvLimits) -> int:
+        if limits.choice is None:
+            return 0
+        shares = range(len(limits.choice.shares))
+        return sum(1 + limits.choice.kept(limits.context - 1, head) for head in shares)
+
+    @classmethod
+    def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
+        return max(super().scratch_bytes(attention, limits, ops), Chooser.scratch_bytes(attention, limits, ops))
+
+    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
+        super().__init__(attention, limits, kernels, allocate)
+        assert self._pages.cells is not None, "chosen positions come from disk by cells"
+        self._cells: LayerCells = self._pages.cells
+        self._chooser = Chooser(attention, limits, kernels.ops, allocate)
+        token = self.memory[0, 0].nbytes
+        self._cell = limits.cell_bytes // token  # positions of a cell
+        memory = self._cells.memory.view(self.memory.dtype)
+        self._fetched = memory.reshape(-1, *self.memory.shape[2:])  # [slots * positions, 2, head_dim]
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.first > 0
+
+    def append(self, key: Array, value: Array, start: int) -> None:
+        self._chooser.index.begin(start, self._keys)
+        super().append(key, value, start)
+
+    def write_page(self, begin: int, heads: slice, page: Array) -> None:
+        self._chooser.index.begin(begin, self._keys)  # before older positions leave for the disk
+        super().write_page(begin, heads, page)
+
+    def restart(self, first: int = 0) -> None:
+        super().restart(first)
+        self._chooser.index.restart()
+
+    def attend(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
+        if rows.wide or rows.draft:
+            super().attend(query, rows, heads, out)
+            return
+        for begin in range(0, len(query), NARROW_TOKENS):  # a text may be scored in longer passes
+            own, part = slice(begin, begin + NARROW_TOKENS), rows._replace(start=rows.start + begin)
+            if begin > 0:
+                self._chooser.index.begin(part.start, self._keys)
+            self._attend_few(query[own], part, heads, out[own])
+
+    def look_ahead(self, query: Array, rows: KvRows) -> None:
+        self._chooser.index.begin(rows.start, self._keys)
+        every = slice(0, len(self.memory))
+        chosen = self._chooser.choose(query, rows, every, self._kernels.scratch)
+        self._cells.prefetch(np.unique(np.concatenate(self._far_cells(chosen))))
+
+    def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
+        if self.first == 0 and not self._chooser.leaves_out(rows, len(query), heads):
+            ContiguousStore.attend(self, query, rows, heads, out)
+            return
+        chosen = self._chooser.choose(query, rows, heads, self._kernels.scratch)
+        self._attend_to(query, chosen, rows.start, heads, out)
+
+    def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
+        """In one call where the cache holds what all rows choose, or else in halves."""
+        wanted = self._far_cells(chosen)
+        cells, at = np.unique(np.concatenate(wanted), return_inverse=True)
+        if len(cells) > self._cells.slots and len(query) > 1:
+            middle = len(query) // 2
+            for own in (slice(0, middle), slice(middle, None)):
+                part = Chosen(chosen.blocks[own], chosen.counts[own], chosen.paths[own], chosen.rest)
+                self._attend_to(query[own], part, start, heads, out[own])
+            return
+        slots = self._cells.fetch(cells)[at]
+        ends = np.cumsum([len(part) for part in wanted])
+
+        def places(which: int, blocks: Array) -> tuple[Array, int]:
+            own = slots[ends[which] - len(wanted[which]) : ends[which]]
+            return self._places(blocks, own)
+
+        lists = self._chooser.lists(chosen, start, self.first, places)
+        ops, scale = self._kernels.ops, self._attention.scale
+        ops.attention_list(
+            query, self.memory[heads], self._fetched, lists.places, lists.counts, scale, None, out, lists.rest
+        )
+
+    def _places(self, blocks: Array, slots: Array) -> tuple[Array, int]:
+        """Where blocks begin, of which the first are in `slots` of the cache."""
+        starts, down = blocks * np.int32(self._chooser.block), len(slots)
+        starts[:down] = -1 - (slots * np.int32(self._cell) + starts[:down] % self._cell)
+        starts[down:] -= self.first
+        return starts, down
+
+    def _far_cells(self, chosen: Chosen) -> list[Array]:
+        """By row and KV head, the cells (int64) of the blocks that are not in memory."""
+        block, found = self._chooser.block, []
+        for row, counts in zip(chosen.blocks, chosen.counts, strict=True):
+            for head, (blocks, count) in enumerate(zip(row, counts, strict=True)):
+                far = blocks[: np.searchsorted(blocks[:count], self.first // block)].astype(np.int64)
+                found.append(head * self._cells.count + far * block // self._cell)
+        return found
+
+    def _keys(self, begin: int, end: int) -> Array:
+        """float32 [kv_heads, positions, head_dim]"""
+        return keys_of(self.memory[:, begin - self.first : end - self.first])
