@@ -14,12 +14,12 @@ class CellClaim:
     """For pages of `layout`, where a token chooses `chosen` cells of each layer at the end of the context."""
 
     layout: FarLayout
-    chosen: Sequence[int]
+    chosen: Sequence[int]  # an upper bound: neighbours may lie in one cell
 
     @property
     def least(self) -> int:
         """Cells without which nothing runs: those of one layer that a token chooses."""
-        return min(max(self.chosen), self._all)
+        return min(max(self.chosen), self.layout.cells)
 
     @property
     def chosen_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -52,6 +53,12 @@ class RingPages:
         """Forget what is being read beside the ring, after a pass that was left half-way."""
         if self.cells is not None:
             self.cells.cache.cancel()
+
+    def counts(self) -> Counter[str]:
+        """Bytes read of keys and values (`bytes`), and what the cache of cells counts; see `CellCache`."""
+        found = Counter() if self.cells is None else Counter(self.cells.cache.counts)
+        found["bytes"] = self._spill.bytes_read
+        return found
 
     @property
     def wait_s(self) -> float:

@@ -100,16 +100,27 @@ def _bar(share: float) -> str:
     return "█" * whole + EIGHTHS[part].strip()
 
 
+def _kv(the_plan: Plan) -> str:
+    """Where keys and values lie."""
+    kv = f"{size(the_plan.owners['KV'])} in memory"
+    if the_plan.far is None:
+        return kv
+    kv += f", {size(the_plan.kv_disk_bytes)} on disk"
+    if streamed := the_plan.far.streamed_bytes:
+        kv += f", of which a token at the end of the context reads {size(streamed)}"
+    if the_plan.kv_cells:
+        cached = size(the_plan.kv_cells * the_plan.far.cell_bytes)
+        kv += f"; a token chooses {size(the_plan.kv_cell_bytes_per_token)} there, a cache holds {cached}"
+    return kv
+
+
 def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     from flashrt.budget.planner import ceil_gib
 
     weights = f"{size(the_plan.pinned_bytes)} of {size(the_plan.weight_bytes)}"
-    kv = f"{size(the_plan.owners['KV'])} in memory"
-    if the_plan.far is not None:
-        kv += f", {size(the_plan.kv_disk_bytes)} on disk, which a token at the end of the context reads"
     lines = [
         f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
-        f"keys and values   {kv}",
+        f"keys and values   {_kv(the_plan)}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
         *(f"{label:<18}{text}" for tier in the_plan.all_tiers for label, text in tier.lines(size).items()),
         *([] if the_plan.kv is None else [f"attention         {the_plan.kv.describe()}"]),

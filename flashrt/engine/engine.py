@@ -72,6 +72,7 @@ class Engine:
         self._prefixes: Prefixes | None = None
         self._wait_s = 0.0
         self._ffn_counts: Counter[str] = Counter()  # once closed
+        self._kv_counts: Counter[str] = Counter()  # once closed
 
     def __enter__(self) -> Engine:
         return self
@@ -111,6 +112,11 @@ class Engine:
         """What the feed-forward blocks have counted so far, by name; see `FfnKind.counts`."""
         return self._ffn_counts if self._runner is None else self._runner.decoder.ffns.counts()
 
+    def kv_counts(self) -> Counter[str]:
+        """What the cells of keys and values on disk have counted so far; see `RingPages.counts`."""
+        pages = None if self._runner is None else self._runner.decoder.pages
+        return self._kv_counts if pages is None else pages.counts()
+
     def ffn_figures(self, counts: Counter[str]) -> tuple[dict[str, Any], list[str]]:
         """Figures and remarks for a report; see `Ffns.figures`. Empty once closed."""
         if self._runner is None:
@@ -136,6 +142,7 @@ class Engine:
             self.sequence.kv.close()
             decoder = self._runner.decoder
             self._wait_s, self._ffn_counts = decoder.wait_s, decoder.ffns.counts()
+            self._kv_counts = self.kv_counts()
             self._runner = None
             self.sequence = Sequence(KvCache((), 0))
             self.__dict__.pop("_sessions", None)

@@ -21,6 +21,7 @@ from flashrt.engine.runtime import Runtime
 from flashrt.engine.sequence import Sequence
 from flashrt.engine.turns import Turns
 from flashrt.errors import UsageError
+from flashrt.kv.figures import kv_figures, kv_remarks
 from flashrt.machine.disk import DiskRoof
 from flashrt.machine.process import peak_resident_bytes
 from flashrt.sparsity import Sparsity
@@ -48,6 +49,7 @@ class Host(Protocol):
     def bytes_read(self) -> int: ...
     @property
     def wait_s(self) -> float: ...
+    def kv_counts(self) -> Counter[str]: ...
     def ffn_counts(self) -> Counter[str]: ...
     def ffn_figures(self, counts: Counter[str]) -> tuple[dict[str, Any], list[str]]: ...
     def begin(self, request: Request) -> Sequence: ...
@@ -66,13 +68,14 @@ class Token:
 class _Phase:
     """What a part of a generation took: time inside flashrt (not the caller's), bytes read, time waiting for reads.
 
-    `ffn` holds what the feed-forward blocks counted meanwhile.
+    `ffn` holds what the feed-forward blocks counted meanwhile, `kv` what keys and values on disk did.
     """
 
     seconds: float = 0.0
     bytes_read: int = 0
     wait_s: float = 0.0
     ffn: Counter[str] = field(default_factory=Counter)
+    kv: Counter[str] = field(default_factory=Counter)
 
 
 class Generation:
@@ -168,7 +171,7 @@ class Generation:
     def _measured(self, phase: _Phase) -> Iterator[None]:
         engine = self._engine
         began, read, wait_s = time.perf_counter(), engine.bytes_read, engine.wait_s
-        counts = engine.ffn_counts()
+        counts, kv = engine.ffn_counts(), engine.kv_counts()
         try:
             yield
         finally:
@@ -176,6 +179,7 @@ class Generation:
             phase.bytes_read += engine.bytes_read - read
             phase.wait_s += engine.wait_s - wait_s
             phase.ffn += engine.ffn_counts() - counts
+            phase.kv += engine.kv_counts() - kv
 
     def _end(self) -> None:
         last = self._engine.turns.current is self  # none has begun since
@@ -225,8 +229,9 @@ class Generation:
             draft_s=passes.draft_s if passes else 0.0,
             verify_s=passes.verify_s if passes else 0.0,
             plan=engine.plan.to_json(),
+            kv=kv_figures(decode.kv),
             ffn=ffn,
-            remarks=[*remarks, engine.plan.kv.describe()] if engine.plan.kv else remarks,
+            remarks=[*remarks, *kv_remarks(engine.plan.kv, decode.kv)],
         )
 
 

@@ -33,6 +33,7 @@ class Report:
     peak_rss_bytes        the largest resident set of the process, as the kernel counted it; device_peak_bytes the most
                           memory on a GPU, None on the CPU
     plan                  figures of the plan (see `Plan.to_json`)
+    kv                    of the passes after the first token, what was read of keys and values (see `kv_figures`)
     ffn                   figures of the kinds of feed-forward blocks (see `FfnKind.figures`), in `to_json` each under
                           its own name; None where the model has no such blocks
     remarks               what these come to, for the closing line
@@ -67,6 +68,7 @@ class Report:
     draft_s: float
     verify_s: float
     plan: dict[str, Any]
+    kv: dict[str, Any]
     ffn: Mapping[str, Any]
     remarks: Sequence[str]
 

@@ -37,7 +37,6 @@ class File(Protocol):
     def close(self) -> None: ...
 
 
-
 class Reads(Protocol):
     """Starts reads of the file."""
 
@@ -46,7 +45,6 @@ class Reads(Protocol):
 
     def cells(self, offsets: Array, out: Array, slots: Array) -> Reading:
         """len(out[0]) bytes from offsets[i] each (int64 [n]) into out[slots[i]]."""
-
 
 
 class Spill:

@@ -29,7 +29,9 @@ ATTENTION = Attention(heads=6, kv_heads=3, head_dim=20, scale=0.3)
 class Pair:
     """A store over a file in memory, and one that holds everything. `spare`: cells held beside those of one row."""
 
-    def __init__(self, choice: Choice, item: type = np.uint16, attention: Attention = ATTENTION, spare: int = 0) -> None:
+    def __init__(
+        self, choice: Choice, item: type = np.uint16, attention: Attention = ATTENTION, spare: int = 0
+    ) -> None:
         size, self.attention = np.dtype(item).itemsize, attention
         nbytes = cell_bytes([attention], choice.block, size)
         limits = KvLimits(CONTEXT, ROWS, choice, held=0, cell_bytes=nbytes)
