@@ -9,6 +9,8 @@ A block of random bundles is encoded for each kind of tensor and repeated at cha
 checksums and the disk, whatever the size. Weights have a variance of 1 / inputs: activations keep their size. The
 tokenizer is one token a byte. Speed measured on such a pack is the model's; its text and perplexity are noise.
 
+With --kv-labels, keys get labels for sparse attention (`run --kv sparse`), by random products.
+
 Random routers use all experts alike. With --router-skew S, the router's row of the expert of rank r (each layer has an
 order of its own) is r^-S times as long: the longer a row, the further its logit swings, and the oftener it is chosen.
 """
@@ -28,16 +30,22 @@ from typing import Any
 import numpy as np
 
 from flashrt.errors import FlashrtError
+from flashrt.labels import KvLabels, LayerLabels, most_channels
 from flashrt.rope import Rope
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
+from flashrt.storage.kv_labels import write_labels
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.manifest import Manifest
+from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt.text.files import TextFiles
 from flashrt_kernels import ops
+from flashrt_kernels.labels import LABEL_CODES
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 POOL_WEIGHTS = 2 << 20  # random weights encoded for each kind of tensor
+LABEL_RANGE = 2.5  # standard deviations that codes of labels cover
+LABEL_BLOCK = 8  # positions that are chosen together, as calibration has it
 STEP = 97  # bundles by which one block's share of the pool is shifted against the next one's
 
 Array = np.ndarray
@@ -201,6 +209,23 @@ def byte_tokenizer() -> bytes:
     return str(tokenizer.to_str()).encode()
 
 
+def random_labels(pack: Pack, seed: int) -> KvLabels:
+    """Labels of keys for sparse attention, by random products: as fast as fitted ones, and as wide."""
+    random = np.random.default_rng(seed)
+    layers: list[LayerLabels | None] = []
+    for layer in pack.spec.layers:
+        attention, channels = layer.attention, most_channels(layer.attention)
+        if channels is None:
+            layers.append(None)
+            continue
+        keys = random.normal(size=(attention.kv_heads, channels, attention.head_dim)).astype(np.float32)
+        keys /= np.linalg.norm(keys, axis=2, keepdims=True)
+        low = np.full((attention.kv_heads, channels), -LABEL_RANGE, np.float32)
+        layers.append(LayerLabels(keys, keys, low, low * np.float32(-2 / (LABEL_CODES - 1))))
+    shares = tuple(() if own is None else (1.0,) * len(own.keys) for own in layers)
+    return KvLabels(pack.manifest.hash, LABEL_BLOCK, tuple(layers), shares)
+
+
 def make(
     out: Path,
     name: str,
@@ -223,6 +248,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=[c.value for c in Codec], default=Codec.INT4.value)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--router-skew", type=float, default=0.0, metavar="S", help="0: all experts alike")
+    parser.add_argument("--kv-labels", action="store_true", help="labels of keys too, for --kv sparse")
     numbers = list(Shape.__dataclass_fields__)
     for field in numbers:
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, metavar="N", help="in place of the preset's")
@@ -243,6 +269,9 @@ def main() -> int:
     began = time.perf_counter()
     try:
         manifest = make(args.out, args.preset, shape, Codec(args.dtype), args.seed, progress, args.router_skew)
+        if args.kv_labels:
+            written = Pack(args.out)
+            write_labels(args.out, random_labels(written, args.seed), written.spec)
     except FlashrtError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -39,6 +39,11 @@ class CellClaim:
         wanted = self.nbytes(min(max(sum(self.chosen), self.least), self._all)) - self.nbytes(self.least)
         return max(min(wanted, free // 2), 0)
 
+    @property
+    def beside_embeddings(self) -> int:
+        """Bytes beside the least that would hold all cells."""
+        return self.nbytes(self._all) - self.nbytes(self.least)
+
     def most(self, free: int) -> int:
         """Cells that `free` bytes hold, no more than there are."""
         one = self.nbytes(1) - self.nbytes(0)

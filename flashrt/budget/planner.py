@@ -4,9 +4,10 @@ Order of claim: the process itself, KV for the asked context and the buffers of 
 them; then weights, the small ones that every token needs first (router, attention, head), then FFN rows spread evenly
 over the layers, so that every layer streams the same share and compute overlaps all of it; embeddings last, since a
 token needs one row of them. Where keys and values of the context do not fit even so, older ones lie on disk and stream
-as weights do; then what weights leave holds some of these. Where tokens choose what they attend to, a cache holds what
-was chosen before: what a token chooses in one layer at least, in all layers as far as that takes no more than half of
-what weights may have, and more of what they leave.
+as weights do; then what weights leave holds some of these. Where tokens choose what they attend to, older ones lie on
+disk unless memory holds everything, weights too. A cache holds what was chosen before: what a token chooses in one
+layer at least, in all layers as far as that takes no more than half of what weights may have, and more of what weights
+without the embeddings leave.
 
 What a kind of FFN wants beside pinned blocks it says by a claim (`flashrt.budget.claims`), and is granted when the turn
 of its weights has come.
@@ -57,10 +58,12 @@ def plan(
 ) -> Plan:
     """Divide `budget_bytes`. Raises BudgetError, with the smallest budget that would do, when it cannot be done."""
     planners = _planners(Case(spec, layout, workload, costs), claims)
-    for planner in planners:
-        if budget_bytes >= planner.smallest() - PEAK_JITTER:
-            return planner.plan(budget_bytes)
-    raise BudgetError(min(planners, key=_Planner.smallest).refusal(budget_bytes))
+    able = [planner for planner in planners if budget_bytes >= planner.smallest() - PEAK_JITTER]
+    if not able:
+        raise BudgetError(min(planners, key=_Planner.smallest).refusal(budget_bytes))
+    if able[-1].cells is not None and budget_bytes < planners[0].enough():
+        return able[-1].plan(budget_bytes)  # of keys and values a token reads a share, of weights everything
+    return able[0].plan(budget_bytes)
 
 
 def smallest_budget(
@@ -265,6 +268,8 @@ class _Planner:
             tensors = [t for t in self.case.tensors(owner) if t.name not in self.whole]
             claims = [claim for claim in self.claims if claim.owner == owner]
             free += sum(claim.least() for claim in claims)
+            if owner == "embeddings" and self.cells is not None:  # a token reads one row of these
+                free = max(free - self.cells.beside_embeddings, 0)
             share = _spread(tensors, free - sum(claim.wanted(free, ring) for claim in claims))
             free -= sum(prefix_bytes(t, share[t.name]) for t in tensors)
             pinned |= share

@@ -2,9 +2,9 @@
 
 A cell is so many neighbours of a KV head as fill whole pages of a disk (`flashrt.kv.far_layout`).
 
-Layers take turns in one order, so the least recently used cell may be the one that is needed next. What is given up is
-the cell whose uses weigh least, each use half as much after every `HALF_LIFE` tokens (LRFU: Lee et al., "LRFU: A
-Spectrum of Policies that Subsumes the Least Recently Used and Least Frequently Used Policies", 2001).
+What is given up is what is wanted last if every layer chooses what it chose before (Belady, "A study of replacement
+algorithms for a virtual-storage computer", 1966). Layers take turns in one order. So a cell that its layer did not
+choose at its last turn goes first, the longest unused before others; then those of the layer whose turn was last.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from flashrt.errors import FlashrtError
 
 Array = np.ndarray
 
-HALF_LIFE = 8  # tokens
-QUEUE_SHARE = 8  # the queue of those to be given up next is made anew for this part of all slots
-LARGEST_WEIGHT = 2.0**500  # beyond which all are scaled down
+QUEUE_SHARE = 32  # the queue of those to be given up next is made anew for this part of all slots
+NEVER = -(1 << 40)  # the turn at which an empty slot was used
 
 
 class Reading(Protocol):
@@ -48,12 +47,11 @@ class CellCache:
         self.slots, self.cells, self._read = slots, cells, read
         self._slot = allocate((layers, cells), np.int32)  # that holds a cell, or is being filled with it
         self._owner = allocate((slots,), np.int64)  # layer * cells + cell
-        self._weight = allocate((slots,), np.float64)  # of its uses
-        self._slot[:], self._owner[:] = -1, -1
-        self._use = 1.0  # what a use weighs now
-        self._growth = 2.0 ** (1 / (HALF_LIFE * layers))  # by which that grows from one layer to the next
+        self._used = allocate((slots,), np.int64)  # the turn at which its cell was wanted last
+        self._slot[:], self._owner[:], self._used[:] = -1, -1, NEVER
+        self._layers, self._turn = layers, 0
         self._queue = np.zeros(0, np.int64)  # slots in the order in which they are given up
-        self._queued = np.zeros(0)  # their weights when it was made
+        self._queued = np.zeros(0, np.int64)  # turns at which these had been used when it was made
         self._held = allocate((slots,), np.bool_)  # may not be given up: wanted now, or being filled
         self._ahead = allocate((slots,), np.bool_)  # read before it was wanted
         self._flying: list[tuple[int, Reading, Array]] = []  # layer, what is being read, and the slots that it goes to
@@ -63,18 +61,18 @@ class CellCache:
     @classmethod
     def nbytes(cls, slots: int, layers: int, cells: int) -> int:
         """Bytes that it takes beside the cells: what it allocates, and a queue of all slots while that is made."""
-        return 4 * layers * cells + (8 + 8 + 2 + 16) * slots
+        return 4 * layers * cells + (8 + 8 + 2 + 32) * slots
 
     def fetch(self, layer: int, cells: Array) -> Array:
         """Slots (int32 [n]) that hold these cells, all different, of a layer; valid until the next call.
 
         Returns when all are there. n is at most `slots`.
         """
-        self._age()
+        self._turn += 1
         slots = self._slot[layer, cells]
         there = slots >= 0
         hits = slots[there]
-        self._weight[hits] += self._use
+        self._used[hits] = self._turn
         self.counts["hits"] += len(hits)
         self.counts["useful"] += int(self._ahead[hits].sum())
         self._ahead[hits] = False
@@ -96,7 +94,9 @@ class CellCache:
         missing = cells[self._slot[layer, cells] < 0][: self.slots // 4]
         if len(missing):
             self._arrive()
-            self._ahead[self._begin(layer, missing)] = True
+            slots = self._begin(layer, missing)
+            self._ahead[slots] = True
+            self._used[slots] = self._turn + 1 - self._layers  # as if at the last turn of a layer whose turn is next
             self.counts["ahead"] += len(missing)
 
     def drop(self, layer: int, cells: Array) -> None:
@@ -123,7 +123,7 @@ class CellCache:
         self._flying.append((layer, self._read(layer, cells, slots.astype(np.int64)), slots))
         self._owner[slots] = layer * self.cells + cells
         self._slot[layer, cells] = slots
-        self._weight[slots] = self._use
+        self._used[slots] = self._turn
         self._ahead[slots] = False
         return slots
 
@@ -144,14 +144,7 @@ class CellCache:
         owners = self._owner[slots]
         self._slot.reshape(-1)[owners[owners >= 0]] = -1
         self._owner[slots] = -1
-        self._weight[slots] = 0.0
-
-    def _age(self) -> None:
-        """Let all that was used weigh less than what is used from now on."""
-        self._use *= self._growth
-        if self._use > LARGEST_WEIGHT:
-            self._weight /= self._use
-            self._queued, self._use = self._queued / self._use, 1.0
+        self._used[slots] = NEVER
 
     def _free(self, count: int) -> Array:
         """Slots to give up, int32 [count]. Raises ValueError where fewer are not held."""
@@ -159,7 +152,7 @@ class CellCache:
         for fresh in (False, True):
             if fresh:
                 self._line_up(count)
-            usable = (self._weight[self._queue] <= self._queued) & ~self._held[self._queue]
+            usable = (self._used[self._queue] == self._queued) & ~self._held[self._queue]
             place = np.flatnonzero(usable)[:count]
             found.append(self._queue[place])
             count -= len(place)
@@ -172,8 +165,10 @@ class CellCache:
 
     def _line_up(self, count: int) -> None:
         """Make the queue anew, for `count` slots at least."""
-        weights = np.where(self._held, np.inf, self._weight)
+        age = self._turn - self._used
+        delay = np.where(age > self._layers, age, self._layers - age)
+        delay[self._held] = -1
         some = min(count + self.slots // QUEUE_SHARE, self.slots)
-        lightest = np.argpartition(weights, some - 1)[:some]
-        self._queue = lightest[np.argsort(weights[lightest], kind="stable")]
-        self._queued = self._weight[self._queue]
+        last = np.argpartition(delay, self.slots - some)[self.slots - some :]
+        self._queue = last[np.argsort(-delay[last], kind="stable")]
+        self._queued = self._used[self._queue]

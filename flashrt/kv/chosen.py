@@ -89,7 +89,7 @@ class ChosenStore(StreamedStore):
         self._chooser.index.begin(rows.start, self._keys)
         every = slice(0, len(self.memory))
         chosen = self._chooser.choose(query, rows, every, self._kernels.scratch)
-        self._cells.prefetch(np.unique(np.concatenate(self._far_cells(chosen))))
+        self._cells.prefetch(_distinct(self._far_cells(chosen), len(query))[0])
 
     def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
         if self.first == 0 and not self._chooser.leaves_out(rows, len(query), heads):
@@ -101,7 +101,7 @@ class ChosenStore(StreamedStore):
     def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
         """In one call where the cache holds what all rows choose, or else in halves."""
         wanted = self._far_cells(chosen)
-        cells, at = np.unique(np.concatenate(wanted), return_inverse=True)
+        cells, at = _distinct(wanted, len(query))
         if len(cells) > self._cells.slots and len(query) > 1:
             middle = len(query) // 2
             for own in (slice(0, middle), slice(middle, None)):
@@ -140,3 +140,14 @@ class ChosenStore(StreamedStore):
     def _keys(self, begin: int, end: int) -> Array:
         """float32 [kv_heads, positions, head_dim]"""
         return keys_of(self.memory[:, begin - self.first : end - self.first])
+
+
+def _distinct(found: list[Array], rows: int) -> tuple[Array, Array]:
+    """The distinct of all cells, ascending, and where each of them is among these; those of one row are in order."""
+    cells = np.concatenate(found)
+    if rows > 1:
+        distinct, at = np.unique(cells, return_inverse=True)
+        return distinct, at
+    new = np.ones(len(cells), bool)
+    np.not_equal(cells[1:], cells[:-1], out=new[1:])
+    return cells[new], np.cumsum(new) - 1
