@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from flashrt.errors import FlashrtError
+from flashrt.kv.guesses import Guesses
 
 Array = np.ndarray
 
@@ -55,6 +56,7 @@ class CellCache:
         self._held = allocate((slots,), np.bool_)  # may not be given up: wanted now, or being filled
         self._ahead = allocate((slots,), np.bool_)  # read before it was wanted
         self._flying: list[tuple[int, Reading, Array]] = []  # layer, what is being read, and the slots that it goes to
+        self.guesses = Guesses(layers)
         self.counts: Counter[str] = Counter()
         self.wait_s = 0.0
 
@@ -74,12 +76,14 @@ class CellCache:
         hits = slots[there]
         self._used[hits] = self._turn
         self.counts["hits"] += len(hits)
-        self.counts["useful"] += int(self._ahead[hits].sum())
+        useful = int(self._ahead[hits].sum())
+        self.counts["useful"] += useful
         self._ahead[hits] = False
         missing = cells[~there]
         if len(missing) + len(hits) > self.slots - int(self._held.sum()):
             self._arrive()
         self._held[hits] = True
+        waited = self.wait_s
         try:
             self.counts["misses"] += len(missing)
             if len(missing):
@@ -87,6 +91,7 @@ class CellCache:
             self._arrive(layer)
         finally:
             self._held[slots[slots >= 0]] = False
+        self.guesses.fetched(len(missing), useful, self.wait_s - waited)
         return slots
 
     def prefetch(self, layer: int, cells: Array) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from flashrt.kv.cell_cache import CellCache
 from flashrt.kv.far_layout import FarLayout
+from flashrt.kv.guesses import Guesses
 from flashrt.kv.spill import Reading, Spill
 
 Array = np.ndarray
@@ -59,6 +60,11 @@ class LayerCells:
         Raises DiskError.
         """
         return self._cache.fetch(self._row, cells)
+
+    @property
+    def guesses(self) -> Guesses:
+        """Whether it pays to guess what is wanted next."""
+        return self._cache.guesses
 
     def prefetch(self, cells: np.ndarray) -> None:
         """Start to read those that are not there."""

@@ -6,6 +6,7 @@ memory. What a row chooses of older positions comes from disk by cells, through 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class ChosenStore(StreamedStore):
 
     @property
     def looks_ahead(self) -> bool:
-        return self.first > 0
+        return self.first > 0 and self._cells.guesses.wanted()
 
     def append(self, key: Array, value: Array, start: int) -> None:
         self._chooser.index.begin(start, self._keys)
@@ -86,10 +87,12 @@ class ChosenStore(StreamedStore):
             self._attend_few(query[own], part, heads, out[own])
 
     def look_ahead(self, query: Array, rows: KvRows) -> None:
+        began = time.perf_counter()
         self._chooser.index.begin(rows.start, self._keys)
         every = slice(0, len(self.memory))
         chosen = self._chooser.choose(query, rows, every, self._kernels.scratch)
         self._cells.prefetch(_distinct(self._far_cells(chosen), len(query))[0])
+        self._cells.guesses.made(time.perf_counter() - began)
 
     def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
         if self.first == 0 and not self._chooser.leaves_out(rows, len(query), heads):
