@@ -160,6 +160,7 @@ class Plan:
             "kv_bytes": self.owners["KV"],
             "kv_disk_bytes": self.kv_disk_bytes,
             "kv_cells": self.kv_cells,
+            "kv_cell_bytes": 0 if self.far is None else self.far.cell_bytes,
             "kv_cell_bytes_per_token": self.kv_cell_bytes_per_token,
             "kv_keep": None if self.kv is None else self.kv.keep,
             "kv_loss": None if self.kv is None else self.kv.loss,

@@ -38,6 +38,7 @@ MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
 RESIDENT_CHUNK = 64  # a shorter pass computes too slowly to be worth holding all weights for
 CHUNK_SHARE = 0.08  # of what the process leaves free: a larger chunk may not take more than this from the weights
+FAR_CHUNK_SHARE = 0.2  # the same where every pass of a prompt reads the older keys and values again
 RING_SLOTS = (24, 16, 12, 8, 4, 2)  # blocks in flight or in use, the best first; 24 read 11-25% faster than 12 here
 RING_SHARE = 1 / 16  # of what weights may take that the ring may have at most
 LOOKUP_BYTES = 28  # of a token of context, for finding it again
@@ -232,7 +233,8 @@ class _Planner:
 
     def _chunk(self, budget: int) -> int:
         """The longest pass that is of use and leaves all weights resident, or else takes no more than its share."""
-        limit = CHUNK_SHARE * (budget - self.case.costs.runtime_bytes)
+        share = FAR_CHUNK_SHARE if self.streams else CHUNK_SHARE
+        limit = share * (budget - self.case.costs.runtime_bytes)
         fixed = {chunk: self._fixed(chunk) for chunk in CHUNKS if not self._too_long(chunk)}
         free = {chunk: budget - slack_bytes(budget) - sum(parts.values()) for chunk, parts in fixed.items()}
         enough = min(RESIDENT_CHUNK, max(fixed))

@@ -47,7 +47,7 @@ def plan(
     the_plan = model.plan(workload)
     disk = load_disk_profile(model.cache, model.disk_number)
     speed = disk.sequential if disk is not None else None
-    streamed = the_plan.streamed_bytes_per_token
+    streamed = the_plan.streamed_bytes_per_token - the_plan.kv_cell_bytes_per_token  # of cells, many are cached
     extra = {
         "smallest_budget_bytes": model.smallest_budget(workload),
         "resident_share": the_plan.pinned_bytes / the_plan.weight_bytes,
@@ -114,6 +114,13 @@ def _kv(the_plan: Plan) -> str:
     return kv
 
 
+def _read(the_plan: Plan) -> str:
+    """What a token reads from disk."""
+    chosen = the_plan.kv_cell_bytes_per_token
+    read = size(the_plan.streamed_bytes_per_token - chosen)
+    return f"{read}, and what the cache lacks of {size(chosen)} that it chooses" if chosen else read
+
+
 def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     from flashrt.budget.planner import ceil_gib
 
@@ -124,9 +131,9 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
         f"resident weights  {weights} ({extra['resident_share']:.1%})",
         *(f"{label:<18}{text}" for tier in the_plan.all_tiers for label, text in tier.lines(size).items()),
         *([] if the_plan.kv is None else [f"attention         {the_plan.kv.describe()}"]),
-        f"read per token    {size(the_plan.streamed_bytes_per_token)}",
+        f"read per token    {_read(the_plan)}",
     ]
-    if the_plan.streamed_bytes_per_token:
+    if the_plan.streamed_bytes_per_token > the_plan.kv_cell_bytes_per_token:
         if extra["expected_tok_per_s"]:
             at = f"{extra['expected_tok_per_s']:.2f} tokens/s, the disk giving {rate(extra['disk_bytes_per_s'])}"
         else:

@@ -170,10 +170,13 @@ class CellCache:
 
     def _line_up(self, count: int) -> None:
         """Make the queue anew, for `count` slots at least."""
-        age = self._turn - self._used
-        delay = np.where(age > self._layers, age, self._layers - age)
+        delay = self._delay(self._turn - self._used)
         delay[self._held] = -1
         some = min(count + self.slots // QUEUE_SHARE, self.slots)
         last = np.argpartition(delay, self.slots - some)[self.slots - some :]
         self._queue = last[np.argsort(-delay[last], kind="stable")]
         self._queued = self._used[self._queue]
+
+    def _delay(self, age: Array) -> Array:
+        """How long each slot's cell will not be wanted, from how many turns ago it was: in the order of that."""
+        return np.where(age > self._layers, age, self._layers - age)

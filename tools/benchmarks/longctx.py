@@ -180,14 +180,15 @@ def load_options(words: Sequence[str], args: argparse.Namespace) -> LoadOptions:
         name, equals, value = word.partition("=")
         if not equals or name not in known:
             raise SystemExit(f"{word!r} is no option, expected NAME=VALUE of {', '.join(known)}")
-        given[name] = _number(value)
+        given[name] = number(value)
     try:
         return LoadOptions(**given, budget_gb=runs.gib_of(args.budget), threads=args.threads, speculate="off")
     except FlashrtError as error:
         raise SystemExit(f"{' '.join(words)}: {error}") from None
 
 
-def _number(value: str) -> Any:
+def number(value: str) -> Any:
+    """What an option's text says: a number where it is one."""
     for kind in (int, float):
         try:
             return kind(value)
