@@ -124,8 +124,9 @@ class Runner:
         if not 1 <= len(rows.tokens) <= most:
             raise UsageError(f"a pass of {len(rows.tokens)} tokens, expected 1 to {most}")
         with self._pass_or_nothing():
-            kind = PassKind(head=True, wide=False, far=sequence.kv.far(rows.start, len(rows.tokens)))
-            self.decoder.begin_pass(kind, kind)
+            count = len(rows.tokens)
+            kind, following = (PassKind(True, False, sequence.kv.far(at, count)) for at in (rows.start, rows.start + 1))
+            self.decoder.begin_pass(kind, following)
             return self._on_host(self.decoder.logits(self._forward(sequence, Batch([rows]))))
 
     def _forward(self, sequence: Sequence, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,6 +44,12 @@ class FarLayout:
     count: int
     heads: Mapping[int, int] = field(default_factory=dict)  # layer → KV heads
     cell_bytes: int = 0
+    _begins: dict[int, int] = field(init=False, repr=False, compare=False)  # bytes before a layer's first page on disk
+
+    def __post_init__(self) -> None:
+        layers = sorted(self.page_bytes)
+        ends = itertools.accumulate((self.count - self.held) * self.page_bytes[layer] for layer in layers)
+        object.__setattr__(self, "_begins", dict(zip(layers, [0, *ends], strict=False)))
 
     @property
     def nbytes(self) -> int:
@@ -80,9 +87,8 @@ class FarLayout:
         """A layer's pages lie one after the other."""
         if not self.held <= page.segment < self.count:
             raise IndexError(f"page {page.segment} is none of {self.held} to {self.count - 1}")
-        before = sum(nbytes for layer, nbytes in self.page_bytes.items() if layer < page.layer)
         nbytes = self.page_bytes[page.layer]
-        return Place((self.count - self.held) * before + (page.segment - self.held) * nbytes, nbytes)
+        return Place(self._begins[page.layer] + (page.segment - self.held) * nbytes, nbytes)
 
 
 def page_bytes(attention: Attention, item_bytes: int) -> int:

@@ -17,6 +17,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import runtime_for
 from flashrt.errors import DiskError
 from flashrt.kv.streamed import StreamedStore
+from flashrt.model.schedule import Schedule
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt.storage.scratch_file import ScratchFile
@@ -90,6 +91,20 @@ def test_logits_of_every_pass_are_the_same(packed):
         for token in PROMPT[:400:3]:
             found = [engine.runner.step(engine.sequence, token).copy() for engine in both]
             assert np.array_equal(*found)
+
+
+def test_what_is_read_ahead_is_what_the_next_pass_takes(packed, monkeypatch):
+    """Also where a segment leaves memory: then the next pass takes one page more."""
+    abandoned = []
+    with streaming(packed) as far:
+        text_of(far, PROMPT, 5)
+        monkeypatch.setattr(Schedule, "abandon", lambda schedule: abandoned.append(far.sequence.length))
+        before = far.sequence.kv.far(far.sequence.length, 1)
+        for token in PROMPT[:600]:
+            far.runner.step(far.sequence, token)
+        assert far.sequence.kv.far(far.sequence.length, 1) >= before + 2
+        assert not abandoned
+        monkeypatch.undo()
 
 
 def test_scores_are_the_same(packed):
