@@ -24,11 +24,12 @@ from flashrt.calibration.row_pack import RowPackSource
 from flashrt.engine.runtime import runtime_for
 from flashrt.model.predictors.low_rank import Factors
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
+from flashrt.storage.kv_labels import write_labels
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt_kernels.rows import Codec
-from tools.make_synthetic_pack import PRESETS, SyntheticSource, TiledEncoder, make
+from tools.make_synthetic_pack import PRESETS, SyntheticSource, TiledEncoder, make, random_labels
 from tools.run_in_cgroup import Result, run_limited
 
 pytestmark = pytest.mark.budget
@@ -97,12 +98,12 @@ def run(
     context: int = 256,
     prompt: str = PROMPT,
     limit_gb: float | None = None,
-    mode: str = "exact",
+    *options: str,
 ) -> tuple[Result, Any]:
     """Run within a cgroup of `limit_gb` GiB, by default of exactly the budget."""
     command = [sys.executable, "-m", "flashrt", "run", str(pack), "--json", "--cache-dir", str(cache)]
     command += ["--budget-gb", str(budget_gb), "--context", str(context), "--prompt", prompt, "-n", "6"]
-    command += ["--mode", mode]
+    command += options
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
     result = run_limited(command, int((limit_gb or budget_gb) * GIB), env=env, timeout=120)
     if not result.limited:
@@ -144,17 +145,17 @@ def test_a_mixtures_tokens_do_not_depend_on_the_budget(mixture: Path, tmp_path: 
 
 @pytest.mark.parametrize("budget_gb", [0.15, 0.2])
 def test_sparse_mode(thinned: Path, tmp_path: Path, budget_gb: float) -> None:
-    result, report = run(thinned, budget_gb, tmp_path, mode="sparse")
+    result, report = run(thinned, budget_gb, tmp_path, 256, PROMPT, None, "--mode", "sparse")
     check(result, report, budget_gb)
     assert 0.1 < report["ffn_bytes_share"] < 0.9
-    result, report = run(thinned, budget_gb, tmp_path, 700, PROMPT * 30, mode="sparse")
+    result, report = run(thinned, budget_gb, tmp_path, 700, PROMPT * 30, None, "--mode", "sparse")
     check(result, report, budget_gb)
 
 
 @pytest.mark.parametrize("budget_gb", [0.15, 0.2])
 def test_rows_that_are_predicted(predicted: Path, tmp_path: Path, budget_gb: float) -> None:
     for context, prompt in ((256, PROMPT), (700, PROMPT * 30)):
-        result, report = run(predicted, budget_gb, tmp_path, context, prompt, mode="sparse")
+        result, report = run(predicted, budget_gb, tmp_path, context, prompt, None, "--mode", "sparse")
         check(result, report, budget_gb)
         assert 0.05 < report["ffn_rows_share"] < 0.6
         assert report["row_hit_rate"] < 1
@@ -173,6 +174,18 @@ def test_keys_and_values_larger_than_what_is_left(model: Path, tmp_path: Path, b
     assert report["prompt_tokens"] > 1500
     assert report["plan"]["kv_disk_bytes"] > 2 * report["plan"]["kv_bytes"] > 0
     assert report["bytes_read_per_token"] > report["plan"]["streamed_bytes_per_token"] - report["plan"]["kv_disk_bytes"]
+    assert not list(tmp_path.rglob("flashrt-kv-*"))
+
+
+@pytest.mark.parametrize("budget_gb", [0.13, 0.2])
+def test_keys_and_values_that_are_chosen_on_disk(model: Path, tmp_path: Path, budget_gb: float) -> None:
+    base = Pack(model)
+    write_labels(model, random_labels(base, 0), base.spec)
+    result, report = run(model, budget_gb, tmp_path, 4096, PROMPT * 100, None, "--kv", "sparse")
+    check(result, report, budget_gb)
+    assert report["plan"]["kv_disk_bytes"] > 2 * report["plan"]["kv_bytes"] > 0
+    assert report["kv"]["cells"] > 8 * 4 * 5 * 512 / 8
+    assert report["kv"]["bytes_read"] > 0
     assert not list(tmp_path.rglob("flashrt-kv-*"))
 
 
