@@ -184,7 +184,7 @@ def test_keys_and_values_that_are_chosen_on_disk(model: Path, tmp_path: Path, bu
     result, report = run(model, budget_gb, tmp_path, 4096, PROMPT * 100, None, "--kv", "sparse")
     check(result, report, budget_gb)
     assert report["plan"]["kv_disk_bytes"] > 2 * report["plan"]["kv_bytes"] > 0
-    assert report["kv"]["cells"] > 8 * 4 * 5 * 512 / 8
+    assert report["kv"]["cells"] > 8 * 4 * 5 * 256 / 8  # of what is chosen, a part lies on disk
     assert report["kv"]["bytes_read"] > 0
     assert not list(tmp_path.rglob("flashrt-kv-*"))
 
