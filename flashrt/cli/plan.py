@@ -123,6 +123,7 @@ def _read(the_plan: Plan) -> str:
 
 def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     from flashrt.budget.planner import ceil_gib
+    from flashrt.storage.layout import PAGE
 
     weights = f"{size(the_plan.pinned_bytes)} of {size(the_plan.weight_bytes)}"
     lines = [
@@ -133,7 +134,7 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
         *([] if the_plan.kv is None else [f"attention         {the_plan.kv.describe()}"]),
         f"read per token    {_read(the_plan)}",
     ]
-    if the_plan.streamed_bytes_per_token > the_plan.kv_cell_bytes_per_token:
+    if the_plan.streamed_bytes_per_token - the_plan.kv_cell_bytes_per_token > PAGE:  # more than a row of embeddings
         if extra["expected_tok_per_s"]:
             at = f"{extra['expected_tok_per_s']:.2f} tokens/s, the disk giving {rate(extra['disk_bytes_per_s'])}"
         else:
