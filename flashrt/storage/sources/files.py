@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from flashrt.errors import CheckpointError
 
@@ -39,3 +41,18 @@ def refuse_pointer(path: Path) -> None:
             f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned, "
             "or download the file"
         )
+
+
+def read_json(path: Path, limit: int = MAX_JSON, *, required: bool = True) -> dict[str, Any]:
+    """A JSON object; an empty one for a file that is not there and not `required`. Raises CheckpointError."""
+    try:
+        value = json.loads(read_file(path, limit))
+    except FileNotFoundError:
+        if required:
+            raise CheckpointError(f"{path} is missing: this is not a complete Hugging Face checkpoint") from None
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value

@@ -15,11 +15,10 @@ from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.checkpoint import Checkpoint
-from flashrt.storage.sources.files import MAX_JSON, MAX_TOKENIZER, MERGE_ADAPTER, read_file
+from flashrt.storage.sources.files import MERGE_ADAPTER, read_json
 from flashrt.storage.sources.safetensors_header import read_header
 from flashrt.storage.sources.tensors import StoredTensor, TensorReader
-from flashrt.text.bpe import gpt2_files
-from flashrt.text.files import GENERATION_KEYS, TextFiles
+from flashrt.storage.sources.text import directory_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,7 +28,7 @@ ADAPTER = "adapter_config.json"
 def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
     """Open a directory; see `open_checkpoint` for what is read. Raises CheckpointError."""
     _refuse_adapter(directory)
-    config = _json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if "model_type" not in config:
         raise CheckpointError(f"{directory / 'config.json'} names no model_type")
     family = family_of(config["model_type"])
@@ -37,7 +36,7 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedModelError(f"{directory} is quantized ({method}): use the original checkpoint, or a GGUF file")
-    generation = _json(directory / "generation_config.json", required=False)
+    generation = read_json(directory / "generation_config.json", required=False)
     spec = _with_end_tokens(family.spec(config), generation)
     tensors, digest = _tensors(directory)
     reader = TensorReader(tensors)
@@ -49,27 +48,13 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
         fingerprint=_fingerprint(config, generation, digest),
         reader=reader,
         tensor_map=family.tensors(spec, tensors.__contains__),
-        text=lambda: _text(directory, generation),
+        text=lambda: directory_text(directory, family.name, generation),
     )
 
 
 def _refuse_adapter(directory: Path) -> None:
     if (directory / ADAPTER).exists() and not any((directory / name).exists() for name in (SINGLE, INDEX)):
         raise CheckpointError(f"{directory} holds an adapter (LoRA), not a model: {MERGE_ADAPTER}")
-
-
-def _json(path: Path, required: bool = True) -> dict[str, Any]:
-    try:
-        value = json.loads(read_file(path, MAX_JSON))
-    except FileNotFoundError:
-        if required:
-            raise CheckpointError(f"{path} is missing: this is not a complete Hugging Face checkpoint") from None
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
 
 
 def _with_end_tokens(spec: ModelSpec, generation: Mapping[str, Any]) -> ModelSpec:
@@ -119,7 +104,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed_files(directory: Path) -> list[Path]:
-    weights = _json(directory / INDEX).get("weight_map")
+    weights = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise CheckpointError(f"{directory / INDEX} holds no weight_map")
     names = sorted(set(weights.values()))
@@ -134,65 +119,3 @@ def _indexed_files(directory: Path) -> list[Path]:
 def _fingerprint(config: Mapping[str, Any], generation: Mapping[str, Any], files: str) -> str:
     text = json.dumps([config, generation, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _text(directory: Path, generation: Mapping[str, Any]) -> TextFiles:
-    try:
-        return _text_files(directory, generation)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename or directory}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{directory} holds a template or merges that are not UTF-8 text: {error}") from error
-
-
-def _text_files(directory: Path, generation: Mapping[str, Any]) -> TextFiles:
-    config = _json(directory / "tokenizer_config.json", required=False)
-    special = _special_tokens({**_json(directory / "special_tokens_map.json", required=False), **config})
-    add_bos = config.get("add_bos_token")
-    if not isinstance(add_bos, bool | None):
-        raise CheckpointError(f"{directory}: add_bos_token is {add_bos!r:.80}, expected true or false")
-    return TextFiles(
-        _tokenizer_json(directory, config, special),
-        _chat_template(directory, config),
-        special,
-        {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None},
-        add_bos,
-    )
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    result = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            result[key] = value
-    return result
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return read_file(path, MAX_JSON).decode()
-    found = config.get("chat_template")
-    if found is None:
-        found = _json(directory / "chat_template.json", required=False).get("chat_template")
-    if isinstance(found, list):  # several named templates
-        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
-        found = named[-1].get("template") if named else None
-    if not isinstance(found, str | None):
-        raise CheckpointError(f"{directory}: chat_template is {found!r:.80}, expected a text")
-    return found
-
-
-def _tokenizer_json(directory: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> bytes:
-    path = directory / "tokenizer.json"
-    if path.exists():
-        return read_file(path, MAX_TOKENIZER)
-    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
-        vocab = _json(directory / "vocab.json")
-        if not all(type(index) is int for index in vocab.values()):
-            raise CheckpointError(f"{directory / 'vocab.json'} is damaged: not every token has a number")
-        merges = read_file(directory / "merges.txt", MAX_JSON).decode()
-        return gpt2_files(vocab, merges, {token: vocab[token] for token in special.values() if token in vocab})
-    raise CheckpointError(f"{directory} holds no tokenizer.json (nor vocab.json and merges.txt)")
