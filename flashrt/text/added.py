@@ -61,6 +61,21 @@ def tokens_of(tokenizer: bytes) -> dict[str, AddedToken]:
     return {token.content: token for token in found}
 
 
+def vocabulary(tokenizer: bytes) -> tuple[dict[str, int], list[str]]:
+    """(id of every token, added tokens) of a tokenizer.json. Raises CheckpointError."""
+    try:
+        model = json.loads(tokenizer)["model"]["vocab"]
+        if isinstance(model, dict):
+            ids = {str(token): int(index) for token, index in model.items()}
+        else:  # Unigram: pairs of token and score
+            ids = {str(pair[0]): i for i, pair in enumerate(model)}
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"tokenizer.json is damaged: {error}") from error
+    added = tokens_of(tokenizer)
+    ids |= {content: token.index for content, token in added.items() if token.index is not None}
+    return ids, list(added)
+
+
 def with_added(
     tokenizer: bytes, wanted: Sequence[AddedToken], *, bos: str | None = None, eos: str | None = None
 ) -> bytes:

@@ -8,9 +8,11 @@ from typing import Any
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.text.bpe import SentencePieces, byte_level, sentencepiece
+from flashrt.text.ends import end_ids
 from flashrt.text.files import TextFiles
 from flashrt.text.splits import Split, split_of
 
+_CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -38,6 +40,18 @@ def text_from_gguf(metadata: Mapping[str, Any]) -> TextFiles:
         values.string("tokenizer.chat_template"),
         special,
     )
+
+
+def gguf_ends(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids of tokens that end an answer, by their spelling and by the chat template. Empty without a tokenizer."""
+    fields, values = Metadata(metadata, "tokenizer.ggml."), Metadata(metadata)
+    tokens, kinds = fields.strings("tokens"), fields.integers("token_type")
+    if tokens is None:
+        return ()
+    added = [t for t, kind in zip(tokens, kinds or (), strict=False) if kind in (_CONTROL, _USER_DEFINED) and t]
+    ids = {token: i for i, token in enumerate(tokens)}
+    special = {name: tokens[i] for name, key in _SPECIAL.items() if (i := _id(fields, key, tokens)) is not None}
+    return end_ids(ids, added, values.string("tokenizer.chat_template"), special)
 
 
 def _split(fields: Metadata) -> Split:

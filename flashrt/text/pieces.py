@@ -23,6 +23,7 @@ class Pieces:
     charsmap: the compiled rules that characters are replaced by; empty for none
     dummy_prefix: a space is put before every text
     squeeze: runs of spaces become one, those at the ends of a text none
+    special: bos_token, eos_token and unk_token, those that there are
     """
 
     pieces: list[str]
@@ -33,6 +34,7 @@ class Pieces:
     charsmap: bytes
     dummy_prefix: bool
     squeeze: bool
+    special: dict[str, str]
 
     def tokenizer(self, prefix_scheme: str | None = None) -> bytes:
         """tokenizer.json. `prefix_scheme`: 'first' or 'always' as transformers' Llama class prefixes a text, 'never',
@@ -95,7 +97,13 @@ def _read(data: bytes) -> Pieces:
         charsmap=charsmap,
         dummy_prefix=bool(normalizer.get(3, 1)),
         squeeze=bool(normalizer.get(4, 1)),
+        special={name: pieces[i] for name, i in _named_ids(trainer) if 0 <= i < len(pieces)},
     )
+
+
+def _named_ids(trainer: dict[int, Value]) -> list[tuple[str, int]]:
+    ids = (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2))
+    return [(name, signed(trainer.get(number, default))) for name, number, default in ids]
 
 
 def _piece(data: bytes) -> tuple[str, float, int]:

@@ -39,6 +39,13 @@ def tekken_tokenizer(document: Mapping[str, Any]) -> bytes:
     return byte_level_files(vocab, merges, Split((pattern,), whole_words=True), added=added)
 
 
+def special_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and the like of a tekken.json that `tekken_tokenizer` has read."""
+    held = set(_special_tokens(document))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return {name: token for name, token in names.items() if token in held}
+
+
 def _special_tokens(document: Mapping[str, Any]) -> list[str]:
     entries, config = document.get("special_tokens"), document["config"]
     if entries is None:

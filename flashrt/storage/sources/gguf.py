@@ -14,7 +14,7 @@ from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import MERGE_ADAPTER
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.tensors import TensorReader
-from flashrt.text.gguf import text_from_gguf
+from flashrt.text.gguf import gguf_ends, text_from_gguf
 from flashrt_kernels.limits import WIDEST_HEAD
 
 
@@ -32,7 +32,7 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
         factors = _rope_factors(reader)
         config = gguf_config(header.metadata, shape, factors)
         family = family_of(config["model_type"])
-        spec = with_biases(family.spec(config), header.tensors.__contains__)
+        spec = with_biases(family.spec(config), header.tensors.__contains__).ending(gguf_ends(header.metadata))
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata makes no sense ({error})") from error
     status = path.stat()

@@ -19,6 +19,9 @@ from flashrt.storage.sources.files import MERGE_ADAPTER, read_json
 from flashrt.storage.sources.safetensors_header import read_header
 from flashrt.storage.sources.tensors import StoredTensor, TensorReader
 from flashrt.storage.sources.text import directory_text
+from flashrt.text.added import vocabulary
+from flashrt.text.ends import end_ids
+from flashrt.text.files import TextFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,7 +40,8 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedModelError(f"{directory} is quantized ({method}): use the original checkpoint, or a GGUF file")
     generation = read_json(directory / "generation_config.json", required=False)
-    spec = _with_end_tokens(family.spec(config), generation)
+    text = directory_text(directory, family.name, generation)
+    spec = family.spec(config).ending(_end_tokens(text, generation))
     tensors, digest = _tensors(directory)
     reader = TensorReader(tensors)
     spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
@@ -48,7 +52,7 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
         fingerprint=_fingerprint(config, generation, digest),
         reader=reader,
         tensor_map=family.tensors(spec, tensors.__contains__),
-        text=lambda: directory_text(directory, family.name, generation),
+        text=lambda: text,
     )
 
 
@@ -57,10 +61,11 @@ def _refuse_adapter(directory: Path) -> None:
         raise CheckpointError(f"{directory} holds an adapter (LoRA), not a model: {MERGE_ADAPTER}")
 
 
-def _with_end_tokens(spec: ModelSpec, generation: Mapping[str, Any]) -> ModelSpec:
-    """generation_config.json knows more end tokens than config.json (a chat model's end of turn)."""
+def _end_tokens(text: TextFiles, generation: Mapping[str, Any]) -> list[int]:
+    """All that name one: generation_config.json, the tokenizer and the chat template know more than config.json."""
     found = Config(generation, "generation").token_ids("eos_token_id")
-    return replace(spec, eos=tuple(dict.fromkeys([*found, *spec.eos])))
+    ids, added = vocabulary(text.tokenizer)
+    return [*found, *end_ids(ids, added, text.chat_template, text.special_tokens)]
 
 
 def _with_stored_head(spec: ModelSpec, names: TensorMap, reader: TensorReader) -> ModelSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from flashrt.text.bpe import byte_level_files, merge_lines
 from flashrt.text.classes import CLASSES, TokenizerClass, class_name, split_of_class
 from flashrt.text.files import GENERATION_KEYS, TextFiles
 from flashrt.text.pieces import read_pieces
-from flashrt.text.tekken import tekken_tokenizer
+from flashrt.text.tekken import special_of, tekken_tokenizer
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 PIECES, TEKKEN = "tokenizer.model", "tekken.json"
@@ -33,6 +33,21 @@ def directory_text(directory: Path, model_type: str, generation: Mapping[str, An
         raise CheckpointError(f"{directory} holds a template or merges that are not UTF-8 text: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """A tokenizer.json before anything is added to it.
+
+    special: named tokens where the configuration names none
+    whole: it lies there as such, and says itself what is put around a text
+    adds_bos: the beginning token is put before texts unless the configuration says otherwise
+    """
+
+    document: bytes
+    special: Mapping[str, str]
+    whole: bool = False
+    adds_bos: bool = False
+
+
 class _Reader:
     """One directory's files of text."""
 
@@ -47,11 +62,21 @@ class _Reader:
             self.config |= read_json(directory / SPECIAL, required=False)
 
     def read(self, generation: Mapping[str, Any]) -> TextFiles:
-        tokenizer, whole = self._tokenizer()
-        added = self._added()
-        named = self._named(self._class(tokenizer) if whole else CLASSES.get(self.class_name or "", TokenizerClass()))
-        wanted = {token.content: token for token in added}
-        held = tokens_of(tokenizer)
+        base = self._base()
+        named = self._named(base.special)
+        special = {name: token.content for name, token in named.items()}
+        bos, eos = self._around(base, special)
+        return TextFiles(
+            with_added(base.document, self._wanted(base, named), bos=bos, eos=eos),
+            _chat_template(self.directory, self.config),
+            special,
+            {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None},
+        )
+
+    def _wanted(self, base: _Base, named: Mapping[str, AddedToken]) -> list[AddedToken]:
+        """What is added to the base, in order: tokens with ids, then those that have none yet."""
+        wanted = {token.content: token for token in self._added()}
+        held = tokens_of(base.document)
         for token in (*named.values(), *self._extra()):
             if token.content not in wanted and token.content not in held:
                 wanted[token.content] = token
@@ -59,27 +84,23 @@ class _Reader:
             known = wanted.get(token.content) or held[token.content]
             if not known.special:
                 wanted[token.content] = replace(known, special=True)
-        special = {name: token.content for name, token in named.items()}
-        # A post-processor of tokenizer.json's own stands, whatever the configuration says beside it.
-        bos, eos = (None, None) if whole else (self._around("bos", special), self._around("eos", special))
-        return TextFiles(
-            with_added(tokenizer, list(wanted.values()), bos=bos, eos=eos),
-            _chat_template(self.directory, self.config),
-            special,
-            {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None},
-        )
+        return list(wanted.values())
 
-    def _tokenizer(self) -> tuple[bytes, bool]:
-        """A tokenizer.json, and whether it lies there as such: it then says what is put around a text."""
-        here = self.directory
+    def _base(self) -> _Base:
+        here, brought = self.directory, CLASSES.get(self.class_name or "", TokenizerClass()).special
         if (here / TOKENIZER).exists():
-            return read_file(here / TOKENIZER, MAX_TOKENIZER), True
+            document = read_file(here / TOKENIZER, MAX_TOKENIZER)
+            # Llama's class is not for byte-level vocabularies, whatever is named.
+            of_llama = self.class_name == "LlamaTokenizer" and b'"ByteLevel"' in document
+            return _Base(document, {} if of_llama else brought, whole=True)
         if (here / VOCAB).exists() and (here / MERGES).exists():
-            return self._byte_level(), False
+            return _Base(self._byte_level(), brought)
         if (here / TEKKEN).exists():
-            return tekken_tokenizer(read_json(here / TEKKEN, MAX_TOKENIZER)), False
+            tekken = read_json(here / TEKKEN, MAX_TOKENIZER)
+            return _Base(tekken_tokenizer(tekken), special_of(tekken), adds_bos=True)
         if (here / PIECES).exists():
-            return read_pieces(read_file(here / PIECES, MAX_TOKENIZER)).tokenizer(self._prefix_scheme()), False
+            pieces = read_pieces(read_file(here / PIECES, MAX_TOKENIZER))
+            return _Base(pieces.tokenizer(self._prefix_scheme()), pieces.special | brought)
         raise CheckpointError(
             f"{here} holds no tokenizer: expected {TOKENIZER}, {VOCAB} and {MERGES}, {PIECES} or {TEKKEN}"
         )
@@ -107,14 +128,12 @@ class _Reader:
             raise CheckpointError(f"{self.directory}: {key} is {value!r:.80}, expected true or false")
         return value
 
-    def _around(self, end: str, special: Mapping[str, str]) -> str | None:
-        return special.get(f"{end}_token") if self._flag(f"add_{end}_token", False) else None
-
-    def _class(self, tokenizer: bytes) -> TokenizerClass:
-        """The class that a tokenizer.json gets. Llama's is not for byte-level vocabularies, whatever is named."""
-        if self.class_name == "LlamaTokenizer" and b'"ByteLevel"' in tokenizer:
-            return TokenizerClass()
-        return CLASSES.get(self.class_name or "", TokenizerClass())
+    def _around(self, base: _Base, special: Mapping[str, str]) -> tuple[str | None, str | None]:
+        """Tokens before and after every text. A post-processor of tokenizer.json stands, whatever is said beside it."""
+        if base.whole:
+            return None, None
+        bos = special.get("bos_token") if self._flag("add_bos_token", base.adds_bos) else None
+        return bos, special.get("eos_token") if self._flag("add_eos_token", False) else None
 
     def _added(self) -> list[AddedToken]:
         """Tokens with ids: of added_tokens_decoder, or of the older added_tokens.json."""
@@ -132,17 +151,17 @@ class _Reader:
         tokens = read_json(self.directory / ADDED, required=False)
         if not all(type(index) is int and index >= 0 for index in tokens.values()):
             raise CheckpointError(f"{self.directory / ADDED} is damaged: not every token has a number")
-        special = {token.content for token in (*self._named(TokenizerClass()).values(), *self._extra())}
+        special = {token.content for token in (*self._named({}).values(), *self._extra())}
         return [
             added_token(content, ADDED, special=content in special, index=index)
             for content, index in sorted(tokens.items(), key=lambda item: item[1])
         ]
 
-    def _named(self, brought: TokenizerClass) -> dict[str, AddedToken]:
-        """bos_token and the like; what the files do not name is the class's own."""
+    def _named(self, brought: Mapping[str, str]) -> dict[str, AddedToken]:
+        """bos_token and the like; what the files do not name is `brought` along."""
         result = {}
         for name in NAMED:
-            value = self.config[name] if name in self.config else brought.special.get(name)
+            value = self.config[name] if name in self.config else brought.get(name)
             if value is not None and value is not False:
                 result[name] = added_token(value, f"{self.directory}: {name}", special=True)
         return result
