@@ -2,7 +2,8 @@
 
     python -m flashrt.checkpoints.pack_job CHECKPOINT OUT DTYPE CACHE [CONTEXT]
 
-Prints one JSON object a line: {"stage", "done", "total"} while it works, {"error", "message"} when it fails.
+Prints one JSON object a line: {"stage", "done", "total"} while it works, {"note"} where something has to be said,
+{"error", "message"} when it fails.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import json
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
-from flashrt.errors import FlashrtError
+from flashrt.errors import CheckpointWarning, FlashrtError
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES
 from flashrt.storage.packer import pack
@@ -64,6 +66,12 @@ def main() -> int:
             reported = now
             print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
 
+    def note(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, CheckpointWarning):
+            print(json.dumps({"note": str(message)}), flush=True)
+
+    warnings.showwarning = note
+    warnings.simplefilter("always", CheckpointWarning)
     try:
         pack_checkpoint(checkpoint, Path(out), dtype, Path(cache), report, int(asked[0]) if asked else None)
     except FlashrtError as error:

@@ -6,28 +6,25 @@ process (`flashrt.checkpoints.pack_job`): what they take must not count against 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from flashrt import child, errors
-from flashrt.errors import CheckpointError, DiskError, FlashrtError, UsageError
+from flashrt.checkpoints.content import content_of
+from flashrt.errors import CheckpointError, CheckpointWarning, DiskError, FlashrtError, UsageError
 from flashrt.storage.lock import lock
 from flashrt.storage.names import DEMO_NAMES, exists, is_remote
 from flashrt_kernels.rows import Codec
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
-
-_IDENTITY_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def resolve(
@@ -50,8 +47,7 @@ def resolve(
     if str(where) not in DEMO_NAMES and exists(path):
         if path.is_dir() and _holds_pack(path):
             return path
-        slug, identity = path.resolve().name, _identity(path)
-        return _packed(path, _target(cache, slug.removesuffix(".gguf"), dtype, identity[:12]), job)
+        return _packed(path, _local_target(path, job), job)
     name = str(where)
     if not is_remote(name):
         raise UsageError(
@@ -82,15 +78,16 @@ def _holds_pack(path: Path) -> bool:
     return any(exists(path / name) for name in names) and not exists(path / "config.json")
 
 
-def _identity(path: Path) -> str:
-    """What tells one checkpoint from another without reading it: place, names, sizes, times."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _IDENTITY_FILES)
-    digest = hashlib.sha256(os.fsencode(path.resolve()))
-    for file in files:
-        with contextlib.suppress(OSError):
-            status = file.stat()
-            digest.update(os.fsencode(f"\n{file.name} {status.st_size} {status.st_mtime_ns}"))
-    return digest.hexdigest()
+def _local_target(path: Path, job: _Job) -> Path:
+    """Where the pack of a checkpoint on this machine is kept: where one of the same content lies, whatever its name."""
+    from flashrt.storage.pack import is_pack
+
+    content = content_of(path, job.cache, job.progress)[:16]
+    target = _target(job.cache, path.resolve().name.removesuffix(".gguf"), job.dtype, content)
+    if is_pack(target):
+        return target
+    named_otherwise = sorted(target.parent.glob(f"*{_target(job.cache, 'x', job.dtype, content).name[1:]}"))
+    return next(filter(is_pack, named_otherwise), target)
 
 
 def _target(cache: Path, name: str, *distinctions: str) -> Path:
@@ -146,6 +143,8 @@ def _pack_in_child(checkpoint: str | Path, target: Path, job: _Job, held: IO[str
                 message = _message(line)
                 if message is None:
                     stray = line.strip() or stray
+                elif "note" in message:
+                    warnings.warn(str(message["note"]), CheckpointWarning, stacklevel=2)
                 elif "error" in message:
                     failure = _error(message["error"], message["message"])
                 else:
@@ -173,7 +172,8 @@ def _message(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(message, dict):
         return None
-    return message if {"error", "message"} <= set(message) or {"stage", "done", "total"} <= set(message) else None
+    forms = ({"error", "message"}, {"stage", "done", "total"}, {"note"})
+    return message if any(form <= set(message) for form in forms) else None
 
 
 def _error(kind: str, message: str) -> FlashrtError:

@@ -188,7 +188,9 @@ def doubled_bos(tokenizer: Tokenizer, ids: list[int]) -> str | None:
     if tokenizer.bos is None or ids[:2] != [tokenizer.bos] * 2:
         return None
     token = tokenizer.text.special_tokens["bos_token"]
-    return f"note: the prompt begins with {token}, which is put before every text anyway: it is there twice. Leave it out"
+    return (
+        f"note: the prompt begins with {token}, which is put before every text anyway: it is there twice. Leave it out"
+    )
 
 
 def _utf8(data: bytes, what: str) -> str:

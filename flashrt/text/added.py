@@ -42,13 +42,14 @@ def added_token(value: Any, what: str, *, special: bool | None = None, index: in
     fields = {"content": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping) or not isinstance(fields.get("content"), str):
         raise CheckpointError(f"{what} is {value!r:.80}, expected a token")
-    flags = {name: fields[name] for name in _FLAGS if fields.get(name) is not None}
+    flags: dict[str, bool] = {name: fields[name] for name in _FLAGS if fields.get(name) is not None}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise CheckpointError(f"{what} is {value!r:.80}, expected flags that are true or false")
-    is_special = flags.pop("special", False) if special is None else special
-    flags.pop("special", None)
-    normalized = flags.pop("normalized", not is_special)
-    return AddedToken(fields["content"], special=is_special, normalized=normalized, index=index, **flags)
+    if special is not None:
+        flags["special"] = special
+    is_special = flags.setdefault("special", False)
+    flags.setdefault("normalized", not is_special)
+    return AddedToken(str(fields["content"]), index=index, **flags)
 
 
 def tokens_of(tokenizer: bytes) -> dict[str, AddedToken]:

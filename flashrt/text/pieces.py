@@ -82,10 +82,14 @@ def _read(data: bytes) -> Pieces:
         raise ValueError("it holds no pieces")
     kind = signed(trainer.get(3, _UNIGRAM))
     charsmap = normalizer.get(2, b"")
-    if kind not in (_UNIGRAM, _BPE) or trainer.get(24, 0) or not normalizer.get(5, 1) or not isinstance(charsmap, bytes):
+    if not isinstance(charsmap, bytes):
+        raise ValueError("its rules of characters are no bytes")
+    suffixes, plain_spaces = bool(trainer.get(24, 0)), not normalizer.get(5, 1)
+    if kind not in (_UNIGRAM, _BPE) or suffixes or plain_spaces:
+        spaces = "behind words" if suffixes else "as they are" if plain_spaces else "before words"
         raise UnsupportedModelError(
-            f"tokenizer.model holds a SentencePiece vocabulary of type {_MODELS.get(kind, kind)!r} with rules of spaces "
-            "that are not supported; supported: bpe and unigram, spaces as U+2581 before words"
+            f"tokenizer.model holds a SentencePiece vocabulary of type {_MODELS.get(kind, kind)!r} with spaces {spaces}, "
+            "which is not supported; supported: bpe and unigram, with spaces before words"
         )
     pieces, scores, kinds = map(list, zip(*tokens, strict=True))
     return Pieces(

@@ -168,7 +168,14 @@ def test_files_are_bounded_before_they_are_read(directory: Path, name: str, limi
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token is 'yes', expected true or false"),
+        ("tokenizer_config.json", {"additional_special_tokens": 3}, "additional_special_tokens is 3, expected tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder is .*, expected tokens"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"7": {"special": 1}}},
+            "added token 7 is .*, expected a token",
+        ),
+        ("tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": 1}}, "bos_token is .*, expected flags"),
         ("tokenizer_config.json", {"chat_template": 3}, "chat_template is 3, expected a text"),
         ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id is '1', expected token ids"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 from flashrt.arch import TensorMap, family_of
 from flashrt.arch.config import Config
-from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.checkpoint import Checkpoint
-from flashrt.storage.sources.files import MERGE_ADAPTER, read_json
+from flashrt.storage.sources.files import MERGE_ADAPTER, read_json, refuse_pickles
 from flashrt.storage.sources.safetensors_header import read_header
 from flashrt.storage.sources.tensors import StoredTensor, TensorReader
 from flashrt.storage.sources.text import directory_text
@@ -26,6 +27,7 @@ from flashrt.text.files import TextFiles
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
+_SHOWN = 3
 
 
 def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
@@ -92,23 +94,23 @@ def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    if (directory / SINGLE).exists():  # beside an index too, as transformers decides it
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if SINGLE in found:  # beside an index too, as transformers decides it
+        _note_left_out(directory, [SINGLE], found)
         return [directory / SINGLE]
     if (directory / INDEX).exists():
-        return _indexed_files(directory)
-    found = sorted(directory.glob("*.safetensors"))
+        return _indexed_files(directory, found)
     if len(found) == 1:
-        return found
+        return [directory / found[0]]
     if found:
         raise CheckpointError(
             f"{directory} holds {len(found)} safetensors files, but not the index of them: download {INDEX} too"
         )
-    other = next((p.name for p in sorted(directory.glob("*")) if p.suffix in (".bin", ".pt", ".pth")), None)
-    hint = f"{other} is a pickle, which is not read: convert it to safetensors" if other else f"expected {SINGLE}"
-    raise CheckpointError(f"{directory} holds no safetensors weights: {hint}")
+    refuse_pickles((path.name for path in sorted(directory.glob("*"))), str(directory))
+    raise CheckpointError(f"{directory} holds no safetensors weights: expected {SINGLE}")
 
 
-def _indexed_files(directory: Path) -> list[Path]:
+def _indexed_files(directory: Path, found: list[str]) -> list[Path]:
     weights = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise CheckpointError(f"{directory / INDEX} holds no weight_map")
@@ -117,8 +119,32 @@ def _indexed_files(directory: Path) -> list[Path]:
         if Path(name).name != name:
             raise CheckpointError(f"{directory / INDEX} names {name!r}, which is not a file of the directory")
         if not (directory / name).exists():
-            raise CheckpointError(f"{directory / name} is missing: {INDEX} names it")
+            others = sorted(set(found) - set(names))
+            beside = f"; {_listed(others)} lies there instead, which it does not name" if others else ""
+            raise CheckpointError(
+                f"{directory / name} is missing: {INDEX} names it{beside}. Download it, or the index of what is there"
+            )
+    _note_left_out(directory, names, found)
     return [directory / name for name in names]
+
+
+def _note_left_out(directory: Path, taken: list[str], found: list[str]) -> None:
+    """Say what is taken of files that are at odds, and why."""
+    others = sorted(set(found) - set(taken))
+    indexed = read_json(directory / INDEX, required=False).get("weight_map")
+    named = {name for name in indexed.values() if isinstance(name, str)} if isinstance(indexed, dict) else set()
+    if taken == [SINGLE] and named and named != {SINGLE}:
+        why = f"{SINGLE} comes before an index, as in transformers, and {INDEX} names {_listed(sorted(named))}"
+    elif others and taken != [SINGLE]:
+        why = f"{INDEX} names them, and not {_listed(others)}"
+    else:
+        return
+    warnings.warn(f"of {directory}, {_listed(taken)} is read: {why}", CheckpointWarning, stacklevel=2)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _fingerprint(config: Mapping[str, Any], generation: Mapping[str, Any], files: str) -> str:

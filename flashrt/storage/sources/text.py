@@ -100,7 +100,7 @@ class _Reader:
             return _Base(tekken_tokenizer(tekken), special_of(tekken), adds_bos=True)
         if (here / PIECES).exists():
             pieces = read_pieces(read_file(here / PIECES, MAX_TOKENIZER))
-            return _Base(pieces.tokenizer(self._prefix_scheme()), pieces.special | brought)
+            return _Base(pieces.tokenizer(self._prefix_scheme()), {**pieces.special, **brought})
         raise CheckpointError(
             f"{here} holds no tokenizer: expected {TOKENIZER}, {VOCAB} and {MERGES}, {PIECES} or {TEKKEN}"
         )
@@ -141,7 +141,9 @@ class _Reader:
         if decoder is None:
             return self._added_before()
         if not isinstance(decoder, dict) or not all(key.isdecimal() and len(key) < 10 for key in decoder):
-            raise CheckpointError(f"{self.directory / CONFIG}: added_tokens_decoder is {decoder!r:.80}, expected tokens")
+            raise CheckpointError(
+                f"{self.directory / CONFIG}: added_tokens_decoder is {decoder!r:.80}, expected tokens"
+            )
         found = [added_token(value, f"added token {key}", index=int(key)) for key, value in decoder.items()]
         return sorted(found, key=lambda token: token.index or 0)
 
