@@ -28,23 +28,34 @@ Progress = Callable[[str, int, int], None]
 
 def content_of(path: Path, cache: Path, progress: Progress = lambda *_: None) -> str:
     """SHA-256 of a checkpoint's files, names included but for that of a GGUF file. Raises CheckpointError."""
-    path = Path(os.path.abspath(path))  # a link's own name says which parts a file has
     try:
         files = _files(path)
         stats = _stats(files)
-        note = cache / KNOWN / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
-        if (known := _remembered(note, stats)) is not None:
+        if (known := _noted(_note(path, cache), stats)) is not None:
             return known
         content = _read(files, progress)
         if _stats(files) == stats:  # nobody wrote to them meanwhile
-            _remember(note, path, stats, content)
+            _remember(_note(path, cache), stats, content)
         return content
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
 
+def remembered_content(path: Path, cache: Path) -> str | None:
+    """What `content_of` would return, where it needs to read nothing for it. Raises CheckpointError."""
+    try:
+        return _noted(_note(path, cache), _stats(_files(path)))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def _note(path: Path, cache: Path) -> Path:
+    return cache / KNOWN / f"{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]}.json"
+
+
 def _files(path: Path) -> list[Path]:
     """The files that say what a checkpoint is."""
+    path = Path(os.path.abspath(path))  # a link's own name says which parts a file has
     if path.is_dir():
         gguf = only_gguf(path)
         if gguf is None:
@@ -59,7 +70,7 @@ def _stats(files: Sequence[Path]) -> list[list[str | int]]:
     return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for name, s in found]
 
 
-def _remembered(note: Path, stats: list[list[str | int]]) -> str | None:
+def _noted(note: Path, stats: list[list[str | int]]) -> str | None:
     try:
         known = json.loads(note.read_bytes())
         fits = known["form"] == _FORM and known["files"] == stats
@@ -68,8 +79,8 @@ def _remembered(note: Path, stats: list[list[str | int]]) -> str | None:
         return None
 
 
-def _remember(note: Path, path: Path, stats: list[list[str | int]], content: str) -> None:
-    record = {"form": _FORM, "path": str(path), "files": stats, "content": content}
+def _remember(note: Path, stats: list[list[str | int]], content: str) -> None:
+    record = {"form": _FORM, "files": stats, "content": content}
     with contextlib.suppress(OSError, DiskError):  # a cache that cannot be written is said where a pack is
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(record).encode())
@@ -80,7 +91,7 @@ def _read(files: Sequence[Path], progress: Progress) -> str:
 
     whole, done = hashlib.sha256(), 0
     total = sum(file.stat().st_size for file in files)
-    gguf = files[0].suffix not in _SUFFIXES
+    gguf = any(file.suffix not in _SUFFIXES for file in files)
     for file in files:
         size = file.stat().st_size
         whole.update(os.fsencode(f"{'' if gguf else file.name} {size}\n"))

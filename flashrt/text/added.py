@@ -42,7 +42,7 @@ def added_token(value: Any, what: str, *, special: bool | None = None, index: in
     fields = {"content": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping) or not isinstance(fields.get("content"), str):
         raise CheckpointError(f"{what} is {value!r:.80}, expected a token")
-    flags: dict[str, bool] = {name: fields[name] for name in _FLAGS if fields.get(name) is not None}
+    flags: dict[str, Any] = {name: fields[name] for name in _FLAGS if fields.get(name) is not None}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise CheckpointError(f"{what} is {value!r:.80}, expected flags that are true or false")
     if special is not None:

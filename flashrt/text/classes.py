@@ -68,7 +68,7 @@ def split_of_class(name: str | None) -> Split:
     if found is None:
         known = ", ".join(sorted(name for name, known in CLASSES.items() if known.split is not None))
         raise UnsupportedModelError(
-            f"vocab.json and merges.txt without tokenizer.json: how {name or 'the tokenizer'} splits text is not known; "
-            f"known: {known}. Load the tokenizer with transformers and save it, which writes tokenizer.json"
+            f"vocab.json and merges.txt without tokenizer.json: how {name or 'its class'} splits text is not known, "
+            f"only: {known}. Load the tokenizer with transformers and save it, which writes tokenizer.json"
         )
     return found

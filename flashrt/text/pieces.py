@@ -51,7 +51,7 @@ class Pieces:
 
 
 def read_pieces(data: bytes) -> Pieces:
-    """A tokenizer.model. Raises CheckpointError when it is damaged, UnsupportedModelError for rules nobody here knows."""
+    """A tokenizer.model. Raises CheckpointError when it is damaged, UnsupportedModelError for rules unknown here."""
     if data.split(b"\n", 1)[0].count(b" ") == 1 and data[:1].isalnum():
         raise UnsupportedModelError(
             "tokenizer.model is a list of tokens as tiktoken keeps them, which is not supported: load the tokenizer "
@@ -88,7 +88,7 @@ def _read(data: bytes) -> Pieces:
     if kind not in (_UNIGRAM, _BPE) or suffixes or plain_spaces:
         spaces = "behind words" if suffixes else "as they are" if plain_spaces else "before words"
         raise UnsupportedModelError(
-            f"tokenizer.model holds a SentencePiece vocabulary of type {_MODELS.get(kind, kind)!r} with spaces {spaces}, "
+            f"tokenizer.model is a SentencePiece vocabulary of type {_MODELS.get(kind, kind)!r} with spaces {spaces}, "
             "which is not supported; supported: bpe and unigram, with spaces before words"
         )
     pieces, scores, kinds = map(list, zip(*tokens, strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 
 from flashrt.arch import TensorMap, family_of
 from flashrt.arch.config import Config
+from flashrt.arch.wrappers import text_config
 from flashrt.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.checkpoint import Checkpoint
@@ -36,14 +37,15 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
     config = read_json(directory / "config.json")
     if "model_type" not in config:
         raise CheckpointError(f"{directory / 'config.json'} names no model_type")
-    family = family_of(config["model_type"])
+    model = text_config(config)
+    family = family_of(model["model_type"])
     if config.get("quantization_config") is not None:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedModelError(f"{directory} is quantized ({method}): use the original checkpoint, or a GGUF file")
     generation = read_json(directory / "generation_config.json", required=False)
     text = directory_text(directory, family.name, generation)
-    spec = family.spec(config).ending(_end_tokens(text, generation))
+    spec = family.spec(model).ending(_end_tokens(text, generation))
     tensors, digest = _tensors(directory)
     reader = TensorReader(tensors)
     spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
