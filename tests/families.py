@@ -136,14 +136,17 @@ FAMILIES = tuple(_VARIANTS)
 GGUF_FAMILIES = ("llama", "llama-bias", "llama-llama3", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 
 
-def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random transformers model of a variant, float32, in evaluation mode. `overrides` are config fields."""
+def tiny_model(family: str, seed: int = 0, config: Any = None, **overrides: Any) -> Any:
+    """A random transformers model of a variant, float32, in evaluation mode.
+
+    `overrides` are config fields; `config` is a configuration to build instead of the variant's own.
+    """
     import transformers
 
     # ProSparse checkpoints (arXiv:2402.13516) bring code of their own for this activation.
     transformers.activations.ACT2FN["fatrelu"] = (torch.nn.Threshold, {"threshold": FATRELU_THRESHOLD, "value": 0.0})
     config_class, model_class, fields = _VARIANTS[family]
-    config = getattr(transformers, config_class)(**{**fields, **overrides})
+    config = config or getattr(transformers, config_class)(**{**fields, **overrides})
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, model_class)(config).eval()
     generator = torch.Generator().manual_seed(seed)
