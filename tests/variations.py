@@ -161,7 +161,7 @@ def _companions(choose: random.Random, directory: Path, vocab: dict[str, int], n
     if choose.random() < 0.3:
         special = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "normalized": False}}
         (directory / "special_tokens_map.json").write_text(json.dumps(special))
-    if choose.random() < 0.9:
+    if choose.random() < 0.9 or (directory / "tokenizer.json").exists():
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 

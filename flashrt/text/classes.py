@@ -19,10 +19,12 @@ _END = "<|endoftext|>"
 class TokenizerClass:
     """special: named tokens that the class has where nothing else is said
     split: how text is split; None where the class reads no vocab.json
+    resets: special tokens lose what else is said of them, such as that spaces beside them belong to them
     """
 
     special: Mapping[str, str] = field(default_factory=dict)
     split: Split | None = None
+    resets: bool = False
 
 
 _GPT2 = TokenizerClass({"bos_token": _END, "eos_token": _END, "unk_token": _END}, Split((GPT2,)))
@@ -31,7 +33,7 @@ CLASSES: dict[str, TokenizerClass] = {
     "GPT2Tokenizer": _GPT2,
     "CodeGenTokenizer": _GPT2,
     "GPTNeoXTokenizer": TokenizerClass({**_GPT2.special, "pad_token": "<|padding|>"}, Split((GPT2,), nfc=True)),
-    "Qwen2Tokenizer": TokenizerClass(_QWEN, Split((QWEN2,), nfc=True)),
+    "Qwen2Tokenizer": TokenizerClass(_QWEN, Split((QWEN2,), nfc=True), resets=True),
     "Qwen3_5Tokenizer": TokenizerClass(_QWEN, Split((QWEN35,), nfc=True)),
     "LlamaTokenizer": TokenizerClass({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     "GemmaTokenizer": TokenizerClass(

@@ -75,15 +75,22 @@ class _Reader:
 
     def _wanted(self, base: _Base, named: Mapping[str, AddedToken]) -> list[AddedToken]:
         """What is added to the base, in order: tokens with ids, then those that have none yet."""
-        wanted = {token.content: token for token in self._added()}
         held = tokens_of(base.document)
+        wanted = {token.content: token for token in self._added(held)}
         for token in (*named.values(), *self._extra()):
             if token.content not in wanted and token.content not in held:
                 wanted[token.content] = token
-        for token in named.values():  # what is named is special, whatever else is said of it
-            known = wanted.get(token.content) or held[token.content]
-            if not known.special:
+        # What is named is special, whatever else the files that are read say of it: with added_tokens_decoder,
+        # tokenizer.json's own tokens are not read again.
+        read = wanted if "added_tokens_decoder" in self.config else held | wanted
+        for token in named.values():
+            known = read.get(token.content)
+            if known is not None and not known.special:
                 wanted[token.content] = replace(known, special=True)
+        if CLASSES.get(self.class_name or "", TokenizerClass()).resets:
+            for token in (*named.values(), *self._extra()):
+                index = (wanted.get(token.content) or held[token.content]).index
+                wanted[token.content] = replace(special_token(token.content), index=index)
         return list(wanted.values())
 
     def _base(self) -> _Base:
@@ -135,11 +142,11 @@ class _Reader:
         bos = special.get("bos_token") if self._flag("add_bos_token", base.adds_bos) else None
         return bos, special.get("eos_token") if self._flag("add_eos_token", False) else None
 
-    def _added(self) -> list[AddedToken]:
+    def _added(self, held: Mapping[str, AddedToken]) -> list[AddedToken]:
         """Tokens with ids: of added_tokens_decoder, or of the older added_tokens.json."""
         decoder = self.config.get("added_tokens_decoder")
         if decoder is None:
-            return self._added_before()
+            return self._added_before(held)
         if not isinstance(decoder, dict) or not all(key.isdecimal() and len(key) < 10 for key in decoder):
             raise CheckpointError(
                 f"{self.directory / CONFIG}: added_tokens_decoder is {decoder!r:.80}, expected tokens"
@@ -147,9 +154,7 @@ class _Reader:
         found = [added_token(value, f"added token {key}", index=int(key)) for key, value in decoder.items()]
         return sorted(found, key=lambda token: token.index or 0)
 
-    def _added_before(self) -> list[AddedToken]:
-        if (self.directory / TOKENIZER).exists():
-            return []  # it holds them itself
+    def _added_before(self, held: Mapping[str, AddedToken]) -> list[AddedToken]:
         tokens = read_json(self.directory / ADDED, required=False)
         if not all(type(index) is int and index >= 0 for index in tokens.values()):
             raise CheckpointError(f"{self.directory / ADDED} is damaged: not every token has a number")
@@ -157,6 +162,7 @@ class _Reader:
         return [
             added_token(content, ADDED, special=content in special, index=index)
             for content, index in sorted(tokens.items(), key=lambda item: item[1])
+            if content not in held
         ]
 
     def _named(self, brought: Mapping[str, str]) -> dict[str, AddedToken]:
