@@ -18,8 +18,10 @@ MAX_PIECES = 1 << 22
 
 @dataclass(frozen=True)
 class Pieces:
-    """pieces, scores, kinds: of every token; kinds as in GGUF files: 1 normal, 2 unknown, 3 control, 4 user's, 5 unused,
-    6 byte
+    """One vocabulary.
+
+    pieces, scores, kinds: of every token; kinds as GGUF files number them: 1 normal, 2 unknown, 3 control, 4 defined by
+    a user, 5 unused, 6 byte
     charsmap: the compiled rules that characters are replaced by; empty for none
     dummy_prefix: a space is put before every text
     squeeze: runs of spaces become one, those at the ends of a text none
