@@ -88,7 +88,10 @@ def test_models_as_transformers(batch: int, tmp_path: Path) -> None:
             packed = make_pack(directory, tmp_path / f"{i}-pack", Codec.F32)
         except FlashrtError:
             continue
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        except (TypeError, ValueError):  # transformers builds another class than it says, and fails
+            continue
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, 17:].numpy()
         with tiny_engine(packed, 1.0) as engine:

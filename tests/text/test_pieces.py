@@ -38,11 +38,9 @@ def test_prefixes_as_transformers(scheme: str) -> None:
     """What transformers' LlamaTokenizer puts before words, as its own pre-tokenizer does."""
     pieces = read_pieces((DATA / "llama.model").read_bytes())
     tokenizer = Tokenizer.from_text(TextFiles(pieces.tokenizer(scheme)))
-    spelled = {i: piece for i, piece in enumerate(pieces.pieces)}
-    found = "".join(spelled[i] for i in tokenizer.encode("the<tool>the"))
-    assert (
-        found == {"first": "\u2581the<tool>the", "always": "\u2581the<tool>\u2581the", "never": "the<tool>the"}[scheme]
-    )
+    found = "".join(pieces.pieces[i] for i in tokenizer.encode("the<tool>the"))
+    expected = {"first": "_the<tool>the", "always": "_the<tool>_the", "never": "the<tool>the"}[scheme]
+    assert found == expected.replace("_", "\u2581")
 
 
 def message(*parts: tuple[int, int | bytes]) -> bytes:
