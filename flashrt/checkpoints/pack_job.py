@@ -63,7 +63,8 @@ def cached_pack(checkpoint: str, dtype: str, cache: Path, progress: Progress, co
         return target
     with _checked(checkpoint, cache, progress, context) as source:
         path = Path(checkpoint)
-        target = content_target(cache, path, dtype, content_of(path, cache, progress))
+        source.fingerprint = content_of(path, cache, progress)  # an unfinished pack is finished wherever the files lie
+        target = content_target(cache, path, dtype, source.fingerprint)
         with locked(target):
             if not is_pack(target):
                 _write(source, target, dtype, progress)

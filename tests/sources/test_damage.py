@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from flashrt.errors import CheckpointError, FlashrtError, UnsupportedModelError
+from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.safetensors_header import MAX_HEADER, read_header
@@ -188,7 +189,50 @@ def test_text_settings_of_wrong_types(directory: Path, name: str, fields: dict[s
 
 def test_pickles_are_named(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*save_pretrained.*writes safetensors"):
+        use(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04" + bytes(40), r"x.bin is a pickle.*save_pretrained"),
+        (b"\x80\x02}q\x00." + bytes(40), r"x.bin is a pickle.*save_pretrained"),
+        (b"tjgg" + bytes(40), r"older than GGUF"),
+        (bytes(40), "not a GGUF file"),
+    ],
+)
+def test_files_of_other_formats_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("name", ["x.gguf.part1of2", "x.gguf-split-a", "X.GGUF.part-a"])
+def test_pieces_of_a_cut_file_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(CheckpointError, match=r"is a piece of x.gguf.*join the pieces" if name[0] == "x" else "piece"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_an_index_that_names_other_files_is_explained(directory: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(
+        CheckpointWarning, match=r"model.safetensors is read: .*comes before an index.*names model-00001"
+    ):
+        use(directory)
+    (directory / "model.safetensors").rename(directory / "consolidated.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00002.safetensors is missing.*; consolidated.safetensors"
+    ):
+        use(directory)
+    both = {"weight_map": {"a": "consolidated.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(both))
+    shutil.copy(directory / "consolidated.safetensors", directory / "more.safetensors")
+    with pytest.warns(
+        CheckpointWarning, match=r"consolidated.safetensors is read: .*names them, and not more.safetensors"
+    ):
         use(directory)
 
 
@@ -347,6 +391,7 @@ def test_hub_failures_are_explained(kind: str | None, monkeypatch: pytest.Monkey
         raise error.__new__(error)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(CheckpointError, match=r"org/name|gated"):
         open_checkpoint("org/name")
 
@@ -355,6 +400,8 @@ def test_hub_repository_is_opened(saved: Path, monkeypatch: pytest.MonkeyPatch) 
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(saved))
+    files = [SimpleNamespace(rfilename=path.name) for path in saved.iterdir()]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
     with open_checkpoint("org/name") as checkpoint:
         checkpoint.validate()
         assert (checkpoint.name, checkpoint.source) == ("name", "Hugging Face hub org/name")

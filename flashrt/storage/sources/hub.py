@@ -14,6 +14,7 @@ from flashrt.storage.sources.gguf import open_gguf
 from flashrt.storage.sources.huggingface import open_directory
 from flashrt.storage.sources.text import TEXT_FILES
 
+TIMEOUT_S = 10.0  # for what a repository holds
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 # Weights in other formats, and consolidated copies of the same weights, are left where they are.
 PATTERNS = (
@@ -66,7 +67,8 @@ def _listing(repository: str) -> list[str] | None:
     try:
         from huggingface_hub import HfApi
 
-        return list(HfApi().list_repo_files(repository))
+        found = HfApi().model_info(repository, timeout=TIMEOUT_S).siblings
+        return [entry.rfilename for entry in found or ()]
     except Exception:  # network libraries raise many kinds; the download that follows says what is wrong
         return None
 
