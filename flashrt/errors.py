@@ -27,7 +27,19 @@ class SessionError(FlashrtError):
     """A saved session is missing, damaged, or of another pack or version."""
 
 
-class SessionWarning(UserWarning):
+class FlashrtWarning(UserWarning):
+    """Base of what flashrt says on purpose beside what it does; the CLI prints it as a note."""
+
+
+class CheckpointWarning(FlashrtWarning):
+    """Of files that are at odds some were taken, and others were not."""
+
+
+class BudgetWarning(FlashrtWarning):
+    """A budget is granted that the machine or its operator may not grant."""
+
+
+class SessionWarning(FlashrtWarning):
     """Something of what is kept in a directory of sessions could not be used or kept; the run goes on without."""
 
 

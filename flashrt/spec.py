@@ -118,6 +118,11 @@ class ModelSpec:
             )
         return None
 
+    def ending(self, tokens: Iterable[int]) -> ModelSpec:
+        """The spec with further tokens that end an answer; those that the vocabulary lacks are left out."""
+        known = (token for token in (*self.eos, *tokens) if token < self.vocab)
+        return replace(self, eos=tuple(dict.fromkeys(known)))
+
     def scaled(self, scaling: RopeScaling) -> ModelSpec:
         """The spec with `scaling`, which replaces what its full layers have, and with the context that it gives.
 

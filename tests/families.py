@@ -136,14 +136,17 @@ FAMILIES = tuple(_VARIANTS)
 GGUF_FAMILIES = ("llama", "llama-bias", "llama-llama3", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 
 
-def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random transformers model of a variant, float32, in evaluation mode. `overrides` are config fields."""
+def tiny_model(family: str, seed: int = 0, config: Any = None, **overrides: Any) -> Any:
+    """A random transformers model of a variant, float32, in evaluation mode.
+
+    `overrides` are config fields; `config` is a configuration to build instead of the variant's own.
+    """
     import transformers
 
     # ProSparse checkpoints (arXiv:2402.13516) bring code of their own for this activation.
     transformers.activations.ACT2FN["fatrelu"] = (torch.nn.Threshold, {"threshold": FATRELU_THRESHOLD, "value": 0.0})
     config_class, model_class, fields = _VARIANTS[family]
-    config = getattr(transformers, config_class)(**{**fields, **overrides})
+    config = config or getattr(transformers, config_class)(**{**fields, **overrides})
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, model_class)(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -269,12 +272,14 @@ def tiny_gguf(
     *,
     change: Callable[[Any], None] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> tuple[Any, Path]:
     """Write the same weights as `tiny_checkpoint(family, seed=seed)` as GGUF. Returns (model, path).
 
     family: one of GGUF_FAMILIES; quant: type of the matrices whose rows it fits (F32, F16, BF16, Q8_0)
     change: called with the model before it is written; extra: further tensors of the file
+    metadata: keys of the file in place of what the model's would be
     """
     import gguf
 
@@ -286,6 +291,9 @@ def tiny_gguf(
     arch = _GGUF_ARCH.get(family.partition("-")[0], "gemma3")
     writer = gguf.GGUFWriter(path, arch)
     _write_metadata(writer, config, family, arch)
+    for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, values in {**_gguf_tensors(model, family), **(extra or {})}.items():
         kind = gguf.GGMLQuantizationType[quant]
         if values.ndim > 1 and quant != "F32" and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:

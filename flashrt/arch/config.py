@@ -114,12 +114,12 @@ class Config:
         return self.integer("head_dim", default or hidden // heads, maximum=1 << 16)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """A token id or a list of them, as a tuple; empty when absent."""
+        """A token id or a list of them, as a tuple; empty when absent. -1 and null stand for no token."""
         value = self.data.get(key)
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
-            raise CheckpointError(f"{self.family} config: {key} is {value!r}, expected token ids")
-        return tuple(items)
+        items = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+        if any(isinstance(item, bool) or not isinstance(item, int) or item < -1 for item in items):
+            raise CheckpointError(f"{self.family} config: {key} is {value!r:.80}, expected token ids")
+        return tuple(item for item in items if item >= 0)
 
     def rope(self, default_theta: float = 10000.0) -> Rope:
         """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""

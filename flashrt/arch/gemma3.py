@@ -15,14 +15,12 @@ from flashrt.spec import Ffn, Layer, ModelSpec
 
 NAMES = replace(
     HF_DECODER,
-    prefixes=("model.", "model.language_model.", "language_model.model.", ""),
     layer={
         **HF_LAYER,
         "norm.attention_post": ("post_attention_layernorm.weight",),
         "norm.ffn": ("pre_feedforward_layernorm.weight",),
         "norm.ffn_post": ("post_feedforward_layernorm.weight",),
     },
-    head=("lm_head.weight", "language_model.lm_head.weight"),
     norm_add=1.0,
 )
 

@@ -56,8 +56,6 @@ _NEUTRAL_ROPE = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
 }
-# Tokens after which llama.cpp ends a reply whatever the metadata names as end of sequence.
-END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 
 
 def gguf_config(
@@ -122,13 +120,8 @@ def _rows(shape: Callable[[str], Sequence[int] | None], name: str) -> int:
 
 
 def _eos(fields: Metadata) -> list[int]:
-    tokens, kinds = fields.strings("tokens"), fields.integers("token_type")
     ids = [fields.integer(f"{key}_token_id") for key in ("eos", "eot", "eom")]
-    found = [i for i in ids if i is not None]
-    if tokens is not None and kinds is not None and len(kinds) == len(tokens):
-        wanted = set(END_TOKENS)
-        found += [i for i, kind in enumerate(kinds) if kind in (3, 4) and tokens[i] in wanted]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _of_all_layers(fields: Metadata, key: str) -> int | None:

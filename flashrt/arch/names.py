@@ -137,8 +137,10 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
 HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
-HF_DECODER = Names(("model.", ""), HF_SHARED, HF_LAYER, (HF_DENSE,))
-"""The naming that Llama started and most families follow."""
+HF_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "model.text_model.", "")
+HF_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+HF_DECODER = Names(HF_PREFIXES, HF_SHARED, HF_LAYER, (HF_DENSE,), head=HF_HEADS)
+"""The naming that Llama started and most families follow; models that see have it below a name of their own."""
 
 GGUF_NAMES = Names(
     prefixes=("",),

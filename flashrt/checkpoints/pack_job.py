@@ -1,8 +1,9 @@
 """Fetching and packing a checkpoint; as a program, for `flashrt.checkpoints.resolve`, which runs it in a child process.
 
-    python -m flashrt.checkpoints.pack_job CHECKPOINT OUT DTYPE CACHE [CONTEXT]
+    python -m flashrt.checkpoints.pack_job CHECKPOINT DTYPE CACHE [CONTEXT]
 
-Prints one JSON object a line: {"stage", "done", "total"} while it works, {"error", "message"} when it fails.
+Prints one JSON object a line: {"stage", "done", "total"} while it works, {"note"} where something has to be said,
+{"pack"} with the place of the pack at the end, {"error", "message"} when it fails.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import json
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
+from flashrt.checkpoints.cache import content_target, locked, named_target
+from flashrt.checkpoints.content import content_of
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
-from flashrt.errors import FlashrtError
+from flashrt.errors import CheckpointWarning, FlashrtError
 from flashrt.storage.manifest import Manifest
-from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES
+from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES, is_remote
+from flashrt.storage.pack import is_pack
 from flashrt.storage.packer import pack
-from flashrt.storage.sources import open_checkpoint
+from flashrt.storage.sources import Checkpoint, open_checkpoint
 from flashrt.storage.sources.demo import fetch_demo
 from flashrt.storage.sources.hub import fetch_repository
 from flashrt_kernels.rows import Codec
@@ -41,10 +46,45 @@ def pack_checkpoint(
 
     Raises UsageError, before anything is packed, when the model does not support `context`.
     """
-    with open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress)) as source:
+    with _checked(checkpoint, cache, progress, context) as source:
+        return _write(source, out, dtype, progress)
+
+
+def cached_pack(checkpoint: str, dtype: str, cache: Path, progress: Progress, context: int | None = None) -> Path:
+    """The pack of a checkpoint in the cache, made unless it is there. One process makes it, others wait.
+
+    Raises as `pack_checkpoint` does, and DiskError for a cache that cannot be written.
+    """
+    if is_remote(checkpoint):
+        target = named_target(cache, checkpoint, dtype)
+        with locked(target):
+            if not is_pack(target):
+                pack_checkpoint(checkpoint, target, dtype, cache, progress, context)
+        return target
+    with _checked(checkpoint, cache, progress, context) as source:
+        path = Path(checkpoint)
+        source.fingerprint = content_of(path, cache, progress)  # an unfinished pack is finished wherever the files lie
+        target = content_target(cache, path, dtype, source.fingerprint)
+        with locked(target):
+            if not is_pack(target):
+                _write(source, target, dtype, progress)
+    return target
+
+
+def _checked(checkpoint: str | Path, cache: Path, progress: Progress, context: int | None) -> Checkpoint:
+    """An open checkpoint that can be packed, and whose model supports `context`."""
+    source = open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress))
+    try:
         source.validate()
         checked_context(source.spec, context, 1)
-        return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _write(source: Checkpoint, out: Path, dtype: str, progress: Progress) -> Manifest:
+    return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
 
 
 def _fetching(progress: Progress) -> Progress:
@@ -54,7 +94,7 @@ def _fetching(progress: Progress) -> Progress:
 def main() -> int:
     # Ctrl-C and a terminated parent end the packer the same way: it removes the file that it was writing.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    checkpoint, out, dtype, cache, *asked = sys.argv[1:]
+    checkpoint, dtype, cache, *asked = sys.argv[1:]
     reported = 0.0
 
     def report(stage: str, done: int, total: int) -> None:
@@ -64,8 +104,15 @@ def main() -> int:
             reported = now
             print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
 
+    def note(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, CheckpointWarning):
+            print(json.dumps({"note": str(message)}), flush=True)
+
+    warnings.showwarning = note
+    warnings.simplefilter("always", CheckpointWarning)
     try:
-        pack_checkpoint(checkpoint, Path(out), dtype, Path(cache), report, int(asked[0]) if asked else None)
+        made = cached_pack(checkpoint, dtype, Path(cache), report, int(asked[0]) if asked else None)
+        print(json.dumps({"pack": str(made)}), flush=True)
     except FlashrtError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
         return 1

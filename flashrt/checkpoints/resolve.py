@@ -6,28 +6,24 @@ process (`flashrt.checkpoints.pack_job`): what they take must not count against 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import re
 import signal
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flashrt import child, errors
-from flashrt.errors import CheckpointError, DiskError, FlashrtError, UsageError
-from flashrt.storage.lock import lock
+from flashrt.checkpoints.cache import content_target, named_target
+from flashrt.checkpoints.content import remembered_content
+from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, UsageError
 from flashrt.storage.names import DEMO_NAMES, exists, is_remote
 from flashrt_kernels.rows import Codec
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
-
-_IDENTITY_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def resolve(
@@ -45,22 +41,26 @@ def resolve(
     dtypes = [codec.value for codec in Codec]
     if dtype not in dtypes:
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(dtypes)}")
-    path = Path(where)
-    job = _Job(cache, dtype, progress, context)
-    if str(where) not in DEMO_NAMES and exists(path):
+    from flashrt.storage.pack import is_pack
+
+    path, name = Path(where), str(where)
+    target: Path | None
+    if name not in DEMO_NAMES and exists(path):
         if path.is_dir() and _holds_pack(path):
             return path
-        slug, identity = path.resolve().name, _identity(path)
-        return _packed(path, _target(cache, slug.removesuffix(".gguf"), dtype, identity[:12]), job)
-    name = str(where)
-    if not is_remote(name):
+        content = remembered_content(path, cache)
+        target = None if content is None else content_target(cache, path, dtype, content)
+    elif is_remote(name):
+        target = named_target(cache, name, dtype)
+    else:
         raise UsageError(
             f"{where} does not exist: expected a pack, a checkpoint (directory or .gguf file), "
-            f"a hub repository (org/name) or one of {', '.join(DEMO_NAMES)}"
+            f"a hub repository (org/name, or org/name:Q4_K_M for one of its GGUF files) or one of "
+            f"{', '.join(DEMO_NAMES)}"
         )
-    # Remote names are looked up once: what was packed under a name is used, whatever is published there later, until
-    # its pack is removed. A run needs no network, and never starts to fetch and pack because a repository changed.
-    return _packed(name, _target(cache, name.replace("/", "--"), dtype), job)
+    if target is not None and is_pack(target):
+        return target
+    return _pack_in_child(name, _Job(cache, dtype, progress, context))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,61 +82,19 @@ def _holds_pack(path: Path) -> bool:
     return any(exists(path / name) for name in names) and not exists(path / "config.json")
 
 
-def _identity(path: Path) -> str:
-    """What tells one checkpoint from another without reading it: place, names, sizes, times."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _IDENTITY_FILES)
-    digest = hashlib.sha256(os.fsencode(path.resolve()))
-    for file in files:
-        with contextlib.suppress(OSError):
-            status = file.stat()
-            digest.update(os.fsencode(f"\n{file.name} {status.st_size} {status.st_mtime_ns}"))
-    return digest.hexdigest()
-
-
-def _target(cache: Path, name: str, *distinctions: str) -> Path:
-    """Where a checkpoint's pack is kept. A pack of another format version is another pack."""
-    from flashrt.storage.manifest import VERSION
-
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-    return cache / "packs" / "-".join((slug, *distinctions, f"v{VERSION}"))
-
-
-def _packed(checkpoint: str | Path, target: Path, job: _Job) -> Path:
-    from flashrt.storage.pack import is_pack
-
-    if is_pack(target):
-        return target
-    with _locked(target) as held:
-        if not is_pack(target):  # another process may have packed it while this one waited
-            _pack_in_child(checkpoint, target, job, held)
-    return target
-
-
-def _locked(target: Path) -> IO[str]:
-    """The lock of a pack in the cache directory, held; waits while another process holds it."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return lock(target.with_name(target.name + ".lock"))
-    except OSError as error:
-        raise DiskError(
-            f"the cache directory {target.parent} cannot be written ({error.strerror}): "
-            "name another with --cache-dir (in Python: cache_dir=...)"
-        ) from None
-
-
-def _pack_in_child(checkpoint: str | Path, target: Path, job: _Job, held: IO[str]) -> None:
-    arguments = [str(checkpoint), str(target), job.dtype, str(job.cache)]
+def _pack_in_child(checkpoint: str, job: _Job) -> Path:
+    """Where the pack is that the child made, or found to be there already."""
+    arguments = [checkpoint, job.dtype, str(job.cache)]
     arguments += [] if job.context is None else [str(job.context)]
+    made: Path | None = None
     failure: FlashrtError | None = None
     stray = ""  # what a library printed among the messages
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        # The child inherits the lock: should this process be killed, nobody else starts until the child has gone too.
         packer = subprocess.Popen(
             child.command("flashrt.checkpoints.pack_job", *arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            pass_fds=[held.fileno()],
             text=True,
             errors="replace",
         )
@@ -146,6 +104,10 @@ def _pack_in_child(checkpoint: str | Path, target: Path, job: _Job, held: IO[str
                 message = _message(line)
                 if message is None:
                     stray = line.strip() or stray
+                elif "pack" in message:
+                    made = Path(message["pack"])
+                elif "note" in message:
+                    warnings.warn(str(message["note"]), CheckpointWarning, stacklevel=2)
                 elif "error" in message:
                     failure = _error(message["error"], message["message"])
                 else:
@@ -159,10 +121,11 @@ def _pack_in_child(checkpoint: str | Path, target: Path, job: _Job, held: IO[str
         complaint = complaints.read().strip() or stray
     if failure is not None:
         raise failure
-    if code:
+    if code or made is None:
         reason = complaint.splitlines()[-1] if complaint else f"it ended with status {code}"
         hint = "; it may have run out of memory" if code == -signal.SIGKILL else ""
         raise CheckpointError(f"packing {checkpoint} failed: {reason}{hint}")
+    return made
 
 
 def _message(line: str) -> dict[str, Any] | None:
@@ -173,7 +136,8 @@ def _message(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(message, dict):
         return None
-    return message if {"error", "message"} <= set(message) or {"stage", "done", "total"} <= set(message) else None
+    forms = ({"error", "message"}, {"stage", "done", "total"}, {"note"}, {"pack"})
+    return message if any(form <= set(message) for form in forms) else None
 
 
 def _error(kind: str, message: str) -> FlashrtError:

@@ -58,7 +58,8 @@ def _root(
     """Run language models that do not fit in memory, under a hard memory budget.
 
     A model is a pack (made by `flashrt pack`), or a checkpoint, which is packed once into the cache: a Hugging Face
-    directory, a .gguf file, a hub repository (org/name), or one of the demo models, demo and demo-small.
+    directory, a .gguf file, a hub repository (org/name, org/name:Q4_K_M), or one of the demo models, demo and
+    demo-small.
 
     Example: flashrt run demo --budget-gb 1 --prompt "def fibonacci(n):"
 

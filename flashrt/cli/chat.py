@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,10 +12,11 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import say, stdin, write
+from flashrt.cli.recommended import recommended
 from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
 from flashrt.engine.options import LoadOptions
-from flashrt.errors import PackError, UsageError
+from flashrt.errors import UsageError
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 HELP = "/reset starts over, /exit (or end of input) ends the chat, Ctrl-C stops an answer"
 EDITING = ("readline",)  # once imported, it gives input() its line editing
-RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -205,7 +205,7 @@ def _lines() -> Iterator[str]:
     if not stdin().isatty():
         for number, line in enumerate(stdin().buffer, 1):
             try:
-                yield line.decode("utf-8")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 raise UsageError(f"line {number} of stdin is not UTF-8 text") from None
         return
@@ -219,29 +219,7 @@ def _lines() -> Iterator[str]:
             say(f"\n[{HELP}]")
 
 
-def _sampling(given: dict[str, Any], recommended: Any) -> Sampling:
-    """The user's choice over the authors' recommendation; theirs counts only if it says to sample.
-
-    Raises PackError when a recommendation that would count makes no sense.
-    """
+def _sampling(given: dict[str, Any], generation: Mapping[str, Any]) -> Sampling:
+    """The user's choice over the authors' recommendation. Raises PackError."""
     chosen = {name: value for name, value in given.items() if value is not None}
-    defaults = {}
-    if recommended.get("do_sample", True):
-        defaults = {name: _recommended(recommended, name) for name in RECOMMENDED if name not in chosen}
-        if defaults.get("temperature", 0) is None:
-            defaults["temperature"] = 1.0 if recommended.get("do_sample") else 0.0
-    return options.sampling(**(defaults | chosen))
-
-
-def _recommended(recommended: Any, name: str) -> Any:
-    """One value of the pack's text.json, checked; None when it is absent."""
-    value = recommended.get(name)
-    kind = int if name == "top_k" else (int, float)
-    try:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise UsageError(f"{name} is {value!r}, expected a number")
-        options.sampling(**{name: value})
-    except UsageError as error:
-        option = name.replace("_", "-")
-        raise PackError(f"what the pack's text.json recommends cannot be used: {error}. Give --{option}") from None
-    return value
+    return options.sampling(**(recommended(generation, chosen) | chosen))

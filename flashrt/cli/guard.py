@@ -6,10 +6,12 @@ import contextlib
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from flashrt.errors import FlashrtError, UsageError
+from flashrt.cli.console import say
+from flashrt.errors import FlashrtError, FlashrtWarning, UsageError
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -31,12 +33,27 @@ def guard_streams() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the run
 
 
+def show_notes() -> None:
+    """From now on, what flashrt says beside what it does is a line on stderr each time."""
+    warnings.simplefilter("always", FlashrtWarning)
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, FlashrtWarning):
+            say(f"note: {message}")
+        else:
+            before(message, category, *rest, **more)
+
+    warnings.showwarning = show
+
+
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose failures end the program: one message on stderr, a status, no traceback."""
 
     @functools.wraps(function)
     def wrapper(*arguments: Any, **options: Any) -> Any:
         try:
+            show_notes()
             result = function(*arguments, **options)
             sys.stdout.flush()
             return result

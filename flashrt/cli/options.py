@@ -21,7 +21,10 @@ class DeviceName(str, enum.Enum):
     CUDA = "cuda"
 
 
-_CHECKPOINT = "a Hugging Face directory, a .gguf file, a hub repository (org/name), demo or demo-small"
+_CHECKPOINT = (
+    "a Hugging Face directory, a .gguf file (the first of its parts), a directory of one, a hub repository (org/name, "
+    "org/name:Q4_K_M), demo or demo-small"
+)
 
 Model = Annotated[
     str,

@@ -24,7 +24,7 @@ def pull(
             metavar="NAME",
             show_default=False,
             help="demo (Qwen2.5-Coder-1.5B-Instruct, 1.1 GB), demo-small (Gemma 3 270M, 0.25 GB), "
-            "or a hub repository (org/name).",
+            "or a hub repository (org/name; org/name:Q4_K_M for one of its GGUF files).",
         ),
     ],
     out: Annotated[

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 DEFAULT_NEW_TOKENS = 256
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -179,16 +180,36 @@ def check_argument(text: str | None, what: str) -> None:
         _utf8(text.encode("utf-8", "surrogateescape"), what)
 
 
+def doubled_bos(tokenizer: Tokenizer, ids: list[int]) -> str | None:
+    """What to say of a prompt that brings the beginning token which is put before every text; None where it does not.
+
+    It is read as it was written: two of them.
+    """
+    if tokenizer.bos is None or ids[:2] != [tokenizer.bos] * 2:
+        return None
+    token = tokenizer.text.special_tokens["bos_token"]
+    return (
+        f"note: the prompt begins with {token}, which is put before every text anyway: it is there twice. Leave it out"
+    )
+
+
 def _utf8(data: bytes, what: str) -> str:
+    """Text without the byte order mark that some editors put before it: no model ever saw one."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{what} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
+        found = f"byte {error.start} is 0x{data[error.start]:02x}"
+        if data.startswith(UTF16_MARKS):
+            found = "it begins as UTF-16 does, save it as UTF-8"
+        raise UsageError(f"{what} is not UTF-8 text: {found}") from None
 
 
 def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
     if not chat:
-        return tokenizer.encode(text)
+        ids = tokenizer.encode(text)
+        if warning := doubled_bos(tokenizer, ids):
+            say(warning)
+        return ids
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     return tokenizer.encode(tokenizer.chat_template.render(messages), special=False)

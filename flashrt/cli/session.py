@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from flashrt.cli.console import BAR_MODULES, Progress, say, size
 from flashrt.engine import open as loader
 from flashrt.engine.options import LoadOptions
-from flashrt.errors import SessionWarning, UsageError
+from flashrt.errors import UsageError
 from flashrt.spec import full_ropes
 from flashrt.storage.names import exists
 
@@ -45,12 +44,7 @@ def replaced(model: LoadedPack) -> str | None:
 
 
 def load(model: LoadedPack, workload: Workload) -> Engine:
-    """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError.
-
-    From now on what becomes of sessions is said as it happens.
-    """
-    warnings.simplefilter("always", SessionWarning)
-    warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+    """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError."""
 
     def note(the_plan: Plan) -> None:
         if warning := slower(model, workload, the_plan):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashrt.budget.plan import Workload
 from flashrt.checkpoints.resolve import Progress, resolve
+from flashrt.config import GIB
 from flashrt.engine.loaded_pack import LoadedPack, closing_on_error
 from flashrt.engine.options import LoadOptions, checked_path
 from flashrt.engine.runtime import runtime_for
-from flashrt.errors import PackError, UsageError
+from flashrt.errors import BudgetWarning, PackError, UsageError
+from flashrt.machine.process import installed_bytes, memory_limit
 from flashrt.rope import RopeScaling
 from flashrt.storage.manifest import SPARSE_DIR
 from flashrt.storage.pack import Pack, is_pack
@@ -45,6 +48,8 @@ def open_model(
     """
     path = checked_path("the model", where)
     runtime = runtime_for(options.device, options.threads, options.host_budget_gb)
+    if runtime.bounds_process and options.budget is not None:
+        warn_of_limits(options.budget)
     draft = None if options.draft is None else Pack(options.draft)
     scaling = options.scaling
     unscaled = options.context if scaling is None else None  # a scaled context is checked once the pack is open
@@ -56,6 +61,19 @@ def open_model(
     pack = sparse_pack(exact, options.max_loss, scaling) if options.mode == "sparse" else exact
     warm_up(modules)
     return LoadedPack(pack, options, runtime, exact=exact, draft=draft)
+
+
+def warn_of_limits(budget: int) -> None:
+    """A BudgetWarning where a cgroup, or the machine, has less than the budget: the kernel ends who takes more."""
+    limit, installed = memory_limit(), installed_bytes()
+    what, most = ("this process's cgroup allows", limit) if limit is not None else ("the machine has", installed)
+    if most is not None and most < budget:
+        warnings.warn(
+            f"a budget of {budget / GIB:.2f} GiB, and {what} {most / GIB:.2f} GiB: the kernel may end the run. "
+            "Lower --budget-gb below that, or raise the limit",
+            BudgetWarning,
+            stacklevel=2,
+        )
 
 
 def warm_up(modules: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from flashrt.errors import UsageError
 
 DEMO_NAMES = ("demo", "demo-small")
 CHECKPOINTS = "checkpoints"  # below the cache directory: demo models
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 
 
 def default_cache() -> Path:
@@ -34,8 +34,18 @@ def exists(path: Path) -> bool:
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` is a hub repository (org/name): not when the path exists, or could within its directory."""
+    """Whether `name` is a hub repository, org/name, or one of its GGUF files, org/name:Q4_K_M.
+
+    It is not when the path exists, or could within its directory.
+    """
     return _REPOSITORY.fullmatch(name) is not None and not exists(Path(name)) and not exists(Path(name).parent)
+
+
+def repository_of(name: str) -> tuple[str, str | None]:
+    """(org/name, the tag behind a colon or None) of a name that `is_repository`."""
+    found = _REPOSITORY.fullmatch(name)
+    assert found is not None
+    return found[1], found[2]
 
 
 def is_remote(name: str) -> bool:

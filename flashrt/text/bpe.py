@@ -6,68 +6,118 @@ U+2581, unknown characters as byte tokens).
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.errors import CheckpointError
+from flashrt.text.splits import Split, split_of
 
 SPACE = "\u2581"
+Around = tuple[tuple[str, int] | None, tuple[str, int] | None]  # (token, id) before and after every text
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST
-_QWEN2 = _CONTRACTIONS + _WORDS + r"\p{N}" + _REST
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# How byte-level vocabularies split text before merging, by the name in `tokenizer.ggml.pre`; None is GPT-2's own.
-_SPLITS: dict[str, str | None] = {
-    "gpt-2": None,
-    "gpt2": None,
-    "default": None,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "falcon3": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "dbrx": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": _TEKKEN,
-}
-# Whole words are looked up before merging: their vocabularies hold words that merges do not reach.
-_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")
+_NEVER = -1e9  # the score of a token that no text is cut into
 
 
 def byte_level(
-    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], split: str, bos: int | None = None
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    kinds: Sequence[int],
+    split: str,
+    bos: int | None = None,
+    eos: int | None = None,
 ) -> bytes:
-    """tokenizer.json of a byte-level BPE. `bos`: the id put before every text, None for none."""
-    if split not in _SPLITS:
-        known = ", ".join(sorted(_SPLITS))
-        raise UnsupportedModelError(f"GGUF pre-tokenizer {split!r} is not supported; known: {known}")
-    pattern = _SPLITS[split]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
-    pre: dict[str, Any] = level
-    if pattern is not None:
-        isolated = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        pre = {"type": "Sequence", "pretokenizers": [isolated, level]}
+    """tokenizer.json of a byte-level BPE that splits text as `split` names it (see `SPLITS`).
+
+    bos, eos: ids put before and after every text, None for none
+    """
     vocab = _byte_vocab(tokens, kinds)
-    return _document(
-        model=_bpe(vocab, (merge.split(" ", 1) for merge in merges), ignore_merges=split in _WHOLE_WORDS),
+    return byte_level_files(
+        vocab,
+        [merge.split(" ", 1) for merge in merges],
+        split_of(split),
         added=_added_tokens(tokens, kinds, vocab),
-        normalizer={"type": "NFC"} if _SPLITS[split] == _QWEN2 else None,
-        pre_tokenizer=pre,
-        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        bos=None if bos is None else (tokens[bos], bos),
+        around=(_named(tokens, bos), _named(tokens, eos)),
     )
+
+
+def byte_level_files(
+    vocab: dict[str, int],
+    merges: Iterable[Sequence[str]],
+    split: Split,
+    *,
+    added: list[dict[str, Any]] | None = None,
+    around: Around = (None, None),
+    prefix_space: bool = False,
+) -> bytes:
+    """tokenizer.json from a vocabulary and merges written in the byte alphabet, as vocab.json and merges.txt hold them.
+
+    prefix_space: a word at the beginning is spelled like any other, with a space before it
+    """
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return _document(
+        model=_bpe(vocab, merges, ignore_merges=split.whole_words),
+        added=added or [],
+        normalizer={"type": "NFC"} if split.nfc else None,
+        pre_tokenizer=split.pre_tokenizer(prefix_space),
+        decoder=level,
+        around=around,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SentencePieces:
+    """How a SentencePiece vocabulary is used.
+
+    prefix: 'prepend' puts a space before every text, also one that starts with a space, as the sentencepiece library,
+    llama.cpp and Llama 2's own tokenizer.json do; 'always' and 'first' are what transformers' Llama class does, before
+    every text or the first between special tokens, but not before a space; 'never'
+    unigram: the most likely of all ways to cut a text is taken, and merges are not
+    byte_fallback: what has no token is spelled in bytes
+    charsmap: SentencePiece's compiled rules that characters are replaced by
+    squeeze: runs of spaces become one, those at the ends of a text none
+    gemma: runs of spaces are tokens spelled with spaces, and merges follow the vocabulary's order, not its scores
+    """
+
+    prefix: str = "prepend"
+    unigram: bool = False
+    byte_fallback: bool = True
+    charsmap: bytes = b""
+    squeeze: bool = False
+    gemma: bool = False
+
+    def normalizer(self) -> dict[str, Any] | None:
+        steps: list[dict[str, Any]] = []
+        if self.charsmap:
+            steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(self.charsmap).decode()})
+        if self.squeeze:
+            steps += [
+                {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+            ]
+        if self.prefix == "prepend":
+            steps.append({"type": "Prepend", "prepend": SPACE})
+        if self.prefix in ("prepend", "never"):
+            steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+        return {"type": "Sequence", "normalizers": steps} if steps else None
+
+    def pre_tokenizer(self) -> dict[str, Any] | None:
+        if self.prefix in ("prepend", "never"):
+            return None
+        return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": self.prefix, "split": False}
+
+    def decoder(self) -> dict[str, Any]:
+        steps: list[dict[str, Any]] = [
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if self.prefix != "never":
+            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {"type": "Sequence", "decoders": steps}
 
 
 def sentencepiece(
@@ -75,42 +125,43 @@ def sentencepiece(
     scores: Sequence[float],
     kinds: Sequence[int],
     *,
+    rules: SentencePieces | None = None,
     merges: Sequence[str] | None = None,
-    prefix_space: bool = True,
-    gemma: bool = False,
     bos: int | None = None,
+    eos: int | None = None,
 ) -> bytes:
-    """tokenizer.json of a SentencePiece BPE vocabulary.
-
-    gemma: runs of spaces are tokens spelled with spaces, and merges follow the vocabulary's order, not its scores
-    """
-    spelled = [SPACE * len(token) if gemma and token and not token.strip(" ") else token for token in tokens]
+    """tokenizer.json of a SentencePiece vocabulary. Raises UnsupportedModelError for one that cannot be written so."""
+    rules = rules or SentencePieces()
+    spelled = [SPACE * len(t) if rules.gemma and t and not t.strip(" ") else t for t in tokens]
     vocab = {token: i for i, token in enumerate(spelled)}
-    pairs: Iterable[Sequence[str]]
-    if merges is not None:
-        pairs = (merge.split(" ", 1) for merge in merges)
-    else:
-        pairs = derive_merges(vocab, [-float(i) for i in range(len(spelled))] if gemma else scores, spelled)
     unknown = next((i for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
-    model = _bpe(vocab, pairs, byte_fallback=True, fuse_unk=True, unk=None if unknown is None else spelled[unknown])
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    if prefix_space and not gemma:
-        # As in Llama 2's own tokenizer.json, and in llama.cpp: also before text that starts with a space.
-        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if rules.unigram:
+        model = _unigram(spelled, scores, kinds, unknown, rules.byte_fallback)
+    else:
+        if merges is not None:
+            pairs: Iterable[Sequence[str]] = (merge.split(" ", 1) for merge in merges)
+        else:
+            order = [-float(i) for i in range(len(spelled))] if rules.gemma else scores
+            pairs = derive_merges(vocab, order, spelled)
+        unk = None if unknown is None else spelled[unknown]
+        model = _bpe(vocab, pairs, byte_fallback=rules.byte_fallback, fuse_unk=True, unk=unk)
     return _document(
         model=model,
         added=_added_tokens(spelled, kinds, vocab),
-        normalizer={"type": "Sequence", "normalizers": steps},
-        pre_tokenizer=None,
-        decoder={"type": "Sequence", "decoders": decoders},
-        bos=None if bos is None else (spelled[bos], bos),
+        normalizer=rules.normalizer(),
+        pre_tokenizer=rules.pre_tokenizer(),
+        decoder=rules.decoder(),
+        around=(_named(spelled, bos), _named(spelled, eos)),
     )
+
+
+def _unigram(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], unknown: int | None, byte_fallback: bool
+) -> dict[str, Any]:
+    """Tokens that text must not be cut into are made too unlikely for it."""
+    likely = [score if kind in (_NORMAL, _USER_DEFINED) else _NEVER for score, kind in zip(scores, kinds, strict=True)]
+    vocab = [list(pair) for pair in zip(tokens, likely, strict=True)]
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": byte_fallback}
 
 
 def derive_merges(vocab: dict[str, int], scores: Sequence[float], tokens: Sequence[str]) -> list[tuple[str, str]]:
@@ -127,14 +178,13 @@ def derive_merges(vocab: dict[str, int], scores: Sequence[float], tokens: Sequen
     return [merge[3:] for merge in merges]
 
 
-def gpt2_files(vocab: dict[str, int], merges: str, special: dict[str, int]) -> bytes:
-    """tokenizer.json from GPT-2's vocab.json and merges.txt (OPT's checkpoints have nothing else)."""
-    pairs = [line.split(" ", 1) for line in merges.splitlines() if line and not line.startswith("#version")]
+def merge_lines(merges: str) -> list[list[str]]:
+    """The pairs of a merges.txt. Raises CheckpointError."""
+    lines = [line.rstrip("\r") for line in merges.split("\n")]
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise CheckpointError("merges.txt is damaged: a line is not a pair of tokens")
-    added = [_added(token, i, special=True) for token, i in sorted(special.items(), key=lambda item: item[1])]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return _document(_bpe(vocab, pairs), added, None, level, level, None)
+    return pairs
 
 
 def _bpe(
@@ -168,23 +218,8 @@ def _document(
     normalizer: dict[str, Any] | None,
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
-    bos: tuple[str, int] | None,
+    around: Around,
 ) -> bytes:
-    post = None
-    if bos is not None:
-        token, index = bos
-        start = {"SpecialToken": {"id": token, "type_id": 0}}
-        post = {
-            "type": "TemplateProcessing",
-            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                start,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": token, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
-        }
     document = {
         "version": "1.0",
         "truncation": None,
@@ -192,11 +227,31 @@ def _document(
         "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": post,
+        "post_processor": post_processor(*around),
         "decoder": decoder,
         "model": model,
     }
     return json.dumps(document, ensure_ascii=False).encode("utf-8", errors="replace")
+
+
+def _named(tokens: Sequence[str], index: int | None) -> tuple[str, int] | None:
+    return None if index is None else (tokens[index], index)
+
+
+def post_processor(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> dict[str, Any] | None:
+    """What puts tokens before and after a text, and each of a pair of texts; None for nothing."""
+    if bos is None and eos is None:
+        return None
+
+    def framed(sequence: str, kind: int) -> list[dict[str, Any]]:
+        whole: list[dict[str, Any]] = [{"Sequence": {"id": sequence, "type_id": kind}}]
+        before = [] if bos is None else [{"SpecialToken": {"id": bos[0], "type_id": kind}}]
+        after = [] if eos is None else [{"SpecialToken": {"id": eos[0], "type_id": kind}}]
+        return before + whole + after
+
+    special = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in filter(None, (bos, eos))}
+    single = framed("A", 0)
+    return {"type": "TemplateProcessing", "single": single, "pair": single + framed("B", 1), "special_tokens": special}
 
 
 def _added_tokens(tokens: Sequence[str], kinds: Sequence[int], vocab: dict[str, int]) -> list[dict[str, Any]]:

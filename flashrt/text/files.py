@@ -20,7 +20,6 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "chat_template": ((str, NoneType), "a text or null"),
     "special_tokens": ((dict,), "an object"),
     "generation": ((dict,), "an object"),
-    "add_bos": ((bool, NoneType), "true, false or null"),
 }
 
 
@@ -30,14 +29,12 @@ class TextFiles:
     chat_template: Jinja source, None for a base model
     special_tokens: what templates may name: bos_token, eos_token, unk_token, pad_token
     generation: defaults the model's authors recommend, as in generation_config.json
-    add_bos: whether encoding adds the BOS token; None leaves it to tokenizer.json's post-processor
     """
 
     tokenizer: bytes = field(repr=False)
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
-    add_bos: bool | None = None
 
     def to_files(self) -> dict[str, bytes]:
         """File name → content."""
@@ -45,7 +42,6 @@ class TextFiles:
             "chat_template": self.chat_template,
             "special_tokens": dict(self.special_tokens),
             "generation": dict(self.generation),
-            "add_bos": self.add_bos,
         }
         return {TOKENIZER: _compact(self.tokenizer), SETTINGS: json.dumps(settings, indent=1).encode()}
 
@@ -62,12 +58,13 @@ class TextFiles:
             for key, (kinds, expected) in _KINDS.items():
                 if not isinstance(settings[key], kinds):
                     raise TypeError(f"{key} is {settings[key]!r}, expected {expected}")
+            if settings.get("add_bos"):  # of packs older than the rule that tokenizer.json alone says it
+                raise CheckpointError(f"{SETTINGS} asks for a BOS token beside {TOKENIZER}: pack the checkpoint again")
             return cls(
                 files[TOKENIZER],
                 settings["chat_template"],
                 {str(name): str(token) for name, token in settings["special_tokens"].items()},
                 settings["generation"],
-                settings["add_bos"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{SETTINGS} is damaged: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +29,6 @@ class Tokenizer:
         self._backend, self.text = backend, text
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._bos = self._prepended_bos()
 
     @classmethod
     def from_text(cls, text: TextFiles) -> Tokenizer:
@@ -74,9 +74,14 @@ class Tokenizer:
         """
         if found := _SURROGATE.search(text):
             raise UsageError(f"the text is not valid Unicode: character {found.start()} is U+{ord(found[0]):04X}")
-        backend_adds = special and self.text.add_bos is not False
-        ids: list[int] = self._backend.encode(text, add_special_tokens=backend_adds).ids
-        return [self._bos, *ids] if special and self._bos is not None else ids
+        return list(self._backend.encode(text, add_special_tokens=special).ids)
+
+    @functools.cached_property
+    def bos(self) -> int | None:
+        """The token that `encode` puts before every text; None where it puts none."""
+        ids = self.encode("")
+        first = self.text.special_tokens.get("bos_token")
+        return ids[0] if ids and first is not None and ids[0] == self.token_id(first) else None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
@@ -84,13 +89,6 @@ class Tokenizer:
     def stream(self, context: Sequence[int] = (), skip_special: bool = True) -> TextStream:
         """An incremental detokenizer. `context`: the tokens before it, when the text continues theirs."""
         return TextStream(self, context, skip_special)
-
-    def _prepended_bos(self) -> int | None:
-        """The BOS id, when the model wants one and tokenizer.json does not add it itself."""
-        if not self.text.add_bos or "bos_token" not in self.text.special_tokens:
-            return None
-        bos = self.token_id(self.text.special_tokens["bos_token"])
-        return None if bos in self._backend.encode("").ids else bos
 
 
 def _load(load: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ from flashrt.engine.runtime import CpuRuntime
 from flashrt.storage import layout, manifest
 from flashrt.storage.pack import Pack
 from flashrt_kernels.rows import Codec
+from tests.cli.conftest import Cli
 from tests.engine.support import make_pack
 from tests.families import tiny_checkpoint
 
@@ -89,3 +90,38 @@ def test_sparse_mode_compares_with_the_exact_pack(packs: Path, counts: Counter[s
 def test_a_draft_is_measured_before_the_model_it_drafts_for(packs: Path, counts: Counter[str]) -> None:
     command(packs, "run", str(packs / "int8"), *RUN, *BUDGET, "--draft", str(packs / "int4"))
     assert counts == {"opened": 2, "laid out": 2, "measured": 2, "planned": 2}
+
+
+def test_a_budget_beyond_the_limit_is_said_before_loading(
+    pack: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    from flashrt.engine import open as loader
+    from flashrt.engine.options import LoadOptions
+    from flashrt.errors import BudgetWarning
+
+    monkeypatch.setattr(loader, "memory_limit", lambda: 1 << 30)
+    with pytest.warns(
+        BudgetWarning, match=r"budget of 2.00 GiB, and this process's cgroup allows 1.00 GiB.*--budget-gb"
+    ):
+        loader.open_model(pack, LoadOptions(budget_gb=2))
+    loader.open_model(pack, LoadOptions(budget_gb=1))
+    monkeypatch.setattr(loader, "memory_limit", lambda: None)
+    loader.open_model(pack, LoadOptions(budget_gb=2))
+    monkeypatch.setattr(loader, "installed_bytes", lambda: 1 << 30)
+    with pytest.warns(BudgetWarning, match=r"the machine has 1.00 GiB"):
+        loader.open_model(pack, LoadOptions(budget_gb=2))
+    assert not recwarn.list
+
+
+def test_notes_on_a_checkpoint_are_said_where_it_is_packed(cli: Cli, tmp_path: Path) -> None:
+    from tests.families import tiny_checkpoint
+
+    _, directory = tiny_checkpoint("llama", tmp_path / "model")
+    index = '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    (directory / "model.safetensors.index.json").write_text(index)
+    words = "model.safetensors is read: model.safetensors comes before an index"
+    first = cli("run", directory, "-p", "the", "-n", 2, "--cache-dir", tmp_path / "cache")
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.startswith("note: of ")
+    assert words in first.stderr
+    assert words in cli("pack", directory, tmp_path / "pack").stderr

@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from flashrt.errors import CheckpointError, FlashrtError, UnsupportedModelError
+from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from flashrt.storage.sources.safetensors_header import MAX_HEADER, read_header
@@ -68,7 +69,7 @@ def use(where: Path) -> None:
         ("config.json", b"\xff\xfe", "not valid JSON"),
         ("model.safetensors", None, "holds no safetensors"),
         ("model.safetensors", b"", "truncated"),
-        ("tokenizer.json", None, "no tokenizer.json"),
+        ("tokenizer.json", None, "holds no tokenizer: expected tokenizer.json, vocab.json and"),
         ("generation_config.json", b"nonsense", "not valid JSON"),
         ("model.safetensors.index.json", b"{}", "weight_map"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../x"}}', "not a file of the directory"),
@@ -168,7 +169,14 @@ def test_files_are_bounded_before_they_are_read(directory: Path, name: str, limi
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token is 'yes', expected true or false"),
+        ("tokenizer_config.json", {"additional_special_tokens": 3}, "additional_special_tokens is 3, expected tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder is .*, expected tokens"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"7": {"special": 1}}},
+            "added token 7 is .*, expected a token",
+        ),
+        ("tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": 1}}, "bos_token is .*, expected flags"),
         ("tokenizer_config.json", {"chat_template": 3}, "chat_template is 3, expected a text"),
         ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id is '1', expected token ids"),
     ],
@@ -181,7 +189,50 @@ def test_text_settings_of_wrong_types(directory: Path, name: str, fields: dict[s
 
 def test_pickles_are_named(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*save_pretrained.*writes safetensors"):
+        use(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04" + bytes(40), r"x.bin is a pickle.*save_pretrained"),
+        (b"\x80\x02}q\x00." + bytes(40), r"x.bin is a pickle.*save_pretrained"),
+        (b"tjgg" + bytes(40), r"older than GGUF"),
+        (bytes(40), "not a GGUF file"),
+    ],
+)
+def test_files_of_other_formats_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("name", ["x.gguf.part1of2", "x.gguf-split-a", "X.GGUF.part-a"])
+def test_pieces_of_a_cut_file_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(CheckpointError, match=r"is a piece of x.gguf.*join the pieces" if name[0] == "x" else "piece"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_an_index_that_names_other_files_is_explained(directory: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(
+        CheckpointWarning, match=r"model.safetensors is read: .*comes before an index.*names model-00001"
+    ):
+        use(directory)
+    (directory / "model.safetensors").rename(directory / "consolidated.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00002.safetensors is missing.*; consolidated.safetensors"
+    ):
+        use(directory)
+    both = {"weight_map": {"a": "consolidated.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(both))
+    shutil.copy(directory / "consolidated.safetensors", directory / "more.safetensors")
+    with pytest.warns(
+        CheckpointWarning, match=r"consolidated.safetensors is read: .*names them, and not more.safetensors"
+    ):
         use(directory)
 
 
@@ -303,6 +354,7 @@ def test_sharded_checkpoints(saved: Path, tmp_path: Path) -> None:
     from tests.families import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    shutil.copy(saved / "tokenizer.json", tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists()
     with open_checkpoint(tmp_path) as parts, open_checkpoint(saved) as whole:
         parts.validate()
@@ -339,6 +391,7 @@ def test_hub_failures_are_explained(kind: str | None, monkeypatch: pytest.Monkey
         raise error.__new__(error)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(CheckpointError, match=r"org/name|gated"):
         open_checkpoint("org/name")
 
@@ -347,6 +400,8 @@ def test_hub_repository_is_opened(saved: Path, monkeypatch: pytest.MonkeyPatch) 
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(saved))
+    files = [SimpleNamespace(rfilename=path.name) for path in saved.iterdir()]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
     with open_checkpoint("org/name") as checkpoint:
         checkpoint.validate()
         assert (checkpoint.name, checkpoint.source) == ("name", "Hugging Face hub org/name")
@@ -494,7 +549,7 @@ def test_gguf_versions_and_kinds(gguf_file: Path, tmp_path: Path) -> None:
         ("llama.rope.scaling.type", "dynamic", "dynamic"),
         ("llama.attention.clamp_kqv", 3.0, "clamp_kqv"),
         ("llama.rope.dimension_count", 10, "dimension_count"),
-        ("tokenizer.ggml.pre", "viking", "viking"),
+        ("tokenizer.ggml.pre", "nobodys", "nobodys"),
         ("tokenizer.ggml.model", "t5", "t5"),
     ],
 )

@@ -184,12 +184,6 @@ def test_a_split_count_that_is_a_text(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_one_of_several_parts(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.gguf", entry("split.count", U32, struct.pack("<I", 2)))
-    with pytest.raises(CheckpointError, match="one of several parts"):
-        open_checkpoint(path)
-
-
 def test_arrays_stay_as_small_as_they_are_stored(tmp_path: Path) -> None:
     count = 1 << 21
     path = write(tmp_path / "x.gguf", entry("a", ARRAY, items(U8, count, b"\7" * count)))

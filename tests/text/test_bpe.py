@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashrt.text.bpe import _SPLITS, byte_alphabet, byte_level, derive_merges, sentencepiece
+from flashrt.text.bpe import SentencePieces, byte_alphabet, byte_level, derive_merges, sentencepiece
 from flashrt.text.files import TextFiles
+from flashrt.text.splits import SPLITS
 from flashrt.text.tokenizer import Tokenizer
 from tests.text.test_tokenizer import TEXTS
 
@@ -24,7 +25,33 @@ def kinds() -> list[int]:
     return [1] * (256 + len(MERGES)) + [3, 4]
 
 
-@pytest.mark.parametrize("pre", [name for name in sorted(_SPLITS) if name not in ("gpt2", "llama-v3")])
+def known_to_transformers() -> list[str]:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    return sorted({"gpt-2", "default", *GGUF_PRE_TOKENIZER_SPLITS})
+
+
+# Splits that transformers does not know, by their effect on one text: pieces as llama.cpp's patterns give them, one
+# pattern after the other on what those before it left.
+SAMPLE = "It's 12345 a+b\r\n\n  x_1 caf\u00e9 \u65e5\u672c"
+PIECES = {
+    "smollm": "It|'s| |1|2|3|4|5| a|+|b|\r\n\n | x|_|1| caf\u00e9| \u65e5\u672c",
+    "starcoder": "It|'s| |1|2|3|4|5| a|+|b|\r\n\n | x|_|1| caf\u00e9| \u65e5\u672c",
+    "deepseek-llm": "It|'|s| |12345| a|+|b|\r|\n|\n| | x|_|1| caf|\u00e9| |\u65e5\u672c",
+    "deepseek-coder": "It|'|s| |1|2|3|4|5| a|+|b|\r|\n|\n| | x|_|1| caf\u00e9| |\u65e5\u672c",
+    "deepseek-v3": "It|'s| |123|45| a|+b|\r\n\n| | x|_|1| caf\u00e9| |\u65e5\u672c",
+    "seed-coder": "It|'s| |1|2|3|4|5| a|+b|\r\n\n| | x|_|1| caf\u00e9| \u65e5\u672c",
+    "superbpe": "It's |12|345| a+b\r\n\n  x_|1| caf\u00e9 \u65e5\u672c",
+    "tiny_aya": "It's| |12|345| a|+b|\r\n\n| | x|_|1| caf\u00e9| \u65e5\u672c",
+    "bloom": "It's| 12345| a+b|\r\n\n | x_1| caf\u00e9| \u65e5\u672c",
+    "viking": "It's| |1|2|3|4|5| a+b|\r\n\n | x_|1| caf\u00e9| \u65e5\u672c",
+    "falcon": "It|'|s| |123|45| a|+|b|\r\n\n | x|_|1| caf\u00e9| \u65e5\u672c",
+    "kimi-k2": "It's| |123|45| a|+b|\r\n\n| | x|_|1| caf\u00e9| |\u65e5\u672c",
+    "chameleon": "It|'|s| |1|2|3|4|5| a|+|b|\r|\n|\n|  |x|_|1| caf\u00e9| \u65e5\u672c",
+}
+
+
+@pytest.mark.parametrize("pre", known_to_transformers())
 def test_byte_level_as_transformers(pre: str) -> None:
     from transformers.integrations.gguf import convert_gguf_tokenizer
 
@@ -32,10 +59,33 @@ def test_byte_level_as_transformers(pre: str) -> None:
     fields = {"tokens": tokens, "merges": MERGES, "token_type": kinds()}
     theirs, _ = convert_gguf_tokenizer("llama", {"tokenizer_type": "gpt2", "pre_tokenizer_type": pre, **fields})
     ours = Tokenizer.from_text(TextFiles(byte_level(tokens, MERGES, kinds(), pre)))
-    for text in (*TEXTS, "the 12345 worlds' IT'S  \n\n\t x<|end|>y<think>z</think>", "été 12 ½ Ⅷ", "a\r\nb\r\n\r\n c"):
+    mixed = (
+        "the 12345 worlds' IT'S  \n\n\t x<|end|>y<think>z</think>",
+        "\u00e9t\u00e9 12 \u00bd \u2167",
+        "a\r\nb\r\n\r\n c",
+    )
+    for text in (*TEXTS, *mixed):
         if "e\u0301" in text:
             continue  # Qwen's own tokenizer composes characters, the conversion does not
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_splits_as_llama_cpp(pre: str) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    data = byte_level([*byte_alphabet()], [], [1] * 256, pre)
+    found = Backend.from_str(data.decode()).pre_tokenizer.pre_tokenize_str(SAMPLE)
+    assert "|".join(SAMPLE[start:stop] for _, (start, stop) in found) == PIECES[pre]
+
+
+@pytest.mark.parametrize("pre", sorted(SPLITS))
+def test_every_split_covers_every_text(pre: str) -> None:
+    tokens = [*byte_alphabet()]
+    ours = Tokenizer.from_text(TextFiles(byte_level(tokens, [], [1] * 256, pre)))
+    for text in (*TEXTS, SAMPLE):
+        if "e\u0301" not in text:
+            assert ours.decode(ours.encode(text)) == text
 
 
 def test_bos_comes_from_the_post_processor() -> None:
@@ -86,6 +136,6 @@ def test_sentencepiece_as_transformers(seed: int) -> None:
 
 def test_no_prefix_space() -> None:
     words, scores = random_vocabulary(0)
-    data = sentencepiece(words, scores, [2] + [1] * (len(words) - 1), prefix_space=False)
+    data = sentencepiece(words, scores, [2] + [1] * (len(words) - 1), rules=SentencePieces(prefix="never"))
     assert Tokenizer.from_text(TextFiles(data)).decode(Tokenizer.from_text(TextFiles(data)).encode("a b")) == "a b"
     assert "Prepend" not in json.dumps(json.loads(data))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrt.errors import CheckpointError, UnsupportedModelError, UsageError
-from flashrt.text.bpe import byte_alphabet, byte_level, gpt2_files, sentencepiece
+from flashrt.text.bpe import byte_alphabet, byte_level, merge_lines, sentencepiece
 from flashrt.text.files import TextFiles
 from flashrt.text.tokenizer import Tokenizer
 from tests.families import BOS, EOS, SPECIAL, USER, VOCAB, tokenizer_json
@@ -56,19 +56,25 @@ def test_bos_is_added_once_and_only_when_wanted(tiny: Tokenizer) -> None:
     assert tiny.vocab == VOCAB
 
 
-def test_configured_bos_overrides_the_post_processor() -> None:
-    plain, special = byte_level([*byte_alphabet(), "<s>"], [], [1] * 256 + [3], "gpt-2"), {"bos_token": "<s>"}
-    assert Tokenizer.from_text(TextFiles(plain, None, special, add_bos=True)).encode("a") == [256, 97]
-    assert Tokenizer.from_text(TextFiles(plain, None, special)).encode("a") == [97]
-    adds = TextFiles(tokenizer_json(), None, {"bos_token": "<s>"}, add_bos=True)
-    assert Tokenizer.from_text(adds).encode("a").count(BOS) == 1
-    refuses = TextFiles(tokenizer_json(), None, {"bos_token": "<s>"}, add_bos=False)
-    assert BOS not in Tokenizer.from_text(refuses).encode("a")
+def test_bos_before_every_text_is_known() -> None:
+    tokens, kinds, special = [*byte_alphabet(), "<s>"], [1] * 256 + [3], {"bos_token": "<s>"}
+    adds = Tokenizer.from_text(TextFiles(byte_level(tokens, [], kinds, "gpt-2", bos=256), None, special))
+    assert adds.bos == 256
+    assert adds.encode("a") == [256, 97]
+    assert Tokenizer.from_text(TextFiles(byte_level(tokens, [], kinds, "gpt-2"), None, special)).bos is None
+
+
+def test_packs_that_ask_for_a_bos_beside_the_tokenizer_are_refused(tmp_path: Path) -> None:
+    settings = json.loads(TextFiles(tokenizer_json()).to_files()["text.json"])
+    for asks in (None, False):
+        TextFiles.from_bytes({"tokenizer.json": b"", "text.json": json.dumps(settings | {"add_bos": asks}).encode()})
+    with pytest.raises(CheckpointError, match="pack the checkpoint again"):
+        TextFiles.from_bytes({"tokenizer.json": b"", "text.json": json.dumps(settings | {"add_bos": True}).encode()})
 
 
 def test_files_there_and_back(tmp_path: Path) -> None:
     compact = json.dumps(json.loads(tokenizer_json()), separators=(",", ":"), ensure_ascii=False).encode()
-    text = TextFiles(compact, "{{ x }}", {"eos_token": "</s>"}, {"temperature": 0.5}, True)
+    text = TextFiles(compact, "{{ x }}", {"eos_token": "</s>"}, {"temperature": 0.5})
     indented = replace(text, tokenizer=json.dumps(json.loads(compact), indent=4).encode())
     assert indented.to_files() == text.to_files()  # the size of the file stands for what loading it takes
     for name, data in text.to_files().items():
@@ -78,7 +84,7 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
         TextFiles.from_files(tmp_path)
-    for changed in ({"generation": []}, {"special_tokens": None}, {"chat_template": 1}, {"add_bos": "yes"}):
+    for changed in ({"generation": []}, {"special_tokens": None}, {"chat_template": 1}):
         (tmp_path / "text.json").write_text(json.dumps(json.loads(text.to_files()["text.json"]) | changed))
         with pytest.raises(CheckpointError, match=f"damaged: {next(iter(changed))} is"):
             TextFiles.from_files(tmp_path)
@@ -152,15 +158,12 @@ def test_stream_window_stays_small(bytes_only: Tokenizer) -> None:
 
 
 def test_unknown_pre_tokenizer_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="viking"):
-        byte_level([*byte_alphabet()], [], [1] * 256, "viking")
+    with pytest.raises(UnsupportedModelError, match="'nobodys'.*known: .*smollm"):
+        byte_level([*byte_alphabet()], [], [1] * 256, "nobodys")
 
 
-def test_gpt2_files() -> None:
-    vocab = {token: i for i, token in enumerate([*byte_alphabet(), "th", "the", "</s>"])}
-    text = TextFiles(
-        gpt2_files(vocab, "#version: 0.2\nt h\nth e\n", {"</s>": 258}), None, {"bos_token": "</s>"}, {}, True
-    )
-    assert Tokenizer.from_text(text).encode("the") == [258, 257]
-    with pytest.raises(CheckpointError, match="merges"):
-        gpt2_files(vocab, "th\n", {})
+def test_merges_that_are_no_pairs_are_refused() -> None:
+    assert merge_lines("#version: 0.2\nt h\r\nth e\n\n") == [["t", "h"], ["th", "e"]]
+    for damaged in ("th\n", "t h e\n"):
+        with pytest.raises(CheckpointError, match="merges"):
+            merge_lines(damaged)

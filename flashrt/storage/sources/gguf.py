@@ -1,4 +1,4 @@
-"""A checkpoint in one GGUF file."""
+"""A checkpoint in a GGUF file, or in the parts that one was split into."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from pathlib import Path
 from flashrt.arch import family_of
 from flashrt.arch.gguf import ROPE_FACTORS, gguf_config, with_biases
 from flashrt.errors import CheckpointError
+from flashrt.storage.gguf_files import part_names, part_of, refuse_piece
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import MERGE_ADAPTER
-from flashrt.storage.sources.gguf_header import read_gguf_header
+from flashrt.storage.sources.gguf_header import read_gguf
 from flashrt.storage.sources.tensors import TensorReader
-from flashrt.text.gguf import text_from_gguf
+from flashrt.text.gguf import gguf_ends, text_from_gguf
 from flashrt_kernels.limits import WIDEST_HEAD
 
 
 def open_gguf(path: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
-    """Open a file; reads its header only. Raises CheckpointError."""
-    header = read_gguf_header(path)
+    """Open a file, or the first of several parts; reads headers only. Raises CheckpointError."""
+    refuse_piece(path)
+    header = read_gguf(path)
     if header.metadata.get("general.type") == "adapter":
         raise CheckpointError(f"{path} is an adapter (LoRA), not a model: {MERGE_ADAPTER}")
     reader = TensorReader(header.tensors)
@@ -32,14 +34,14 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
         factors = _rope_factors(reader)
         config = gguf_config(header.metadata, shape, factors)
         family = family_of(config["model_type"])
-        spec = with_biases(family.spec(config), header.tensors.__contains__)
+        spec = with_biases(family.spec(config), header.tensors.__contains__).ending(gguf_ends(header.metadata))
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata makes no sense ({error})") from error
-    status = path.stat()
-    identity = f"{path.name} {status.st_size} {status.st_mtime_ns} {header.digest}"
+    stats = [path.with_name(name).stat() for name in part_names(path.name)]
+    identity = f"{path.name} {[(s.st_size, s.st_mtime_ns) for s in stats]} {header.digest}"
     return Checkpoint(
         spec=spec,
-        name=name or path.stem,
+        name=name or (part_of(path.name) or (path.stem,))[0],
         source=source or f"GGUF file {path}",
         fingerprint=hashlib.sha256(os.fsencode(identity)).hexdigest(),
         reader=reader,

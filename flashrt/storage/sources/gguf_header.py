@@ -21,6 +21,7 @@ import numpy as np
 
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError
+from flashrt.storage.gguf_files import part_names, part_of
 from flashrt.storage.sources.files import refuse_pointer
 from flashrt.storage.sources.tensors import F32, PLAIN_CODECS, Codec, Raw, StoredTensor, stored_tensor
 
@@ -127,8 +128,47 @@ class _Cursor:
         return result
 
 
+def read_gguf(path: Path) -> GgufHeader:
+    """Metadata and tensors of a model, those of all its parts where it was split; `path` is the first.
+
+    Raises CheckpointError as `read_gguf_header` does, and where parts are missing or do not belong together.
+    """
+    first = read_gguf_header(path)
+    count = Metadata(first.metadata).integer("split.count", 1)
+    if count <= 1:
+        return first
+    part = part_of(path.name)
+    if part is None or part[2] != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, and its name does not say which: expected NAME-00001-of-{count:05d}.gguf"
+        )
+    names = part_names(path.name)
+    if part[1] != 1:
+        raise CheckpointError(f"{path} is part {part[1]} of {count}: give the first, {names[0]}")
+    if missing := [name for name in names if not path.with_name(name).exists()]:
+        raise CheckpointError(f"{path} was split into {count} parts, of which {missing[0]} is missing")
+    return _joined(path, [first, *(read_gguf_header(path.with_name(name)) for name in names[1:])])
+
+
+def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
+    """One header of all parts. The first has the metadata of the model."""
+    tensors: dict[str, StoredTensor] = {}
+    for i, part in enumerate(parts):
+        fields = Metadata(part.metadata)
+        if (fields.integer("split.no", 0), fields.integer("split.count", 1)) != (i, len(parts)):
+            raise CheckpointError(f"{part_names(path.name)[i]} is not part {i + 1} of {len(parts)} of {path}")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise CheckpointError(f"{part_names(path.name)[i]} holds {min(twice)} again: another part has it already")
+        tensors |= part.tensors
+    stated = Metadata(parts[0].metadata).integer("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        raise CheckpointError(f"the parts of {path} hold {len(tensors)} tensors, expected {stated}: one is damaged")
+    digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+    return GgufHeader(parts[0].metadata, tensors, digest)
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Metadata and tensors. Raises CheckpointError when the file is damaged, cut short or of another version."""
+    """Metadata and tensors of one file. Raises CheckpointError when it is damaged, cut short or of another version."""
     refuse_pointer(path)
     try:
         cursor = _Cursor(path)
@@ -152,8 +192,6 @@ def _read(cursor: _Cursor) -> GgufHeader:
     for _ in range(key_count):
         key = cursor.string(MAX_NAME)
         metadata[key] = cursor.value(cursor.number("I"))
-    if Metadata(metadata).integer("split.count", 1) > 1:
-        raise CheckpointError(f"{path} is one of several parts: join them first (llama-gguf-split --merge)")
     entries = [_entry(cursor) for _ in range(tensor_count)]
     alignment = Metadata(metadata).integer("general.alignment", 32)
     if not 0 < alignment <= 1 << 20:

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 from flashrt.errors import CheckpointError
+from flashrt.storage.gguf_files import models_among, only_gguf, part_names, pick
+from flashrt.storage.names import repository_of
 from flashrt.storage.sources.checkpoint import Checkpoint
+from flashrt.storage.sources.files import refuse_pickles
+from flashrt.storage.sources.gguf import open_gguf
 from flashrt.storage.sources.huggingface import open_directory
+from flashrt.storage.sources.text import TEXT_FILES
 
+TIMEOUT_S = 10.0  # for what a repository holds
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 # Weights in other formats, and consolidated copies of the same weights, are left where they are.
 PATTERNS = (
     "config.json",
     "adapter_config.json",  # so that an adapter is named as one
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.j*",
-    "vocab.json",
-    "merges.txt",
-    "model*.safetensors",
-    "model.safetensors.index.json",
+    *TEXT_FILES,
+    *WEIGHTS,
 )
 
 
 def open_repository(name: str, cache: Path | None = None) -> Checkpoint:
-    """Download what is needed of `org/name` (only what is missing) and open it. Raises CheckpointError."""
-    return open_directory(_download(name, cache), name=name.split("/")[1], source=f"Hugging Face hub {name}")
+    """Download what is needed of `org/name` (only what is missing) and open it. Raises CheckpointError.
+
+    org/name:Q4_K_M names one of a repository's GGUF files.
+    """
+    where = _fetched(name, cache)
+    title, source = repository_of(name)[0].split("/")[1], f"Hugging Face hub {name}"
+    if where.is_dir():
+        return open_directory(where, name=title, source=source)
+    return open_gguf(where, source=source)
 
 
 def fetch_repository(name: str, out: Path | None = None) -> Path:
     """Download what is needed of `org/name` into the directory `out`, or into the hub's cache; return where it is."""
-    return _download(name, None, out)
+    return _fetched(name, None, out)
 
 
-def _download(name: str, cache: Path | None, out: Path | None = None) -> Path:
+def _fetched(name: str, cache: Path | None, out: Path | None = None) -> Path:
+    """The directory of a repository, or the GGUF file that is meant in it, downloaded unless it is there."""
+    repository, tag = repository_of(name)
+    files = _listing(repository)
+    if files is None:  # nobody to ask: what was downloaded before is there
+        directory = _download(repository, None, cache, out)
+        gguf = only_gguf(directory, tag)
+        return directory if gguf is None else directory / gguf
+    if tag is None and (any(map(_is_weights, files)) or not models_among(files)):
+        refuse_pickles(files, name)
+        return _download(repository, PATTERNS, cache, out)
+    gguf = pick(files, tag, name)
+    return _download(repository, tuple(part_names(gguf)), cache, out) / gguf
+
+
+def _is_weights(file: str) -> bool:
+    return any(fnmatch.fnmatchcase(file, pattern) for pattern in WEIGHTS)
+
+
+def _listing(repository: str) -> list[str] | None:
+    """The names of a repository's files; None when the hub does not say."""
+    try:
+        from huggingface_hub import HfApi
+
+        found = HfApi().model_info(repository, timeout=TIMEOUT_S).siblings
+        return [entry.rfilename for entry in found or ()]
+    except Exception:  # network libraries raise many kinds; the download that follows says what is wrong
+        return None
+
+
+def _download(name: str, patterns: tuple[str, ...] | None, cache: Path | None, out: Path | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -43,8 +82,9 @@ def _download(name: str, cache: Path | None, out: Path | None = None) -> Path:
         ) from error
     from huggingface_hub import errors
 
+    wanted = None if patterns is None else list(patterns)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS), cache_dir=cache, local_dir=out))
+        return Path(snapshot_download(name, allow_patterns=wanted or list(PATTERNS), cache_dir=cache, local_dir=out))
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in (hf auth login)") from error
     except errors.RepositoryNotFoundError as error:
