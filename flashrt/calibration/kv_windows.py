@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import flashrt
 from flashrt.calibration.windows import Windows, check_enough, spread, written
 from flashrt.config import whole
 from flashrt.engine.engine import Engine
@@ -19,6 +20,7 @@ from flashrt.text.tokenizer import Tokenizer
 
 FITTED, HELD_OUT = 2048, 8192  # tokens of a piece, or the model's context
 FITTED_PIECES = 2  # where no number of tokens is given
+SOURCE = Path(flashrt.__file__).parent
 SHARE = 3  # one of so many tokens is held out, one piece at least
 
 
@@ -59,21 +61,28 @@ class Lengths:
             spread(ids[end:], prefix, self.held_out, pieces),
         )
 
-    @property
-    def pieces(self) -> list[int]:
-        """The length of each piece, those held out last."""
-        return [self.fitted] * self.fitted_pieces + [self.held_out] * self.held_out_pieces
-
     def write(self, engine: Engine, path: Path, progress: Callable[[int, int], None]) -> KvText:
-        """Pieces that the model writes itself, each of its own subject; those in the file `path` already are kept."""
+        """Pieces that the model writes itself, each of its own subject; those in the file `path` already are kept.
+
+        Long ones would take long to write, and models go round in circles there. Held out is this program's source.
+        """
         pieces: Windows = json.loads(path.read_bytes()) if path.exists() else []
-        total = sum(self.pieces)
-        for seed, length in enumerate(self.pieces):
-            if seed == len(pieces):
+        while len(pieces) < self.fitted_pieces:
+            before = len(pieces) * self.fitted
 
-                def report(done: int, before: int = sum(self.pieces[:seed])) -> None:
-                    progress(before + done, total)
+            def report(done: int, before: int = before) -> None:
+                progress(before + done, self.fitted * self.fitted_pieces)
 
-                pieces.append(written(engine, seed, length, report))
-                write_atomically(path, json.dumps(pieces).encode())
-        return KvText(pieces[: self.fitted_pieces], pieces[self.fitted_pieces :])
+            pieces.append(written(engine, len(pieces), self.fitted, report))
+            write_atomically(path, json.dumps(pieces).encode())
+        return KvText(pieces, self._source(engine.tokenizer))
+
+    def _source(self, tokenizer: Tokenizer) -> Windows:
+        """Pieces of the program's source."""
+        ids, prefix = list[int](), tokenizer.encode("")
+        needed = self.held_out_pieces * (self.held_out - len(prefix))
+        for path in sorted(SOURCE.rglob("*.py")):
+            if len(ids) < needed:
+                ids += tokenizer.encode(path.read_text(encoding="utf-8"), special=False)
+        check_enough(len(ids), self.held_out)
+        return spread(ids[:needed], prefix, self.held_out, self.held_out_pieces)

@@ -98,6 +98,6 @@ class SparseKv:
 
     def describe(self) -> str:
         """For people, in one line."""
-        share = Fraction(self.keep).limit_denominator(4096)
+        share = Fraction(self.keep).limit_denominator(math.ceil(64 / self.keep))  # however small the share is
         loss = "loss not measured" if self.loss is None else f"perplexity {self.loss:+.1%} where measured"
         return f"{share} of the tokens attended to, {loss}"
