@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def test_calibrate_kv_says_what_came_of_it(cli: Cli, pack: Path, tmp_path: Path)
 def test_damaged_labels_are_found(cli: Cli, pack: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
+    pack = Path(shutil.copytree(pack, tmp_path / "pack", ignore=shutil.ignore_patterns("kv-labels*")))
     assert "none; `flashrt calibrate" in cli("inspect", pack).stdout
     assert not parsed(cli("verify", pack, "--json"))["kv_labels"]
     assert cli("calibrate", pack, "--kv", "--text-file", text, "--tokens", 768).returncode == 0
