@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,10 +91,8 @@ def page_weights(queries: np.ndarray, keys: np.ndarray, end: int) -> np.ndarray:
 def test_it_runs(tmp_path: Path) -> None:
     _, checkpoint = tiny_checkpoint("qwen2", tmp_path / "checkpoint", seed=3, max_position_embeddings=2048)
     pack = make_pack(checkpoint, tmp_path / "pack", Codec.INT4)
-    labels = spec_labels(pack.spec, 8)
-    write_labels(
-        pack.path, type(labels)(pack.manifest.hash, 8, labels.layers, labels.shares, {"1/16": 0.01}), pack.spec
-    )
+    labels = replace(spec_labels(pack.spec, 8), base=pack.manifest.hash, losses={"1/16": 0.01})
+    write_labels(pack.path, labels, pack.spec)
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 150)
     options = ("--keep", "1/16", "--choose", "labels", "recent", "bounds")
