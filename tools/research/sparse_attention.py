@@ -48,6 +48,7 @@ Array = np.ndarray
 Way = tuple[str, str]  # what chooses, and the share kept
 
 EXACT: Way = ("labels", "1")
+KEEPS = ("1/4", "1/8", "1/16")
 CERTAIN = 1.96  # standard errors to both sides
 
 
@@ -63,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--needles", type=int, default=50)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", nargs="+", default=["1/4", "1/8", "1/16"])
-    parser.add_argument("--choose", nargs="+", default=["labels"], choices=("labels", "recent", "bounds"))
+    parser.add_argument(
+        "--ways", type=way, nargs="+", default=[("labels", k) for k in KEEPS], help="such as bounds=1/16"
+    )
     parser.add_argument("--budget", type=float, help="GiB")
     args = benchmark.parse(arguments)
     measure, summary = (perplexity, of_texts) if args.what == "perplexity" else (retrieval, of_questions)
@@ -86,7 +88,7 @@ def perplexity(args: argparse.Namespace) -> Iterator[Sample]:
                 raise SystemExit(f"{path} has {len(ids)} tokens, a window takes {args.window}")
             about = {"text": path.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
             exact = None
-            for way in ways(args):
+            for way in (EXACT, *args.ways):
                 turn(engine, dial, way)
                 found = log_probabilities(engine, ids, args.prompt)
                 exact = found if exact is None else exact
@@ -131,7 +133,7 @@ def retrieval(args: argparse.Namespace) -> Iterator[Sample]:
     with loaded(args, dial, max(args.lengths) + ANSWER_TOKENS, logit_rows=NARROW_TOKENS) as engine:
         for haystack in trial.haystacks(Frame.of(engine.tokenizer)):
             engine.sequence.rewind(0)
-            for way in ways(args):
+            for way in (EXACT, *args.ways):
                 turn(engine, dial, way)
                 right = [int(answers_rightly(engine, haystack, needle)) for needle in haystack.needles]
                 about = {"task": haystack.form.name, "length": haystack.length, "choose": way[0], "keep": way[1]}
@@ -161,8 +163,13 @@ def answers_rightly(engine: Engine, haystack: Haystack, needle: Needle) -> bool:
     return expected.startswith(said) and ask(engine, haystack, needle, Pace()) == needle.answer
 
 
-def ways(args: argparse.Namespace) -> list[Way]:
-    return [EXACT, *((choose, keep) for choose in args.choose for keep in args.keep)]
+def way(word: str) -> Way:
+    """Of labels=1/16. Raises ValueError."""
+    choose, _, keep = word.partition("=")
+    if choose not in ("labels", "recent", "bounds"):
+        raise ValueError(word)
+    share_of(keep)
+    return choose, keep
 
 
 def loaded(args: argparse.Namespace, dial: Dial, context: int, **workload: Any) -> Engine:
@@ -220,7 +227,7 @@ def _by_task(group: list[Sample]) -> list[list[Sample]]:
 
 
 def _public(args: argparse.Namespace) -> dict[str, Any]:
-    common = {"keep": args.keep, "choose": args.choose}
+    common = {"ways": ["=".join(way) for way in args.ways]}
     if args.what == "perplexity":
         return common | {"texts": [path.name for path in args.text_file], "window": args.window, "prompt": args.prompt}
     return common | {name: getattr(args, name) for name in ("lengths", "needles", "samples", "seed")}

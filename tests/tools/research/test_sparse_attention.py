@@ -95,7 +95,7 @@ def test_it_runs(tmp_path: Path) -> None:
     write_labels(pack.path, labels, pack.spec)
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 150)
-    options = ("--keep", "1/16", "--choose", "labels", "recent", "bounds")
+    options = ("--ways", "labels=1/16", "recent=1/16", "bounds=1/16")
     tool = "tools.research.sparse_attention"
     lengths = ("--window", 1100, "--prompt", 1000)
     found = run_tool(tool, tmp_path / "out", "perplexity", pack.path, "--text-file", text, *lengths, *options)
