@@ -45,7 +45,8 @@ class Lengths:
     def of(cls, context: int, tokens: int | None) -> Lengths:
         """For a model of this context, and so many tokens of text. Raises UsageError for too few."""
         fitted, held_out = min(FITTED, context), min(HELD_OUT, context)
-        tokens = whole("tokens", tokens or FITTED_PIECES * fitted + held_out, fitted + held_out)
+        usual = FITTED_PIECES * fitted + held_out
+        tokens = whole("tokens", usual if tokens is None else tokens, fitted + held_out)
         pieces = max(tokens // SHARE // held_out, 1)
         return cls(fitted, held_out, (tokens - pieces * held_out) // fitted, pieces)
 
@@ -62,9 +63,10 @@ class Lengths:
         )
 
     def write(self, engine: Engine, path: Path, progress: Callable[[int, int], None]) -> KvText:
-        """Pieces that the model writes itself, each of its own subject; those in the file `path` already are kept.
+        """Pieces that the model writes itself, each of its own subject. Held out is this program's source.
 
-        Long ones would take long to write, and models go round in circles there. Held out is this program's source.
+        The model would take long to write long ones, and goes round in circles there. What is in the file `path`
+        already is kept.
         """
         pieces: Windows = json.loads(path.read_bytes()) if path.exists() else []
         while len(pieces) < self.fitted_pieces:
@@ -75,7 +77,10 @@ class Lengths:
 
             pieces.append(written(engine, len(pieces), self.fitted, report))
             write_atomically(path, json.dumps(pieces).encode())
-        return KvText(pieces, self._source(engine.tokenizer))
+        if len(pieces) == self.fitted_pieces:
+            pieces += self._source(engine.tokenizer)
+            write_atomically(path, json.dumps(pieces).encode())
+        return KvText(pieces[: self.fitted_pieces], pieces[self.fitted_pieces :])
 
     def _source(self, tokenizer: Tokenizer) -> Windows:
         """Pieces of the program's source."""

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--ways", type=way, nargs="+", default=[("labels", k) for k in KEEPS], help="such as bounds=1/16"
     )
     parser.add_argument("--budget", type=float, help="GiB")
+    parser.add_argument("--threads", type=int)
     args = benchmark.parse(arguments)
     measure, summary = (perplexity, of_texts) if args.what == "perplexity" else (retrieval, of_questions)
     samples = list(measure(args))
@@ -176,7 +177,7 @@ def loaded(args: argparse.Namespace, dial: Dial, context: int, **workload: Any) 
     """An engine that chooses as `dial` says."""
     pack = Pack(args.pack)
     options = LoadOptions(context=context, speculate="off", budget_gb=args.budget)
-    model = LoadedPack(pack, options, runtime_for("cpu"), kv=dialled(read_labels(pack), dial))
+    model = LoadedPack(pack, options, runtime_for("cpu", args.threads), kv=dialled(read_labels(pack), dial))
     return model.load(Workload(context, prompt=context, **workload))
 
 
