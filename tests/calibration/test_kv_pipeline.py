@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashrt.budget.plan import Workload
 from flashrt.calibration import kv_pipeline, kv_reading, kv_windows
 from flashrt.calibration.kv_errors import measure
-from flashrt.calibration.kv_fit import Rotations
+from flashrt.calibration.kv_fit import Ranges, Rotations, projections
 from flashrt.calibration.kv_pipeline import WORK_DIR, KvCalibration, KvRequest, calibrate_kv
-from flashrt.calibration.kv_reading import Reading
+from flashrt.calibration.kv_reading import Reading, reading_bytes
 from flashrt.calibration.kv_shares import SHARES
+from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.options import LoadOptions
+from flashrt.engine.runtime import runtime_for
 from flashrt.errors import UnsupportedModelError, UsageError
 from flashrt.kv.window import WindowStore
 from flashrt.labels import LayerLabels
@@ -197,3 +201,30 @@ def test_what_is_read_is_what_the_layer_sees(tmp_path: Path, monkeypatch: pytest
         turned = (rotated.astype(np.float64) ** 2).sum()
         first = (np.concatenate(queries)[:40].astype(np.float64) ** 2).sum()
         assert np.isclose(np.trace(moments.queries.sum(0)), turned + first, rtol=1e-4), "rotation keeps lengths"
+
+
+def test_what_calibration_holds_is_planned(tmp_path: Path) -> None:
+    """Measured while reading: moments, ranges, and errors over keys that are many beside the model."""
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", seed=3, max_position_embeddings=2048)
+    path = make_pack(checkpoint, tmp_path / "pack", Codec.F32).path
+    pack, runtime = Pack(path), runtime_for("cpu", 2)
+    attentions = {i: layer.attention for i, layer in enumerate(pack.spec.layers)}
+    window = np.random.default_rng(1).integers(3, VOCAB, 2000).tolist()
+    beside = reading_bytes(attentions.values(), 2048)
+    plans = [LoadedPack(pack, LoadOptions(), runtime, beside=own).plan(Workload(64)) for own in (0, beside)]
+    assert plans[1].owners["process"] - plans[0].owners["process"] == pytest.approx(beside, abs=8 << 20)
+    rotations = {i: Rotations(own, 2048) for i, own in attentions.items()}
+    with tiny_engine(pack, 1.0, context=2048, chunk=512) as engine:
+        reading = Reading(engine, attentions, lambda *_: None)
+        tracemalloc.start()
+        try:
+            moments = reading.moments([window])
+            made = {i: projections(own, rotations[i], 8) for i, own in moments.items()}
+            ranges = {i: Ranges(keys, means) for i, (keys, _, means) in made.items()}
+            reading.ranges([window], ranges, rotations)
+            labels = {i: own.labels(made[i][1]) for i, own in ranges.items()}
+            reading.errors([window], labels, rotations)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert 0.3 * beside < peak < beside
