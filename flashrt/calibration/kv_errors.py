@@ -83,8 +83,8 @@ def _of_masks(scores: Array, values: Array, positions: Array, masks: Sequence[Ar
 def measure_bytes(attention: Attention, count: int) -> int:
     """Bytes that `measure` takes beside its arguments, for `count` keys of each KV head: about, and at most."""
     group, dim = attention.heads // attention.kv_heads, attention.head_dim
-    scores = ROWS * group * count * 4
-    return 8 * scores + 4 * count * 4 * dim
+    scores, masks = ROWS * group * count * 4, ROWS * count * 16
+    return 8 * scores + masks + 4 * count * 4 * dim
 
 
 def chosen(guesses: Array, positions: Array, block: int, keeps: Sequence[float]) -> list[Array]:
