@@ -59,8 +59,8 @@ def measure(attention: Attention, labels: LayerLabels, rows: Rows, block: int, k
         for begin in range(0, len(rows.positions), ROWS):
             part = slice(begin, begin + ROWS)
             queries = rows.queries[part, h * group : (h + 1) * group]
-            scores = queries @ keys.T * attention.scale  # [R, group, n]
-            guesses = (queries @ labels.queries[h].T * labels.step[h]) @ codes.T * attention.scale
+            scores = _times(queries, keys.T) * attention.scale  # [R, group, n]
+            guesses = _times(queries @ labels.queries[h].T * labels.step[h], codes.T) * attention.scale
             masks = chosen(guesses, rows.positions[part], block, keeps)
             errors[part, h], own = _of_masks(scores, values, rows.positions[part], masks)
             squares[part] += own
@@ -71,13 +71,18 @@ def _of_masks(scores: Array, values: Array, positions: Array, masks: Sequence[Ar
     """Squared errors by what is attended to, float64 [R, masks], and the squares of what is attended to exactly."""
     seen = np.arange(scores.shape[-1]) <= positions[:, None]
     shares = softmax(scores, seen)
-    exact = shares @ values
+    exact = _times(shares, values)
     errors = np.empty((len(positions), len(masks)))
     for i, mask in enumerate(masks):
         kept = shares * mask[:, None]
-        found = (kept @ values) / kept.sum(axis=-1, keepdims=True)
+        found = _times(kept, values) / kept.sum(axis=-1, keepdims=True)
         errors[:, i] = ((found - exact).astype(np.float64) ** 2).sum(axis=(1, 2))
     return errors, (exact.astype(np.float64) ** 2).sum(axis=(1, 2))
+
+
+def _times(rows: Array, matrix: Array) -> Array:
+    """[R, group, n] times [n, m] in one product: one for each row would be of a few rows, and slow."""
+    return (rows.reshape(-1, rows.shape[-1]) @ matrix).reshape(*rows.shape[:-1], matrix.shape[-1])
 
 
 def measure_bytes(attention: Attention, count: int) -> int:
