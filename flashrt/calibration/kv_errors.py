@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +16,15 @@ from flashrt.spec import Attention
 Array = np.ndarray
 
 
+ROWS = 16  # computed at a time: what is computed for all keys and one KV head does not grow with the rows
+
+
 class Rows(NamedTuple):
-    """Queries of some positions of a layer, and all keys and values; after RoPE, float32."""
+    """Queries of some positions of a layer, and how to get at all keys and values; after RoPE, float32."""
 
     positions: Array  # int64 [R]
     queries: Array  # [R, heads, head_dim]
-    keys: Array  # [kv_heads, n, head_dim]
-    values: Array  # [kv_heads, n, head_dim]
+    stored: Callable[[int], tuple[Array, Array]]  # keys and values of a KV head, each [n, head_dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +53,43 @@ def measure(attention: Attention, labels: LayerLabels, rows: Rows, block: int, k
     errors = np.empty((len(rows.positions), attention.kv_heads, len(keeps)))
     squares = np.zeros(len(rows.positions))
     for h in range(attention.kv_heads):
-        queries = rows.queries[:, h * group : (h + 1) * group]
-        scores = queries @ rows.keys[h].T * attention.scale  # [R, group, n]
-        seen = np.arange(scores.shape[-1]) <= rows.positions[:, None]
-        shares = softmax(scores, seen)
-        exact = shares @ rows.values[h]
-        squares += (exact.astype(np.float64) ** 2).sum(axis=(1, 2))
-        codes = np.clip(np.rint((rows.keys[h] @ labels.keys[h].T - labels.low[h]) / labels.step[h]), 0, LAST_CODE)
-        guesses = (queries @ labels.queries[h].T * labels.step[h]) @ codes.T.astype(np.float32) * attention.scale
-        for i, mask in enumerate(chosen(guesses, rows.positions, block, keeps)):
-            kept = shares * mask[:, None]
-            found = (kept @ rows.values[h]) / kept.sum(axis=-1, keepdims=True)
-            errors[:, h, i] = ((found - exact).astype(np.float64) ** 2).sum(axis=(1, 2))
+        keys, values = rows.stored(h)
+        codes = np.clip(np.rint((keys @ labels.keys[h].T - labels.low[h]) / labels.step[h]), 0, LAST_CODE)
+        codes = codes.astype(np.float32)
+        for begin in range(0, len(rows.positions), ROWS):
+            part = slice(begin, begin + ROWS)
+            queries = rows.queries[part, h * group : (h + 1) * group]
+            scores = _times(queries, keys.T) * attention.scale  # [R, group, n]
+            guesses = _times(queries @ labels.queries[h].T * labels.step[h], codes.T) * attention.scale
+            masks = chosen(guesses, rows.positions[part], block, keeps)
+            errors[part, h], own = _of_masks(scores, values, rows.positions[part], masks)
+            squares[part] += own
     return Errors(errors, squares)
+
+
+def _of_masks(scores: Array, values: Array, positions: Array, masks: Sequence[Array]) -> tuple[Array, Array]:
+    """Squared errors by what is attended to, float64 [R, masks], and the squares of what is attended to exactly."""
+    seen = np.arange(scores.shape[-1]) <= positions[:, None]
+    shares = softmax(scores, seen)
+    exact = _times(shares, values)
+    errors = np.empty((len(positions), len(masks)))
+    for i, mask in enumerate(masks):
+        kept = shares * mask[:, None]
+        found = _times(kept, values) / kept.sum(axis=-1, keepdims=True)
+        errors[:, i] = ((found - exact).astype(np.float64) ** 2).sum(axis=(1, 2))
+    return errors, (exact.astype(np.float64) ** 2).sum(axis=(1, 2))
+
+
+def _times(rows: Array, matrix: Array) -> Array:
+    """[R, group, n] times [n, m] in one product: one for each row would be of a few rows, and slow."""
+    return (rows.reshape(-1, rows.shape[-1]) @ matrix).reshape(*rows.shape[:-1], matrix.shape[-1])
+
+
+def measure_bytes(attention: Attention, count: int) -> int:
+    """Bytes that `measure` takes beside its arguments, for `count` keys of each KV head: about, and at most."""
+    group, dim = attention.heads // attention.kv_heads, attention.head_dim
+    scores, masks = ROWS * group * count * 4, ROWS * count * 16
+    return 8 * scores + masks + 4 * count * 4 * dim
 
 
 def chosen(guesses: Array, positions: Array, block: int, keeps: Sequence[float]) -> list[Array]:

@@ -1,6 +1,6 @@
 """Calibration of sparse attention: from a pack and some text to labels of keys beside it.
 
-    text       windows, from a file or written by the model itself; the last ones are held out
+    text       windows, from a file or written by the model itself; long ones are held out
     moments    of queries and keys, which labels are fitted to
     ranges     of label values, which their codes cover
     errors     of what heads give on the text held out, at several shares kept
@@ -14,9 +14,8 @@ Everything lies in a working directory inside the pack until it is done; an inte
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,11 @@ from flashrt.calibration.kv_errors import Errors
 from flashrt.calibration.kv_fit import Ranges, Rotations, projections
 from flashrt.calibration.kv_losses import Losses
 from flashrt.calibration.kv_moments import Moments
-from flashrt.calibration.kv_reading import BLOCK, Progress, Reading
+from flashrt.calibration.kv_reading import BLOCK, Progress, Reading, reading_bytes
 from flashrt.calibration.kv_shares import SHARES, divide, error_at, is_dense
-from flashrt.calibration.windows import Windows, cut, written
+from flashrt.calibration.kv_windows import KvText, Lengths
+from flashrt.calibration.windows import Windows
 from flashrt.calibration.work_dir import work_dir
-from flashrt.config import whole
 from flashrt.engine.engine import Engine
 from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.options import LoadOptions
@@ -38,21 +37,16 @@ from flashrt.engine.runtime import Runtime, runtime_for
 from flashrt.errors import UnsupportedModelError, UsageError
 from flashrt.labels import CHANNEL_STEP, VERSION, KvLabels, LayerLabels, most_channels
 from flashrt.spec import ModelSpec
-from flashrt.storage.atomic import write_atomically
 from flashrt.storage.kv_labels import write_labels
 from flashrt.storage.pack import Pack
 from flashrt_kernels.limits import NARROW_TOKENS
 
-WINDOW = 2048  # tokens of one piece of text, or the model's context
-TOKENS = 3 * WINDOW
-LEAST_WINDOWS = 2
-HELD_OUT = 3  # one of so many windows
 TEXT_FILE, LOSSES_FILE, WORK_DIR = "text.json", "losses.json", "kv-labels.partial"
 
 
 @dataclass(frozen=True, slots=True)
 class KvRequest:
-    """What is asked of a calibration. text None: the model writes its own; tokens None: `TOKENS`."""
+    """What is asked of a calibration. text None: the model writes its own; tokens None: as many as `Lengths` says."""
 
     text: str | None = None
     tokens: int | None = None
@@ -79,56 +73,47 @@ def calibrate_kv(path: Path, options: LoadOptions, request: KvRequest, progress:
     if base.manifest.sparsity is not None:
         raise UsageError("this pack is a calibrated one: name the pack that it lies in")
     labelled_layers(base.spec)
-    length = min(WINDOW, base.spec.context)
-    tokens = whole("tokens", TOKENS if request.tokens is None else request.tokens, LEAST_WINDOWS * length)
+    lengths = Lengths.of(base.spec.context, request.tokens)
     job = {
         "kv": VERSION,
         "base": base.manifest.hash,
         "text": None if request.text is None else hashlib.sha256(request.text.encode()).hexdigest(),
-        "tokens": tokens,
+        "lengths": asdict(lengths),
     }
     runtime = runtime_for("cpu", options.threads)
     with work_dir(path, job, WORK_DIR) as work:
-        run = _Calibration(base, work, replace(request, tokens=tokens), length, progress)
-        return run.run(replace(options, speculate="off", context=length), runtime)
+        run = _Calibration(base, work, request.text, lengths, progress)
+        return run.run(replace(options, speculate="off", context=lengths.held_out), runtime)
 
 
 class _Calibration:
-    def __init__(self, base: Pack, work: Path, request: KvRequest, length: int, progress: Progress) -> None:
-        self.base, self.work, self.request, self.length, self.progress = base, work, request, length, progress
+    def __init__(self, base: Pack, work: Path, text: str | None, lengths: Lengths, progress: Progress) -> None:
+        self.base, self.work, self.text, self.lengths, self.progress = base, work, text, lengths, progress
         self.attentions = {i: base.spec.layers[i].attention for i in labelled_layers(base.spec)}
         self.rotations = {i: Rotations(own, base.spec.context) for i, own in self.attentions.items()}
 
     def run(self, options: LoadOptions, runtime: Runtime) -> KvCalibration:
-        workload = Workload(self.length, prompt=self.length, logit_rows=NARROW_TOKENS)
-        model = LoadedPack(self.base, options, runtime)
+        length = self.lengths.held_out
+        workload = Workload(length, prompt=length, logit_rows=NARROW_TOKENS)
+        model = LoadedPack(self.base, options, runtime, beside=reading_bytes(self.attentions.values(), length))
         with model.load(workload, lambda done, total: self.progress("loading MiB", done >> 20, total >> 20)) as engine:
-            windows = self._windows(engine)
-            held_out = max(len(windows) // HELD_OUT, 1)
+            text = self._text(engine)
             reading = Reading(engine, self.attentions, self.progress)
-            fitted = self._fit(reading, windows[:-held_out])
-            errors = reading.errors(windows[-held_out:], fitted, self.rotations)
+            fitted = self._fit(reading, text.fitted)
+            errors = reading.errors(text.held_out, fitted, self.rotations)
         found = self._chosen(fitted, errors)
-        losses = Losses(self.base, options, runtime, windows[-held_out:], self.length, self.work / LOSSES_FILE)
+        losses = Losses(self.base, options, runtime, text.held_out, length, self.work / LOSSES_FILE)
         measured = losses.measure(found.labels, lambda done, total: self.progress("losses", done, total))
         labels = replace(found.labels, losses=measured)
         write_labels(self.base.path, labels, self.base.spec)
         return replace(found, labels=labels)
 
-    def _windows(self, engine: Engine) -> Windows:
-        path, tokens = self.work / TEXT_FILE, self.request.tokens
-        assert tokens is not None
-        if path.exists():
-            return [list(map(int, window)) for window in json.loads(path.read_bytes())]
-        if self.request.text is not None:
-            windows = cut(engine.tokenizer, self.request.text, self.length, tokens, LEAST_WINDOWS)
-        else:
-            windows, count = [], tokens // self.length
-            for n in range(count):
-                windows.append(written(engine, n, self.length))
-                self.progress("writing text", n + 1, count)
-        write_atomically(path, json.dumps(windows).encode())
-        return windows
+    def _text(self, engine: Engine) -> KvText:
+        if self.text is not None:
+            return self.lengths.cut(engine.tokenizer, self.text)
+        return self.lengths.write(
+            engine, self.work / TEXT_FILE, lambda done, total: self.progress("writing text", done, total)
+        )
 
     def _fit(self, reading: Reading, windows: Windows) -> dict[int, LayerLabels]:
         """The labels of each layer, from what an earlier calibration left or from the text."""

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 
-from flashrt.calibration.kv_errors import Errors, Rows, measure
-from flashrt.calibration.kv_fit import Ranges, Rotations
+from flashrt.budget.planner import CHUNKS
+from flashrt.calibration.kv_errors import Errors, Rows, measure, measure_bytes
+from flashrt.calibration.kv_fit import BINS, Ranges, Rotations
 from flashrt.calibration.kv_moments import Moments
 from flashrt.calibration.kv_shares import KEEPS
 from flashrt.calibration.windows import Windows
 from flashrt.engine.engine import Engine
-from flashrt.kv.contiguous import ContiguousStore
-from flashrt.labels import LayerLabels
+from flashrt.engine.runtime import kv_item_bytes
+from flashrt.labels import LayerLabels, most_channels
 from flashrt.model.attention import HeadObserver
 from flashrt.spec import Attention
+from flashrt_kernels.limits import ATTENTION_SEGMENT
 
 BLOCK = 8  # positions chosen together: single ones gave a fifth less error, and would be eight times the reads
 SAMPLED = 64  # rows of a window held out, in its second half
+PASS_ROWS = CHUNKS[0]  # of a pass, whose queries and keys are turned and summed in float64
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]  # what is going on, done, in all
 
 
 class Reading:
-    """Reads windows with `engine`, which holds all keys and values of one, and looks at some layers' heads."""
+    """Reads windows with `engine`, and looks at some layers' heads."""
 
     def __init__(self, engine: Engine, attentions: Mapping[int, Attention], progress: Progress) -> None:
         self._engine, self._attentions, self._progress = engine, attentions, progress
@@ -67,8 +70,7 @@ class Reading:
                 self._engine.runner.prefill(self._engine.sequence, window)
             for i, own in labels.items():
                 queries = rotations[i].turned(np.concatenate(sampled.queries[i]), positions, self._engine.plan.context)
-                keys, values = self._stored(i, len(window))
-                rows = Rows(positions, queries, keys, values)
+                rows = Rows(positions, queries, partial(self._stored, i, len(window)))
                 parts[i].append(measure(self._attentions[i], own, rows, BLOCK, KEEPS))
             self._engine.sequence.rewind(0)
             self._progress("errors", done + 1, len(windows))
@@ -81,14 +83,29 @@ class Reading:
                 self._engine.sequence.rewind(0)
                 self._progress(stage, done + 1, len(windows))
 
-    def _stored(self, i: int, count: int) -> tuple[Array, Array]:
-        """Keys and values of the first positions, float32 [kv_heads, count, head_dim]."""
-        store: Any = self._engine.sequence.kv.stores[i]
-        assert isinstance(store, ContiguousStore)
-        memory = store.memory[:, :count]
-        if memory.dtype != np.float32:
-            memory = (memory.astype(np.uint32) << 16).view(np.float32)
-        return np.ascontiguousarray(memory[:, :, 0]), np.ascontiguousarray(memory[:, :, 1])
+    def _stored(self, i: int, count: int, head: int) -> tuple[Array, Array]:
+        """Keys and values of the first positions of a KV head, float32 [count, head_dim]."""
+        store, dim = self._engine.sequence.kv.stores[i], self._attentions[i].head_dim
+        found = np.empty((2, count, dim), np.float32)
+        item = np.float32 if kv_item_bytes(self._engine.reader.pack) == 4 else np.uint16
+        for begin in range(0, count, ATTENTION_SEGMENT):
+            page = np.empty((1, min(ATTENTION_SEGMENT, count - begin), 2, dim), item)
+            store.read_page(begin, slice(head, head + 1), page)
+            numbers = page if item is np.float32 else (page.astype(np.uint32) << 16).view(np.float32)
+            found[:, begin : begin + page.shape[1]] = numbers[0].swapaxes(0, 1)
+        return found[0], found[1]
+
+
+def reading_bytes(attentions: Iterable[Attention], length: int) -> int:
+    """Bytes that reading windows of `length` tokens takes beside what the engine does: about, and at most."""
+    every = list(attentions)
+    moments = sum(16 * own.kv_heads * own.head_dim**2 for own in every)
+    ranges = sum(8 * own.kv_heads * (most_channels(own) or 0) * BINS for own in every)
+    labels = sum(8 * own.kv_heads * (most_channels(own) or 0) * own.head_dim for own in every)
+    sampled = sum(4 * SAMPLED * own.heads * own.head_dim for own in every)
+    measured = max(measure_bytes(own, length) for own in every)
+    passed = max(PASS_ROWS * own.head_dim * (32 * own.kv_heads + 16 * own.heads // own.kv_heads) for own in every)
+    return max(moments + passed, ranges + labels + passed, sampled + labels + measured)
 
 
 class _Sampled:

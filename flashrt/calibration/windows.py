@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,17 +60,26 @@ def cut(tokenizer: Tokenizer, text: str, length: int, tokens: int, least: int = 
     Raises UsageError when the text is shorter than `least` of them.
     """
     ids, prefix = tokenizer.encode(text, special=False), tokenizer.encode("")
+    check_enough(len(ids), least * (length - len(prefix)))
+    return spread(ids, prefix, length, tokens // length)
+
+
+def spread(ids: Sequence[int], prefix: Sequence[int], length: int, count: int) -> Windows:
+    """At most `count` pieces spread evenly over `ids`, each `length` tokens with the `prefix` that begins it."""
     step = length - len(prefix)
     whole = [[*prefix, *ids[i : i + step]] for i in range(0, len(ids) - step + 1, step)]
-    if len(whole) < least:
+    return [whole[i] for i in np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)]
+
+
+def check_enough(tokens: int, least: int) -> None:
+    """Raises UsageError for a text that is too short."""
+    if tokens < least:
         raise UsageError(
-            f"the text has {len(ids)} tokens, calibration takes {least * step} or more: give a longer file, or none"
+            f"the text has {tokens} tokens, calibration takes {least} or more: give a longer file, or none"
         )
-    wanted = min(tokens // length, len(whole))
-    return [whole[i] for i in np.linspace(0, len(whole) - 1, wanted).astype(int)]
 
 
-def written(engine: Engine, seed: int, length: int) -> list[int]:
+def written(engine: Engine, seed: int, length: int, progress: Callable[[int], None] = lambda done: None) -> list[int]:
     """A piece of text by the model itself: one token drawn blindly, the rest from the likelier of its predictions.
 
     So calibration needs no data (Liu et al., LLM-QAT, arXiv:2305.17888, section 3.1). Drawn from all predictions, text
@@ -85,6 +95,7 @@ def written(engine: Engine, seed: int, length: int) -> list[int]:
         ids.append(token)
         if len(ids) < length:
             logits = engine.runner.step(engine.sequence, token)
+        progress(len(ids))
     engine.sequence.rewind(0)
     return ids
 

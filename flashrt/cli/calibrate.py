@@ -40,7 +40,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(calibrate))
 
 
-@options.loads("budget_gb", "threads", "cache_dir")
+@options.loads("budget_gb", "kv_dir", "threads", "cache_dir")
 def calibrate(
     pack: Annotated[
         Path,
@@ -84,7 +84,7 @@ def calibrate(
             metavar="N",
             show_default=False,
             help="Tokens of text to calibrate with. Omitted: 2048, or 8192 where neurons are to be predicted (ReLU); "
-            "with --kv 6144.",
+            "with --kv 12288, of which 8192 are held out.",
         ),
     ] = None,
     *,

@@ -31,7 +31,7 @@ def calibrate_attention(pack: Path, load: LoadOptions, text: str | None, tokens:
         emit({"path": str(pack), "seconds": seconds, **labels.describe(), **figures})
         return
     show(_table(found))
-    source = "text of the model's own" if text is None else "the end of the text"
+    source = "this program's source" if text is None else "the end of the text"
     losses = ", ".join(f"{loss:+.2%} at {keep}" for keep, loss in labels.losses.items())
     print(
         f"perplexity        {losses}; on {source}\n"

@@ -36,7 +36,16 @@ def _eval() -> None:
 
 
 @options.loads(
-    "budget_gb", "rope_scaling", "dtype", "mode", "max_loss", "kv", "kv_keep", *options.MACHINE, speculate="off"
+    "budget_gb",
+    "rope_scaling",
+    "dtype",
+    "mode",
+    "max_loss",
+    "kv",
+    "kv_keep",
+    "kv_dir",
+    *options.MACHINE,
+    speculate="off",
 )
 def ppl(
     pack: options.Model,

@@ -9,6 +9,7 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, show, size, table
+from flashrt.errors import PackError
 from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
@@ -73,9 +74,34 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "experts_per_token": layer.ffn.experts_per_token,
         "kv_bytes_per_token": spec.kv_bytes_per_token(kv_item_bytes(pack)),
         "weight_bytes": owners,
+        "kv_labels": _labels(pack),
         "files": dict(layout.file_bytes),
         "hash": manifest.hash,
     }
+
+
+def _labels(pack: Pack) -> dict[str, Any] | None:
+    """What lies beside the pack for --kv sparse."""
+    from flashrt.storage.kv_labels import LABELS_FILE, find_labels
+
+    try:
+        labels = find_labels(pack)
+    except PackError as error:
+        return {"unusable": str(error)}
+    if labels is None:
+        return None
+    layers = sum(layer is not None for layer in labels.layers)
+    nbytes = (pack.path / LABELS_FILE).stat().st_size
+    return {"bytes": nbytes, "layers": layers, "block": labels.block, "losses": dict(labels.losses)}
+
+
+def _of_labels(labels: dict[str, Any] | None) -> str:
+    if labels is None:
+        return "none; `flashrt calibrate PACK --kv` makes them for --kv sparse"
+    if "unusable" in labels:
+        return str(labels["unusable"])
+    losses = ", ".join(f"{loss:+.2%} at {keep}" for keep, loss in labels["losses"].items())
+    return f"{size(labels['bytes'])}, of {labels['layers']} layers; perplexity {losses or 'not measured'}"
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -88,6 +114,7 @@ def _print(facts: dict[str, Any]) -> None:
         "layers": f"{facts['layers']} of {facts['neurons']} neurons{experts}, hidden size {facts['hidden']}",
         "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}",
         "KV": f"{size(facts['kv_bytes_per_token'])} per token",
+        "labels": _of_labels(facts["kv_labels"]),
         "vocabulary": str(facts["vocab"]),
         "context": f"{facts['context']} tokens",
         "size": f"{size(facts['bytes'])} in {len(facts['files'])} files",

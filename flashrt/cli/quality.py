@@ -30,7 +30,7 @@ COLUMNS = {
 }
 
 
-@options.loads("budget_gb", "rope_scaling", "threads", "cache_dir", mode="sparse", speculate="off")
+@options.loads("budget_gb", "rope_scaling", "kv_dir", "threads", "cache_dir", mode="sparse", speculate="off")
 def quality(
     pack: options.Model,
     text_file: Annotated[

@@ -23,17 +23,23 @@ def verify(
 ) -> None:
     """Read every byte of a pack and compare it with its checksums; fails naming the first damaged file.
 
+    Labels of keys that lie beside it, for --kv sparse, are checked too.
+
     Example: flashrt verify ./qwen-int4
     """
+    from flashrt.storage.kv_labels import find_labels
     from flashrt.storage.pack import Pack
 
     opened = Pack(pack)
     began = time.perf_counter()
     with Progress() as progress:
         opened.verify(progress.of("verifying"))
+        labels = find_labels(opened)
     seconds = time.perf_counter() - began
     nbytes = opened.layout.nbytes
     if json:
-        emit({"path": str(pack), "bytes": nbytes, "seconds": seconds, "intact": True})
+        has_labels = labels is not None
+        emit({"path": str(pack), "bytes": nbytes, "kv_labels": has_labels, "seconds": seconds, "intact": True})
     else:
-        print(f"{pack} is intact: {size(nbytes)} in {duration(seconds)}, {rate(nbytes / seconds)}")
+        beside = "" if labels is None else ", and labels of its keys"
+        print(f"{pack} is intact: {size(nbytes)}{beside} in {duration(seconds)}, {rate(nbytes / seconds)}")

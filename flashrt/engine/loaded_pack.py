@@ -18,7 +18,6 @@ from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sparse_kv import sparse_kv
 from flashrt.kv.choice import SparseKv
-from flashrt.labels import KvLabels
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
 from flashrt.spec import ModelSpec
@@ -44,14 +43,17 @@ class LoadedPack:
         *,
         exact: Pack | None = None,
         draft: Pack | None = None,
-        labels: KvLabels | None = None,
+        kv: SparseKv | None = None,
+        beside: int = 0,
     ) -> None:
-        """`labels` of keys are those to choose by, which lie beside the exact pack where none are given.
+        """`kv` says how decode passes choose what they attend to, in place of the options; `beside` are bytes of the
+        budget that the caller takes itself.
 
-        Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded."""
+        Raises BudgetError when the budget cannot even hold the tokenizer while it is loaded.
+        """
         self.pack, self.options, self.runtime = pack, options, runtime
         self.exact, self.draft = exact or pack, draft
-        self._labels = labels
+        self._kv, self._beside = kv, beside
         self.budget, self.cache = options.budget, options.cache
         if self.budget is not None and runtime.bounds_process:
             check_start(pack, self.budget)
@@ -70,12 +72,13 @@ class LoadedPack:
     @functools.cached_property
     def costs(self) -> FixedCosts:
         """What the process takes, measured once, for the first plan: by then everything but the model is loaded."""
-        return self.runtime.fixed_costs(self.pack)
+        costs = self.runtime.fixed_costs(self.pack)
+        return replace(costs, runtime_bytes=costs.runtime_bytes + self._beside)
 
     @functools.cached_property
     def kv(self) -> SparseKv | None:
         """How decode passes choose what they attend to; see `sparse_kv`."""
-        return sparse_kv(self.exact, self.options, self.pack.manifest.sparsity, self._labels)
+        return self._kv or sparse_kv(self.exact, self.options, self.pack.manifest.sparsity)
 
     def plan(self, workload: Workload) -> Plan:
         """Plan the budget for `workload` and drafts; without one, all that the model needs or that the machine has."""

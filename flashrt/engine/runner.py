@@ -93,15 +93,18 @@ class Runner:
             batch = Batch([Rows(sequence.kv, [token], ahead=depth)], draft=True)
             return self._on_host(self.decoder.logits(self._forward(sequence, batch)))[0]
 
-    def score(self, sequence: Sequence, ids: Items[int], wide: bool) -> float:
+    def score(self, sequence: Sequence, ids: Items[int], wide: bool, held: int = 0) -> float:
         """Make `sequence` hold all but the last of `ids`; the sum of the log-probabilities (nats) of all but the first.
 
-        wide: whether by the kernels for many tokens. Needs a plan with `scoring`.
+        wide: whether by the kernels for many tokens; held: how many of `ids` the sequence begins with already, which
+        are not computed again, and of which none is scored but the one after them. Needs a plan with `scoring`.
         """
-        sequence.rewind(0)
+        begin = sequence.rewind(held)
+        if begin < held:
+            raise ValueError(f"the sequence holds {begin} of the {held} tokens to go on from")
         chunk, total = self.plan.prefill_chunk, 0.0
         with self._pass_or_nothing():
-            for begin in range(0, len(ids) - 1, chunk):
+            for begin in range(held, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
                 start, end = sequence.length, sequence.length + len(tokens)
                 kind, following = (PassKind(True, wide, sequence.kv.far(at, len(tokens))) for at in (start, end))

@@ -15,18 +15,16 @@ from flashrt.storage.pack import Pack
 DEFAULT_KEEP = 1 / 16  # of all positions, where neither a share nor a loss is given
 
 
-def sparse_kv(
-    exact: Pack, options: LoadOptions, sparsity: Sparsity | None, labels: KvLabels | None = None
-) -> SparseKv | None:
+def sparse_kv(exact: Pack, options: LoadOptions, sparsity: Sparsity | None) -> SparseKv | None:
     """How decode passes of `exact` choose what they attend to; None where they attend to everything.
 
     The loss allowed is that of everything left out together: what `sparsity` of the feed-forward blocks may cost is
-    taken from it. `labels` are the pack's where none are given. Raises UsageError where they were never calibrated, or
-    lose more than is allowed; PackError where they are damaged or another pack's.
+    taken from it. Raises UsageError where labels were never calibrated, or lose more than is allowed; PackError where
+    they are damaged or another pack's.
     """
     if options.kv == "exact":
         return None
-    labels = labels or read_labels(exact)
+    labels = read_labels(exact)
     if options.scaling is not None:
         labels = replace(labels, losses={})  # they were measured with the model's own rotation
     if options.max_loss is None:

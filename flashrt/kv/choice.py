@@ -40,8 +40,12 @@ class Choice:
 
     def kept(self, position: int, head: int) -> int:
         """Blocks that a row at `position` chooses for a KV head; no more than there are."""
-        wanted = math.ceil(max(self.shares[head] * (position + 1), self.least) / self.block)
+        wanted = math.ceil(max(self.share(head) * (position + 1), self.least) / self.block)
         return max(0, min(wanted, self.end(position) - 1))
+
+    def share(self, head: int) -> float:
+        """Of all positions, what a KV head chooses."""
+        return self.shares[head]
 
     def end(self, position: int) -> int:
         """Blocks before those that a row at `position` attends to in any case; the first of all is one of them."""
@@ -94,6 +98,6 @@ class SparseKv:
 
     def describe(self) -> str:
         """For people, in one line."""
-        share = Fraction(self.keep).limit_denominator(4096)
+        share = Fraction(self.keep).limit_denominator(math.ceil(64 / self.keep))  # however small the share is
         loss = "loss not measured" if self.loss is None else f"perplexity {self.loss:+.1%} where measured"
         return f"{share} of the tokens attended to, {loss}"

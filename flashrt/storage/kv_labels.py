@@ -6,7 +6,9 @@ What describes them lies in the header's metadata, with a SHA-256 over that and 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +24,7 @@ from flashrt.storage.safetensors_file import FORMAT, Shapes, build_header
 
 LABELS_FILE = "kv-labels.safetensors"
 LENGTH_BYTES = 8
+CHUNK_BYTES = 1 << 20  # hashed at a time
 MOST_HEADER_BYTES = 16 << 20  # a description of 4096 layers is smaller
 
 
@@ -32,6 +35,11 @@ def write_labels(path: Path, labels: KvLabels, spec: ModelSpec) -> None:
     data = b"".join(np.ascontiguousarray(array, "<f4").tobytes() for array in arrays)
     metadata = _metadata(description, data)
     write_atomically(path / LABELS_FILE, build_header(_shapes(labels.describe(), spec), metadata) + data)
+
+
+def find_labels(pack: Pack) -> KvLabels | None:
+    """The labels of a pack; None where it has none. Raises PackError as `read_labels` does."""
+    return read_labels(pack) if os.path.lexists(pack.path / LABELS_FILE) else None
 
 
 def read_labels(pack: Pack) -> KvLabels:
@@ -45,7 +53,7 @@ def read_labels(pack: Pack) -> KvLabels:
         raise PackError(f"{path} is no file: remove it, and {again}")
     try:
         with open(path, "rb") as file:
-            labels = _read(file, path.stat().st_size, pack.spec)
+            labels = _read(file, path.stat().st_size, pack)
     except FileNotFoundError:
         raise UsageError(
             f"{pack.path} has no labels of keys, which --kv sparse chooses by: run `flashrt calibrate {pack.path} --kv`"
@@ -54,24 +62,30 @@ def read_labels(pack: Pack) -> KvLabels:
         raise PackError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # ValueError: what is no text, and no JSON, too
         raise PackError(f"{path} is damaged, or of another version: {error}; {again}") from None
-    if labels.base != pack.manifest.hash:
+    if labels is None:
         raise PackError(f"{path} was calibrated for another pack: {again}")
     return labels
 
 
-def _read(file: IO[bytes], size: int, spec: ModelSpec) -> KvLabels:
-    """Raises ValueError for whatever `write_labels` would not have written. Nothing larger than expected is read."""
+def _read(file: IO[bytes], size: int, pack: Pack) -> KvLabels | None:
+    """None for those of another pack, which may have other layers.
+
+    Raises ValueError for whatever `write_labels` would not have written. Nothing larger than expected is held.
+    """
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     if not 0 < length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES):
         raise ValueError(f"its header has {length} bytes of a file of {size}")
     header = file.read(length)
     metadata = _described(header)
     description = json.loads(metadata["labels"])
-    check_description(description, spec)
-    layout = _shapes(description, spec)
+    if _is_foreign(description, pack.manifest.hash) and _checksum(metadata["labels"], file) == metadata.get("sha256"):
+        return None
+    check_description(description, pack.spec)
+    layout = _shapes(description, pack.spec)
     expected = sum(4 * int(np.prod(shape)) for _, shape in layout.values())
     if LENGTH_BYTES + length + expected != size:
         raise ValueError(f"it has {size} bytes, expected {LENGTH_BYTES + length + expected}")
+    file.seek(LENGTH_BYTES + length)
     data = file.read(expected)
     if len(data) != expected or build_header(layout, _metadata(metadata["labels"], data))[LENGTH_BYTES:] != header:
         raise ValueError("its checksum does not match")
@@ -88,8 +102,20 @@ def _described(header: bytes) -> Mapping[str, str]:
     raise ValueError("it holds no labels of keys")
 
 
+def _is_foreign(description: Any, base: str) -> bool:
+    return isinstance(description, Mapping) and isinstance(description.get("base"), str) and description["base"] != base
+
+
 def _metadata(description: str, data: bytes) -> dict[str, str]:
-    return {**FORMAT, "labels": description, "sha256": hashlib.sha256(description.encode() + data).hexdigest()}
+    return {**FORMAT, "labels": description, "sha256": _checksum(description, io.BytesIO(data))}
+
+
+def _checksum(description: str, data: IO[bytes]) -> str:
+    """Of a description and all that follows in `data`."""
+    digest = hashlib.sha256(description.encode())
+    while chunk := data.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _shapes(description: Mapping[str, Any], spec: ModelSpec) -> Shapes:

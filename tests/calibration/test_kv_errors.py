@@ -19,7 +19,8 @@ def rows(seed: int, count: int = 203) -> Rows:
     positions = np.array([40, 77, 150, 202])
     queries = rng.standard_normal((len(positions), 6, 12)) * 2
     keys, values = rng.standard_normal((2, 2, count, 12))
-    return Rows(positions, *(part.astype(np.float32) for part in (queries, keys, values)))
+    queries, keys, values = (part.astype(np.float32) for part in (queries, keys, values))
+    return Rows(positions, queries, lambda head: (keys[head], values[head]))
 
 
 def test_what_is_chosen_is_what_a_loop_chooses() -> None:
@@ -49,9 +50,10 @@ def test_errors_fall_to_nothing_where_all_is_kept() -> None:
     assert (relative[:, 0] > relative[:, 1]).all()
     assert (relative[:, 1] > 1e-4).all()
     assert (relative[:, 2] < 1e-12).all()
-    scores = np.einsum("rgd,nd->rgn", own.queries[:, 3:].astype(np.float64), own.keys[1]) * ATTENTION.scale
+    keys, values = own.stored(1)
+    scores = np.einsum("rgd,nd->rgn", own.queries[:, 3:].astype(np.float64), keys) * ATTENTION.scale
     seen = np.where(np.arange(203) <= own.positions[:, None, None], np.exp(scores), 0)
-    exact = (seen / seen.sum(-1, keepdims=True)) @ own.values[1]
+    exact = (seen / seen.sum(-1, keepdims=True)) @ values
     assert found.squares.sum() > (exact**2).sum() * 1.01, "both KV heads count"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,38 @@ def test_calibrate_kv_says_what_came_of_it(cli: Cli, pack: Path, tmp_path: Path)
     assert found["channels"] == [8, 8, 8]
     assert all(0 < error < 1 for error in found["errors"])
     assert (pack / "kv-labels.safetensors").exists()
-    assert cli("verify", pack).returncode == 0
+    verified, inspected = parsed(cli("verify", pack, "--json")), parsed(cli("inspect", pack, "--json"))
+    assert verified["kv_labels"]
+    assert (inspected["kv_labels"]["layers"], inspected["kv_labels"]["losses"]) == (3, found["losses"])
+    assert "at 1/16" in cli("inspect", pack).stdout
+
+
+def test_damaged_labels_are_found(cli: Cli, pack: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    pack = Path(shutil.copytree(pack, tmp_path / "pack", ignore=shutil.ignore_patterns("kv-labels*")))
+    assert "none; `flashrt calibrate" in cli("inspect", pack).stdout
+    assert not parsed(cli("verify", pack, "--json"))["kv_labels"]
+    assert cli("calibrate", pack, "--kv", "--text-file", text, "--tokens", 768).returncode == 0
+    labels = pack / "kv-labels.safetensors"
+    raw = labels.read_bytes()
+    labels.write_bytes(raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:])
+    check_failure(cli("verify", pack), 1, "kv-labels.safetensors is damaged", "calibrate")
+    assert "kv-labels.safetensors is damaged" in cli("inspect", pack).stdout
+
+
+def test_keys_and_values_go_where_they_are_told(cli: Cli, pack: Path, tmp_path: Path) -> None:
+    """Every command that loads takes --kv-dir."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    commands = (
+        ("calibrate", pack, "--kv", "--text-file", text, "--tokens", 768),
+        ("eval", "ppl", pack, "--text-file", text, "--ctx", 64, "--max-tokens", 64),
+        ("bench", pack, "--prompt-tokens", 8, "--new-tokens", 2, "--repeat", 1),
+    )
+    for command in commands:
+        result = cli(*command, "--kv-dir", tmp_path)
+        assert result.returncode == 0, result.stderr
 
 
 def test_calibrate_kv_refuses_what_makes_no_sense(cli: Cli, pack: Path, tmp_path: Path) -> None:

@@ -255,3 +255,9 @@ def planned(engine: Engine) -> int:
     open_cache(engine.spec, limits, kernels, allocate, choices=engine.plan.choices)
     assert taken == kv_bytes(engine.spec, limits, 4, choices=engine.plan.choices)
     return taken
+
+
+@pytest.mark.parametrize("keep", ["1/16", "1/1000000", "3/4", "3/10"])
+def test_however_small_a_share_is_it_is_named(keep):
+    above, below = map(int, keep.split("/"))
+    assert SparseKv(above / below, None, ()).describe().startswith(f"{keep} of the tokens")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from flashrt.errors import DiskError, PackError, UsageError
 from flashrt.labels import KvLabels, LayerLabels, most_channels, shapes
 from flashrt.spec import Attention
 from flashrt.storage import kv_labels
-from flashrt.storage.kv_labels import LABELS_FILE, read_labels, write_labels
+from flashrt.storage.kv_labels import LABELS_FILE, find_labels, read_labels, write_labels
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
 from flashrt_kernels.rows import Codec
+from tests.engine.support import make_pack
 from tests.fake_source import MOE, FakeSource
+from tests.families import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,22 @@ def test_labels_of_another_pack_are_refused(opened: Pack) -> None:
     write_labels(opened.path, replace(labels_of(opened), base="f" * 64), opened.spec)
     with pytest.raises(PackError, match="another pack"):
         read_labels(opened)
+
+
+def test_labels_of_a_pack_with_other_layers_are_called_that(opened: Pack, tmp_path: Path) -> None:
+    """Whatever their number and shape, if the file is whole."""
+    other = make_pack(tiny_checkpoint("llama", tmp_path / "checkpoint")[1], tmp_path / "pack", Codec.INT8)
+    assert len(other.spec.layers) != len(opened.spec.layers)
+    write_labels(opened.path, labels_of(opened), opened.spec)
+    raw = (opened.path / LABELS_FILE).read_bytes()
+    (other.path / LABELS_FILE).write_bytes(raw)
+    with pytest.raises(PackError, match="another pack"):
+        find_labels(other)
+    (other.path / LABELS_FILE).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(PackError, match="damaged"):
+        find_labels(other)
+    (other.path / LABELS_FILE).unlink()
+    assert find_labels(other) is None
 
 
 def test_any_flipped_bit_is_noticed(opened: Pack) -> None:
