@@ -173,7 +173,8 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, int k, float eps, float* out);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int k, float eps, float* out);
     void (*rope)(float* x, const float* cos, const float* sin, int half);
-    void (*quantize)(Codec, const float* w, const float* importance, int k, uint8_t* row);
+    // Rows w [n, k] to rows that lie `stride` bytes apart.
+    void (*quantize)(Codec, const float* w, int64_t n, int k, const float* importance, uint8_t* out, size_t stride);
     void (*dequantize)(Codec, const uint8_t* row, int k, float* out);
     uint64_t (*read)(const void* data, size_t bytes);
 };
