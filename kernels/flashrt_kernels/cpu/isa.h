@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "codec.h"
+#include "stored.h"
 
 namespace flashrt {
 
@@ -176,6 +177,8 @@ struct Kernels {
     // Rows w [n, k] to rows that lie `stride` bytes apart.
     void (*quantize)(Codec, const float* w, int64_t n, int k, const float* importance, uint8_t* out, size_t stride);
     void (*dequantize)(Codec, const uint8_t* row, int k, float* out);
+    void (*decode_stored)(Stored, const uint8_t* data, int64_t blocks, float* out);
+    bool (*finite)(const float* values, int64_t n);
     uint64_t (*read)(const void* data, size_t bytes);
 };
 
