@@ -20,7 +20,9 @@ def random_rows(name, rows, blocks, seed=0):
         return numbers.astype(PLAIN[name]).view(np.uint8)
     raw = rng.integers(0, 256, (rows, blocks, kind.nbytes), dtype=np.uint8)
     if name == "BF16":
-        return (rng.standard_normal((rows, blocks)).astype(np.float32).view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+        return (
+            (rng.standard_normal((rows, blocks)).astype(np.float32).view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+        )
     scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": ()}
     for at in scales.get(name, (0, 2) if name in ("Q4_1", "Q5_1") else (0,)):
         half = rng.standard_normal((rows, blocks)) * 10.0 ** rng.integers(-6, 2, (rows, blocks))
