@@ -138,10 +138,15 @@ class Progress:
         if self._printed == float("inf") or total <= 0 or not (due or (over and self._printed)):
             return
         self._printed = float("inf") if over else now
-        say(f"{stage}: {100 * done / total:.0f}% ({self._amount(done, total)})")
+        say(f"{stage}: {100 * done / total:.0f}% ({self._amount(done, total)}{self._left(done, total)})")
 
     def _begin(self, stage: str, done: int) -> None:
         self._stage, self._began, self._printed, self._first = stage, time.monotonic(), 0.0, done
+
+    def _left(self, done: int, total: int) -> str:
+        """The time left at the rate so far; a bar has a column for it."""
+        came = done - self._first
+        return f", {duration((time.monotonic() - self._began) * (total - done) / came)} left" if 0 < came < total else ""
 
     def _amount(self, done: int, total: int) -> str:
         if self._unit != "bytes" or self._stage.startswith("fetching"):
