@@ -15,13 +15,16 @@ from pathlib import Path
 
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
-from flashrt.errors import FlashrtError
+from flashrt.errors import FlashrtError, UsageError
 from flashrt.storage.manifest import Manifest
-from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES
-from flashrt.storage.packer import pack
+from flashrt.storage.moving import Move
+from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES, is_remote
+from flashrt.storage.pack import Pack, is_pack
+from flashrt.storage.packer import JOB_FILE, pack
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.demo import fetch_demo
 from flashrt.storage.sources.hub import fetch_repository
+from flashrt.storage.sources.moved import RECORD, reopen
 from flashrt_kernels.rows import Codec
 
 INTERVAL_S = 0.1
@@ -34,6 +37,23 @@ def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progres
     return fetch_repository(name, out)
 
 
+def move_checkpoint(checkpoint: str | Path, out: Path, dtype: str, progress: Progress) -> Manifest:
+    """Pack a directory or a file into the directory `out`, deleting its weights file by file as they are packed.
+
+    Interrupted, it goes on when it is called again. Raises UsageError for what is not a place on this machine.
+    """
+    where = Path(checkpoint)
+    if is_remote(str(checkpoint)):
+        raise UsageError(f"--delete-source deletes a directory's or a file's weights, {checkpoint} is neither")
+    source = reopen(out, where)
+    if source is not None and is_pack(out) and not (out / JOB_FILE).exists():  # killed as the very last step came
+        (out / RECORD).unlink()
+        return Pack(out).manifest
+    with source or open_checkpoint(where) as source:
+        source.validate()
+        return pack(source, out, Codec(dtype), progress=_packing(progress), move=Move(source, where, out))
+
+
 def pack_checkpoint(
     checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress, context: int | None = None
 ) -> Manifest:
@@ -41,10 +61,17 @@ def pack_checkpoint(
 
     Raises UsageError, before anything is packed, when the model does not support `context`.
     """
-    with open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress)) as source:
+    opened = reopen(out, Path(checkpoint)) or open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress))
+    with opened as source:
         source.validate()
         checked_context(source.spec, context, 1)
-        return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
+        manifest = pack(source, out, Codec(dtype), progress=_packing(progress))
+    (out / RECORD).unlink(missing_ok=True)  # of files that were deleted before the job went on without deleting
+    return manifest
+
+
+def _packing(progress: Progress) -> Progress:
+    return lambda file, done, total: progress("packing", done, total)
 
 
 def _fetching(progress: Progress) -> Progress:

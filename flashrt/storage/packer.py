@@ -27,6 +27,7 @@ from flashrt.storage.atomic import disk_errors, replacing, write_atomically
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
+from flashrt.storage.moving import Move
 from flashrt.storage.safetensors_file import build_header
 from flashrt.storage.sink import Sink
 from flashrt_kernels import ops
@@ -76,11 +77,12 @@ def pack(
     block_bytes: int = BLOCK_BYTES,
     encoder: Encoder | None = None,
     sparsity: Sparsity | None = None,
+    move: Move | None = None,
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
 
     `encoder` is where encoded bundles come from; without one it is the weights of `source`, then a WeightSource.
-    `sparsity` makes it a calibrated pack.
+    `sparsity` makes it a calibrated pack. With `move`, files of the source are deleted as they are packed.
 
     Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
     DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
@@ -89,18 +91,23 @@ def pack(
     if problem := source.spec.unsupported():
         raise UnsupportedModelError(f"{source.source} is not supported: {problem}")
     layout = pack_layout(source.spec, dtype, block_bytes, sparsity)
-    with _job(out, source, dtype, block_bytes, layout, sparsity):
+    with _job(out, source, dtype, block_bytes, layout, sparsity, move):
         manifest_path = out / MANIFEST_FILE
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
-            files, texts = _write_all(source, encoder or RowEncoder(cast(WeightSource, source)), out, layout, progress)
+            rows = encoder or RowEncoder(cast(WeightSource, source))
+            files, texts = _write_all(source, rows, out, layout, progress, move)
             manifest = Manifest(
                 source.name, source.source, source.fingerprint, dtype, source.spec, files, texts, block_bytes, sparsity
             )
             write_atomically(manifest_path, manifest.to_bytes())
+        if move is not None:
+            move.finish()
         for file in layout.file_bytes:
             _entry_path(out, file).unlink(missing_ok=True)
+    if move is not None:
+        move.over()
     return manifest
 
 
@@ -110,6 +117,7 @@ def _write_all(
     out: Path,
     layout: PackLayout,
     progress: Progress,
+    move: Move | None,
 ) -> tuple[dict[str, FileEntry], dict[str, str]]:
     """Write every file that an earlier run has not completed; the entries of data files, the hashes of text files.
 
@@ -123,6 +131,8 @@ def _write_all(
     for file in layout.file_bytes:
         if file not in files:
             files[file] = _FileWriter(source, encoder, out, file, layout, progress, done).write()
+        if move is not None:
+            move.release(files)
         done += files[file].nbytes
         progress(file, done, layout.nbytes)
     return {file: files[file] for file in layout.file_bytes}, text_files
@@ -130,7 +140,13 @@ def _write_all(
 
 @contextlib.contextmanager
 def _job(
-    out: Path, source: Contents, dtype: Codec, block_bytes: int, layout: PackLayout, sparsity: Sparsity | None
+    out: Path,
+    source: Contents,
+    dtype: Codec,
+    block_bytes: int,
+    layout: PackLayout,
+    sparsity: Sparsity | None,
+    move: Move | None,
 ) -> Iterator[None]:
     """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
 
@@ -163,7 +179,7 @@ def _job(
                 f"{out} holds an unfinished pack of another checkpoint or dtype: remove it, or choose another directory"
             )
         if not (out / MANIFEST_FILE).exists():
-            _check_room(out, layout)
+            _check_room(out, layout, move)
         if not same:
             with disk_errors(out):
                 handle.truncate(0)
@@ -186,9 +202,12 @@ def _holds_weights(out: Path) -> bool:
     return any(path.suffix == ".safetensors" or path.name.endswith(ENTRY_SUFFIX) for path in out.iterdir())
 
 
-def _check_room(out: Path, layout: PackLayout) -> None:
-    present = sum(entry.nbytes for entry in _finished_files(out, layout).values())
-    needed = layout.nbytes - present + (64 << 20)  # tokenizer, manifest, and the file system's own
+def _check_room(out: Path, layout: PackLayout, move: Move | None) -> None:
+    present = _finished_files(out, layout)
+    needed = layout.nbytes - sum(entry.nbytes for entry in present.values())
+    if move is not None:
+        needed = move.most(layout.file_bytes, present)
+    needed += 64 << 20  # tokenizer, manifest, and the file system's own
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DiskError(

@@ -74,6 +74,6 @@ def test_one_tensor_is_kept(tmp_path: Path) -> None:
         for layer in range(3):
             for expert in range(5):
                 checkpoint.neuron_rows(layer, expert, 0, 3)
-        kept = checkpoint._reader._kept
+        kept = checkpoint.reader._kept
         assert kept is not None
         assert kept.raw.nbytes == 72 * 40 * 4

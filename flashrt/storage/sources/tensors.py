@@ -91,6 +91,16 @@ class TensorReader:
         self._files.clear()
         self._kept = None
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files that tensors lie in."""
+        return {tensor.path for tensor in self.tensors.values()}
+
+    def close_file(self, path: Path) -> None:
+        """Let go of a file, until something is read from it again."""
+        if path in self._files:
+            os.close(self._files.pop(path))
+
     def rows(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Rows start:stop of a matrix (or of slice `expert` of a stack of them), float32 [stop - start, columns]."""
         tensor, codec = self._tensor(name)
