@@ -100,7 +100,7 @@ class Progress:
         self._unit = unit
         self._bar: Any = _bar() if sys.stderr.isatty() else None
         self._tasks: dict[str, Any] = {}
-        self._stage = ""
+        self._stage, self._stopped = "", False
         self._began = self._printed = self._first = 0.0
 
     def __enter__(self) -> Progress:
@@ -109,10 +109,17 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Show nothing more."""
+        self._stopped = True
         if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._stopped:
+            return
         if self._bar is not None:
             self._draw(stage, done, total)
         else:

@@ -44,9 +44,10 @@ def replaced(model: LoadedPack) -> str | None:
     )
 
 
-def load(model: LoadedPack, workload: Workload) -> Engine:
+def load(model: LoadedPack, workload: Workload, progress: Progress | None = None) -> Engine:
     """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError.
 
+    Given `progress`, to be stopped when the first token is there, it returns while weights are still read.
     From now on what becomes of sessions is said as it happens.
     """
     warnings.simplefilter("always", SessionWarning)
@@ -56,8 +57,10 @@ def load(model: LoadedPack, workload: Workload) -> Engine:
         if warning := slower(model, workload, the_plan):
             say(warning)
 
-    with Progress() as progress:
-        return model.load(workload, progress.of("loading"), note)
+    if progress is not None:
+        return model.load(workload, progress.of("loading"), note, behind=True)
+    with Progress() as shown:
+        return model.load(workload, shown.of("loading"), note)
 
 
 def resume(engine: Engine, path: str | Path | None, *, chat: bool, prompt: list[int] | None = None) -> Messages | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -73,8 +74,11 @@ def build_engine(
     drafting: Engine | None = None,
     kinds: Kinds = KINDS,
     kv_dir: Path | None = None,
+    behind: bool = False,
 ) -> Engine:
-    """An engine for exactly this plan, loaded. `roof` says what reads cost, by which rows are read together.
+    """An engine for exactly this plan, loaded; with `behind`, its first pass computes layers as they arrive.
+
+    `roof` says what reads cost, by which rows are read together.
 
     kinds: those of feed-forward blocks that its layers may be of; kv_dir: where keys and values lie that do not fit in
     memory, None takes the cache directory. Raises DiskError where there is no room for them.
@@ -88,6 +92,7 @@ def build_engine(
         on_error.callback(reader.close)
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)
+        on_error.callback(weights.stop_loading)
         codec = pack.layout.tensors["embed"].codec
         columns = pack.layout.channel_columns
         shapes = working_set(spec, codec, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring, columns)
@@ -117,6 +122,8 @@ def build_engine(
         work = Workspace(weights, buffers, scratch)
         ffns = Ffns(work, kinds)
         ffns.load(arrived)
+        if not (behind and runtime.bounds_process):
+            weights.finish_loading()
         device.cache_on_host(weights.streamed(pack.layout.tensors))
         decoder = Decoder(work, ffns, pages)
         load_s = time.perf_counter() - began
@@ -126,11 +133,12 @@ def build_engine(
 
 def _counting(progress: Progress, total: int) -> Callable[[int], None]:
     """Adds up what arrives, for `progress`."""
-    done = 0
+    done, lock = 0, Lock()
 
     def arrived(nbytes: int) -> None:
         nonlocal done
-        done += nbytes
-        progress(done, total)
+        with lock:  # pinned blocks and those of FFN kinds may arrive side by side
+            done += nbytes
+            progress(done, total)
 
     return arrived

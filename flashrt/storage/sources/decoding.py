@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from flashrt_kernels.stored import STORED
 
-if TYPE_CHECKING:
-    from flashrt.storage.sources.tensors import F32, Codec, Raw
+F32 = npt.NDArray[np.float32]
+Raw = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How numbers are stored: `block` of them in `bytes`; `decode` turns [n, k * bytes] into float32 [n, k * block]."""
+
+    name: str
+    block: int
+    bytes: int
+    decode: Callable[[Raw], F32]
 
 
 def decode_rows(codec: Codec, raw: Raw) -> F32:

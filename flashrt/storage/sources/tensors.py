@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from flashrt.errors import CheckpointError
-from flashrt.storage.sources.decoding import decode_columns, decode_rows
-
-F32 = npt.NDArray[np.float32]
-Raw = npt.NDArray[np.uint8]
+from flashrt.storage.sources.decoding import F32, Codec, Raw, decode_columns, decode_rows
 
 COMPARED_NUMBERS = 4 << 20  # at a time
 CACHE_BYTES = 256 << 20  # of a matrix whose columns are read: so much of it is kept, as stored
 AHEAD_BYTES = 16 << 20  # that the system is asked to read behind what was read
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How numbers are stored: `block` of them in `bytes`; `decode` turns [n, k * bytes] into float32 [n, k * block]."""
-
-    name: str
-    block: int
-    bytes: int
-    decode: Callable[[Raw], F32]
 
 
 def _decode_f32(raw: Raw) -> F32:
