@@ -152,10 +152,8 @@ class Progress:
 
     def _left(self, done: int, total: int) -> str:
         """The time left at the rate so far; a bar has a column for it."""
-        came = done - self._first
-        return (
-            f", {duration((time.monotonic() - self._began) * (total - done) / came)} left" if 0 < came < total else ""
-        )
+        came, seconds = done - self._first, time.monotonic() - self._began
+        return f", {duration(seconds * (total - done) / came)} left" if came > 0 and done < total else ""
 
     def _amount(self, done: int, total: int) -> str:
         if self._unit != "bytes" or self._stage.startswith("fetching"):

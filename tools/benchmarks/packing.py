@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast checkpoints are packed, and how soon the first token of a pack is there, cold and warm.
 
-    python -m tools.benchmarks.packing CHECKPOINT ... --dtypes int4 --before TREE --out docs/benchmarks/packing-NAME.json
+    python -m tools.benchmarks.packing CHECKPOINT ... --before TREE --out docs/benchmarks/packing-NAME.json
 
 Every figure is of a process of its own. With --before, a source tree whose extensions were built in place, that build
 takes turns with this one. `rate alone` is what the processor time alone would allow on all cores: on a machine that
@@ -12,6 +12,7 @@ warm, they are read just before it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import site
 import subprocess
@@ -75,21 +76,19 @@ def measurements(args: argparse.Namespace) -> Iterator[Sample]:
                         _remove(pack)
                         packed = measured(builds[build], "pack", checkpoint, pack, "--dtype", dtype)
                         yield labels | {"build": build, "what": "pack", "round": turn} | rates(packed)
-                for turn in range(args.starts):
+                for turn, warm in itertools.product(range(args.starts), (False, True)):
                     for build in in_turn(list(builds), turn):
-                        for warm in (False, True):
-                            set_page_cache(pack, warm)
-                            begun = measured(
-                                builds[build], "run", pack, "--prompt", args.prompt, "-n", 1, "--ignore-eos"
-                            )
-                            yield labels | {"build": build, "what": "warm" if warm else "cold", "round": turn} | begun
+                        set_page_cache(pack, warm)
+                        begun = measured(builds[build], "run", pack, "--prompt", args.prompt, "-n", 1, "--ignore-eos")
+                        yield labels | {"build": build, "what": "warm" if warm else "cold", "round": turn} | begun
 
 
 def measured(tree: Path | None, *words: object) -> Sample:
     """What a command printed as JSON, its time and its memory. Raises RunFailed."""
     command, environment = flashrt_of(tree)
     began = time.perf_counter()
-    child = subprocess.Popen([*command, *map(str, words), "--json"], stdout=subprocess.PIPE, env=environment, text=True)
+    command += [str(word.resolve()) if isinstance(word, Path) else str(word) for word in words]
+    child = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, env=environment, cwd=tree, text=True)
     assert child.stdout is not None
     printed = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
