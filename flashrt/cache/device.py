@@ -108,7 +108,7 @@ class CpuDevice:
             arrived(ticket.block.nbytes)
 
         for block, memory in items:
-            flying.append(self._reader.submit(block, memory))
+            flying.append(self._reader.submit(block, memory, start=True))
             if len(flying) > DEPTH:
                 finish()
         while flying:

@@ -92,6 +92,8 @@ class Streamer:
 
         Starts afresh from the buffers themselves: an interrupt may have struck between any two steps.
         """
+        if not (self._wanted or self._flying) and len(self._free) == len(self.memory):
+            return  # nothing was begun, and what others read need not be waited for
         self._wanted.clear()
         for _, ticket in self._flying:
             ticket.cancel()

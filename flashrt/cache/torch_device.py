@@ -109,7 +109,8 @@ class TorchDevice:
             if not free:
                 finish()
             staged = free.popleft()
-            flying.append((self._reader.submit(block, staged[: block.nbytes].numpy()), staged, memory))
+            ticket = self._reader.submit(block, staged[: block.nbytes].numpy(), start=True)
+            flying.append((ticket, staged, memory))
         while flying:
             finish()
 

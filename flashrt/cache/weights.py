@@ -18,6 +18,7 @@ import numpy as np
 from flashrt.budget.owners import VECTOR_STEP, owner_of, prefix_bytes, vector_bytes
 from flashrt.budget.plan import Plan
 from flashrt.cache.device import Device, Progress, Tensor
+from flashrt.cache.loading import Loading
 from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
@@ -52,6 +53,7 @@ class Weights:
         self._window = device.window(window_bytes(self.layout))
         self.verifier = Verifier(reader, self._window)
         self._row_wait_s = 0.0
+        self._loading: Loading | None = None  # until all that is pinned is known to be there
 
     @property
     def wait_s(self) -> float:
@@ -59,9 +61,25 @@ class Weights:
         return self.ring.wait_s + self._row_wait_s
 
     def load(self, arrived: Progress) -> None:
-        """Read vectors and pinned blocks."""
+        """Read vectors, and begin to read pinned blocks in the order of a pass; what asks for a tensor waits for it."""
         self._load_vectors()
-        self.device.fill(self._pinned_blocks(), arrived)
+        items: list[tuple[Block, Tensor]] = []
+        needed: dict[str, int] = {}
+        for name in sorted(self._pinned, key=lambda name: name == "head"):  # which comes last
+            items += self._pinned_blocks(name)
+            needed[name] = len(items)
+        self._loading = Loading(self.device, items, needed, arrived)
+
+    def finish_loading(self) -> None:
+        """Return when all pinned blocks are in memory. Raises DiskError and PackError."""
+        if self._loading is not None:
+            self._loading.finish()
+            self._loading = None
+
+    def stop_loading(self) -> None:
+        """Give up what has not arrived."""
+        if self._loading is not None:
+            self._loading.stop()
 
     def vector(self, name: str) -> Tensor:
         """A norm weight or bias, float32 [length]."""
@@ -73,15 +91,18 @@ class Weights:
 
     def pinned(self, name: str) -> Tensor:
         """The leading bundles of a tensor that are pinned, uint8 [bundles, stride]."""
+        self._await(name)
         return self._pinned[name]
 
     def memory(self, name: str) -> Tensor:
         """The pinned bundles of a tensor and the slots behind them, uint8 [bundles + slots, stride]."""
+        self._await(name)
         return self._memory[name]
 
     def runs(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first bundle, uint8 [bundles, stride]) that together cover a tensor of one run."""
         if name in self._whole:
+            self._await(name)
             yield 0, self._whole[name]
             return
         tensor = self.layout.tensors[name]
@@ -93,7 +114,7 @@ class Weights:
 
     def pinned_of(self, tensor: TensorLayout, run: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Of one run, the pairs (first bundle within it, uint8 [bundles, stride]) that are pinned."""
-        start, pinned = run * tensor.run_stride, self._pinned[tensor.name]
+        start, pinned = run * tensor.run_stride, self.pinned(tensor.name)
         resident = min(max(len(pinned) - start, 0), tensor.run_bundles)
         step = max(resident, 1) if self.device.split_invariant else tensor.block_bundles
         for first in range(0, resident, step):
@@ -114,7 +135,7 @@ class Weights:
         """Copy the encoded rows `ids` of a matrix into `out` (uint8 [len(ids), row_bytes])."""
         tensor = self.layout.tensors[name]
         size = row_bytes(tensor.codec, tensor.columns)
-        pinned = self._pinned[name]
+        pinned = self.pinned(name)
         missing = []
         for i, row in enumerate(ids):
             bundle, position = divmod(row, tensor.bundle_rows)
@@ -139,13 +160,17 @@ class Weights:
             for (i, _, _), row in zip(part, landed, strict=True):
                 self.device.put(row, out[i])
 
-    def _pinned_blocks(self) -> Iterator[tuple[Block, Tensor]]:
-        for name, memory in self._pinned.items():
-            stride = self.layout.tensors[name].stride
-            flat = memory.reshape(-1)
-            for block in map(self.layout.tensors[name].block, range(self.plan.pinned[name])):
-                start = block.first * stride
-                yield block, flat[start : start + block.nbytes]
+    def _await(self, name: str) -> None:
+        if self._loading is not None:
+            began = time.perf_counter()
+            self._loading.wait(name)
+            self._row_wait_s += time.perf_counter() - began
+
+    def _pinned_blocks(self, name: str) -> Iterator[tuple[Block, Tensor]]:
+        stride, flat = self.layout.tensors[name].stride, self._pinned[name].reshape(-1)
+        for block in map(self.layout.tensors[name].block, range(self.plan.pinned[name])):
+            start = block.first * stride
+            yield block, flat[start : start + block.nbytes]
 
     def _load_vectors(self) -> None:
         for file in self.layout.file_bytes:

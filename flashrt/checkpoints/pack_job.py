@@ -19,14 +19,16 @@ from flashrt.checkpoints.cache import content_target, locked, named_target
 from flashrt.checkpoints.content import content_of
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
-from flashrt.errors import CheckpointWarning, FlashrtError
+from flashrt.errors import CheckpointWarning, FlashrtError, UsageError
 from flashrt.storage.manifest import Manifest
+from flashrt.storage.moving import Move
 from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES, is_remote
-from flashrt.storage.pack import is_pack
-from flashrt.storage.packer import pack
+from flashrt.storage.pack import Pack, is_pack
+from flashrt.storage.packer import JOB_FILE, pack
 from flashrt.storage.sources import Checkpoint, open_checkpoint
 from flashrt.storage.sources.demo import fetch_demo
 from flashrt.storage.sources.hub import fetch_repository
+from flashrt.storage.sources.moved import RECORD, reopen
 from flashrt_kernels.rows import Codec
 
 INTERVAL_S = 0.1
@@ -39,6 +41,23 @@ def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progres
     return fetch_repository(name, out)
 
 
+def move_checkpoint(checkpoint: str | Path, out: Path, dtype: str, progress: Progress) -> Manifest:
+    """Pack a directory or a file into the directory `out`, deleting its weights file by file as they are packed.
+
+    Interrupted, it goes on when it is called again. Raises UsageError for what is not a place on this machine.
+    """
+    where = Path(checkpoint)
+    if is_remote(str(checkpoint)):
+        raise UsageError(f"--delete-source deletes a directory's or a file's weights, {checkpoint} is neither")
+    source = reopen(out, where)
+    if source is not None and is_pack(out) and not (out / JOB_FILE).exists():  # killed as the very last step came
+        (out / RECORD).unlink()
+        return Pack(out).manifest
+    with source or open_checkpoint(where) as source:
+        source.validate()
+        return pack(source, out, Codec(dtype), progress=_packing(progress), move=Move(source, where, out))
+
+
 def pack_checkpoint(
     checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress, context: int | None = None
 ) -> Manifest:
@@ -46,8 +65,13 @@ def pack_checkpoint(
 
     Raises UsageError, before anything is packed, when the model does not support `context`.
     """
-    with _checked(checkpoint, cache, progress, context) as source:
-        return _write(source, out, dtype, progress)
+    with reopen(out, Path(checkpoint)) or open_checkpoint(
+        checkpoint, cache / CHECKPOINTS, _fetching(progress)
+    ) as source:
+        _check(source, context)
+        manifest = pack(source, out, Codec(dtype), progress=_packing(progress))
+    (out / RECORD).unlink(missing_ok=True)  # of files that were deleted before the job went on without deleting
+    return manifest
 
 
 def cached_pack(checkpoint: str, dtype: str, cache: Path, progress: Progress, context: int | None = None) -> Path:
@@ -61,30 +85,25 @@ def cached_pack(checkpoint: str, dtype: str, cache: Path, progress: Progress, co
             if not is_pack(target):
                 pack_checkpoint(checkpoint, target, dtype, cache, progress, context)
         return target
-    with _checked(checkpoint, cache, progress, context) as source:
+    with open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress)) as source:
+        _check(source, context)
         path = Path(checkpoint)
         source.fingerprint = content_of(path, cache, progress)  # an unfinished pack is finished wherever the files lie
         target = content_target(cache, path, dtype, source.fingerprint)
         with locked(target):
             if not is_pack(target):
-                _write(source, target, dtype, progress)
+                pack(source, target, Codec(dtype), progress=_packing(progress))
     return target
 
 
-def _checked(checkpoint: str | Path, cache: Path, progress: Progress, context: int | None) -> Checkpoint:
-    """An open checkpoint that can be packed, and whose model supports `context`."""
-    source = open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress))
-    try:
-        source.validate()
-        checked_context(source.spec, context, 1)
-    except BaseException:
-        source.close()
-        raise
-    return source
+def _check(source: Checkpoint, context: int | None) -> None:
+    """Raises UsageError for a checkpoint whose model does not support `context`, and what `validate` does."""
+    source.validate()
+    checked_context(source.spec, context, 1)
 
 
-def _write(source: Checkpoint, out: Path, dtype: str, progress: Progress) -> Manifest:
-    return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
+def _packing(progress: Progress) -> Progress:
+    return lambda file, done, total: progress("packing", done, total)
 
 
 def _fetching(progress: Progress) -> Progress:

@@ -100,7 +100,7 @@ class Progress:
         self._unit = unit
         self._bar: Any = _bar() if sys.stderr.isatty() else None
         self._tasks: dict[str, Any] = {}
-        self._stage = ""
+        self._stage, self._stopped = "", False
         self._began = self._printed = self._first = 0.0
 
     def __enter__(self) -> Progress:
@@ -109,10 +109,17 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Show nothing more."""
+        self._stopped = True
         if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._stopped:
+            return
         if self._bar is not None:
             self._draw(stage, done, total)
         else:
@@ -138,10 +145,15 @@ class Progress:
         if self._printed == float("inf") or total <= 0 or not (due or (over and self._printed)):
             return
         self._printed = float("inf") if over else now
-        say(f"{stage}: {100 * done / total:.0f}% ({self._amount(done, total)})")
+        say(f"{stage}: {100 * done / total:.0f}% ({self._amount(done, total)}{self._left(done, total)})")
 
     def _begin(self, stage: str, done: int) -> None:
         self._stage, self._began, self._printed, self._first = stage, time.monotonic(), 0.0, done
+
+    def _left(self, done: int, total: int) -> str:
+        """The time left at the rate so far; a bar has a column for it."""
+        came, seconds = done - self._first, time.monotonic() - self._began
+        return f", {duration(seconds * (total - done) / came)} left" if came > 0 and done < total else ""
 
     def _amount(self, done: int, total: int) -> str:
         if self._unit != "bytes" or self._stage.startswith("fetching"):

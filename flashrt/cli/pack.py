@@ -25,21 +25,32 @@ def pack(
         typer.Argument(metavar="OUT", show_default=False, help="Directory of the pack: new, or unfinished."),
     ],
     dtype: options.PackDtype = Codec.INT8,
+    delete_source: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source",
+            help="Move instead of copying: delete each file of weights once all that was packed from it is on disk.",
+        ),
+    ] = False,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
     """Convert a checkpoint into a pack, which every other command runs from.
 
-    Works tensor by tensor in bounded memory. Interrupted or killed, it goes on where it was when it is run again.
+    Works tensor by tensor in bounded memory. Interrupted or killed, it goes on where it was when it is run again; with
+    --delete-source too, as what is not packed yet is still there.
 
     Example: flashrt pack ./Qwen2.5-7B-Instruct ./qwen-int4 --dtype int4
     """
-    from flashrt.checkpoints.pack_job import pack_checkpoint
+    from flashrt.checkpoints.pack_job import move_checkpoint, pack_checkpoint
     from flashrt.storage.names import default_cache
 
     began = time.perf_counter()
     with Progress() as progress:
-        manifest = pack_checkpoint(checkpoint, out, dtype.value, cache_dir or default_cache(), progress)
+        if delete_source:
+            manifest = move_checkpoint(checkpoint, out, dtype.value, progress)
+        else:
+            manifest = pack_checkpoint(checkpoint, out, dtype.value, cache_dir or default_cache(), progress)
     seconds = time.perf_counter() - began
     layout = manifest.layout
     bits = 8 * sum(t.nbytes for t in layout.tensors.values()) / manifest.spec.parameters

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import duration, emit, rate, say, size, stdin, write
+from flashrt.cli.console import Progress, duration, emit, rate, say, size, stdin, write
 from flashrt.engine.options import LoadOptions
 from flashrt.errors import UsageError
 
@@ -98,13 +98,14 @@ def run(
     ids = _prompt_ids(model.tokenizer, text, chat, system)
     checked_context(model.spec, load.context, 1)
     length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
-    with session.load(model, Workload(length, prompt=len(ids))) as engine:
+    with Progress() as progress, session.load(model, Workload(length, prompt=len(ids)), progress) as engine:
         session.resume(engine, load.session, chat=False, prompt=ids)
         reuse = load.session is not None
         generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos, reuse=reuse)
         interrupted = False
         try:
             for token in generation:
+                progress.stop()
                 if not json:
                     write(token.text)
         except KeyboardInterrupt:

@@ -43,15 +43,20 @@ def replaced(model: LoadedPack) -> str | None:
     )
 
 
-def load(model: LoadedPack, workload: Workload) -> Engine:
-    """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError."""
+def load(model: LoadedPack, workload: Workload, progress: Progress | None = None) -> Engine:
+    """Plan for `workload`, then load; says so where sparse mode does not pay. Raises BudgetError.
+
+    Given `progress`, to be stopped when the first token is there, it returns while weights are still read.
+    """
 
     def note(the_plan: Plan) -> None:
         if warning := slower(model, workload, the_plan):
             say(warning)
 
-    with Progress() as progress:
-        return model.load(workload, progress.of("loading"), note)
+    if progress is not None:
+        return model.load(workload, progress.of("loading"), note, behind=True)
+    with Progress() as shown:
+        return model.load(workload, shown.of("loading"), note)
 
 
 def resume(engine: Engine, path: str | Path | None, *, chat: bool, prompt: list[int] | None = None) -> Messages | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from flashrt.kv.cache import open_cache
 from flashrt.kv.cells import KvCells
 from flashrt.kv.spill import Spill
 from flashrt.machine.disk import DiskRoof
-from flashrt.machine.process import resident_bytes
+from flashrt.machine.process import available_bytes, resident_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.model.ffn.choose import KINDS, Ffns, Kinds
 from flashrt.model.workspace import Workspace
@@ -40,6 +41,7 @@ Progress = Callable[[int, int], None]
 
 # Bytes taken at the peak of loading for each byte of a compact tokenizer.json: 21.0 (Qwen2.5) and 22.2 (Gemma 3).
 TOKENIZER_GROWTH = 21
+CACHE_ROOM = 3  # packs that must fit beside this run, its cgroup counted, for the page cache to be given one
 LARGE_TOKENIZER = 32 << 20  # bytes of growth that are worth an estimate
 
 
@@ -76,8 +78,11 @@ def build_engine(
     drafting: Engine | None = None,
     kinds: Kinds = KINDS,
     kv_dir: Path | None = None,
+    behind: bool = False,
 ) -> Engine:
-    """An engine for exactly this plan, loaded. `roof` says what reads cost, by which rows are read together.
+    """An engine for exactly this plan, loaded; with `behind`, its first pass computes layers as they arrive.
+
+    `roof` says what reads cost, by which rows are read together.
 
     kinds: those of feed-forward blocks that its layers may be of; kv_dir: where keys and values lie that do not fit in
     memory, None takes the cache directory. Raises DiskError where there is no room for them.
@@ -85,11 +90,13 @@ def build_engine(
     began = time.perf_counter()
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     curve = None if roof is None else roof.curve()
-    reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
+    keep = available_bytes() - the_plan.pinned_bytes > CACHE_ROOM * pack.layout.nbytes
+    reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve, keep=keep)
     with ExitStack() as on_error:
         on_error.callback(reader.close)
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)
+        on_error.callback(weights.stop_loading)
         codec = pack.layout.tensors["embed"].codec
         columns = pack.layout.channel_columns
         shapes = working_set(spec, codec, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring, columns)
@@ -119,6 +126,8 @@ def build_engine(
         work = Workspace(weights, buffers, scratch)
         ffns = Ffns(work, kinds)
         ffns.load(arrived)
+        if not (behind and runtime.bounds_process):
+            weights.finish_loading()
         device.cache_on_host(weights.streamed(pack.layout.tensors))
         decoder = Decoder(work, ffns, pages)
         load_s = time.perf_counter() - began
@@ -135,11 +144,12 @@ def _cells(spill: Spill, the_plan: Plan, device: Device) -> KvCells | None:
 
 def _counting(progress: Progress, total: int) -> Callable[[int], None]:
     """Adds up what arrives, for `progress`."""
-    done = 0
+    done, lock = 0, Lock()
 
     def arrived(nbytes: int) -> None:
         nonlocal done
-        done += nbytes
-        progress(done, total)
+        with lock:  # pinned blocks and those of FFN kinds may arrive side by side
+            done += nbytes
+            progress(done, total)
 
     return arrived

@@ -135,6 +135,7 @@ class Engine:
                 return
             if isinstance(self.turns.current, Generation):
                 self.turns.current.close()
+            self._runner.decoder.weights.stop_loading()
             self._runner.decoder.abandon_pass()
             if self.drafting is not None:
                 self.drafting.close()

@@ -110,8 +110,11 @@ class LoadedPack:
         workload: Workload,
         progress: Progress = lambda done, total: None,
         planned: Callable[[Plan], None] = lambda the_plan: None,
+        behind: bool = False,
     ) -> Engine:
         """Plan for `workload` and load, behind the model that drafts; `planned` is shown the plan in between.
+
+        behind: return while weights are still read, which the first pass then waits for; on the CPU
 
         Raises BudgetError, before anything else is loaded, when the budget is too small.
         """
@@ -119,16 +122,20 @@ class LoadedPack:
         try:
             the_plan = self.plan(workload)
             planned(the_plan)
-            return self.engine(the_plan, progress, drafting)
+            return self.engine(the_plan, progress, drafting, behind)
         except BaseException:
             if drafting is not None:
                 drafting.close()
             raise
 
     def engine(
-        self, the_plan: Plan, progress: Progress = lambda done, total: None, drafting: Engine | None = None
+        self,
+        the_plan: Plan,
+        progress: Progress = lambda done, total: None,
+        drafting: Engine | None = None,
+        behind: bool = False,
     ) -> Engine:
-        """Allocate what the plan says, load what it pins, and return an engine, which closes the one that drafts."""
+        """Allocate what the plan says, load what it pins (see `load`); the engine closes the one that drafts."""
         # Measured now: beside a loaded model that takes memory that is not planned, and reads that disturb.
         disk = None if the_plan.resident else self.disk()
         roof = None if disk is None else DiskRoof(self.cache, self.disk_number, disk)
@@ -141,6 +148,7 @@ class LoadedPack:
             roof=roof,
             drafting=drafting,
             kv_dir=self.options.kv_folder,
+            behind=behind,
         )
         if self.options.session_dir is not None:
             with closing_on_error(engine):

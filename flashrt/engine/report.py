@@ -13,7 +13,7 @@ class Report:
 
     resumed_tokens        of the prompt, that were not computed: the conversation or a session had them
     load_s                allocating and reading what is pinned, once for all requests
-    ttft_s                from the request to the first token, loading left out
+    ttft_s                from the request to the first token; `flashrt run` loads meanwhile, `load` has loaded before
     decode_*              the passes after the first token
     decode_tok_per_s      tokens after the first by decode_s; None where there are none
     bytes_read_total      read from disk by this generation, loading left out

@@ -48,8 +48,13 @@ class Engine:
     def set_costs(self, costs: list[float]) -> None:
         """Merge rows from now on: costs[n - 1] is what a read of n pages costs, in any unit."""
 
-    def read(self, file: int, direct: bool, offset: int, buffer: np.ndarray, crc: int | None = None) -> Read:
-        """Start to fill `buffer` (uint8 [n]) from `offset`; its CRC-32 is compared when one is given."""
+    def read(
+        self, file: int, direct: bool, offset: int, buffer: np.ndarray, crc: int | None = None, cached: int = -1
+    ) -> Read:
+        """Start to fill `buffer` (uint8 [n]) from `offset`; its CRC-32 is compared when one is given.
+
+        What the page cache has is copied from `cached`, a descriptor of the same file that is not direct.
+        """
 
     def read_rows(self, file: int, direct: bool, offsets: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Read:
         """Start to read len(out[0]) bytes from offsets[i] into out[slots[i]], for all i (int64 arrays)."""

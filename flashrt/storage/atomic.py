@@ -30,7 +30,7 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -68,7 +68,8 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise DiskError(f"writing to {out} failed: {error.strerror}") from None
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have names that were given or taken there outlive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,23 +15,26 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 
 from flashrt.errors import CheckpointError, DiskError, UnsupportedModelError, UsageError
 from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
+from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, replacing, write_atomically
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
+from flashrt.storage.moving import Move
 from flashrt.storage.safetensors_file import build_header
+from flashrt.storage.sink import Sink
 from flashrt_kernels import ops
+from flashrt_kernels.cpu import stored
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 CHUNK_WEIGHTS = 4 << 20  # float32 weights converted at a time and per row of a bundle: 16 MiB
-FLUSH_BYTES = 64 << 20  # written pages are pushed to disk in steps of this, so that they never pile up in memory
 JOB_FILE = "packing.json"
 ENTRY_SUFFIX = ".entry.json"
 
@@ -74,11 +77,12 @@ def pack(
     block_bytes: int = BLOCK_BYTES,
     encoder: Encoder | None = None,
     sparsity: Sparsity | None = None,
+    move: Move | None = None,
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
 
     `encoder` is where encoded bundles come from; without one it is the weights of `source`, then a WeightSource.
-    `sparsity` makes it a calibrated pack.
+    `sparsity` makes it a calibrated pack. With `move`, files of the source are deleted as they are packed.
 
     Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
     DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
@@ -87,18 +91,23 @@ def pack(
     if problem := source.spec.unsupported():
         raise UnsupportedModelError(f"{source.source} is not supported: {problem}")
     layout = pack_layout(source.spec, dtype, block_bytes, sparsity)
-    with _job(out, source, dtype, block_bytes, layout, sparsity):
+    with _job(out, source, dtype, block_bytes, layout, sparsity, move):
         manifest_path = out / MANIFEST_FILE
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
-            files, texts = _write_all(source, encoder or RowEncoder(cast(WeightSource, source)), out, layout, progress)
+            rows = encoder or RowEncoder(cast(WeightSource, source))
+            files, texts = _write_all(source, rows, out, layout, progress, move)
             manifest = Manifest(
                 source.name, source.source, source.fingerprint, dtype, source.spec, files, texts, block_bytes, sparsity
             )
             write_atomically(manifest_path, manifest.to_bytes())
+        if move is not None:
+            move.finish()
         for file in layout.file_bytes:
             _entry_path(out, file).unlink(missing_ok=True)
+    if move is not None:
+        move.over()
     return manifest
 
 
@@ -108,6 +117,7 @@ def _write_all(
     out: Path,
     layout: PackLayout,
     progress: Progress,
+    move: Move | None,
 ) -> tuple[dict[str, FileEntry], dict[str, str]]:
     """Write every file that an earlier run has not completed; the entries of data files, the hashes of text files.
 
@@ -121,6 +131,8 @@ def _write_all(
     for file in layout.file_bytes:
         if file not in files:
             files[file] = _FileWriter(source, encoder, out, file, layout, progress, done).write()
+        if move is not None:
+            move.release(files)
         done += files[file].nbytes
         progress(file, done, layout.nbytes)
     return {file: files[file] for file in layout.file_bytes}, text_files
@@ -128,7 +140,13 @@ def _write_all(
 
 @contextlib.contextmanager
 def _job(
-    out: Path, source: Contents, dtype: Codec, block_bytes: int, layout: PackLayout, sparsity: Sparsity | None
+    out: Path,
+    source: Contents,
+    dtype: Codec,
+    block_bytes: int,
+    layout: PackLayout,
+    sparsity: Sparsity | None,
+    move: Move | None,
 ) -> Iterator[None]:
     """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
 
@@ -161,7 +179,7 @@ def _job(
                 f"{out} holds an unfinished pack of another checkpoint or dtype: remove it, or choose another directory"
             )
         if not (out / MANIFEST_FILE).exists():
-            _check_room(out, layout)
+            _check_room(out, layout, move)
         if not same:
             with disk_errors(out):
                 handle.truncate(0)
@@ -184,9 +202,12 @@ def _holds_weights(out: Path) -> bool:
     return any(path.suffix == ".safetensors" or path.name.endswith(ENTRY_SUFFIX) for path in out.iterdir())
 
 
-def _check_room(out: Path, layout: PackLayout) -> None:
-    present = sum(entry.nbytes for entry in _finished_files(out, layout).values())
-    needed = layout.nbytes - present + (64 << 20)  # tokenizer, manifest, and the file system's own
+def _check_room(out: Path, layout: PackLayout, move: Move | None) -> None:
+    present = _finished_files(out, layout)
+    needed = layout.nbytes - sum(entry.nbytes for entry in present.values())
+    if move is not None:
+        needed = move.most(layout.file_bytes, present)
+    needed += 64 << 20  # tokenizer, manifest, and the file system's own
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DiskError(
@@ -229,42 +250,35 @@ class _FileWriter:
     ) -> None:
         self.source, self.encoder, self.out, self.file, self.layout = source, encoder, out, file, layout
         self.progress, self.done = progress, done
-        self.sha = hashlib.sha256()
-        self.written = 0
-        self.flushed = 0
 
     def write(self) -> FileEntry:
         with disk_errors(self.out), replacing(self.out / self.file) as handle:
-            with _source_errors(self.source):
-                entry = self._contents(handle)
-            _drop_pages(handle)
+            with Sink(handle) as sink, _source_errors(self.source):
+                header_crc, blocks, vectors_crc = self._contents(sink)
+            entry = FileEntry(sink.written, sink.sha256, header_crc, blocks, vectors_crc)
         write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
         return entry
 
-    def _contents(self, handle: IO[bytes]) -> FileEntry:
+    def _contents(self, sink: Sink) -> tuple[int, dict[str, tuple[int, ...]], int]:
+        """Put everything; the checksums of the header, of each tensor's blocks, and of the vectors."""
         tensors = list(self.layout.tensors_of(self.file))
         vectors = list(self.layout.vectors_of(self.file))
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in tensors}
         shapes |= {v.name: ("F32", (v.length,)) for v in vectors}
         header = build_header(shapes)
-        self._put(handle, header)
-        blocks = {tensor.name: tuple(self._tensor(handle, tensor)) for tensor in tensors}
+        self._put(sink, header)
+        blocks = {tensor.name: tuple(self._tensor(sink, tensor)) for tensor in tensors}
         vectors_crc = 0
         for layout in vectors:
             data = self._vector(layout.name, layout.length).tobytes()
             vectors_crc = zlib.crc32(data, vectors_crc)
-            self._put(handle, data)
-        return FileEntry(self.written, self.sha.hexdigest(), zlib.crc32(header), blocks, vectors_crc)
+            self._put(sink, data)
+        return zlib.crc32(header), blocks, vectors_crc
 
-    def _put(self, handle: IO[bytes], data: bytes | memoryview) -> None:
-        self.sha.update(data)
-        self.written += len(data)
+    def _put(self, sink: Sink, data: bytes | memoryview) -> None:
         with disk_errors(self.out):
-            handle.write(data)
-            if self.written - self.flushed >= FLUSH_BYTES:
-                _drop_pages(handle)
-                self.flushed = self.written
-        self.progress(self.file, self.done + self.written, self.layout.nbytes)
+            sink.put(data)
+        self.progress(self.file, self.done + sink.written, self.layout.nbytes)
 
     def _vector(self, name: str, length: int) -> Array:
         vector = np.ascontiguousarray(self.source.vector(name), dtype="<f4")
@@ -273,21 +287,18 @@ class _FileWriter:
         _check_finite(name, vector)
         return vector
 
-    def _tensor(self, handle: IO[bytes], tensor: TensorLayout) -> Iterator[int]:
-        """Write the blocks of a tensor and yield the CRC-32 of each."""
-        buffer = np.zeros(tensor.max_block_bytes, np.uint8)
+    def _tensor(self, sink: Sink, tensor: TensorLayout) -> Iterator[int]:
+        """Put the blocks of a tensor and yield the CRC-32 of each."""
         for index in range(tensor.blocks):
             block = tensor.block(index)
-            data = buffer[: block.nbytes]
-            data[:] = 0
+            data = np.zeros(block.nbytes, np.uint8)  # the last one may still be on its way to disk
             bundles = data.reshape(block.bundles, tensor.stride)
             run, first = divmod(block.first, tensor.run_stride)
             filled = min(block.bundles, tensor.run_bundles - first)
             if filled > 0:
                 self.encoder.fill(tensor, run, first, bundles[:filled])
-            view = data.data
-            yield zlib.crc32(view)
-            self._put(handle, view)
+            yield _io.crc32(data)
+            self._put(sink, data.data)
 
 
 class RowEncoder:
@@ -296,6 +307,7 @@ class RowEncoder:
     def __init__(self, source: WeightSource) -> None:
         self.source = source
         self.kernels = ops.load("cpu")
+        self.kernels.set_threads(len(os.sched_getaffinity(0)))
 
     def fill(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
         step = max(CHUNK_WEIGHTS // (tensor.columns * tensor.bundle_rows), 1)
@@ -311,8 +323,9 @@ class RowEncoder:
         start = first * MATRIX_ROWS
         stop = min(start + len(bundles) * MATRIX_ROWS, rows_total)
         rows = self.source.matrix_rows(tensor.name, start, stop)
-        encoded = self._encode(tensor, tensor.name, rows, stop - start)
         size = row_bytes(tensor.codec, tensor.columns)
+        encoded = np.empty((stop - start, size), np.uint8)
+        self._encode(tensor, rows, encoded)
         for r in range(MATRIX_ROWS):
             share = encoded[r::MATRIX_ROWS]
             bundles[: len(share), r * size : (r + 1) * size] = share
@@ -325,17 +338,15 @@ class RowEncoder:
             raise CheckpointError(f"{tensor.name} has {len(rows)} rows per neuron, expected {tensor.bundle_rows}")
         size = row_bytes(tensor.codec, tensor.columns)
         for r, weights in enumerate(rows):
-            encoded = self._encode(tensor, tensor.name, weights, len(bundles))
-            bundles[:, r * size : (r + 1) * size] = encoded
+            self._encode(tensor, weights, bundles[:, r * size : (r + 1) * size])
 
-    def _encode(self, tensor: TensorLayout, name: str, weights: Array, rows: int) -> Array:
-        if weights.shape != (rows, tensor.columns):
-            raise CheckpointError(f"{name}: read shape {weights.shape}, expected {(rows, tensor.columns)}")
+    def _encode(self, tensor: TensorLayout, weights: Array, out: Array) -> None:
+        """Encode rows of a tensor into `out`, uint8 [rows, row_bytes]."""
+        if weights.shape != (len(out), tensor.columns):
+            raise CheckpointError(f"{tensor.name}: read shape {weights.shape}, expected {(len(out), tensor.columns)}")
         weights = np.ascontiguousarray(weights, dtype=np.float32)
-        _check_finite(name, weights)
-        encoded = np.empty((rows, row_bytes(tensor.codec, tensor.columns)), np.uint8)
-        self.kernels.quantize(weights, tensor.codec, encoded)
-        return encoded
+        _check_finite(tensor.name, weights)
+        self.kernels.quantize(weights, tensor.codec, out)
 
 
 def _matrix_rows(spec: ModelSpec, name: str) -> int:
@@ -346,16 +357,8 @@ def _matrix_rows(spec: ModelSpec, name: str) -> int:
 
 
 def _check_finite(name: str, values: Array) -> None:
-    # The extremes are NaN or infinite as soon as one value is; unlike a mask they need no temporary.
-    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+    if not stored.finite(values.reshape(-1, values.shape[-1])):
         raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity): the checkpoint is damaged")
-
-
-def _drop_pages(handle: IO[bytes]) -> None:
-    """Push what was written to disk and out of the page cache."""
-    handle.flush()
-    os.fdatasync(handle.fileno())
-    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_text(out: Path, name: str, data: bytes) -> str:

@@ -1,7 +1,8 @@
 """Reads blocks and rows of a pack into caller-owned memory, many at a time, around the page cache.
 
 The native engine does the reading: a call here starts any number of reads, a ticket says when they are over. Every
-block is checked against its CRC-32 the first time that it is read in this process.
+block is checked against its CRC-32 the first time that it is read in this process. Only what is read at start-up looks
+into the page cache, and is left there where memory is plentiful: the next start finds it.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Reader:
 
     `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, which nobody uses after `settle`.
     `curve` gives the costs by which rows are merged (without it, each is read by itself). `backend` may be named to
-    force it.
+    force it. `keep` has the page cache keep what is read at start-up.
     """
 
     def __init__(
@@ -99,10 +100,12 @@ class Reader:
         staging: Array | None = None,
         curve: CostCurve | None = None,
         backend: str = "",
+        keep: bool = False,
     ) -> None:
-        self.pack = pack
+        self.pack, self._keep = pack, keep
         self._paths = {name: pack.path / name for name in pack.layout.file_bytes}
         self._files: dict[str, tuple[int, bool]] = {}
+        self._buffered: dict[str, int] = {}  # the same files, open through the page cache
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
         if staging is None:
             staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
@@ -130,11 +133,17 @@ class Reader:
     def bytes_read(self) -> int:
         return self._engine.bytes_read
 
-    def submit(self, block: Block, buffer: Array) -> BlockTicket:
-        """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed."""
+    def submit(self, block: Block, buffer: Array, start: bool = False) -> BlockTicket:
+        """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed.
+
+        start: this is a read of start-up, see above.
+        """
         handle, direct = self._open_file(block.file)
         crc = None if self.verified(block) else self.pack.block_crc(block.tensor, block.index)
-        read = self._engine.read(handle, direct, block.offset, buffer, crc)
+        cached = self._buffered_file(block.file) if start else -1
+        if cached >= 0 and self._keep:
+            handle, direct = cached, True  # as pages are not to be dropped
+        read = self._engine.read(handle, direct, block.offset, buffer, crc, cached)
         return BlockTicket(self._paths[block.file], read, block, buffer, self._verified[block.tensor])
 
     def submit_rows(self, file: str, offsets: Array, out: Array, slots: Array) -> Ticket:
@@ -174,13 +183,30 @@ class Reader:
         return bool(self._verified[block.tensor][block.index])
 
     def _close_files(self) -> None:
-        for handle, _ in self._files.values():
+        for handle in (*(handle for handle, _ in self._files.values()), *self._buffered.values()):
             os.close(handle)
-        self._files = {}
+        self._files, self._buffered = {}, {}
 
     def _open_file(self, file: str) -> tuple[int, bool]:
         self._check_open()
         return self._files[file]
+
+    def _buffered_file(self, file: str) -> int:
+        """A descriptor through the page cache, which reads nothing ahead; -1 where that would not tell what it holds.
+
+        Linux tells it only to those who may write to a file: to others it says that all is there.
+        """
+        path = self._paths[file]
+        if file not in self._buffered:
+            try:
+                handle = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            except OSError as error:
+                raise DiskError(f"{path} cannot be opened: {error.strerror}") from None
+            self._buffered[file] = handle
+        if not self._keep and not os.access(path, os.W_OK, effective_ids=True):
+            return -1
+        return self._buffered[file]
 
     def _check_open(self) -> None:
         if not self._files:

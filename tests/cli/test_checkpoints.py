@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli, Launch, check_failure
+from tests.families import tiny_checkpoint
 
 
 def checksums(pack: Path) -> dict[str, str]:
@@ -121,3 +122,18 @@ def test_a_small_disk_is_refused_up_front(cli: Cli, checkpoint: Path, tmp_path: 
 def test_a_cache_that_cannot_be_written_is_named(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check_failure(cli("run", checkpoint, "-p", "a", "--cache-dir", tmp_path / "file" / "cache"), 1, "--cache-dir")
+
+
+def test_delete_source_moves(cli: Cli, tmp_path: Path) -> None:
+    source, out = tiny_checkpoint("qwen2", tmp_path / "source")[1], tmp_path / "out"
+    done = cli("pack", source, out, "--dtype", "int4", "--delete-source", "--json")
+    assert done.returncode == 0, done.stderr
+    assert not list(source.glob("*.safetensors"))
+    assert (source / "config.json").exists()
+    assert cli("verify", out).returncode == 0
+    again = cli("pack", source, out, "--delete-source")
+    assert again.returncode == 1
+    assert "holds no safetensors weights" in again.stderr
+    refused = cli("pack", "demo", tmp_path / "other", "--delete-source")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--delete-source deletes a directory's or a file's weights" in refused.stderr

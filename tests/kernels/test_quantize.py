@@ -6,6 +6,7 @@ import torch
 
 from flashrt_kernels.rows import Codec, row_bytes
 
+from . import int4_search
 from .helpers import CODECS, cpu, empty, normal, reference, rms_ratio, same
 
 
@@ -121,6 +122,34 @@ def test_importance_lowers_the_error_where_it_counts(isa):
         return float((np.square(found - w) * importance).sum())
 
     assert loss(weighted) < 0.9 * loss(plain)
+
+
+def weights_of(kind, n, k):
+    rng = np.random.default_rng(k)
+    w = rng.standard_normal((n, k))
+    return {
+        "normal": w,
+        "one sign": np.abs(w) * np.where(np.arange(n) % 2, 1, -1)[:, None],
+        "outliers": w * np.exp(2 * rng.standard_normal((n, k))),
+        "few values": np.round(2 * w) / 2,
+        "mostly zero": w * (rng.random((n, k)) > 0.8),
+        "tiny": w * 1e-36,
+    }[kind].astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["normal", "one sign", "outliers", "few values", "mostly zero", "tiny"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_int4_is_the_search_that_is_written_down(isa, kind, weighted):
+    """Byte by byte, at lengths that fill lanes, groups and spans or do not. Plain code rounds once more."""
+    for n, k in ((1, 1), (37, 33), (19, 64), (3, 100), (5, 640), (9, 1536)):
+        w = weights_of(kind, n, k)
+        importance = np.abs(normal(2, k)) if weighted else None
+        found, expected = encode(w, Codec.INT4, importance), int4_search.encode(w, importance)
+        if isa == "scalar":
+            errors = [float(np.square(decode(x, Codec.INT4, k) - w).sum()) for x in (found, expected)]
+            assert errors[0] <= 1.01 * errors[1]
+        else:
+            assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("codec", CODECS)

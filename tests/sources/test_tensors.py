@@ -27,10 +27,10 @@ def codec_of(name: str) -> Codec:
 
 @pytest.mark.parametrize("stack", [0, 3])
 @pytest.mark.parametrize("kind", [*PLAIN_CODECS, *QUANTS])
-@pytest.mark.parametrize("cached", [True, False])
-def test_ranges(kind: str, stack: int, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cached:
-        monkeypatch.setattr(tensors, "CACHE_BYTES", 0)
+@pytest.mark.parametrize("kept", [tensors.CACHE_BYTES, 4000, 0])
+def test_ranges(kind: str, stack: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole matrices are kept while their columns are read, or stripes of them, or what was asked for."""
+    monkeypatch.setattr(tensors, "CACHE_BYTES", kept)
     codec, rows, columns = codec_of(kind), 7, 768
     shape = (stack, rows, columns) if stack else (rows, columns)
     size = int(np.prod(shape)) // codec.block * codec.bytes
@@ -43,7 +43,7 @@ def test_ranges(kind: str, stack: int, cached: bool, tmp_path: Path, monkeypatch
         for expert in range(stack) if stack else (None,):
             expected = whole[expert or 0]
             np.testing.assert_array_equal(reader.rows("t", 2, 5, expert), expected[2:5])
-            for start, stop in ((0, 1), (31, 33), (250, 600), (767, 768), (0, 768)):
+            for start, stop in ((0, 1), (31, 33), (33, 300), (250, 600), (767, 768), (0, 768), (5, 6)):
                 found = reader.columns("t", start, stop, expert)
                 assert found.dtype == np.float32
                 np.testing.assert_array_equal(found, expected[:, start:stop].T)
@@ -74,6 +74,6 @@ def test_one_tensor_is_kept(tmp_path: Path) -> None:
         for layer in range(3):
             for expert in range(5):
                 checkpoint.neuron_rows(layer, expert, 0, 3)
-        cached = checkpoint._reader._cached
-        assert cached is not None
-        assert cached[1].nbytes == 72 * 40 * 4
+        kept = checkpoint.reader._kept
+        assert kept is not None
+        assert kept.raw.nbytes == 72 * 40 * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -63,6 +64,85 @@ def test_every_block_equals_the_file(pack: Pack, reader: Reader) -> None:
         assert ticket.ready
         assert ticket.buffer.tobytes() == on_disk(pack, ticket.block)
     assert reader.bytes_read == sum(block.nbytes for block in wanted)
+
+
+def set_cache(path: Path, warm: range) -> None:
+    """Have the page cache hold these bytes of a file, and nothing else of it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+        if warm:
+            os.pread(handle, len(warm), warm.start)
+    finally:
+        os.close(handle)
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file that the page cache holds."""
+    size = path.stat().st_size
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as memory:
+        there = (ctypes.c_ubyte * -(-size // PAGE))()
+        address = ctypes.c_char.from_buffer(memory)
+        try:
+            assert ctypes.CDLL(None).mincore(ctypes.byref(address), ctypes.c_size_t(size), there) == 0
+        finally:
+            del address
+        return sum(page & 1 for page in there)
+
+
+@pytest.mark.parametrize("warm", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("backend", ["io_uring", "pread"])
+def test_start_up_takes_what_the_page_cache_holds(make_pack: MakePack, backend: str, warm: float) -> None:
+    """All, a part cut within blocks, or nothing: the bytes are the file's, and only the others come from the disk."""
+    pack = Pack(make_pack(MOE, Codec.F32))
+    for file, nbytes in pack.layout.file_bytes.items():
+        set_cache(pack.path / file, range(int(warm * nbytes)))
+    reader = Reader(pack, backend=backend)
+    try:
+        tickets = [reader.submit(block, aligned(block.nbytes), start=True) for block in blocks(pack)]
+        for ticket in tickets:
+            ticket.wait()
+        everything = sum(block.nbytes for block in blocks(pack))
+        assert reader.bytes_read == everything if warm == 0 else reader.bytes_read < everything
+        assert warm < 1 or reader.bytes_read == 0
+        if warm == 0:  # looking has brought nothing in
+            assert not any(cached_pages(pack.path / file) for file in pack.layout.file_bytes)
+        for ticket in tickets:
+            assert ticket.buffer.tobytes() == on_disk(pack, ticket.block)
+    finally:
+        reader.close()
+
+
+def test_only_start_up_looks_into_the_page_cache(make_pack: MakePack) -> None:
+    pack = Pack(make_pack(MOE, Codec.F32))
+    for file, nbytes in pack.layout.file_bytes.items():
+        set_cache(pack.path / file, range(nbytes))
+    reader = Reader(pack)
+    try:
+        block = blocks(pack)[0]
+        reader.submit(block, aligned(block.nbytes)).wait()
+        assert reader.bytes_read == block.nbytes
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_page_cache_is_given_what_it_is_to_keep(make_pack: MakePack, keep: bool) -> None:
+    pack = Pack(make_pack(MOE, Codec.F32))
+    for file in pack.layout.file_bytes:
+        set_cache(pack.path / file, range(0))
+    reader = Reader(pack, keep=keep)
+    try:
+        for ticket in [reader.submit(block, aligned(block.nbytes), start=True) for block in blocks(pack)]:
+            ticket.wait()
+    finally:
+        reader.close()
+    for file in pack.layout.file_bytes:
+        tensors = sum(tensor.nbytes for tensor in pack.layout.tensors_of(file)) // PAGE
+        found = cached_pages(pack.path / file)
+        assert found >= tensors if keep else found == 0
 
 
 def test_many_threads_at_once(pack: Pack, reader: Reader) -> None:

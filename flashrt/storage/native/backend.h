@@ -11,10 +11,12 @@ namespace flashrt::io {
 
 struct Request;
 
-// An open file. Where `direct` is false it was opened without O_DIRECT, and pages that were read are dropped.
+// An open file. Where `direct` is false it was opened without O_DIRECT, and pages that were read are dropped. `cached` is
+// open without it too, or -1: what the page cache holds is copied from there, and nothing is read into it.
 struct File {
     int descriptor;
     bool direct;
+    int cached = -1;
 };
 
 // One read as the system sees it. It lies on a list of the engine, or is with the backend.
@@ -27,6 +29,7 @@ struct Op {
     uint64_t needed;  // that must be read: the end of the file may cut the rest
     uint64_t done;    // that were read so far
     uint8_t* to;
+    bool from_cache;  // whether the last piece was
     MergedRead rows;  // of the request, that are copied to their places from `to`, which is staging memory; or none
 
     bool staged() const { return rows.first < rows.last; }
@@ -60,6 +63,10 @@ class Backend {
 };
 
 constexpr size_t STACK_BYTES = 128 << 10;  // of a thread that reads: address space, of which a few pages are touched
+
+// Copies what the page cache holds of the rest of a read, up to the first page that it lacks: the bytes, whole pages, or
+// 0 where the disk has to be asked.
+int64_t copy_cached(Op* op);
 
 // A ring for `depth` reads in flight. Null, with the reason in `why_not`, where the kernel has or allows none.
 std::unique_ptr<Backend> make_uring(unsigned depth, std::string& why_not);

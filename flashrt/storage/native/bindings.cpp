@@ -91,9 +91,9 @@ class Read {
 };
 
 std::unique_ptr<Read> start_read(std::shared_ptr<Owner> owner, int file, bool direct, uint64_t offset, nb::object buffer,
-                           std::optional<uint32_t> crc) {
+                                 std::optional<uint32_t> crc, int cached) {
     const auto to = nb::cast<Bytes>(buffer, false);
-    Request* request = owner->engine.read({file, direct}, offset, to.data(), to.size(), crc);
+    Request* request = owner->engine.read({file, direct, cached}, offset, to.data(), to.size(), crc);
     return std::make_unique<Read>(std::move(owner), request, std::move(buffer));
 }
 
@@ -152,7 +152,8 @@ NB_MODULE(_io, m) {
         .def_prop_ro("bytes_read", [](const Owner& o) { return o.engine.bytes_read(); })
         .def_prop_ro("max_span_pages", [](const Owner& o) { return o.engine.max_span_pages(); })
         .def("set_costs", [](Owner& o, std::vector<double> costs) { o.engine.set_costs(std::move(costs)); }, "costs"_a)
-        .def("read", &start_read, "file"_a, "direct"_a, "offset"_a, "buffer"_a, "crc"_a = nb::none())
+        .def("read", &start_read, "file"_a, "direct"_a, "offset"_a, "buffer"_a, "crc"_a = nb::none(),
+             "cached"_a = -1)
         .def("read_rows", &start_rows, "file"_a, "direct"_a, "offsets"_a, "out"_a, "slots"_a)
         .def("settle", [](Owner& o) { patiently([&] { return o.engine.settle(SLICE); }); })
         .def("close", [](Owner& o) {

@@ -152,7 +152,7 @@ void Engine::submit(Request* request, File file, List& list) {
 void Engine::add_direct(Request* request, File file, const Row& row, List& list) {
     for (uint64_t at = 0; at < row.bytes; at += chunk_) {
         const uint64_t bytes = std::min<uint64_t>(chunk_, row.bytes - at);
-        add_op({request, nullptr, file, row.offset + at, bytes, bytes, 0, row.to + at, {}}, list);
+        add_op({request, nullptr, file, row.offset + at, bytes, bytes, 0, row.to + at, false, {}}, list);
     }
 }
 
@@ -162,7 +162,7 @@ void Engine::add_staged(Request* request, File file, const MergedRead& read, Lis
     for (size_t i = read.first; i < read.last; ++i)
         end = std::max(end, request->rows[i].offset + request->rows[i].bytes);
     const uint64_t bytes = (end - begin + PAGE - 1) / PAGE * PAGE;
-    add_op({request, nullptr, file, begin, bytes, end - begin, 0, nullptr, read}, list);
+    add_op({request, nullptr, file, begin, bytes, end - begin, 0, nullptr, false, read}, list);
 }
 
 void Engine::add_op(Op values, List& list) {
@@ -204,7 +204,7 @@ void Engine::complete(Op* op, int64_t result) {
             const Row& row = request->rows[i];
             std::memcpy(row.to, op->to + (row.offset - op->offset), row.bytes);
         }
-        if (!op->file.direct) drop_pages(*op);
+        if (!op->file.direct && !op->from_cache) drop_pages(*op);
     }
     std::unique_lock<std::mutex> lock(mutex_);
     if (status == MORE && request->status == GOOD && !closed_) {
@@ -225,8 +225,9 @@ int Engine::judge(Op* op, int64_t result) {
     if (result < 0) return static_cast<int>(-result);
     uint64_t done = op->done + static_cast<uint64_t>(result);
     if (done < op->needed && op->file.direct) done = done / PAGE * PAGE;  // from where it can go on
-    bytes_read_.fetch_add(done - op->done, std::memory_order_relaxed);
-    op->request->bytes_read.fetch_add(done - op->done, std::memory_order_relaxed);
+    const uint64_t from_disk = op->from_cache ? 0 : done - op->done;
+    bytes_read_.fetch_add(from_disk, std::memory_order_relaxed);
+    op->request->bytes_read.fetch_add(from_disk, std::memory_order_relaxed);
     if (done == op->done) return ENDED;
     op->done = done;
     return done < op->needed ? MORE : GOOD;

@@ -51,7 +51,7 @@ class Engine final : private Source {
     ~Engine() override;
 
     const char* backend() const { return backend_->name(); }
-    uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
+    uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }  // from disk
 
     // costs[n - 1]: what a read of n pages costs, for the merging of rows. See Merger.
     void set_costs(std::vector<double> costs);

@@ -30,8 +30,12 @@ class Pool final : public Backend {
    private:
     static void work(Source& source) {
         while (Op* op = source.take(true)) {
-            const ssize_t n = pread(op->file.descriptor, op->to + op->done, op->bytes - op->done, op->offset + op->done);
-            source.complete(op, n < 0 ? -errno : n);
+            int64_t n = copy_cached(op);
+            if (n == 0) {
+                n = pread(op->file.descriptor, op->to + op->done, op->bytes - op->done, op->offset + op->done);
+                if (n < 0) n = -errno;
+            }
+            source.complete(op, n);
         }
     }
 

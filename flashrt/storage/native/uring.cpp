@@ -161,7 +161,7 @@ class Uring final : public Backend {
             asleep_.store(true);
             fill(source);  // what came before anybody could see that this thread is about to sleep
         }
-        submit(1);
+        if (landed_.empty()) submit(1);
         asleep_.store(false);
     }
 
@@ -169,7 +169,8 @@ class Uring final : public Backend {
     // otherwise it goes with the system call that waits.
     void work_off(Source& source) {
         if (2 * unsubmitted_ > in_flight_) submit(0);
-        for (const auto& [op, result] : landed_) {
+        for (size_t i = 0; i < landed_.size(); ++i) {  // `fill` adds what the page cache holds
+            const auto [op, result] = landed_[i];
             source.complete(op, result);
             fill(source);  // with the staging memory that has come free
             if (unsubmitted_ >= GROUP) submit(0);
@@ -178,9 +179,13 @@ class Uring final : public Backend {
     }
 
     void fill(Source& source) {
-        while (in_flight_ < depth_) {
+        while (in_flight_ + landed_.size() < depth_) {
             Op* op = source.take(false);
             if (!op) return;
+            if (const int64_t cached = copy_cached(op)) {
+                landed_.emplace_back(op, static_cast<int>(cached));
+                continue;
+            }
             read(op);
             ++in_flight_;
         }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 
-from flashrt.arch import Part, TensorMap
+from flashrt.arch import Part
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.tensors import F32, TensorReader
@@ -27,6 +29,16 @@ class _Expected:
     experts: int = 0
 
 
+class NameMap(Protocol):
+    """Where logical tensors lie; see `flashrt.arch.names.TensorMap`."""
+
+    @property
+    def head(self) -> str: ...
+    def parts(self, key: str) -> tuple[Part, ...]: ...
+    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]: ...
+    def is_harmless(self, tensor: str) -> bool: ...
+
+
 class Checkpoint:
     """One model on disk. Memory is bounded: ranges are read on demand, at most one tensor's stored bytes are kept."""
 
@@ -38,11 +50,11 @@ class Checkpoint:
         source: str,
         fingerprint: str,
         reader: TensorReader,
-        tensor_map: TensorMap,
+        tensor_map: NameMap,
         text: Callable[[], TextFiles],
     ):
         self.spec, self.name, self.source, self.fingerprint = spec, name, source, fingerprint
-        self._reader, self._map, self._text = reader, tensor_map, text
+        self.reader, self.names, self._text = reader, tensor_map, text
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -53,7 +65,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        self._reader.close()
+        self.reader.close()
 
     @functools.cached_property
     def text(self) -> TextFiles:
@@ -68,16 +80,16 @@ class Checkpoint:
     def weight_bytes_source(self) -> int:
         """Bytes that the needed tensors take as stored; a tensor that several parts read counts once."""
         names = {expected.part.tensor for expected in self._expected()}
-        return sum(self._reader.tensors[name].nbytes for name in names if name in self._reader.tensors)
+        return sum(self.reader.tensors[name].nbytes for name in names if name in self.reader.tensors)
 
     def vector(self, key: str) -> F32:
         """A logical vector, float32 [length]."""
-        return np.concatenate([self._part_vector(part) for part in self._map.parts(key)])
+        return np.concatenate([self._part_vector(part) for part in self.names.parts(key)])
 
     def matrix_rows(self, key: str, start: int, stop: int) -> F32:
         """Rows start:stop of a logical matrix, float32 [stop - start, columns]."""
         pieces, first, counts = [], 0, self._part_rows(key)
-        for part, rows in zip(self._map.parts(key), counts, strict=True):
+        for part, rows in zip(self.names.parts(key), counts, strict=True):
             begin, end = max(start - first, 0), min(stop - first, rows)
             if begin < end:
                 pieces.append(self._part_matrix(part, rows, begin, end))
@@ -91,15 +103,35 @@ class Checkpoint:
 
         `expert` is ignored for a dense block. `down` holds columns of the down matrix, transposed.
         """
-        gate, up, down = self._map.neurons(layer, expert)
+        gate, up, down = self.names.neurons(layer, expert)
         neurons = self.spec.layers[layer].ffn.neurons
         if not 0 <= start < stop <= neurons:
             raise CheckpointError(f"neurons {start}:{stop} of layer {layer} were asked for; it has {neurons}")
         return (
             None if gate is None else self._part_matrix(gate, neurons, start, stop),
             self._part_matrix(up, neurons, start, stop),
-            self._reader.columns(down.tensor, start, stop, down.expert),
+            self.reader.columns(down.tensor, start, stop, down.expert),
         )
+
+    def all_parts(self) -> Iterator[tuple[str, tuple[Part | None, ...]]]:
+        """Every logical key and its parts; (gate, up, down) of an expert `e` of layer `i` under '{i}.ffn.{e}'."""
+        for layer in (None, *range(len(self.spec.layers))):
+            yield from self._parts_of(layer)
+
+    def files_behind(self, layer: int | None) -> set[Path]:
+        """The files that a layer's tensors lie in, or with None those of no layer."""
+        names = [part.tensor for _, parts in self._parts_of(layer) for part in parts if part is not None]
+        return {self.reader.tensors[name].path for name in names}
+
+    def _parts_of(self, layer: int | None) -> Iterator[tuple[str, tuple[Part | None, ...]]]:
+        prefix, spec = "" if layer is None else f"{layer}.", self.spec
+        matrices = spec.shared_matrices() if layer is None else spec.layer_matrices(layer)
+        vectors = (name for name in spec.vectors() if name.startswith(prefix or "norm."))
+        for key in (*matrices, *vectors):
+            yield key, self.names.parts(key)
+        if layer is not None:
+            for expert in range(spec.layers[layer].ffn.runs):
+                yield f"{prefix}ffn.{expert}", self.names.neurons(layer, expert)
 
     def validate(self) -> None:
         """Check name, shape and dtype of every needed tensor, and that no other tensor would change results.
@@ -111,8 +143,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.source} cannot be used: {_first(problems)}")
         read = {expected.part.tensor for expected in self._expected()}
         if self.spec.tied:
-            read.add(self._map.head)  # equal to the embedding: see `sources.huggingface`
-        unread = [name for name in self._reader.tensors if name not in read and not self._map.is_harmless(name)]
+            read.add(self.names.head)  # equal to the embedding: see `sources.huggingface`
+        unread = [name for name in self.reader.tensors if name not in read and not self.names.is_harmless(name)]
         if unread:
             raise UnsupportedModelError(
                 f"{self.source} is not supported: flashrt does not use {len(unread)} of its tensors, without which "
@@ -121,7 +153,7 @@ class Checkpoint:
 
     def _problem(self, expected: _Expected) -> str | None:
         part = expected.part
-        tensor = self._reader.tensors.get(part.tensor)
+        tensor = self.reader.tensors.get(part.tensor)
         if tensor is None:
             return f"tensor {part.tensor} is missing"
         if tensor.codec is None:
@@ -138,17 +170,17 @@ class Checkpoint:
     def _expected(self) -> Iterator[_Expected]:
         spec = self.spec
         for key in spec.vectors():
-            for part, rows in zip(self._map.parts(key), self._part_rows(key), strict=True):
+            for part, rows in zip(self.names.parts(key), self._part_rows(key), strict=True):
                 yield _Expected(part, (rows,))
         matrices = dict(spec.shared_matrices())
         for i in range(len(spec.layers)):
             matrices |= spec.layer_matrices(i)
         for key, (_, columns) in matrices.items():
-            for part, rows in zip(self._map.parts(key), self._part_rows(key), strict=True):
+            for part, rows in zip(self.names.parts(key), self._part_rows(key), strict=True):
                 yield _Expected(part, (rows, columns))
         for i, layer in enumerate(spec.layers):
             for expert in range(layer.ffn.runs):
-                gate, up, down = self._map.neurons(i, expert)
+                gate, up, down = self.names.neurons(i, expert)
                 neurons, experts = layer.ffn.neurons, layer.ffn.experts
                 if gate is not None:
                     yield _Expected(gate, (neurons, spec.hidden), experts)
@@ -184,7 +216,7 @@ class Checkpoint:
         return self.spec.vectors()
 
     def _part_vector(self, part: Part) -> F32:
-        values = self._reader.vector(part.tensor)
+        values = self.reader.vector(part.tensor)
         if part.heads:
             values = _unpermute(values[:, None], part.heads)[:, 0]
         return values + np.float32(part.add) if part.add else values
@@ -195,10 +227,10 @@ class Checkpoint:
             # A permutation moves rows within their head only, so whole heads are read and cut.
             head = rows // part.heads
             first, last = start // head, -(-stop // head)
-            values = self._reader.rows(part.tensor, first * head, last * head, part.expert)
+            values = self.reader.rows(part.tensor, first * head, last * head, part.expert)
             return _unpermute(values, last - first)[start - first * head : stop - first * head]
         shift = part.rows[0] if part.rows else 0
-        return self._reader.rows(part.tensor, start + shift, stop + shift, part.expert)
+        return self.reader.rows(part.tensor, start + shift, stop + shift, part.expert)
 
 
 def _first(items: list[str]) -> str:

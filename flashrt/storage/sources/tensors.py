@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from flashrt.errors import CheckpointError
-
-F32 = npt.NDArray[np.float32]
-Raw = npt.NDArray[np.uint8]
+from flashrt.storage.sources.decoding import F32, Codec, Raw, decode_columns, decode_rows
 
 COMPARED_NUMBERS = 4 << 20  # at a time
-CACHE_BYTES = 256 << 20  # a matrix up to this size is kept, as stored, while its columns are read
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How numbers are stored: `block` of them in `bytes`; `decode` turns [n, k * bytes] into float32 [n, k * block]."""
-
-    name: str
-    block: int
-    bytes: int
-    decode: Callable[[Raw], F32]
+CACHE_BYTES = 256 << 20  # of a matrix whose columns are read: so much of it is kept, as stored
+AHEAD_BYTES = 16 << 20  # that the system is asked to read behind what was read
 
 
 def _decode_f32(raw: Raw) -> F32:
@@ -65,30 +52,50 @@ class StoredTensor:
         return self.shape[-1] // self.codec.block * self.codec.bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Stripe:
+    """Bytes begin:end of every row of one matrix, uint8 [rows, end - begin]; `of` is its tensor and first row."""
+
+    of: tuple[str, int]
+    begin: int
+    end: int
+    raw: Raw
+
+
 class TensorReader:
     """Reads tensors by name; keeps files open and at most one tensor's stored bytes."""
 
     def __init__(self, tensors: dict[str, StoredTensor]):
         self.tensors = tensors
         self._files: dict[Path, int] = {}
-        self._cached: tuple[tuple[str, int], Raw] | None = None
+        self._kept: _Stripe | None = None
 
     def close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        self._cached = None
+        self._kept = None
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that tensors lie in."""
+        return {tensor.path for tensor in self.tensors.values()}
+
+    def close_file(self, path: Path) -> None:
+        """Let go of a file, until something is read from it again."""
+        if path in self._files:
+            os.close(self._files.pop(path))
 
     def rows(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Rows start:stop of a matrix (or of slice `expert` of a stack of them), float32 [stop - start, columns]."""
         tensor, codec = self._tensor(name)
         first = start + self._first_row(tensor, expert)
         raw = self._read(tensor, first * tensor.row_bytes, (stop - start) * tensor.row_bytes)
-        return codec.decode(raw.reshape(stop - start, tensor.row_bytes))
+        return decode_rows(codec, raw.reshape(stop - start, tensor.row_bytes))
 
     def vector(self, name: str) -> F32:
         tensor, codec = self._tensor(name)
-        return codec.decode(self._read(tensor, 0, tensor.nbytes).reshape(1, -1)).reshape(-1)
+        return decode_rows(codec, self._read(tensor, 0, tensor.nbytes).reshape(1, -1)).reshape(-1)
 
     def equal(self, a: str, b: str) -> bool:
         """Whether two stored matrices have the same shape and hold the same numbers."""
@@ -102,25 +109,33 @@ class TensorReader:
     def columns(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Columns start:stop of a matrix, transposed: float32 [stop - start, rows]."""
         tensor, codec = self._tensor(name)
-        first_block, last_block = start // codec.block, -(-stop // codec.block)
-        raw = self._column_bytes(tensor, expert, first_block * codec.bytes, last_block * codec.bytes)
-        skip = start - first_block * codec.block
-        return np.ascontiguousarray(codec.decode(raw)[:, skip : skip + stop - start].T)
+        begin, end = start // codec.block * codec.bytes, -(-stop // codec.block) * codec.bytes
+        stripe = self._stripe(tensor, self._first_row(tensor, expert), begin, end)
+        shift = stripe.begin // codec.bytes * codec.block
+        return decode_columns(codec, stripe.raw, start - shift, stop - shift)
 
-    def _column_bytes(self, tensor: StoredTensor, expert: int | None, start: int, stop: int) -> Raw:
-        """Bytes start:stop of every row, contiguous [rows, stop - start]."""
-        rows, first = tensor.shape[-2], self._first_row(tensor, expert)
-        if rows * tensor.row_bytes <= CACHE_BYTES:
-            key = (tensor.name, first)
-            if self._cached is None or self._cached[0] != key:
-                self._cached = None  # before the next one is read, so that only one is held
-                raw = self._read(tensor, first * tensor.row_bytes, rows * tensor.row_bytes)
-                self._cached = key, raw.reshape(rows, tensor.row_bytes)
-            return np.ascontiguousarray(self._cached[1][:, start:stop])
-        result = np.empty((rows, stop - start), np.uint8)
+    def _stripe(self, tensor: StoredTensor, first: int, begin: int, end: int) -> _Stripe:
+        """Bytes begin:end of the rows of a matrix, at least: as many as CACHE_BYTES hold, and kept for the next."""
+        kept, self._kept = self._kept, None  # before the next one is read, so that only one is held
+        if kept is None or kept.of != (tensor.name, first) or begin < kept.begin or end > kept.end:
+            del kept
+            rows, unit = tensor.shape[-2], tensor.codec.bytes if tensor.codec else 1
+            end = min(max(begin + CACHE_BYTES // rows // unit * unit, end), tensor.row_bytes)
+            if end == tensor.row_bytes and rows * end <= CACHE_BYTES:
+                begin = 0
+            kept = _Stripe((tensor.name, first), begin, end, self._read_stripe(tensor, first, begin, end))
+        self._kept = kept
+        return kept
+
+    def _read_stripe(self, tensor: StoredTensor, first: int, begin: int, end: int) -> Raw:
+        rows = tensor.shape[-2]
+        if end - begin == tensor.row_bytes:
+            raw = self._read(tensor, first * tensor.row_bytes, rows * tensor.row_bytes)
+            return raw.reshape(rows, tensor.row_bytes)
+        raw = np.empty((rows, end - begin), np.uint8)
         for row in range(rows):
-            result[row] = self._read(tensor, (first + row) * tensor.row_bytes + start, stop - start)
-        return result
+            self._read_into(tensor, (first + row) * tensor.row_bytes + begin, raw[row])
+        return raw
 
     def _tensor(self, name: str) -> tuple[StoredTensor, Codec]:
         tensor = self.tensors.get(name)
@@ -135,22 +150,28 @@ class TensorReader:
         return 0 if expert is None else expert * tensor.shape[-2]
 
     def _read(self, tensor: StoredTensor, offset: int, size: int) -> Raw:
-        if offset < 0 or size < 0 or offset + size > tensor.nbytes:
-            raise CheckpointError(
-                f"tensor {tensor.name}: bytes {offset}..{offset + size} asked for, of {tensor.nbytes}"
-            )
-        result = np.empty(size, np.uint8)
-        view, done = result.data, 0
+        result = np.empty(max(size, 0), np.uint8)
+        self._read_into(tensor, offset, result)
+        return result
+
+    def _read_into(self, tensor: StoredTensor, offset: int, out: Raw) -> None:
+        """Read bytes of a tensor from `offset` on, and have the system read on behind them."""
+        end = offset + out.size
+        if offset < 0 or end > tensor.nbytes:
+            raise CheckpointError(f"tensor {tensor.name}: bytes {offset}..{end} asked for, of {tensor.nbytes}")
+        view, done = out.data, 0
         try:
             descriptor = self._open(tensor.path)
-            while done < size:
+            while done < out.size:
                 count = os.preadv(descriptor, [view[done:]], tensor.offset + offset + done)
                 if count == 0:
                     raise CheckpointError(f"{tensor.path} is truncated: tensor {tensor.name} ends beyond the file")
                 done += count
+            ahead = min(AHEAD_BYTES, tensor.nbytes - end)
+            if ahead > 0:
+                os.posix_fadvise(descriptor, tensor.offset + end, ahead, os.POSIX_FADV_WILLNEED)
         except OSError as error:
             raise CheckpointError(f"cannot read {tensor.path}: {error.strerror}") from error
-        return result
 
     def _open(self, path: Path) -> int:
         if path not in self._files:

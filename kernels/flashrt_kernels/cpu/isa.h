@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "codec.h"
+#include "stored.h"
 
 namespace flashrt {
 
@@ -173,8 +174,11 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, int k, float eps, float* out);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int k, float eps, float* out);
     void (*rope)(float* x, const float* cos, const float* sin, int half);
-    void (*quantize)(Codec, const float* w, const float* importance, int k, uint8_t* row);
+    // Rows w [n, k] to rows that lie `stride` bytes apart.
+    void (*quantize)(Codec, const float* w, int64_t n, int k, const float* importance, uint8_t* out, size_t stride);
     void (*dequantize)(Codec, const uint8_t* row, int k, float* out);
+    void (*decode_stored)(Stored, const uint8_t* data, int64_t blocks, float* out);
+    bool (*finite)(const float* values, int64_t n);
     uint64_t (*read)(const void* data, size_t bytes);
 };
 

@@ -2,6 +2,7 @@
 
 #include "attend.h"
 #include "axpys.h"
+#include "blocks.h"
 #include "channels.h"
 #include "dots.h"
 #include "encode.h"
@@ -32,7 +33,7 @@ const Kernels table_of_kernels = {
     NAME(FLASHRT_ISA), HALF_GEMM,    prepare,       dots,         axpys,        collect,  choose_channels, add_channels,
     activate,          to_half,      pack_across,   pack_along,   pack_channels, tile,    attend,          merge,
     encode_label,      encode_query, score_labels,  weigh_blocks, rms_norm,     layer_norm, rope,          encode,
-    decode_row,        read,
+    decode_row,        decode_stored, finite,      read,
 };
 
 }  // namespace flashrt::FLASHRT_ISA

@@ -1,0 +1,69 @@
+"""Reads at start-up that go on while the first pass computes with what has arrived."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+
+from flashrt.cache.device import Device, Progress, Tensor
+from flashrt.storage.layout import Block
+
+Item = tuple[Block, Tensor]  # a block and its place
+
+
+class Loading:
+    """A thread has `device` bring the blocks of `items` to their places, in order.
+
+    `needed` says for each tensor how many blocks have arrived when all of its own have. `arrived` is told of each.
+    """
+
+    def __init__(self, device: Device, items: Iterable[Item], needed: Mapping[str, int], arrived: Progress) -> None:
+        self._device, self._items, self._needed, self._arrived = device, items, needed, arrived
+        self._count = 0
+        self._over = self._stopped = False
+        self._failure: BaseException | None = None
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="flashrt-load", daemon=True)
+        self._thread.start()
+
+    def wait(self, name: str) -> None:
+        """Return when a tensor is there. Raises what reading failed with."""
+        needed = self._needed[name]
+        if self._count >= needed:
+            return
+        with self._news:
+            self._news.wait_for(lambda: self._count >= needed or self._over)
+        if self._count < needed and self._failure is not None:
+            raise self._failure
+
+    def finish(self) -> None:
+        """Return when everything is there. Raises what reading failed with."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Begin no more reads, and return when those that were begun are over."""
+        self._stopped = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._device.fill(self._until_stopped(), self._one_more)
+        except BaseException as error:
+            self._failure = error
+        with self._news:
+            self._over = True
+            self._news.notify_all()
+
+    def _until_stopped(self) -> Iterator[Item]:
+        for item in self._items:
+            if self._stopped:
+                return
+            yield item
+
+    def _one_more(self, nbytes: int) -> None:
+        with self._news:
+            self._count += 1
+            self._news.notify_all()
+        self._arrived(nbytes)
