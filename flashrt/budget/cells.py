@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashrt.kv.cells import KvCells
+from flashrt.kv.chosen import PART
 from flashrt.kv.far_layout import FarLayout
+from flashrt_kernels.limits import NARROW_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,13 @@ class CellClaim:
 
     layout: FarLayout
     chosen: Sequence[int]  # an upper bound: neighbours may lie in one cell
+
+    @classmethod
+    def of(cls, layout: FarLayout | None, chosen: Sequence[int]) -> CellClaim | None:
+        """None where no layer has cells."""
+        if layout is None or not layout.heads:
+            return None
+        return cls(layout, [min(count, layout.cells) for count in chosen])
 
     @property
     def least(self) -> int:
@@ -28,7 +37,8 @@ class CellClaim:
 
     def nbytes(self, cells: int) -> int:
         """Bytes of a cache of so many."""
-        return KvCells.nbytes(self.layout, cells)
+        together = max(self.least, min(PART, NARROW_TOKENS * self.least))
+        return KvCells.nbytes(self.layout, cells, together)
 
     def spare(self, free: int) -> int:
         """Bytes beside the least that hold what a token chooses in all layers; half of `free` at most.

@@ -62,9 +62,11 @@ def plan(
     able = [planner for planner in planners if budget_bytes >= planner.smallest() - PEAK_JITTER]
     if not able:
         raise BudgetError(min(planners, key=_Planner.smallest).refusal(budget_bytes))
-    if able[-1].cells is not None and budget_bytes < planners[0].enough():
-        return able[-1].plan(budget_bytes)  # of keys and values a token reads a share, of weights everything
-    return able[0].plan(budget_bytes)
+    first = able[0].plan(budget_bytes)
+    if len(able) == 1 or able[1].cells is None or first.streamed_bytes_per_token <= PAGE:
+        return first
+    other = able[1].plan(budget_bytes)  # of keys and values a token then reads a share, of weights everything
+    return other if _kv_memory(other) < _kv_memory(first) else first
 
 
 def smallest_budget(
@@ -120,7 +122,7 @@ class _Planner:
         far = None if held is None or (chooses and not self.cell_bytes) else self.far(CHUNKS[-1])
         self.streams = far is not None
         self.page_bytes = 0 if far is None else far.largest
-        self.cells = None if far is None or not far.heads else CellClaim(far, self._cells_chosen())
+        self.cells = CellClaim.of(far, self._cells_chosen())
         self.slot_bytes = max(self.block_bytes, self.page_bytes)
 
     def far(self, chunk: int, held: int = 0) -> FarLayout | None:
@@ -133,25 +135,26 @@ class _Planner:
         chunk = self._chunk(budget)
         fixed = self._fixed(chunk) | {"slack": slack_bytes(budget)}
         free = budget - sum(fixed.values())
-        free -= 0 if self.cells is None else self.cells.spare(free)
+        far, claim = self._far_of(chunk)
+        free -= 0 if claim is None else claim.spare(free)
         slots = 0
         ring = free < self.weight_bytes and not any(claim.spares_ring(free) for claim in self.claims)
-        if ring or self.page_bytes:
+        if ring or far is not None:
             slots = self._ring_slots(free)
             moving = _added({"stream buffers": self._ring_bytes(slots)}, *(claim.moving() for claim in self.claims))
             fixed = _added(fixed, moving)
             free -= sum(moving.values())
-        pinned, tiers = self._pin(free, ring)
+        pinned, tiers = self._pin(free, ring, claim)
         owners = fixed | self._weights_by_owner(pinned, tiers)
         cells = 0
-        if self.cells is not None:
-            cells = self.cells.most(budget - sum(owners.values()) + owners["KV cells"])
-            owners["KV cells"] = self.cells.nbytes(cells)
+        if claim is not None:
+            cells = claim.most(budget - sum(owners.values()) + owners["KV cells"])
+            owners["KV cells"] = claim.nbytes(cells)
         held = self._hold(chunk, budget - sum(owners.values()))
         owners["KV"] = self._kv_bytes(chunk, held)
         owners["slack"] += budget - sum(owners.values())
         far = self.far(chunk, held) if self.streams else None
-        chosen_bytes = 0 if self.cells is None else self.cells.chosen_bytes
+        chosen_bytes = 0 if claim is None else claim.chosen_bytes
         granted = [tier for own in tiers.values() for tier in own]
         return Plan(
             budget_bytes=budget,
@@ -198,8 +201,9 @@ class _Planner:
         scratch = max(costs.scratch_bytes(chunk, workload.context), kv_scratch)
         drafting = workload.max_draft_tokens > 1
         lookup = {"speculation": LOOKUP_BYTES * workload.context} if drafting else {}  # see `speculate.lookup`
-        pages = {"KV buffers": SPILL_BUFFERS * self.page_bytes} if self.page_bytes else {}
-        cells = {} if self.cells is None else {"KV cells": self.cells.nbytes(self.cells.least)}
+        far, claim = self._far_of(chunk)
+        pages = {} if far is None else {"KV buffers": SPILL_BUFFERS * far.largest}
+        cells = {} if claim is None else {"KV cells": claim.nbytes(claim.least)}
         return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
@@ -212,6 +216,11 @@ class _Planner:
         held_pages = None if self.held is None else held
         return KvLimits(self.workload.context, chunk, held=held_pages, cell_bytes=self.cell_bytes)
 
+    def _far_of(self, chunk: int) -> tuple[FarLayout | None, CellClaim | None]:
+        """Pages in passes of `chunk` tokens, none of them in memory, and what a cache of their cells asks for."""
+        far = self.far(chunk) if self.streams else None
+        return far, CellClaim.of(far, self._cells_chosen())
+
     def _cells_chosen(self) -> list[int]:
         limits, costs = self._limits(CHUNKS[-1]), self.case.costs
         return cells_chosen(self.spec, limits, costs.kv_kinds, self.workload.choices)
@@ -223,7 +232,7 @@ class _Planner:
     def _hold(self, chunk: int, free: int) -> int:
         """Pages of each layer that `free` bytes hold; some always stream, or else a store would hold everything.
 
-        None where a cache of cells takes what is left.
+        0 where a cache of cells takes what is left.
         """
         far = self.far(chunk) if self.streams and self.cells is None else None
         if far is None:
@@ -261,7 +270,9 @@ class _Planner:
     def _ring_bytes(self, slots: int) -> int:
         return (1 + sum(claim.rings for claim in self.claims)) * slots * self.slot_bytes
 
-    def _pin(self, free: int, ring: bool) -> tuple[dict[str, int], dict[str, tuple[TierPlan, ...]]]:
+    def _pin(
+        self, free: int, ring: bool, cells: CellClaim | None
+    ) -> tuple[dict[str, int], dict[str, tuple[TierPlan, ...]]]:
         """Leading blocks of each tensor, and by owner the tiers beside them."""
         pinned: dict[str, int] = {}
         tiers: dict[str, tuple[TierPlan, ...]] = {}
@@ -270,8 +281,8 @@ class _Planner:
             tensors = [t for t in self.case.tensors(owner) if t.name not in self.whole]
             claims = [claim for claim in self.claims if claim.owner == owner]
             free += sum(claim.least() for claim in claims)
-            if owner == "embeddings" and self.cells is not None:  # a token reads one row of these
-                free = max(free - self.cells.beside_embeddings, 0)
+            if owner == "embeddings" and cells is not None:  # a token reads one row of these
+                free = max(free - cells.beside_embeddings, 0)
             share = _spread(tensors, free - sum(claim.wanted(free, ring) for claim in claims))
             free -= sum(prefix_bytes(t, share[t.name]) for t in tensors)
             pinned |= share
@@ -321,6 +332,11 @@ class _Planner:
             f"a budget of {budget / GIB:.3f} GiB is too small for a context of {self.workload.context} tokens: "
             f"the smallest that would do is {ceil_gib(smallest):.3f} GiB ({parts}). {hint[0].upper()}{hint[1:]}"
         )
+
+
+def _kv_memory(the_plan: Plan) -> int:
+    """Bytes of memory for keys and values."""
+    return sum(nbytes for owner, nbytes in the_plan.owners.items() if owner.startswith("KV"))
 
 
 def ceil_gib(nbytes: int) -> float:

@@ -14,6 +14,8 @@ from flashrt.storage.layout import Block
 from flashrt.storage.reader import DEPTH, BlockTicket, Reader
 from flashrt_kernels.ops import Ops
 
+GROWING = ("KV", "KV cells", "KV buffers")  # owners of what is written token by token
+
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 Progress = Callable[[int], None]  # bytes of a block that has arrived
 
@@ -80,7 +82,7 @@ class CpuDevice:
 
     def allocate(self, owner: str, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
         array = self._ledger.allocate(owner, shape, dtype)
-        if owner.startswith("KV"):  # written token by token: without this the process would grow while decoding
+        if owner in GROWING:  # written token by token: without this the process would grow while decoding
             populate(array)
         return array
 

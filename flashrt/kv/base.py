@@ -135,8 +135,11 @@ class KvStore(ABC):
         """Whether `look_ahead` is of use."""
         return False
 
-    def look_ahead(self, query: Tensor, rows: KvRows) -> None:
-        """Start to bring what narrow `rows` will probably attend to, by a guess of their queries [T, H, head_dim]."""
+    def look_ahead(self, query: Tensor, rows: KvRows, seconds: float) -> None:
+        """Start to bring what narrow `rows` (16 at most) will probably attend to.
+
+        query: a guess of their queries, float32 [T, heads, head_dim], which took `seconds` to make
+        """
 
     def far(self, start: int, rows: int) -> int:
         """Pages that lie before what is in memory once `rows` rows from position `start` on are appended."""

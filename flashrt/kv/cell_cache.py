@@ -104,7 +104,7 @@ class CellCache:
             self._used[slots] = self._turn + 1 - self._layers  # as if at the last turn of a layer whose turn is next
             self.counts["ahead"] += len(missing)
 
-    def drop(self, layer: int, cells: Array) -> None:
+    def drop(self, layer: int, cells: Array | slice) -> None:
         """Forget cells of a layer that are about to change on disk, and what is being read."""
         self.cancel()
         slots = self._slot[layer, cells]
@@ -119,6 +119,7 @@ class CellCache:
                 reading.wait()
             self._flying.pop()
         self._held[:] = False
+        self._queue = self._queued = self._queue[:0]
 
     def _begin(self, layer: int, cells: Array) -> Array:
         """Read cells that are not there; the slots that they go to."""

@@ -11,6 +11,8 @@ from flashrt.kv.far_layout import FarLayout
 from flashrt.kv.guesses import Guesses
 from flashrt.kv.spill import Reading, Spill
 
+FETCH = 256  # bytes that numpy and the I/O engine take for a cell while it is fetched
+
 Array = np.ndarray
 
 
@@ -18,9 +20,9 @@ class KvCells:
     """`slots` cells of the layers of `spill` that have cells; `allocate` gives zeroed memory of a shape and type."""
 
     @classmethod
-    def nbytes(cls, layout: FarLayout, slots: int) -> int:
-        """Bytes that it takes from `allocate`, and while it computes."""
-        return slots * layout.cell_bytes + CellCache.nbytes(slots, len(layout.heads), layout.cells)
+    def nbytes(cls, layout: FarLayout, slots: int, fetched: int = 0) -> int:
+        """Bytes that it takes from `allocate`, and while it computes with `fetched` cells at a time."""
+        return slots * layout.cell_bytes + CellCache.nbytes(slots, len(layout.heads), layout.cells) + FETCH * fetched
 
     def __init__(self, spill: Spill, slots: int, allocate: Callable[..., Array]) -> None:
         self._spill, layout = spill, spill.layout
@@ -72,4 +74,5 @@ class LayerCells:
 
     def forget(self, first: int) -> None:
         """Forget cells of all KV heads from cell `first` on, which are about to change on disk."""
-        self._cache.drop(self._row, np.flatnonzero(np.arange(self._cache.cells) % self.count >= first))
+        for begin in range(0, self._cache.cells, self.count):
+            self._cache.drop(self._row, slice(begin + first, begin + self.count))

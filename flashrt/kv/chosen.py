@@ -7,11 +7,13 @@ memory. What a row chooses of older positions comes from disk by cells, through 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows
+from flashrt.kv.choice import RECENT
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.far import LayerCells
 from flashrt.kv.index import LabelIndex
@@ -19,7 +21,10 @@ from flashrt.kv.lists import Chooser, Chosen
 from flashrt.kv.sparse import keys_of
 from flashrt.kv.streamed import StreamedStore
 from flashrt.spec import Attention
+from flashrt_kernels.labels import LABEL_TOKENS
 from flashrt_kernels.limits import NARROW_TOKENS
+
+PART = 1 << 14  # cells that rows choose which are fetched together: numpy takes some 100 bytes for each meanwhile
 
 Array = np.ndarray
 
@@ -28,6 +33,7 @@ class ChosenStore(StreamedStore):
     """A `StreamedStore` with labels of its keys."""
 
     chooses = True
+    behind = RECENT + LABEL_TOKENS  # what a row attends to in any case
 
     @classmethod
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
@@ -86,31 +92,27 @@ class ChosenStore(StreamedStore):
                 self._chooser.index.begin(part.start, self._keys)
             self._attend_few(query[own], part, heads, out[own])
 
-    def look_ahead(self, query: Array, rows: KvRows) -> None:
+    def look_ahead(self, query: Array, rows: KvRows, seconds: float) -> None:
         began = time.perf_counter()
         self._chooser.index.begin(rows.start, self._keys)
         every = slice(0, len(self.memory))
-        chosen = self._chooser.choose(query, rows, every, self._kernels.scratch)
-        self._cells.prefetch(_distinct(self._far_cells(chosen), len(query))[0])
-        self._cells.guesses.made(time.perf_counter() - began)
+        for part in _parts(self._chooser.choose(query, rows, every, self._kernels.scratch)):
+            self._cells.prefetch(_distinct(self._far_cells(part), len(part.paths))[0])
+        self._cells.guesses.made(seconds + time.perf_counter() - began)
 
     def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
         if self.first == 0 and not self._chooser.leaves_out(rows, len(query), heads):
             ContiguousStore.attend(self, query, rows, heads, out)
             return
-        chosen = self._chooser.choose(query, rows, heads, self._kernels.scratch)
-        self._attend_to(query, chosen, rows.start, heads, out)
+        done = 0
+        for part in _parts(self._chooser.choose(query, rows, heads, self._kernels.scratch), self._cells.slots):
+            own = slice(done, done + len(part.paths))
+            self._attend_to(query[own], part, rows.start, heads, out[own])
+            done = own.stop
 
     def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
-        """In one call where the cache holds what all rows choose, or else in halves."""
         wanted = self._far_cells(chosen)
         cells, at = _distinct(wanted, len(query))
-        if len(cells) > self._cells.slots and len(query) > 1:
-            middle = len(query) // 2
-            for own in (slice(0, middle), slice(middle, None)):
-                part = Chosen(chosen.blocks[own], chosen.counts[own], chosen.paths[own], chosen.rest)
-                self._attend_to(query[own], part, start, heads, out[own])
-            return
         slots = self._cells.fetch(cells)[at]
         ends = np.cumsum([len(part) for part in wanted])
 
@@ -143,6 +145,17 @@ class ChosenStore(StreamedStore):
     def _keys(self, begin: int, end: int) -> Array:
         """float32 [kv_heads, positions, head_dim]"""
         return keys_of(self.memory[:, begin - self.first : end - self.first])
+
+
+def _parts(chosen: Chosen, slots: int = PART) -> Iterator[Chosen]:
+    """The choice of rows, of so many at a time as choose `PART` cells or fewer, and no more than there are `slots`.
+
+    One row's may be more than `PART`.
+    """
+    rows = max(min(PART, slots) // max(int(chosen.counts.sum(axis=1).max()), 1), 1)
+    for begin in range(0, len(chosen.paths), rows):
+        own = slice(begin, begin + rows)
+        yield Chosen(chosen.blocks[own], chosen.counts[own], chosen.paths[own], chosen.rest)
 
 
 def _distinct(found: list[Array], rows: int) -> tuple[Array, Array]:

@@ -14,7 +14,8 @@ class Guesses:
     """Learns from `layers` layers that take turns."""
 
     def __init__(self, layers: int) -> None:
-        self._layers, self._turn, self._guessed = layers, 0, False
+        self._layers, self._turn = layers, 0
+        self._guessed, self._cost = False, 0.0
         self._wait_per_cell: float | None = None  # seconds that a cell took which nobody had guessed
         self._gain: float | None = None  # seconds that a guess saved
 
@@ -25,8 +26,7 @@ class Guesses:
 
     def wanted(self) -> bool:
         """Whether to guess for the layer whose turn is next."""
-        token = (self._turn + 1) // self._layers
-        return self.pay != (token % PROBE == 0)
+        return self.pay != (self._turn // self._layers % PROBE == 0)
 
     def made(self, seconds: float) -> None:
         """A guess was made for that layer, and took so long."""

@@ -7,7 +7,7 @@ that holds all positions, bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class StreamedStore(ContiguousStore):
     """A `ContiguousStore` of the last positions, before which pages hold all others."""
 
     whole = True
+    behind: ClassVar[int] = 0  # positions before the end of a sequence that have to be in memory to go on from it
 
     @classmethod
     def slots(cls, attention: Attention, limits: KvLimits) -> int:
@@ -97,13 +98,16 @@ class StreamedStore(ContiguousStore):
         return 0 if self.first == LOST or self._pages.failed else super().truncate(length, top)
 
     def cut(self, length: int) -> None:
-        if length >= self.first:
+        before, first = self.first, max(length - self.behind, 0) // SEGMENT * SEGMENT
+        if first >= before:
             return
-        segment, self.first = length // SEGMENT, LOST
-        if length % SEGMENT:
-            self.memory[:, :SEGMENT] = self._pages.fetch(segment)
-        self._pages.forget(segment)
-        self.first = segment * SEGMENT
+        self.first = LOST
+        if length > before:
+            self.memory[:, before - first : length - first] = self.memory[:, : length - before]
+        for begin in range(first, min(length, before), SEGMENT):
+            self.memory[:, begin - first : begin - first + SEGMENT] = self._pages.fetch(begin // SEGMENT)
+        self._pages.forget(first // SEGMENT)
+        self.first = first
 
     def close(self) -> None:
         self._pages.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt.spec import Attention
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import MATRIX_ROWS, align
 
 # Is shown the layer, and queries [T, heads, head_dim] and keys [T, kv_heads, head_dim] before their rotation.
@@ -95,11 +97,11 @@ class AttentionBlocks:
         residual: float32 [T, hidden]; it lacks what one feed-forward block adds. A guess costs the projection of
         queries again, so none is made where that would wait for weights.
         """
-        work, spec = self.work, self.work.spec
+        work, spec, began = self.work, self.work.spec, time.perf_counter()
         parts = [
             (own, kv.stores[i], rows)
             for own, kv, rows in self._parts
-            if not (rows.wide or rows.draft) and kv.stores[i].looks_ahead
+            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.stores[i].looks_ahead
         ]
         if not parts or not work.weights.resident(f"{i}.qkv"):
             return
@@ -115,7 +117,7 @@ class AttentionBlocks:
             self._norm_heads(query, f"{i}.q_norm")
         self._rotate(attention, query)
         for own, store, rows in parts:
-            store.look_ahead(query[own], rows)
+            store.look_ahead(query[own], rows, time.perf_counter() - began)
 
     def output(self, i: int, attended: Tensor, wide: bool) -> Tensor:
         """What the block adds to the residual stream, float32 [T, hidden]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from flashrt.budget.plan import Plan, Workload
 from flashrt.budget.planner import GIB, PEAK_JITTER, plan, resident_budget, slack_bytes, smallest_budget
 from flashrt.errors import BudgetError
+from flashrt.kv.base import KvLimits
+from flashrt.kv.cache import kv_bytes
 from flashrt.kv.cells import KvCells
 from flashrt.kv.choice import SparseKv
+from flashrt.kv.chosen import PART
 from flashrt.labels import KvLabels, LayerLabels
 from flashrt.spec import Layer, ModelSpec
 from flashrt.storage.layout import PackLayout, pack_layout
@@ -57,10 +61,9 @@ def test_every_byte_has_an_owner(extra: int, keep: float, dense: int) -> None:
     assert far is not None
     assert len(far.heads) == 32 - dense
     assert far.cell_bytes == 4096
-    one_layer = 8 * (int(keep * CONTEXT / 8) + 1)
+    one_layer = 8 * (math.ceil(keep * CONTEXT / 8) + 1)
     assert the_plan.kv_cells >= one_layer
-    needed = KvCells.nbytes(far, the_plan.kv_cells)  # longer passes leave fewer pages
-    assert needed <= the_plan.owners["KV cells"] <= 1.02 * needed
+    assert the_plan.owners["KV cells"] == KvCells.nbytes(far, the_plan.kv_cells, max(one_layer, PART))
     assert the_plan.kv_held == 0
     assert the_plan.kv_cell_bytes_per_token == pytest.approx(4096 * (32 - dense) * one_layer, rel=0.01)
     if the_plan.pinned_bytes < the_plan.weight_bytes - WEIGHTS // 8:  # more than embeddings stream
@@ -74,9 +77,30 @@ def test_all_is_held_where_there_is_room_for_weights_too_and_never_before() -> N
     workload = Workload(CONTEXT, kv=sparse(LLAMA_8B, 1 / 16))
     enough = resident_budget(LLAMA_8B, LAYOUT, workload, fixed_costs())
     assert planned(enough, workload).far is None
-    below = planned(enough - PEAK_JITTER, workload)
+    shorter = planned(enough - (8 << 20), workload)  # passes
+    assert shorter.far is None
+    assert shorter.prefill_chunk < planned(enough, workload).prefill_chunk
+    below = planned(enough - GIB, workload)
     assert below.far is not None
     assert below.kv_cells > 0.9 * below.far.cells * 32
+
+
+@pytest.mark.parametrize("context", [300, 527, 528, 529, 600, 1024, 1025, 1500, 4096])
+@pytest.mark.parametrize("keep", [1 / 16, 1.0])
+def test_short_contexts_take_no_more_than_holding_everything(context: int, keep: float) -> None:
+    workload = Workload(context, kv=sparse(LLAMA_8B, keep))
+    enough = resident_budget(LLAMA_8B, LAYOUT, workload, fixed_costs())
+    for budget in (enough, enough - GIB, smallest_budget(LLAMA_8B, LAYOUT, workload, fixed_costs())):
+        the_plan = planned(budget, workload)
+        everything = kv_bytes(LLAMA_8B, KvLimits(context, the_plan.prefill_chunk), 2, choices=workload.choices)
+        cells = the_plan.owners.get("KV cells", 0)
+        if the_plan.far is None:
+            assert cells == the_plan.owners.get("KV buffers", 0) == the_plan.kv_cell_bytes_per_token == 0
+        else:
+            assert the_plan.kv_cells * 4096 <= the_plan.kv_disk_bytes
+            assert the_plan.kv_cell_bytes_per_token <= the_plan.kv_disk_bytes
+        if budget > enough - 2 * GIB:
+            assert the_plan.owners["KV"] + cells <= everything
 
 
 def test_cells_come_before_embeddings_and_weights_before_more_cells_than_a_token_chooses() -> None:

@@ -64,8 +64,10 @@ def test_a_conversation_that_is_cut_back_and_sessions(tmp_path):
     packed = make("llama", tmp_path, Codec.F32)
     whole, far = engines(packed, 0.5)
     with whole, far:
-        for keep in (1150, 1149, 700, 513, 512, 40):
-            prompt = [*PROMPT[:keep], *PROMPT[20:90]]
+        for keep, new in ((1150, 70), (1149, 3), (700, 20), (520, 3), (513, 20), (512, 9), (256, 3), (40, 70)):
+            text_of(far, PROMPT, 5, reuse=True)
+            text_of(whole, PROMPT, 5, reuse=True)
+            prompt = [*PROMPT[:keep], *PROMPT[20 : 20 + new]]
             assert text_of(far, prompt, 30, reuse=True) == text_of(whole, prompt, 30, reuse=True)
         expected = text_of(whole, PROMPT, 40)
         assert text_of(far, PROMPT, 40) == expected
@@ -79,12 +81,13 @@ def test_a_conversation_that_is_cut_back_and_sessions(tmp_path):
         assert found[0] == found[1]
 
 
-def test_scores_are_the_same(tmp_path):
+@pytest.mark.parametrize(("share", "chunk", "keep"), [(0.2, 64, KEEP), (1.4, 512, 0.5)])
+def test_scores_are_the_same(tmp_path, share, chunk, keep):
     packed = make("qwen2", tmp_path)
-    kv = SparseKv.of(spec_labels(packed.spec, block=8), KEEP)
+    kv = SparseKv.of(spec_labels(packed.spec, block=8), keep)
     with (
         tiny_engine(packed, 1.0, context=CONTEXT, scoring=True, kv=kv) as whole,
-        tiny_engine(packed, 0.2, stream_kv=True, context=CONTEXT, scoring=True, kv=kv, chunk=64) as far,
+        tiny_engine(packed, share, stream_kv=True, context=CONTEXT, scoring=True, kv=kv, chunk=chunk) as far,
     ):
         found = [engine.runner.score(engine.sequence, PROMPT, False) for engine in (whole, far)]
         assert found[0] == pytest.approx(found[1], rel=1e-14)  # summed in passes of other lengths

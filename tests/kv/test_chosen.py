@@ -59,7 +59,7 @@ class Pair:
         query, key, value = random_rows(self.attention, rows, seed)
         where = KvRows(start, **options)  # type: ignore[arg-type]
         if ahead and self.far.looks_ahead:
-            self.far.look_ahead(query + np.float32(0.3), where)
+            self.far.look_ahead(query + np.float32(0.3), where, 0.0)
         found = []
         for store in (self.whole, self.far):
             store.append(key, value, start)
@@ -77,8 +77,10 @@ class Pair:
 def test_the_bits_of_all_positions(seed, item, keep, block, spare):
     """Prefill, decoding with and without looking ahead, trees and cuts, in any order, the writes early or late."""
     pair = Pair(choice_of(ATTENTION, keep, block), item, spare=spare)
-    random, length, top = np.random.default_rng(seed), 0, 0
+    random, length, top, far_passes = np.random.default_rng(seed), 1000, 1000, 0
+    pair.fill(length)
     for step in range(150):
+        far_passes += pair.far.first > 0
         kind = int(random.integers(8))
         if random.integers(4) == 0:
             pair.file.open.clear()
@@ -97,15 +99,29 @@ def test_the_bits_of_all_positions(seed, item, keep, block, spare):
                 store.commit(length, [0, 2, 5])
             length += 3
         elif kind == 6 and length:
-            length = int(random.integers(max(length - 700, 0), length + 1))
+            length = int(random.integers(max(length - (700 if random.integers(4) == 0 else 60), 0), length + 1))
             assert pair.far.truncate(length, top) == length
             for store in (pair.whole, pair.far):
                 store.cut(length)
-        elif kind == 7 and random.integers(6) == 0:
+        elif kind == 7 and random.integers(20) == 0:
             for store in (pair.whole, pair.far):
                 store.restart()
             length = top = 0
         top = max(top, length)
+    assert far_passes > 75
+    assert pair.cells.cache.counts["misses"] > 0
+    pair.far.close()
+
+
+@pytest.mark.parametrize("length", [*range(500, 570, 5), 256, 257, 300, 303, 304, 1023, 1024, 1025, 1400])
+def test_a_row_after_a_cut_finds_what_is_always_attended_to(length):
+    pair = Pair(choice_of(ATTENTION, 1 / 16, 4))
+    pair.fill(1408)
+    for store in (pair.whole, pair.far):
+        store.cut(length)
+    for step in range(3):
+        pair.run(length + step, 1, step)
+    pair.run(length + 3, len(TREE), 9, parents=np.asarray(TREE, np.int32))
     pair.far.close()
 
 

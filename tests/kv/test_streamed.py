@@ -241,7 +241,7 @@ def test_a_failed_read_loses_the_sequence_where_it_is_cut(far, monkeypatch):
         assert time.monotonic() < deadline
     for _ in range(SPILL_BUFFERS):  # so that no buffer serves the page
         far.spill.put(PageId(4, 5), np.zeros((3, 256, 2, 20), np.uint16))
-    monkeypatch.setattr(far.spill, "_read", lambda offset, out: Reading(broken))
+    monkeypatch.setattr(far.file, "page", lambda offset, out: Reading(broken))
     with pytest.raises(DiskError, match="unreadable"):
         far.store.cut(100)
     assert far.store.truncate(100, 2000) == 0
