@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from flashrt.cache.device import Device, Progress, Tensor
 from flashrt.storage.layout import Block
 
+TOGETHER = 16  # blocks that are announced at once
+
 Item = tuple[Block, Tensor]  # a block and its place
 
 
@@ -20,6 +22,7 @@ class Loading:
     def __init__(self, device: Device, items: Iterable[Item], needed: Mapping[str, int], arrived: Progress) -> None:
         self._device, self._items, self._needed, self._arrived = device, items, needed, arrived
         self._count = 0
+        self._last = max(needed.values(), default=0)
         self._over = self._stopped = False
         self._failure: BaseException | None = None
         self._news = threading.Condition()
@@ -27,12 +30,16 @@ class Loading:
         self._thread.start()
 
     def wait(self, name: str) -> None:
-        """Return when a tensor is there. Raises what reading failed with."""
+        """Return when a tensor is there. Raises what reading failed with.
+
+        Whoever has to wait waits for a few blocks: waking takes long where others use the machine, too.
+        """
         needed = self._needed[name]
         if self._count >= needed:
             return
+        goal = min(-(-needed // TOGETHER) * TOGETHER, self._last)
         with self._news:
-            self._news.wait_for(lambda: self._count >= needed or self._over)
+            self._news.wait_for(lambda: self._count >= goal or self._over)
         if self._count < needed and self._failure is not None:
             raise self._failure
 
@@ -63,7 +70,8 @@ class Loading:
             yield item
 
     def _one_more(self, nbytes: int) -> None:
-        with self._news:
-            self._count += 1
-            self._news.notify_all()
+        self._count += 1
+        if self._count % TOGETHER == 0 or self._count == self._last:
+            with self._news:
+                self._news.notify_all()
         self._arrived(nbytes)

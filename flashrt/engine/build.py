@@ -27,7 +27,7 @@ from flashrt.kv.cache import open_cache
 from flashrt.kv.cells import KvCells
 from flashrt.kv.spill import Spill
 from flashrt.machine.disk import DiskRoof
-from flashrt.machine.process import available_bytes, resident_bytes
+from flashrt.machine.process import resident_bytes
 from flashrt.model.decoder import Decoder
 from flashrt.model.ffn.choose import KINDS, Ffns, Kinds
 from flashrt.model.workspace import Workspace
@@ -41,7 +41,6 @@ Progress = Callable[[int, int], None]
 
 # Bytes taken at the peak of loading for each byte of a compact tokenizer.json: 21.0 (Qwen2.5) and 22.2 (Gemma 3).
 TOKENIZER_GROWTH = 21
-CACHE_ROOM = 3  # packs that must fit beside this run, its cgroup counted, for the page cache to be given one
 LARGE_TOKENIZER = 32 << 20  # bytes of growth that are worth an estimate
 
 
@@ -90,8 +89,7 @@ def build_engine(
     began = time.perf_counter()
     spec, ledger = pack.spec, Ledger(the_plan.owners)
     curve = None if roof is None else roof.curve()
-    keep = available_bytes() - the_plan.pinned_bytes > CACHE_ROOM * pack.layout.nbytes
-    reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve, keep=keep)
+    reader = Reader(pack, ledger.allocate("embedding reads", (STAGING_BYTES,), np.uint8), curve)
     with ExitStack() as on_error:
         on_error.callback(reader.close)
         device = runtime.device(pack, the_plan, ledger, reader)

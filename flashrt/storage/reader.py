@@ -2,7 +2,7 @@
 
 The native engine does the reading: a call here starts any number of reads, a ticket says when they are over. Every
 block is checked against its CRC-32 the first time that it is read in this process. Only what is read at start-up looks
-into the page cache, and is left there where memory is plentiful: the next start finds it.
+into the page cache; a few threads do that, as copying and checking take more than one core.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from flashrt.storage.pack import Pack
 
 DEPTH = 32  # reads in flight: what small ones need; with large ones, 5% more than 8 here
 CHUNK_BYTES = 256 << 10  # of a block per read: larger ones are no faster, and rows would wait longer behind them
+START_THREADS = 8
+START_STAGING = 64 << 10  # bytes: the least that an engine takes, as blocks need none
 STAGING_BYTES = 2 << 20  # rows arrive 15% faster than with half of it, and no faster with twice
 
 Array = np.ndarray
@@ -91,7 +93,7 @@ class Reader:
 
     `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, which nobody uses after `settle`.
     `curve` gives the costs by which rows are merged (without it, each is read by itself). `backend` may be named to
-    force it. `keep` has the page cache keep what is read at start-up.
+    force it.
     """
 
     def __init__(
@@ -100,12 +102,12 @@ class Reader:
         staging: Array | None = None,
         curve: CostCurve | None = None,
         backend: str = "",
-        keep: bool = False,
     ) -> None:
-        self.pack, self._keep = pack, keep
+        self.pack = pack
         self._paths = {name: pack.path / name for name in pack.layout.file_bytes}
         self._files: dict[str, tuple[int, bool]] = {}
         self._buffered: dict[str, int] = {}  # the same files, open through the page cache
+        self._starter: _io.Engine | None = None  # reads what is read at start-up
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
         if staging is None:
             staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
@@ -131,7 +133,7 @@ class Reader:
 
     @property
     def bytes_read(self) -> int:
-        return self._engine.bytes_read
+        return self._engine.bytes_read + (self._starter.bytes_read if self._starter else 0)
 
     def submit(self, block: Block, buffer: Array, start: bool = False) -> BlockTicket:
         """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed.
@@ -140,10 +142,8 @@ class Reader:
         """
         handle, direct = self._open_file(block.file)
         crc = None if self.verified(block) else self.pack.block_crc(block.tensor, block.index)
-        cached = self._buffered_file(block.file) if start else -1
-        if cached >= 0 and self._keep:
-            handle, direct = cached, True  # as pages are not to be dropped
-        read = self._engine.read(handle, direct, block.offset, buffer, crc, cached)
+        engine, cached = (self._start_engine(), self._buffered_file(block.file)) if start else (self._engine, -1)
+        read = engine.read(handle, direct, block.offset, buffer, crc, cached)
         return BlockTicket(self._paths[block.file], read, block, buffer, self._verified[block.tensor])
 
     def submit_rows(self, file: str, offsets: Array, out: Array, slots: Array) -> Ticket:
@@ -171,11 +171,13 @@ class Reader:
 
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
-        self._engine.settle()
+        for engine in self._engines():
+            engine.settle()
 
     def close(self) -> None:
         """Finish what the system has begun, cancel the other reads, and close the files."""
-        self._engine.close()
+        for engine in self._engines():
+            engine.close()
         self._close_files()
 
     def verified(self, block: Block) -> bool:
@@ -191,6 +193,18 @@ class Reader:
         self._check_open()
         return self._files[file]
 
+    def _engines(self) -> list[_io.Engine]:
+        return [self._engine] if self._starter is None else [self._engine, self._starter]
+
+    def _start_engine(self) -> _io.Engine:
+        if self._starter is None:
+            try:
+                memory = np.frombuffer(mmap.mmap(-1, START_STAGING), np.uint8)
+                self._starter = _io.Engine("pread", START_THREADS, CHUNK_BYTES, memory)
+            except RuntimeError as error:
+                raise DiskError(f"nothing can be read: {error}") from None
+        return self._starter
+
     def _buffered_file(self, file: str) -> int:
         """A descriptor through the page cache, which reads nothing ahead; -1 where that would not tell what it holds.
 
@@ -204,7 +218,7 @@ class Reader:
             except OSError as error:
                 raise DiskError(f"{path} cannot be opened: {error.strerror}") from None
             self._buffered[file] = handle
-        if not self._keep and not os.access(path, os.W_OK, effective_ids=True):
+        if not os.access(path, os.W_OK, effective_ids=True):
             return -1
         return self._buffered[file]
 

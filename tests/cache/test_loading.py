@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flashrt.cache import loading as module
 from flashrt.cache.loading import Loading
 from flashrt.errors import DiskError
 
@@ -25,6 +26,11 @@ class SlowDevice:
             if i == self.bad:
                 raise DiskError("the disk is gone")
             arrived(10)
+
+
+@pytest.fixture(autouse=True)
+def announced_singly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 1)
 
 
 def loading(device: SlowDevice, seen: list[int]) -> Loading:
@@ -51,6 +57,19 @@ def test_a_tensor_is_waited_for_and_no_other() -> None:
     load.wait("b")
     load.finish()
     assert seen == [10] * 5
+
+
+def test_blocks_are_announced_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time here; the last one alone where nothing comes behind it."""
+    monkeypatch.setattr(module, "TOGETHER", 2)
+    device = SlowDevice()
+    load = loading(device, [])
+    device.go.release(1)
+    assert waits(load, "a")
+    device.go.release(1)
+    load.wait("a")
+    device.go.release(3)
+    load.wait("b")
 
 
 def test_a_failure_reaches_whoever_waits() -> None:

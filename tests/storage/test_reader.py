@@ -128,23 +128,6 @@ def test_only_start_up_looks_into_the_page_cache(make_pack: MakePack) -> None:
         reader.close()
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_the_page_cache_is_given_what_it_is_to_keep(make_pack: MakePack, keep: bool) -> None:
-    pack = Pack(make_pack(MOE, Codec.F32))
-    for file in pack.layout.file_bytes:
-        set_cache(pack.path / file, range(0))
-    reader = Reader(pack, keep=keep)
-    try:
-        for ticket in [reader.submit(block, aligned(block.nbytes), start=True) for block in blocks(pack)]:
-            ticket.wait()
-    finally:
-        reader.close()
-    for file in pack.layout.file_bytes:
-        tensors = sum(tensor.nbytes for tensor in pack.layout.tensors_of(file)) // PAGE
-        found = cached_pages(pack.path / file)
-        assert found >= tensors if keep else found == 0
-
-
 def test_many_threads_at_once(pack: Pack, reader: Reader) -> None:
     wanted, failures = blocks(pack), []
 

@@ -284,7 +284,7 @@ class Int4Rows {
         for (int i = 0; i < LANES; ++i) index_[i] = first + (i < count ? i : count - 1);
         gather();
         Sums sums;
-        for (int i = 0; i < LANES; ++i) sums.put(i, Summary(group(index_[i])));
+        sums.put_all(lanes_);
         const L u = read_lanes(u_), v = read_lanes(v_);
         const L a = nearest_code(from(scales_), u), b = nearest_code(from(offsets_), v);
         const Codes codes = choose(lanes_, u, v, a, b, {nothing(), nothing(), all(__builtin_inff())});

@@ -120,17 +120,6 @@ struct Summary {
     }
 };
 
-// Of the groups in lanes; see Summary.
-struct Sums {
-    alignas(64) float count[LANES], sum_w[LANES], sum_ww[LANES];
-
-    FLASHRT_INLINE void put(int lane, const Summary& summary) {
-        count[lane] = summary.count;
-        sum_w[lane] = summary.sum_w;
-        sum_ww[lane] = summary.sum_ww;
-    }
-};
-
 // The weights of the groups in lanes. Without `weighted`, all groups are whole and every squared error counts the same.
 template <bool weighted>
 struct Groups {
@@ -150,6 +139,27 @@ struct Groups {
 
     // x as often as weight i counts.
     FLASHRT_INLINE L counted(L x, int i) const { return weighted ? mul(share(i), x) : x; }
+};
+
+// Of the groups in lanes; see Summary, which adds in the same order.
+struct Sums {
+    alignas(64) float count[LANES], sum_w[LANES], sum_ww[LANES];
+
+    FLASHRT_INLINE void put(int lane, const Summary& summary) {
+        count[lane] = summary.count;
+        sum_w[lane] = summary.sum_w;
+        sum_ww[lane] = summary.sum_ww;
+    }
+
+    template <bool weighted>
+    FLASHRT_INLINE void put_all(const Groups<weighted>& g) {
+        const auto cw = [&](int i) FLASHRT_LAMBDA { return g.counted(g.weight(i), i); };
+        store(count, tree([&](int i) FLASHRT_LAMBDA { return add(g.share(i), g.share(i + 16)); }));
+        store(sum_w, tree([&](int i) FLASHRT_LAMBDA { return add(cw(i), cw(i + 16)); }));
+        store(sum_ww, tree([&](int i) FLASHRT_LAMBDA {
+            return fma(cw(i), g.weight(i), mul(cw(i + 16), g.weight(i + 16)));
+        }));
+    }
 };
 
 }  // namespace flashrt::FLASHRT_ISA
