@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import flashrt
 from flashrt.calibration.windows import Windows, check_enough, spread, written
 from flashrt.config import whole
 from flashrt.engine.engine import Engine
@@ -20,7 +19,7 @@ from flashrt.text.tokenizer import Tokenizer
 
 FITTED, HELD_OUT = 2048, 8192  # tokens of a piece, or the model's context
 FITTED_PIECES = 2  # where no number of tokens is given
-SOURCE = Path(flashrt.__file__).parent
+SOURCE = Path(__file__).parents[1]
 SHARE = 3  # one of so many tokens is held out, one piece at least
 
 
