@@ -48,19 +48,55 @@ inline void prepare_int4(const float* x, int8_t* q, float* scales, float* sums, 
     }
 }
 
+// For kept rows: codes 256 c + f of a group of 32, c and f signed bytes, in their order: all c of a token, then all f.
+// Without `fine` f counts for nothing. Beside them the sums of four codes each, as integers, where other rows have f,
+// and the sum of x over each group: of 256, eight zeros and then the eight sums.
+inline void prepare_kept(const float* x, int from, int n, int token, Tokens& t) {
+    int8_t* coarse = reinterpret_cast<int8_t*>(t.q + token * t.q_step) + from;
+    int8_t* fine = coarse + t.q_step;
+    int32_t* lanes = reinterpret_cast<int32_t*>(t.f + token * t.f_step) + from / 4;
+    float* scales = t.scales + token * t.scale_step + from / 32;
+    float* sums = t.sums + token * t.sum_step;
+    for (int g = 0; g < n / 32; ++g, coarse += 32, fine += 32, lanes += 8) {
+        const Rounded<2> group(x + 32 * g, 32512.0f);
+        for (int j = 0; j < 2; ++j) {
+            const F c = round(mul(group.codes[j], splat(1.0f / 256.0f)));
+            const F f = max(splat(-127.0f), sub(group.codes[j], mul(c, splat(256.0f))));
+            store_i8(coarse + 16 * j, c);
+            store_i8(fine + 16 * j, f);
+        }
+        int32_t total = 0;
+        for (int i = 0; i < 8; ++i) {
+            int32_t sum = 0;
+            for (int j = 4 * i; j < 4 * i + 4; ++j) sum += t.fine ? 256 * coarse[j] + fine[j] : coarse[j];
+            total += lanes[i] = sum;
+        }
+        const int at = from / 32 + g;
+        scales[g] = t.fine ? group.scale : 256.0f * group.scale;
+        sums[at / 8 * 16 + at % 8] = 0.0f;
+        sums[at / 8 * 16 + 8 + at % 8] = static_cast<float>(total) * scales[g];
+    }
+}
+
 // Rounds one token's activations, or copies them, padded, for float codecs.
 inline void prepare(Codec codec, const float* x, int token, Tokens& t) {
-    float* f = t.f + static_cast<size_t>(token) * t.kp;
+    if (is_kept(codec)) {
+        constexpr float NONE[32] = {};
+        prepare_kept(x, 0, t.k, token, t);
+        if (t.k < t.kp) prepare_kept(NONE, t.k, t.kp - t.k, token, t);
+        return;
+    }
+    float* f = t.f + token * t.f_step;
     std::memcpy(f, x, 4 * static_cast<size_t>(t.k));
     std::memset(f + t.k, 0, 4 * static_cast<size_t>(t.kp - t.k));
     if (codec == Codec::F32 || codec == Codec::BF16) return;
 
     int16_t* q = t.q + static_cast<size_t>(token) * t.q_step;
     float* scales = t.scales + token * t.scale_step;
-    float* sums = t.sums + token * t.groups;
+    float* sums = t.sums + token * t.sum_step;
     std::memset(q, 0, 2 * t.q_step);
     std::memset(scales, 0, 4 * t.scale_step);
-    std::memset(sums, 0, 4 * t.groups);
+    std::memset(sums, 0, 4 * t.sum_step);
     if (codec == Codec::INT8) prepare_int8(f, q, scales, t.kp);
     else prepare_int4(f, reinterpret_cast<int8_t*>(q), scales, sums, t.kp);
 }
