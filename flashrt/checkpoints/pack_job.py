@@ -16,8 +16,10 @@ from pathlib import Path
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
 from flashrt.errors import FlashrtError
+from flashrt.storage.kept import kept_of
+from flashrt.storage.kept_rows import KeptEncoder
 from flashrt.storage.manifest import Manifest
-from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES
+from flashrt.storage.names import AUTO, CHECKPOINTS, DEMO_NAMES
 from flashrt.storage.packer import pack
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.demo import fetch_demo
@@ -37,14 +39,21 @@ def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progres
 def pack_checkpoint(
     checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress, context: int | None = None
 ) -> Manifest:
-    """Pack a checkpoint, fetched first if it has to be, into the directory `out`.
+    """Pack a checkpoint, fetched first if it has to be, into the directory `out`; `dtype` is one of DTYPE_NAMES.
 
     Raises UsageError, before anything is packed, when the model does not support `context`.
     """
     with open_checkpoint(checkpoint, cache / CHECKPOINTS, _fetching(progress)) as source:
         source.validate()
         checked_context(source.spec, context, 1)
-        return pack(source, out, Codec(dtype), progress=lambda file, done, total: progress("packing", done, total))
+        kept = kept_of(source) if dtype == AUTO else None
+        encoder = None if kept is None else KeptEncoder(source, kept)
+        codec = Codec.INT8 if dtype == AUTO else Codec(dtype)
+
+        def report(file: str, done: int, total: int) -> None:
+            progress("packing", done, total)
+
+        return pack(source, out, codec, progress=report, encoder=encoder, kept=kept)
 
 
 def _fetching(progress: Progress) -> Progress:

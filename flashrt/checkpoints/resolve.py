@@ -22,8 +22,7 @@ from typing import IO, Any
 from flashrt import child, errors
 from flashrt.errors import CheckpointError, DiskError, FlashrtError, UsageError
 from flashrt.storage.lock import lock
-from flashrt.storage.names import DEMO_NAMES, exists, is_remote
-from flashrt_kernels.rows import Codec
+from flashrt.storage.names import AUTO, DEMO_NAMES, DTYPE_NAMES, exists, is_remote
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
 
@@ -33,7 +32,7 @@ _IDENTITY_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 def resolve(
     where: str | Path,
     cache: Path,
-    dtype: str = "int8",
+    dtype: str = AUTO,
     progress: Progress = lambda *_: None,
     context: int | None = None,
 ) -> Path:
@@ -42,9 +41,8 @@ def resolve(
     Raises UsageError for a name that is nothing and, before packing, for a `context` that the model does not support;
     CheckpointError or DiskError when packing fails.
     """
-    dtypes = [codec.value for codec in Codec]
-    if dtype not in dtypes:
-        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(dtypes)}")
+    if dtype not in DTYPE_NAMES:
+        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
     path = Path(where)
     job = _Job(cache, dtype, progress, context)
     if str(where) not in DEMO_NAMES and exists(path):

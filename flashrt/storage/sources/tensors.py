@@ -81,10 +81,14 @@ class TensorReader:
 
     def rows(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Rows start:stop of a matrix (or of slice `expert` of a stack of them), float32 [stop - start, columns]."""
-        tensor, codec = self._tensor(name)
+        return self._tensor(name)[1].decode(self.stored_rows(name, start, stop, expert))
+
+    def stored_rows(self, name: str, start: int, stop: int, expert: int | None = None) -> Raw:
+        """The same rows as they are stored, uint8 [stop - start, bytes of a row]."""
+        tensor, _ = self._tensor(name)
         first = start + self._first_row(tensor, expert)
         raw = self._read(tensor, first * tensor.row_bytes, (stop - start) * tensor.row_bytes)
-        return codec.decode(raw.reshape(stop - start, tensor.row_bytes))
+        return raw.reshape(stop - start, tensor.row_bytes)
 
     def vector(self, name: str) -> F32:
         tensor, codec = self._tensor(name)
@@ -106,6 +110,13 @@ class TensorReader:
         raw = self._column_bytes(tensor, expert, first_block * codec.bytes, last_block * codec.bytes)
         skip = start - first_block * codec.block
         return np.ascontiguousarray(codec.decode(raw)[:, skip : skip + stop - start].T)
+
+    def stored_columns(self, name: str, start: int, stop: int, expert: int | None = None) -> Raw:
+        """Columns start:stop of a matrix, whole blocks, as they are stored: uint8 [rows, bytes]."""
+        tensor, codec = self._tensor(name)
+        if start % codec.block or stop % codec.block:
+            raise CheckpointError(f"tensor {name}: columns {start}:{stop} are not whole blocks of {codec.block}")
+        return self._column_bytes(tensor, expert, start // codec.block * codec.bytes, stop // codec.block * codec.bytes)
 
     def _column_bytes(self, tensor: StoredTensor, expert: int | None, start: int, stop: int) -> Raw:
         """Bytes start:stop of every row, contiguous [rows, stop - start]."""
