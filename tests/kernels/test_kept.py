@@ -44,21 +44,6 @@ def test_every_scale_of_mxfp4():
     assert same(found.numpy(), as_gguf(rows, Codec.MXFP4))
 
 
-# Rounding of x to 8 or 16 bits a group of 32, as `prepare_kept` does it.
-def as_met(x: np.ndarray, fine: bool) -> np.ndarray:
-    groups = x.reshape(len(x), -1, 32)
-    levels = np.float32(32512)
-    scale = np.abs(groups).max(2, keepdims=True) / levels
-    codes = np.round(groups / np.maximum(scale, 1e-30))
-    if not fine:
-        codes = np.round(codes / 256) * 256
-    return (codes * scale).reshape(x.shape).astype(np.float32)
-
-
-def fine_of(codec: Codec) -> bool:
-    return codec in (Codec.Q8_0, Codec.Q6_K)
-
-
 @pytest.mark.parametrize("codec", CODECS)
 def test_dequantize_gives_the_bits_of_the_gguf_package(isa, codec):
     for k in widths(codec):
@@ -76,8 +61,7 @@ def test_linear(isa, codec):
         for tokens in (1, 2, 3, 5, 16, 21):
             x, out, bias = normal(tokens, tokens, k), empty(tokens, 19), normal(3, 19)
             cpu.linear(x, held, codec, out, 0, 19, bias)
-            assert rms_ratio(out - bias, as_met(x, fine_of(codec)).astype(np.float64) @ weights.T) < 3e-5
-            assert rms_ratio(out - bias, x.astype(np.float64) @ weights.T) < (1e-4 if fine_of(codec) else 4e-2)
+            assert rms_ratio(out - bias, x.astype(np.float64) @ weights.T) < 3e-4
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -167,11 +151,11 @@ def test_glu_of_groups(isa, up, down, group):
     held, weights = grouped(1, 11, k, codecs)
     for tokens in (1, 2, 5, 16):
         x, y, usage = normal(2, tokens, k), normal(3, tokens, k) / np.float32(100), np.ones(11, np.float32)
-        h = ffn(as_met(x, fine_of(up)), weights)
+        h = ffn(x, weights)
         expected = y + h @ weights[2]
         cpu.glu(x, FfnWeights(held, codecs, "silu", True), y, usage=usage)
         assert rms_ratio(y, expected) < 3e-4
-        assert rms_ratio(usage - 1, np.abs(h).sum(0).reshape(11, -1).sum(1)) < 1e-4
+        assert rms_ratio(usage - 1, np.abs(h).sum(0).reshape(11, -1).sum(1)) < 3e-4
 
 
 @pytest.mark.parametrize("call", [cpu.glu, cpu.gemm_glu])

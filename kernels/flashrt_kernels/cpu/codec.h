@@ -35,9 +35,6 @@ constexpr KeptBlock kept_block(Codec codec) {
     }
 }
 
-// Whether rounding x to 8 bits would show beside the error of the weights.
-inline bool needs_fine(Codec codec) { return codec == Codec::Q8_0 || codec == Codec::Q6_K; }
-
 constexpr int CHUNK = INT8_GROUP;  // weights decoded together; rows are padded to a multiple of it
 constexpr int SPAN_WEIGHTS = INT4_SPAN * INT4_GROUP;
 

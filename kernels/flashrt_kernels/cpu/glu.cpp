@@ -78,7 +78,6 @@ void glu_batch(const GluJob& job, int first, int count) {
     const Kernels& kernel = kernels();
     const Neurons& w = job.neurons;
     Tokens tokens = tokens_in(scratch(0, tokens_bytes(NARROW_TOKENS, w.k)), count, w.k);
-    tokens.fine = needs_fine(w.up) || (w.gated && needs_fine(w.gate));
     const size_t step = sums_step(w.k);
     const int crew = threads();
     float* all_sums = static_cast<float*>(scratch(1, sizeof(float) * NARROW_TOKENS * step * crew));

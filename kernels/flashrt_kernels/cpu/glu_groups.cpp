@@ -20,11 +20,12 @@ static_assert(PIECE % STRIP == 0);
 struct Piece {
     int64_t first;
     int count;
-    Tokens h;
+    float* values;  // [tokens, PIECE]
+    Tokens h;       // the same, rounded
 };
 
-// gate·x and up·x of one strip of a bundle, then act(gate) * up, into h.
-void strip(const GluJob& job, const Tokens& tokens, const float* factors, int64_t bundle, int from, int at, Tokens& h) {
+// gate·x and up·x of one strip of a bundle, then act(gate) * up, into h [tokens, PIECE] from `at` on.
+void strip(const GluJob& job, const Tokens& tokens, const float* factors, int64_t bundle, int from, int at, float* h) {
     const Kernels& kernel = kernels();
     const Neurons& w = job.neurons;
     const uint8_t* base = job.bundle(bundle);
@@ -43,13 +44,8 @@ void strip(const GluJob& job, const Tokens& tokens, const float* factors, int64_
         kernel.activate(job.activation, row, w.gated ? both[1] + t * STRIP : nullptr, STRIP);
         if (factors)
             for (int i = 0; i < STRIP; ++i) row[i] *= factors[t];
-        kernel.prepare_kept(row, at, STRIP, t, h);
+        std::memcpy(h + t * PIECE + at, row, sizeof(float) * STRIP);
     }
-    if (!job.usage) return;
-    float* usage = h.sums + h.count * h.sum_step + at / STRIP;
-    *usage = 0.0f;
-    for (int t = 0; t < tokens.count; ++t)
-        for (int i = 0; i < STRIP; ++i) *usage += std::fabs(both[0][t * STRIP + i]);
 }
 
 // The h of one bundle of a piece, whose neurons begin at `from`.
@@ -59,8 +55,8 @@ Tokens part(const Tokens& h, int from, int group) {
     own.kp = padded(group);
     own.f += from / 4;  // as integers: see prepare_kept
     own.q = reinterpret_cast<int16_t*>(reinterpret_cast<int8_t*>(h.q) + from);
-    own.scales += from / STRIP;
-    own.sums += from / SPAN_WEIGHTS * 16;
+    own.scales += from / h.each;
+    own.sums += from / SPAN_WEIGHTS * 32;
     return own;
 }
 
@@ -81,27 +77,33 @@ void outputs(const GluJob& job, const Piece& piece, int first, int count, float*
 
 void take(const GluJob& job, const Tokens& tokens, const float* factors, Piece& piece, float* const* y) {
     const Neurons& w = job.neurons;
-    const int strips = w.group / STRIP;
+    const int strips = w.group / STRIP, neurons = piece.count * w.group, rounded = piece.h.each;
     parallel_for(piece.count * strips, [&](int64_t item, int) {
         const int from = static_cast<int>(item % strips) * STRIP;
-        strip(job, tokens, factors, piece.first + item / strips, from, static_cast<int>(item) * STRIP, piece.h);
+        strip(job, tokens, factors, piece.first + item / strips, from, static_cast<int>(item) * STRIP, piece.values);
     });
-    if (job.usage) {
-        const float* usage = piece.h.sums + piece.h.count * piece.h.sum_step;
-        for (int i = 0; i < piece.count * strips; ++i) job.usage[piece.first + i / strips] += usage[i];
-    }
+    for (int t = 0; t < tokens.count && job.usage; ++t)
+        for (int i = 0; i < neurons; ++i)
+            job.usage[piece.first + i / w.group] += std::fabs(piece.values[t * PIECE + i]);
+    const int parts = neurons / rounded;
+    parallel_for(static_cast<int64_t>(parts) * tokens.count, [&](int64_t item, int) {
+        const int t = static_cast<int>(item / parts), at = static_cast<int>(item % parts) * rounded;
+        kernels().prepare_kept(piece.values + t * PIECE + at, at, rounded, t, piece.h);
+    });
     parallel_for((w.k + OUTPUTS - 1) / OUTPUTS, [&](int64_t item, int) {
         const int first = static_cast<int>(item) * OUTPUTS;
         outputs(job, piece, first, w.k - first < OUTPUTS ? w.k - first : OUTPUTS, y);
     });
 }
 
-size_t piece_bytes() { return tokens_bytes(NARROW_TOKENS, PIECE) + sizeof(float) * PIECE / STRIP; }
+size_t piece_bytes() { return tokens_bytes(NARROW_TOKENS, PIECE) + sizeof(float) * NARROW_TOKENS * PIECE; }
+
+// The most numbers of h that may share a scale: those of one bundle, whatever lies beside it.
+int shared(int group) { return group % 256 == 0 ? 256 : group % 128 == 0 ? 128 : 64; }
 
 void batch(const GluJob& job, int first, int count) {
     const Neurons& w = job.neurons;
     Tokens tokens = tokens_in(scratch(0, tokens_bytes(NARROW_TOKENS, w.k)), count, w.k);
-    tokens.fine = needs_fine(w.up) || (w.gated && needs_fine(w.gate));
     float* y[NARROW_TOKENS];
     for (int i = 0; i < count; ++i) {
         const int64_t token = job.chosen ? job.chosen[first + i] : first + i;
@@ -111,9 +113,10 @@ void batch(const GluJob& job, int first, int count) {
     const int most = PIECE / w.group;
     for (int64_t bundle = 0; bundle < job.count; bundle += most) {
         const int64_t left = job.count - bundle;
-        Piece piece{bundle, static_cast<int>(left < most ? left : most),
-                    tokens_in(scratch(1, piece_bytes()), count, PIECE)};
-        piece.h.fine = true;
+        auto* values = static_cast<float*>(scratch(1, piece_bytes()));
+        Piece piece{bundle, static_cast<int>(left < most ? left : most), values,
+                    tokens_in(values + NARROW_TOKENS * PIECE, count, PIECE)};
+        piece.h.each = shared(w.group);
         take(job, tokens, job.factors ? job.factors + first : nullptr, piece, y);
     }
 }

@@ -24,7 +24,7 @@ struct Tokens {
     float* scales;  // [count, scale_step]
     float* sums;    // [count, sum_step]: of int4, sum of x over each INT4_GROUP
     size_t f_step, q_step, scale_step, sum_step;
-    bool fine;      // kept rows: codes of 16 bits, not 8
+    int each;       // of kept rows: numbers that share a scale; 64, 128 or 256
 };
 
 constexpr int GATHER = 32;  // bundles of one call, at most
@@ -133,7 +133,7 @@ struct Kernels {
     bool half_gemm;  // wide multiplications of the coded weights run in bfloat16
 
     void (*prepare)(Codec, const float* x, int token, Tokens&);
-    // Numbers [from, from + n) of a token, for kept rows; both multiples of 32.
+    // Numbers [from, from + n) of a token, for kept rows; `from` is a multiple of Tokens::each.
     void (*prepare_kept)(const float* x, int from, int n, int token, Tokens&);
     // Row r of bundle b · token t.
     void (*dots)(Codec, const Bundles&, const Tokens&, const DotOut&);

@@ -24,7 +24,6 @@ void linear_batch(const LinearJob& job, int first, int count) {
     const Kernels& kernel = kernels();
     const Rows& w = job.weights;
     Tokens tokens = tokens_in(scratch(0, tokens_bytes(NARROW_TOKENS, w.k)), count, w.k);
-    tokens.fine = needs_fine(w.codec);
     for (int i = 0; i < count; ++i) kernel.prepare(w.codec, job.x + (first + i) * job.x_step, i, tokens);
 
     const int64_t whole = job.rows / MATRIX_ROWS, bundles = (job.rows + MATRIX_ROWS - 1) / MATRIX_ROWS;

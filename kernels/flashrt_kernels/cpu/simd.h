@@ -200,11 +200,6 @@ FLASHRT_INLINE void interleave(B r[4]) {
 
 // Lanes 0 to 7 and 8 to 15.
 FLASHRT_INLINE F pair(float a, float b) { return {_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1)}; }
-// Each of four numbers in four lanes.
-FLASHRT_INLINE F quads(const float* p) {
-    const __m512i order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return {_mm512_permutexvar_ps(order, _mm512_castps128_ps512(_mm_loadu_ps(p)))};
-}
 FLASHRT_INLINE I load_i(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 FLASHRT_INLINE I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 FLASHRT_INLINE B load_halves(const void* p, const void* q) {  // 32 bytes of each
@@ -245,6 +240,25 @@ FLASHRT_INLINE I dot_fine(B a, B coarse, B fine) {
 }
 FLASHRT_INLINE I dot_signed_fine(B a, B coarse, B fine) {
     return {_mm512_add_epi32(_mm512_slli_epi32(dot_signed(a, coarse).v, 8), dot_signed(a, fine).v)};
+}
+// Words of 16 bits, to multiply sums of two products with: each of two numbers in half of them, and each of four in a
+// quarter. The two are there twice, as both halves of 32 bits.
+FLASHRT_INLINE W pair_words(const int32_t* p) {
+    return {_mm512_inserti64x4(_mm512_set1_epi32(p[0]), _mm256_set1_epi32(p[1]), 1)};
+}
+FLASHRT_INLINE W quad_words(const int16_t* p) {
+    int64_t all;
+    std::memcpy(&all, p, 8);
+    const __m512i order = _mm512_set_epi64(0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
+                                           0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
+    return {_mm512_shuffle_epi8(_mm512_set1_epi64(all), order)};
+}
+FLASHRT_INLINE I dot_scaled(I sum, B a, B b, W scale) {  // a of up to 63
+    return {_mm512_dpwssd_epi32(sum.v, _mm512_maddubs_epi16(a.v, b.v), scale.v)};
+}
+FLASHRT_INLINE I dot_scaled_signed(I sum, B a, B b, W scale) {
+    const __m512i signs = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(a.v), _mm512_setzero_si512(), b.v);
+    return {_mm512_dpwssd_epi32(sum.v, _mm512_maddubs_epi16(_mm512_abs_epi8(a.v), signs), scale.v)};
 }
 
 #elif defined(__AVX2__)
@@ -449,11 +463,6 @@ FLASHRT_INLINE void interleave(B r[4]) {
     interleave256(r[0].b, r[1].b, r[2].b, r[3].b);
 }
 FLASHRT_INLINE F pair(float s, float t) { return {_mm256_set1_ps(s), _mm256_set1_ps(t)}; }
-FLASHRT_INLINE F quads(const float* p) {
-    const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
-    return {_mm256_permutevar_ps(all, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
-            _mm256_permutevar_ps(all, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};
-}
 FLASHRT_INLINE I load_i(const int32_t* p) { return {load256(p), load256(p + 8)}; }
 FLASHRT_INLINE I sub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 FLASHRT_INLINE B load_halves(const void* p, const void* q) { return {load256(p), load256(q)}; }
@@ -505,6 +514,24 @@ FLASHRT_INLINE I dot_fine(B x, B coarse, B fine) {
 FLASHRT_INLINE I dot_signed_fine(B x, B coarse, B fine) {
     return {join_fine(dot_signed(x.a, coarse.a), dot_signed(x.a, fine.a)),
             join_fine(dot_signed(x.b, coarse.b), dot_signed(x.b, fine.b))};
+}
+FLASHRT_INLINE W pair_words(const int32_t* p) { return {_mm256_set1_epi32(p[0]), _mm256_set1_epi32(p[1])}; }
+FLASHRT_INLINE W quad_words(const int16_t* p) {
+    int64_t all;
+    std::memcpy(&all, p, 8);
+    const __m256i x = _mm256_set1_epi64x(all);
+    return {_mm256_shuffle_epi8(x, _mm256_set_epi64x(0x0302030203020302, 0x0302030203020302, 0x0100010001000100,
+                                                     0x0100010001000100)),
+            _mm256_shuffle_epi8(x, _mm256_set_epi64x(0x0706070607060706, 0x0706070607060706, 0x0504050405040504,
+                                                     0x0504050405040504))};
+}
+FLASHRT_INLINE I dot_scaled(I sum, B x, B y, W scale) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_maddubs_epi16(x.a, y.a), scale.a)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_maddubs_epi16(x.b, y.b), scale.b))};
+}
+FLASHRT_INLINE I dot_scaled_signed(I sum, B x, B y, W scale) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(dot_signed(x.a, y.a), scale.a)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(dot_signed(x.b, y.b), scale.b))};
 }
 // Two sums at once, in the order of `sum`.
 FLASHRT_INLINE void sum_two(const F* x, float* out) {
@@ -707,11 +734,6 @@ FLASHRT_INLINE F pair(float a, float b) {
     for (int i = 0; i < 16; ++i) r.v[i] = i < 8 ? a : b;
     return r;
 }
-FLASHRT_INLINE F quads(const float* p) {
-    F r;
-    for (int i = 0; i < 16; ++i) r.v[i] = p[i / 4];
-    return r;
-}
 FLASHRT_INLINE I load_i(const int32_t* p) {
     I r;
     std::memcpy(r.v, p, sizeof r.v);
@@ -752,6 +774,25 @@ FLASHRT_INLINE I dot_fine(B a, B coarse, B fine) {
 FLASHRT_INLINE I dot_signed_fine(B a, B coarse, B fine) {
     return add(left<8>(dot_signed(a, coarse)), dot_signed(a, fine));
 }
+FLASHRT_INLINE W pair_words(const int32_t* p) {
+    W r;
+    for (int i = 0; i < 32; ++i) r.v[i] = static_cast<int16_t>(p[i / 16]);
+    return r;
+}
+FLASHRT_INLINE W quad_words(const int16_t* p) {
+    W r;
+    for (int i = 0; i < 32; ++i) r.v[i] = p[i / 8];
+    return r;
+}
+FLASHRT_INLINE I dot_scaled(I sum, B a, B b, W scale) {
+    for (int i = 0; i < 64; ++i) sum.v[i / 4] += a.v[i] * static_cast<int8_t>(b.v[i]) * scale.v[i / 2];
+    return sum;
+}
+FLASHRT_INLINE I dot_scaled_signed(I sum, B a, B b, W scale) {
+    for (int i = 0; i < 64; ++i)
+        sum.v[i / 4] += static_cast<int8_t>(a.v[i]) * static_cast<int8_t>(b.v[i]) * scale.v[i / 2];
+    return sum;
+}
 
 #endif
 
@@ -768,6 +809,16 @@ FLASHRT_INLINE void sum_each(const F* a, float* out) {
     for (; i < N; ++i) out[i] = sum(a[i]);
 }
 #endif
+
+// Eight bytes, each as both halves of 32 bits.
+FLASHRT_INLINE void double_words(const uint8_t* p, int32_t* to) {
+#if defined(__AVX2__)
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(x, _mm256_slli_epi32(x, 16)));
+#else
+    for (int i = 0; i < 8; ++i) to[i] = p[i] * 0x10001;
+#endif
+}
 
 FLASHRT_INLINE float from_half(const uint8_t* p) {
     uint16_t h;

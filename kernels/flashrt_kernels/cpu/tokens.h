@@ -15,7 +15,8 @@ inline Tokens tokens_of(int count, int k) {
     t.kp = kp;
     t.q_step = static_cast<size_t>(spans(k)) * SPAN_WEIGHTS;
     t.scale_step = static_cast<size_t>(spans(k)) * 2 * INT4_SPAN;
-    t.sum_step = static_cast<size_t>(spans(k)) * 16;
+    t.sum_step = static_cast<size_t>(spans(k)) * 32;
+    t.each = SPAN_WEIGHTS;
     t.f_step = static_cast<size_t>(kp);
     return t;
 }

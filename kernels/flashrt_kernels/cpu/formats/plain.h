@@ -19,7 +19,8 @@ struct Plain {
     static constexpr int CHUNKS = 1, BYTES = 2 * EACH;
     const uint8_t* p;
 
-    FLASHRT_INLINE F scale(int) const { return pair(from_half(p), from_half(p + EACH)); }
+    FLASHRT_INLINE void open(const uint8_t* unit) { p = unit; }
+    FLASHRT_INLINE F scale() const { return pair(from_half(p), from_half(p + EACH)); }
     FLASHRT_INLINE float scale_at(int, int i) const { return from_half(p + i / 2 * EACH); }
 };
 
@@ -30,21 +31,16 @@ struct PlainWithOffset : Plain<NAME, EACH> {
     static constexpr int ZERO = 0;
 
     FLASHRT_INLINE float offset_at(int, int i) const { return -from_half(this->p + i / 2 * EACH + 2); }
-    FLASHRT_INLINE void add_offsets(F& acc, const float*, const int32_t* lanes, const float* x_scale) const {
-        const F offset = pair(from_half(this->p + 2) * x_scale[0], from_half(this->p + EACH + 2) * x_scale[1]);
-        acc = fma(offset, to_float(load_i(lanes)), acc);
-    }
+    FLASHRT_INLINE F added() const { return pair(from_half(this->p + 2), from_half(this->p + EACH + 2)); }
 };
 
 struct Q4_0 : Plain<Codec::Q4_0, 18> {
     static constexpr bool SIGNED = false, OFFSETS = false;
     static constexpr int ZERO = 8;
-    FLASHRT_INLINE explicit Q4_0(const uint8_t* unit) : Plain{unit} {}
     FLASHRT_INLINE B codes(int) const { return nibbles16(p + 2, p + 20); }
 };
 
 struct Q4_1 : PlainWithOffset<Codec::Q4_1, 20> {
-    FLASHRT_INLINE explicit Q4_1(const uint8_t* unit) : PlainWithOffset{{unit}} {}
     FLASHRT_INLINE B codes(int) const { return nibbles16(p + 4, p + 24); }
 };
 
@@ -56,19 +52,16 @@ FLASHRT_INLINE B five_bits(B codes, const uint8_t* first, const uint8_t* second)
 struct Q5_0 : Plain<Codec::Q5_0, 22> {
     static constexpr bool SIGNED = false, OFFSETS = false;
     static constexpr int ZERO = 16;
-    FLASHRT_INLINE explicit Q5_0(const uint8_t* unit) : Plain{unit} {}
     FLASHRT_INLINE B codes(int) const { return five_bits(nibbles16(p + 6, p + 28), p + 2, p + 24); }
 };
 
 struct Q5_1 : PlainWithOffset<Codec::Q5_1, 24> {
-    FLASHRT_INLINE explicit Q5_1(const uint8_t* unit) : PlainWithOffset{{unit}} {}
     FLASHRT_INLINE B codes(int) const { return five_bits(nibbles16(p + 8, p + 32), p + 4, p + 28); }
 };
 
 struct Q8_0 : Plain<Codec::Q8_0, 34> {
     static constexpr bool SIGNED = true, OFFSETS = false;
     static constexpr int ZERO = 0;
-    FLASHRT_INLINE explicit Q8_0(const uint8_t* unit) : Plain{unit} {}
     FLASHRT_INLINE B codes(int) const { return load_halves(p + 2, p + 36); }
 };
 

@@ -1,14 +1,20 @@
 // Kept codecs by name: what `FormatOf` gives for each is its format. A new one is added here.
 //
-// A format says how a unit of a row is taken apart: 64 CHUNKS weights in BYTES bytes, whole blocks.
+// A format says how a unit of a row is taken apart, that `open` is given: 64 CHUNKS weights in BYTES bytes.
 //
 //   codes(j)        codes of weights 64 j .. 64 j + 63 of the unit; signed bytes where SIGNED, else 0 to 63
-//   scale(j)        what the sum over weights 4 i .. 4 i + 3 of these is multiplied by, in lane i
-//   scale_at(j, i)  the scale of weights 16 i .. 16 i + 15 of them
+//   scale_at(j, i)  the scale of weights 16 i .. 16 i + 15 of these
 //   offset_at(j, i) what is taken off these, where OFFSETS
-//   add_offsets(acc, sums, lanes, x_scale)  acc less offsets times x, lane by lane until all is there
 //
-// A weight is scale * (code - ZERO) - offset, in this order of operations, as in ggml.
+// A weight is scale * (code - ZERO) - offset, in this order of operations, as in ggml. A unit of two blocks of 32 weights:
+//
+//   scale(), added()  the scale of a block, and what is added where OFFSETS, in the lanes of its sums
+//
+// A unit of 256 weights, whose scales are integers times d:
+//
+//   words(j)            these integers, for the sums of two products of codes(j)
+//   add(sum, ...)       sum and such products, multiplied by them
+//   add_rest(acc, sums) acc and what offsets and ZERO make of the sums of x, lane by lane until all is there
 #pragma once
 
 #include "k_quants.h"
@@ -44,8 +50,9 @@ FLASHRT_INLINE const uint8_t* unit_at(const uint8_t* row, size_t at, size_t byte
 template <class Format>
 FLASHRT_INLINE void decode_kept(const uint8_t* row, int k, int chunk, F w[4]) {
     uint8_t tail[Format::BYTES], codes[64];
-    const Format unit(unit_at<Format>(row, static_cast<size_t>(chunk / Format::CHUNKS) * Format::BYTES,
-                                      row_bytes(Format::CODEC, k), tail));
+    Format unit;
+    unit.open(unit_at<Format>(row, static_cast<size_t>(chunk / Format::CHUNKS) * Format::BYTES,
+                              row_bytes(Format::CODEC, k), tail));
     const int j = chunk % Format::CHUNKS;
     store_bytes(codes, unit.codes(j));
     for (int i = 0; i < 4; ++i) {
