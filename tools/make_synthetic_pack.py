@@ -35,7 +35,7 @@ from flashrt.storage.manifest import Manifest
 from flashrt.storage.packer import pack
 from flashrt.text.files import TextFiles
 from flashrt_kernels import ops
-from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+from flashrt_kernels.rows import DTYPES, MATRIX_ROWS, Codec, row_bytes
 
 POOL_WEIGHTS = 2 << 20  # random weights encoded for each kind of tensor
 STEP = 97  # bundles by which one block's share of the pool is shifted against the next one's
@@ -220,7 +220,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--dtype", choices=[c.value for c in Codec], default=Codec.INT4.value)
+    parser.add_argument("--dtype", choices=[c.value for c in DTYPES], default=Codec.INT4.value)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--router-skew", type=float, default=0.0, metavar="S", help="0: all experts alike")
     numbers = list(Shape.__dataclass_fields__)

@@ -14,7 +14,9 @@ from flashrt_kernels.limits import LARGEST_GROUP
 from flashrt_kernels.rows import KEPT, Codec, NeuronCodecs
 
 STORED = {codec.value.upper(): codec for codec in KEPT}  # by the names of ggml's types
-SMALL_GROUP = 128  # neurons of a bundle where blocks are shorter, if the neurons of a layer are as many as that, or half
+SMALL_GROUP = (
+    128  # neurons of a bundle where blocks are shorter, if the neurons of a layer are as many as that, or half
+)
 DOWN = Codec.INT8  # of down where it has to be quantized again: what that costs cannot be measured
 
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flashrt.storage.kept import Kept, whole_of
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.spec import Attention, ModelSpec
+from flashrt.storage.kept import Kept, whole_of
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
 from flashrt_kernels.limits import DOWN_STEP, MATRIX_STEP, NEURON_STEP
@@ -224,9 +224,7 @@ def _kept_ffn(spec: ModelSpec, codecs: NeuronCodecs, i: int) -> _Shape:
     ffn, hidden, group = spec.layers[i].ffn, spec.hidden, codecs.group
     stride = align(neuron_bytes(codecs, hidden), 64 if group == 1 else PAGE)
     step, rows = NEURON_STEP if group == 1 else 1, group * ffn.bundle_rows
-    return _Shape(
-        f"{i}.ffn", codecs.up, hidden, rows, ffn.neurons // group, stride, step, ffn.runs, codecs=codecs
-    )
+    return _Shape(f"{i}.ffn", codecs.up, hidden, rows, ffn.neurons // group, stride, step, ffn.runs, codecs=codecs)
 
 
 def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> Iterator[_Shape]:

@@ -177,7 +177,9 @@ def test_groups_by_the_reference(isa, call, gated, group, down):
     tolerance = 1e-2 if isa == "avx512bf16" and call is cpu.gemm_glu else 3e-4
     assert rms_ratio(y, expected.numpy()) < tolerance
     assert rms_ratio(usage, counted.numpy()) < tolerance
-    assert rms_ratio(expected.numpy()[7] - normal(3, tokens, k)[7], 0.5 * (ffn(x, weights, bias) @ weights[-1])[7]) < 1e-4
+    assert (
+        rms_ratio(expected.numpy()[7] - normal(3, tokens, k)[7], 0.5 * (ffn(x, weights, bias) @ weights[-1])[7]) < 1e-4
+    )
 
 
 @pytest.mark.parametrize(("group", "down"), [(128, Codec.Q4_0), (256, Codec.Q4_K)])

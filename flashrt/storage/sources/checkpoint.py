@@ -236,9 +236,7 @@ class Checkpoint:
             values = _unpermute(values[:, None], part.heads)[:, 0]
         return values + np.float32(part.add) if part.add else values
 
-    def _part_matrix(
-        self, part: Part, rows: int, start: int, stop: int, read: ReadRows[Number]
-    ) -> NDArray[Number]:
+    def _part_matrix(self, part: Part, rows: int, start: int, stop: int, read: ReadRows[Number]) -> NDArray[Number]:
         """Rows start:stop of one part that has `rows`, as `read` gives them."""
         if part.heads:
             # A permutation moves rows within their head only, so whole heads are read and cut.

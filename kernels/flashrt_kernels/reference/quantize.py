@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashrt_kernels.reference.formats import decode_kept
-from flashrt_kernels.rows import KEPT, INT4_GROUP, INT4_SPAN, INT8_GROUP, Codec, align
+from flashrt_kernels.rows import INT4_GROUP, INT4_SPAN, INT8_GROUP, KEPT, Codec, align
 
 
 def _numbers(rows: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:

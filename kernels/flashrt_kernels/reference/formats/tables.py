@@ -30,7 +30,7 @@ def iq4_xs(blocks: Tensor) -> Tensor:
 
 
 def mxfp4(blocks: Tensor) -> Tensor:
-    """A power of two as its exponent e, 16 bytes of e2m1 codes in the order of Q4_0; 2^(e - 128) times twice the value."""
+    """An exponent e, 16 bytes of e2m1 codes in the order of Q4_0; 2^(e - 128) times twice the value."""
     exponent = blocks[:, :1].to(torch.int32)
     bits = torch.where(exponent < 2, 0x200000 << exponent, (exponent - 1).clamp(min=0) << 23)
     return bits.view(torch.float32) * _values(FP4, nibbles(blocks[:, 1:]))
