@@ -20,12 +20,13 @@ from flashrt.text.files import TextFiles
 _SHOWN = 5
 
 Number = TypeVar("Number", np.float32, np.uint8)
+Read = TypeVar("Read", np.float32, np.uint8, covariant=True)
 
 
-class ReadRows(Protocol[Number]):
+class ReadRows(Protocol[Read]):
     """Reads rows start:stop of a stored matrix, or of slice `expert` of a stack of them."""
 
-    def __call__(self, name: str, start: int, stop: int, expert: int | None = None) -> NDArray[Number]: ...
+    def __call__(self, name: str, start: int, stop: int, expert: int | None = None) -> NDArray[Read]: ...
 
 
 @dataclass(frozen=True, slots=True)
