@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli, Launch, check_failure
+from tests.kept import CASES
 
 
 def checksums(pack: Path) -> dict[str, str]:
@@ -121,3 +122,17 @@ def test_a_small_disk_is_refused_up_front(cli: Cli, checkpoint: Path, tmp_path: 
 def test_a_cache_that_cannot_be_written_is_named(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check_failure(cli("run", checkpoint, "-p", "a", "--cache-dir", tmp_path / "file" / "cache"), 1, "--cache-dir")
+
+
+def test_a_quantized_file_is_packed_as_it_is(cli: Cli, tmp_path: Path) -> None:
+    """By default; --dtype quantizes again. Both run, and say what they hold."""
+    path = CASES["single"].write(tmp_path / "model.gguf")
+    told = cli("pack", path, tmp_path / "kept").stdout
+    assert "as q4_0/q4_1/q5_0/q5_1/q8_0, " in told
+    assert "not kept, but quantized again to int8: k (F16, 1 of them), down (F16, 4 of them)" in told
+    facts = json.loads(cli("pack", path, tmp_path / "int4", "--dtype", "int4", "--json").stdout)
+    assert (facts["dtype"], facts["requantized"]) == ("int4", {})
+    assert json.loads(cli("inspect", tmp_path / "kept", "--json").stdout)["dtype"] == "q4_0/q4_1/q5_0/q5_1/q8_0"
+    for pack in ("kept", "int4"):
+        found = cli("run", tmp_path / pack, "-p", "hello", "-n", 3, "--ignore-eos")
+        assert found.returncode == 0, found.stderr
