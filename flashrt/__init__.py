@@ -25,7 +25,7 @@ def load(
     budget_gb: float | None = None,
     *,
     context: int | None = None,
-    dtype: str = "int8",
+    dtype: str = "auto",
     cache_dir: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
@@ -45,8 +45,8 @@ def load(
     """Load a model under a memory budget and return an engine; close it, or use it as a context manager.
 
     path: a pack, or a checkpoint (Hugging Face directory, GGUF file, hub repository as 'org/name' or
-        'org/name:Q4_K_M', 'demo', 'demo-small'), which is packed with `dtype` (f32, bf16, int8, int4) into
-        `cache_dir` on first use
+        'org/name:Q4_K_M', 'demo', 'demo-small'), which is packed with `dtype` (f32, bf16, int8, int4, or auto: a
+        quantized file as it is, else int8) into `cache_dir` on first use
     budget_gb: GiB that the process (with device='cuda': the GPU memory of the process) may hold; None takes what the
         model needs, or what the machine has
     context: tokens of prompt and answer together; None takes 4096, or less if the model ends earlier

@@ -273,6 +273,7 @@ def tiny_gguf(
     change: Callable[[Any], None] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    encode: Callable[[str, np.ndarray], tuple[np.ndarray, Any] | None] | None = None,
     **overrides: Any,
 ) -> tuple[Any, Path]:
     """Write the same weights as `tiny_checkpoint(family, seed=seed)` as GGUF. Returns (model, path).
@@ -280,6 +281,7 @@ def tiny_gguf(
     family: one of GGUF_FAMILIES; quant: type of the matrices whose rows it fits (F32, F16, BF16, Q8_0)
     change: called with the model before it is written; extra: further tensors of the file
     metadata: keys of the file in place of what the model's would be
+    encode: bytes of a tensor and their type, instead; None for one that it leaves alone
     """
     import gguf
 
@@ -296,7 +298,10 @@ def tiny_gguf(
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, values in {**_gguf_tensors(model, family), **(extra or {})}.items():
         kind = gguf.GGMLQuantizationType[quant]
-        if values.ndim > 1 and quant != "F32" and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+        encoded = None if encode is None else encode(name, values)
+        if encoded is not None:
+            writer.add_tensor(name, encoded[0], raw_dtype=encoded[1])
+        elif values.ndim > 1 and quant != "F32" and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values)

@@ -11,7 +11,7 @@ import pytest
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity, gives_zeros
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import pack_layout
-from flashrt_kernels.rows import Codec
+from flashrt_kernels.rows import DTYPES, Codec
 
 ROWS = RowSparsity(64, 1.5, (40.0, 12.5, 0.5, 0.0))
 CHANNELS = ChannelSparsity(20, 0.1, 0.2, 0.3)
@@ -69,7 +69,7 @@ def test_activations_that_give_zeros() -> None:
     assert not any(map(gives_zeros, ("silu", "gelu", "gelu_tanh")))
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", DTYPES)
 def test_layout_by_row(codec: Codec) -> None:
     """The predictor lies in front of its block, in int4 whatever the pack has; nothing else changes."""
     layer = Layer(Attention(2, 2, 20, 0.2), Ffn(300, "relu", gated=False, bias=True))

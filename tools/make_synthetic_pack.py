@@ -41,7 +41,7 @@ from flashrt.storage.packer import pack
 from flashrt.text.files import TextFiles
 from flashrt_kernels import ops
 from flashrt_kernels.labels import LABEL_CODES
-from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+from flashrt_kernels.rows import DTYPES, MATRIX_ROWS, Codec, row_bytes
 
 POOL_WEIGHTS = 2 << 20  # random weights encoded for each kind of tensor
 LABEL_RANGE = 2.5  # standard deviations that codes of labels cover
@@ -245,7 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--dtype", choices=[c.value for c in Codec], default=Codec.INT4.value)
+    parser.add_argument("--dtype", choices=[c.value for c in DTYPES], default=Codec.INT4.value)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--router-skew", type=float, default=0.0, metavar="S", help="0: all experts alike")
     parser.add_argument("--kv-labels", action="store_true", help="labels of keys too, for --kv sparse")

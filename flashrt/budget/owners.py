@@ -6,7 +6,12 @@ from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PREDICTOR, PackLayout, TensorLayout
 from flashrt_kernels.rows import align
 
-OWNERS = {"qkv": "attention", "out": "attention", "router": "router", "channels": "FFN", "down": "FFN"}  # by kind
+OWNERS = {  # by kind
+    **dict.fromkeys(("qkv", "q", "k", "v", "out"), "attention"),
+    "router": "router",
+    "channels": "FFN",
+    "down": "FFN",
+}
 WEIGHTS = ("router", "attention", "head", "FFN", "experts", "embeddings")  # owners of weights, in order of claim
 VECTOR_STEP = 16  # float32 numbers in a cache line
 

@@ -43,6 +43,11 @@ class Method(Protocol):
 
 def method_for(base: Pack, kernels: Ops[Any]) -> Method:
     """By row where neurons are zero, else by channel. Raises UnsupportedModelError where neither will do."""
+    if base.manifest.kept is not None:
+        raise UnsupportedModelError(
+            f"sparse mode is not built for packs that keep the formats of their file, as this one does "
+            f"({base.manifest.weights}): pack the checkpoint with --dtype int4, or int8 for an activation like relu"
+        )
     if all(gives_zeros(layer.ffn.activation) for layer in base.spec.layers):
         return _Rows(base, kernels)
     if base.manifest.dtype is not Codec.INT4:

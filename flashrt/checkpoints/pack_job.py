@@ -20,9 +20,11 @@ from flashrt.checkpoints.content import content_of
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
 from flashrt.errors import CheckpointWarning, FlashrtError, UsageError
+from flashrt.storage.kept import kept_of
+from flashrt.storage.kept_rows import KeptEncoder
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.moving import Move
-from flashrt.storage.names import CHECKPOINTS, DEMO_NAMES, is_remote
+from flashrt.storage.names import AUTO, CHECKPOINTS, DEMO_NAMES, is_remote
 from flashrt.storage.pack import Pack, is_pack
 from flashrt.storage.packer import JOB_FILE, pack
 from flashrt.storage.sources import Checkpoint, open_checkpoint
@@ -55,13 +57,13 @@ def move_checkpoint(checkpoint: str | Path, out: Path, dtype: str, progress: Pro
         return Pack(out).manifest
     with source or open_checkpoint(where) as source:
         source.validate()
-        return pack(source, out, Codec(dtype), progress=_packing(progress), move=Move(source, where, out))
+        return _write(source, out, dtype, progress, Move(source, where, out))
 
 
 def pack_checkpoint(
     checkpoint: str | Path, out: Path, dtype: str, cache: Path, progress: Progress, context: int | None = None
 ) -> Manifest:
-    """Pack a checkpoint, fetched first if it has to be, into the directory `out`.
+    """Pack a checkpoint, fetched first if it has to be, into the directory `out`; `dtype` is one of DTYPE_NAMES.
 
     Raises UsageError, before anything is packed, when the model does not support `context`.
     """
@@ -69,7 +71,7 @@ def pack_checkpoint(
         checkpoint, cache / CHECKPOINTS, _fetching(progress)
     ) as source:
         _check(source, context)
-        manifest = pack(source, out, Codec(dtype), progress=_packing(progress))
+        manifest = _write(source, out, dtype, progress)
     (out / RECORD).unlink(missing_ok=True)  # of files that were deleted before the job went on without deleting
     return manifest
 
@@ -92,7 +94,7 @@ def cached_pack(checkpoint: str, dtype: str, cache: Path, progress: Progress, co
         target = content_target(cache, path, dtype, source.fingerprint)
         with locked(target):
             if not is_pack(target):
-                pack(source, target, Codec(dtype), progress=_packing(progress))
+                _write(source, target, dtype, progress)
     return target
 
 
@@ -102,8 +104,15 @@ def _check(source: Checkpoint, context: int | None) -> None:
     checked_context(source.spec, context, 1)
 
 
-def _packing(progress: Progress) -> Progress:
-    return lambda file, done, total: progress("packing", done, total)
+def _write(source: Checkpoint, out: Path, dtype: str, progress: Progress, move: Move | None = None) -> Manifest:
+    kept = kept_of(source) if dtype == AUTO else None
+    encoder = None if kept is None else KeptEncoder(source, kept)
+    codec = Codec.INT8 if dtype == AUTO else Codec(dtype)
+
+    def report(file: str, done: int, total: int) -> None:
+        progress("packing", done, total)
+
+    return pack(source, out, codec, progress=report, encoder=encoder, kept=kept, move=move)
 
 
 def _fetching(progress: Progress) -> Progress:

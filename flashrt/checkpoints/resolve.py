@@ -20,8 +20,7 @@ from flashrt import child, errors
 from flashrt.checkpoints.cache import content_target, named_target
 from flashrt.checkpoints.content import remembered_content
 from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, UsageError
-from flashrt.storage.names import DEMO_NAMES, exists, is_remote
-from flashrt_kernels.rows import Codec
+from flashrt.storage.names import AUTO, DEMO_NAMES, DTYPE_NAMES, exists, is_remote
 
 Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
 
@@ -29,7 +28,7 @@ Progress = Callable[[str, int, int], None]  # what is going on, bytes done, byte
 def resolve(
     where: str | Path,
     cache: Path,
-    dtype: str = "int8",
+    dtype: str = AUTO,
     progress: Progress = lambda *_: None,
     context: int | None = None,
 ) -> Path:
@@ -38,9 +37,8 @@ def resolve(
     Raises UsageError for a name that is nothing and, before packing, for a `context` that the model does not support;
     CheckpointError or DiskError when packing fails.
     """
-    dtypes = [codec.value for codec in Codec]
-    if dtype not in dtypes:
-        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(dtypes)}")
+    if dtype not in DTYPE_NAMES:
+        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPE_NAMES)}")
     from flashrt.storage.pack import is_pack
 
     path, name = Path(where), str(where)

@@ -75,7 +75,7 @@ def bench(
         result = {
             "pack": str(engine.reader.pack.path),
             "name": engine.reader.pack.manifest.name,
-            "dtype": engine.reader.pack.manifest.dtype.value,
+            "dtype": engine.reader.pack.manifest.weights,
             "threads": engine.runtime.ops.threads(),
             "repeat": repeat,
             "prefill_tok_per_s": {str(n): n / statistics.median(times) for n, times in prefill.items()},

@@ -10,7 +10,6 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, emit, show, size, table
 from flashrt.errors import PackError
-from flashrt_kernels.rows import Codec
 
 if TYPE_CHECKING:
     from flashrt.storage.pack import Pack
@@ -22,7 +21,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
 
 def inspect(
     pack: options.Model,
-    dtype: options.Dtype = Codec.INT8,
+    dtype: options.Dtype = options.DtypeName.AUTO,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
@@ -58,7 +57,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "name": manifest.name,
         "source": manifest.source,
         "family": spec.family,
-        "dtype": manifest.dtype.value,
+        "dtype": manifest.weights,
         "parameters": spec.parameters,
         "bits_per_weight": 8 * sum(owners.values()) / spec.parameters,
         "bytes": layout.nbytes,

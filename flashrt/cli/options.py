@@ -13,12 +13,19 @@ import typer
 
 from flashrt.config import MOST_THREADS, Sampling
 from flashrt.engine.options import DEFAULT_SESSION_GB, LoadOptions
-from flashrt_kernels.rows import Codec
 
 
 class DeviceName(str, enum.Enum):
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class DtypeName(str, enum.Enum):
+    AUTO = "auto"
+    F32 = "f32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 _CHECKPOINT = (
@@ -78,10 +85,17 @@ RopeScaling = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Codec,
-    typer.Option("--dtype", help="How a checkpoint is packed on first use; a pack has its own."),
+    DtypeName,
+    typer.Option("--dtype", help="How a checkpoint is packed on first use; see `flashrt pack`. A pack has its own."),
 ]
-PackDtype = Annotated[Codec, typer.Option("--dtype", help="How weights are stored; int8 is close to lossless.")]
+PackDtype = Annotated[
+    DtypeName,
+    typer.Option(
+        "--dtype",
+        help="How weights are stored. auto keeps those of a quantized file as they are, and takes int8 for others, "
+        "which is close to lossless.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

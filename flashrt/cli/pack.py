@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, size
-from flashrt_kernels.rows import Codec
+
+if TYPE_CHECKING:
+    from flashrt.storage.kept import Kept
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -24,7 +26,7 @@ def pack(
         Path,
         typer.Argument(metavar="OUT", show_default=False, help="Directory of the pack: new, or unfinished."),
     ],
-    dtype: options.PackDtype = Codec.INT8,
+    dtype: options.PackDtype = options.DtypeName.AUTO,
     delete_source: Annotated[
         bool,
         typer.Option(
@@ -40,6 +42,7 @@ def pack(
     Works tensor by tensor in bounded memory. Interrupted or killed, it goes on where it was when it is run again; with
     --delete-source too, as what is not packed yet is still there.
 
+    Example: flashrt pack model-Q4_K_M.gguf ./model
     Example: flashrt pack ./Qwen2.5-7B-Instruct ./qwen-int4 --dtype int4
     """
     from flashrt.checkpoints.pack_job import move_checkpoint, pack_checkpoint
@@ -57,7 +60,8 @@ def pack(
     result = {
         "path": str(out),
         "name": manifest.name,
-        "dtype": manifest.dtype.value,
+        "dtype": manifest.weights,
+        "requantized": {} if manifest.kept is None else manifest.kept.requantized,
         "bytes": layout.nbytes,
         "parameters": manifest.spec.parameters,
         "bits_per_weight": bits,
@@ -67,6 +71,18 @@ def pack(
         emit(result)
     else:
         print(
-            f"{out}: {manifest.name} as {manifest.dtype.value}, {size(layout.nbytes)}, "
+            f"{out}: {manifest.name} as {manifest.weights}, {size(layout.nbytes)}, "
             f"{bits:.2f} bits per weight, {duration(seconds)}"
         )
+        if manifest.kept is not None and (line := requantized_line(manifest.kept)):
+            print(line)
+
+
+def requantized_line(kept: Kept) -> str:
+    """What could not be kept, and what it has become; nothing where all was."""
+    found: dict[tuple[str, str], int] = {}
+    for name, stored in kept.requantized.items():
+        key = name.rpartition(".")[2], stored
+        found[key] = found.get(key, 0) + 1
+    parts = [f"{kind} ({stored}, {count} of them)" for (kind, stored), count in found.items()]
+    return f"not kept, but quantized again to int8: {', '.join(parts)}" if parts else ""

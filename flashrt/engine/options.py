@@ -21,12 +21,11 @@ from flashrt.config import (
 )
 from flashrt.errors import UsageError
 from flashrt.rope import RopeScaling, parse_rope_scaling
-from flashrt.storage.names import default_cache
-from flashrt_kernels.rows import Codec
+from flashrt.storage.names import AUTO, DTYPE_NAMES, default_cache
 
 DEFAULT_SESSION_GB = 16.0
 CHOICES = {
-    "dtype": tuple(codec.value for codec in Codec),
+    "dtype": DTYPE_NAMES,
     "device": ("cpu", "cuda"),
     "mode": ("exact", "sparse"),
     "kv": ("exact", "sparse"),
@@ -42,7 +41,7 @@ class LoadOptions:
 
     budget_gb: float | None = None
     context: int | None = None
-    dtype: str = "int8"
+    dtype: str = AUTO
     cache_dir: str | Path | None = None
     threads: int | None = None
     device: str = "cpu"

@@ -73,7 +73,7 @@ class CpuRuntime:
         self.ops.set_threads(usable_cores() if threads is None else threads)
 
     def fixed_costs(self, pack: Pack) -> FixedCosts:
-        reserve(pack.spec, self.ops)
+        reserve(pack.spec, pack.layout, self.ops)
         release_free_memory()
         return FixedCosts(
             resident_bytes() + RUNTIME_GROWTH,

@@ -87,8 +87,8 @@ class Schedule:
 
 
 def _weights(weights: Weights, name: str, kind: PassKind) -> Iterator[Block]:
-    """A tensor that every pass takes."""
-    return weights.streamed([name])
+    """A matrix that every pass takes."""
+    return weights.streamed([part.name for part in weights.layout.parts(name)])
 
 
 def _far(pages: RingPages, layer: int, kind: PassKind) -> Iterator[Block]:

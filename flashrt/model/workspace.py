@@ -45,16 +45,17 @@ class Workspace:
         rows: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """out = x W^T + bias; only the rows between the pairs `rows`, which are whole bundles, where they are given."""
-        codec, total = self.layout.tensors[name].codec, out.shape[1]
         vector = None if bias is None else self.weights.vector(bias)
-        for first, bundles in self.weights.runs(name):
-            row0 = first * MATRIX_ROWS
-            for begin, end in rows or [(0, total)]:
-                begin, end = max(begin, row0), min(end, row0 + len(bundles) * MATRIX_ROWS)
-                if begin < end:
-                    share = None if vector is None else vector[begin:end]
-                    part = bundles[(begin - row0) // MATRIX_ROWS :]
-                    self.multiply(x, part, codec, out, begin, end - begin, share, wide)
+        for tensor in self.layout.parts(name):
+            last = tensor.row0 + tensor.rows
+            for first, bundles in self.weights.runs(tensor.name):
+                row0 = tensor.row0 + first * MATRIX_ROWS
+                for begin, end in rows or [(0, last)]:
+                    begin, end = max(begin, row0), min(end, row0 + len(bundles) * MATRIX_ROWS, last)
+                    if begin < end:
+                        share = None if vector is None else vector[begin:end]
+                        part = bundles[(begin - row0) // MATRIX_ROWS :]
+                        self.multiply(x, part, tensor.codec, out, begin, end - begin, share, wide)
 
     def multiply(
         self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool
@@ -94,7 +95,9 @@ def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) ->
     return int(max(sizes))
 
 
-def reserve(spec: ModelSpec, ops: Any) -> None:
+def reserve(spec: ModelSpec, layout: PackLayout, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
     widest = max(max(layer.attention.heads * layer.attention.head_dim for layer in spec.layers), spec.hidden)
     ops.reserve(widest)
+    if any(tensor.group > 1 for tensor in layout.tensors.values()):
+        ops.reserve_groups()

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.spec import Attention, ModelSpec
+from flashrt.storage.kept import Kept, whole_of
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
 from flashrt_kernels.limits import DOWN_STEP, MATRIX_STEP, NEURON_STEP
-from flashrt_kernels.rows import MATRIX_ROWS, Codec, align, bundle_stride
+from flashrt_kernels.rows import MATRIX_ROWS, Codec, NeuronCodecs, align, bundle_stride, neuron_bytes
 
 BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, small enough to keep the ring small
 PREDICTOR = ".predictor."  # in the names of all that belongs to one
@@ -55,6 +56,19 @@ class TensorLayout:
     run_stride: int  # bundles from one run to the next: run_bundles and its padding
     block_bundles: int
     stride: int  # bytes from one bundle to the next
+    rows: int = 0  # of a matrix
+    row0: int = 0  # of a part: its first row in the whole
+    codecs: NeuronCodecs | None = None  # of neurons whose rows have several codecs
+
+    @property
+    def matrix(self) -> str:
+        """The logical matrix that it is, or is a part of."""
+        return whole_of(self.name)
+
+    @property
+    def group(self) -> int:
+        """Neurons of a bundle."""
+        return 1 if self.codecs is None else self.codecs.group
 
     @property
     def bundles(self) -> int:
@@ -115,6 +129,12 @@ class PackLayout:
         """The most columns of any layer's channel groups; 0 in a pack that has none."""
         return max((t.columns for t in self.tensors.values() if t.name.endswith(".channels")), default=0)
 
+    def parts(self, matrix: str) -> list[TensorLayout]:
+        """The tensors that a matrix is stored in, in the order of its rows: itself, or its parts."""
+        if matrix in self.tensors:
+            return [self.tensors[matrix]]
+        return [self.tensors[matrix.replace("qkv", part)] for part in "qkv"]
+
     def tensors_of(self, file: str) -> Iterator[TensorLayout]:
         return (t for t in self.tensors.values() if t.file == file)
 
@@ -147,6 +167,9 @@ class _Shape:
     stride: int
     step: int
     runs: int = 1
+    rows: int = 0
+    row0: int = 0
+    codecs: NeuronCodecs | None = None
 
     def placed(self, file: str, block_bytes: int) -> TensorLayout:
         page_bundles = PAGE // math.gcd(self.stride, PAGE)
@@ -164,14 +187,44 @@ class _Shape:
             align(self.bundles, page_bundles),
             block_bundles,
             self.stride,
+            self.rows,
+            self.row0,
+            self.codecs,
         )
+
+
+def _matrix(name: str, codec: Codec, rows: int, columns: int, row0: int = 0) -> _Shape:
+    stride = bundle_stride(codec, columns, MATRIX_ROWS)
+    bundles = -(-rows // MATRIX_ROWS)
+    return _Shape(name, codec, columns, MATRIX_ROWS, bundles, stride, MATRIX_STEP, rows=rows, row0=row0)
 
 
 def _matrices(matrices: dict[str, tuple[int, int]], dtype: Codec) -> Iterator[_Shape]:
     for name, (rows, columns) in matrices.items():
-        codec, bundles = codec_of(name, dtype), -(-rows // MATRIX_ROWS)
-        stride = bundle_stride(codec, columns, MATRIX_ROWS)
-        yield _Shape(name, codec, columns, MATRIX_ROWS, bundles, stride, MATRIX_STEP)
+        yield _matrix(name, codec_of(name, dtype), rows, columns)
+
+
+def _kept_matrices(matrices: dict[str, tuple[int, int]], dtype: Codec, kept: Kept, spec: ModelSpec) -> Iterator[_Shape]:
+    """Those that a file has, in its codecs; queries, keys and values apart where these differ."""
+    for name, (rows, columns) in matrices.items():
+        layer, _, kind = name.partition(".")
+        parts = [f"{layer}.{part}" for part in kind] if kind == "qkv" else []
+        if name in kept.matrices or not any(part in kept.matrices for part in parts):
+            yield _matrix(name, kept.matrices.get(name, codec_of(name, dtype)), rows, columns)
+            continue
+        attention = spec.layers[int(layer)].attention
+        row0 = 0
+        for part, heads in zip(parts, (attention.heads, attention.kv_heads, attention.kv_heads), strict=True):
+            yield _matrix(part, kept.matrices.get(part, dtype), heads * attention.head_dim, columns, row0)
+            row0 += heads * attention.head_dim
+
+
+def _kept_ffn(spec: ModelSpec, codecs: NeuronCodecs, i: int) -> _Shape:
+    """Neurons whose rows have several codecs; groups of them begin on pages, as they are large and read one by one."""
+    ffn, hidden, group = spec.layers[i].ffn, spec.hidden, codecs.group
+    stride = align(neuron_bytes(codecs, hidden), 64 if group == 1 else PAGE)
+    step, rows = NEURON_STEP if group == 1 else 1, group * ffn.bundle_rows
+    return _Shape(f"{i}.ffn", codecs.up, hidden, rows, ffn.neurons // group, stride, step, ffn.runs, codecs=codecs)
 
 
 def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> Iterator[_Shape]:
@@ -222,11 +275,16 @@ def sparse_vectors(spec: ModelSpec, i: int, sparsity: Sparsity) -> dict[str, int
 
 
 def pack_layout(
-    spec: ModelSpec, dtype: Codec, block_bytes: int = BLOCK_BYTES, sparsity: Sparsity | None = None
+    spec: ModelSpec,
+    dtype: Codec,
+    block_bytes: int = BLOCK_BYTES,
+    sparsity: Sparsity | None = None,
+    kept: Kept | None = None,
 ) -> PackLayout:
     """Lay out a pack of `spec` with weights of `dtype`, aiming at blocks of `block_bytes`.
 
-    `sparsity`, of a calibrated pack, says how its feed-forward blocks are stored.
+    `sparsity`, of a calibrated pack, says how its feed-forward blocks are stored; `kept` which tensors have the codecs
+    of the file that they come from.
     """
     lengths = spec.vectors()
     tensors: dict[str, TensorLayout] = {}
@@ -235,10 +293,12 @@ def pack_layout(
     for layer in (None, *range(len(spec.layers))):
         file = RESIDENT_FILE if layer is None else layer_file(layer)
         prefix = "norm.final" if layer is None else f"{layer}."
-        shapes_of = [*_matrices(spec.shared_matrices() if layer is None else spec.layer_matrices(layer), dtype)]
+        matrices = spec.shared_matrices() if layer is None else spec.layer_matrices(layer)
+        shapes_of = [*(_matrices(matrices, dtype) if kept is None else _kept_matrices(matrices, dtype, kept, spec))]
         own_vectors = {name: n for name, n in lengths.items() if name.startswith(prefix)}
         if layer is not None:
-            shapes_of += _ffn(spec, dtype, layer, sparsity)
+            codecs = None if kept is None else kept.neurons.get(f"{layer}.ffn")
+            shapes_of += _ffn(spec, dtype, layer, sparsity) if codecs is None else [_kept_ffn(spec, codecs, layer)]
             if sparsity is not None:
                 own_vectors |= sparse_vectors(spec, layer, sparsity)
         own = [shape.placed(file, block_bytes) for shape in shapes_of]

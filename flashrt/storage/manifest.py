@@ -19,12 +19,14 @@ from flashrt.rope import MAX_CONTEXT, Rope
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
 from flashrt.spec import MAX_LAYERS, ModelSpec
+from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
 
 FORMAT = "flashrt-pack"
 VERSION = 2
+KEPT_VERSION = 3  # of packs that keep codecs of a file: what reads version 2 alone must not take them for damaged
 MANIFEST_FILE = "manifest.json"
 SPARSE_DIR = "sparse"  # in a pack: the calibrated one made of it
 MAX_MANIFEST_BYTES = 16 << 20  # of blocks of 1 MiB: those of 2 TB
@@ -74,16 +76,22 @@ class Manifest:
     text_files: dict[str, str]
     block_bytes: int = BLOCK_BYTES
     sparsity: Sparsity | None = None  # of a calibrated pack
+    kept: Kept | None = None  # what has not `dtype`, but the codecs of the file that was packed
+
+    @property
+    def weights(self) -> str:
+        """How weights are stored, for people: the dtype, or the codecs of the file."""
+        return self.dtype.value if self.kept is None else "/".join(codec.value for codec in self.kept.codecs)
 
     @functools.cached_property
     def layout(self) -> PackLayout:
         """Where everything lies, worked out once."""
-        return pack_layout(self.spec, self.dtype, self.block_bytes, self.sparsity)
+        return pack_layout(self.spec, self.dtype, self.block_bytes, self.sparsity, self.kept)
 
     def to_bytes(self) -> bytes:
         body = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.kept is None else KEPT_VERSION,
             "name": self.name,
             "source": self.source,
             "fingerprint": self.fingerprint,
@@ -95,6 +103,8 @@ class Manifest:
         }
         if self.sparsity is not None:
             body["sparsity"] = self.sparsity.to_json()
+        if self.kept is not None:
+            body["kept"] = self.kept.to_json()
         body["checksum"] = _checksum(body)
         return json.dumps(body, indent=1).encode() + b"\n"
 
@@ -110,9 +120,10 @@ class Manifest:
             body = json.loads(raw)
             if not isinstance(body, dict) or body.get("format") != FORMAT:
                 raise PackError(f"{where} is not the manifest of a flashrt pack")
-            if body.get("version") != VERSION:
+            if body.get("version") not in (VERSION, KEPT_VERSION):
                 raise PackError(
-                    f"{where} has format version {body.get('version')!r}, this flashrt reads version {VERSION}: "
+                    f"{where} has format version {body.get('version')!r}, this flashrt reads versions {VERSION} and "
+                    f"{KEPT_VERSION}: "
                     "pack the checkpoint again, or use the flashrt that wrote it"
                 )
             if body.pop("checksum", None) != _checksum(body):
@@ -122,7 +133,7 @@ class Manifest:
                     f"{where} was calibrated by version {body['sparsity'].get('version')!r} of the calibration, this "
                     f"flashrt reads version {CALIBRATION}: run `flashrt calibrate` again"
                 )
-            manifest = cls._from_body(body)
+            manifest = cls._from_body(body, where)
             manifest._check(where)
             return manifest
         except PackError:
@@ -133,7 +144,7 @@ class Manifest:
             ) from None
 
     @classmethod
-    def _from_body(cls, body: dict[str, Any]) -> Manifest:
+    def _from_body(cls, body: dict[str, Any], where: str) -> Manifest:
         return cls(
             name=str(body["name"]),
             source=str(body["source"]),
@@ -144,6 +155,7 @@ class Manifest:
             text_files={str(k): str(v) for k, v in body["text_files"].items()},
             block_bytes=body["block_bytes"],
             sparsity=Sparsity.from_json(body["sparsity"]) if "sparsity" in body else None,
+            kept=Kept.from_json(body["kept"], where) if body["version"] == KEPT_VERSION else None,
         )
 
     def _check(self, where: str) -> None:
@@ -152,6 +164,10 @@ class Manifest:
             raise PackError(f"{where}: block_bytes is {self.block_bytes!r}, expected 1 to 2**30")
         if self.sparsity is not None:
             _check_sparsity(self.sparsity, self.spec, self.dtype, where)
+        if self.kept is not None and (problem := self.kept.problem(self.spec)):
+            raise PackError(f"{where}: {problem}")
+        if self.kept is not None and self.sparsity is not None:
+            raise PackError(f"{where}: a calibrated pack that keeps codecs of a file, which are not calibrated")
         unknown = set(self.text_files) - set(TEXT_FILES)
         if unknown:
             raise PackError(f"{where}: unexpected text files {sorted(unknown)}")

@@ -12,6 +12,8 @@ from pathlib import Path
 from flashrt.errors import UsageError
 
 DEMO_NAMES = ("demo", "demo-small")
+AUTO = "auto"  # a quantized file as it is, and int8 where it is not quantized, or in no format that can be kept
+DTYPE_NAMES = (AUTO, "f32", "bf16", "int8", "int4")  # what weights are packed as
 CHECKPOINTS = "checkpoints"  # below the cache directory: demo models
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 

@@ -24,6 +24,7 @@ from flashrt.sparsity import Sparsity
 from flashrt.spec import ModelSpec
 from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, replacing, write_atomically
+from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
@@ -78,11 +79,13 @@ def pack(
     encoder: Encoder | None = None,
     sparsity: Sparsity | None = None,
     move: Move | None = None,
+    kept: Kept | None = None,
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
 
     `encoder` is where encoded bundles come from; without one it is the weights of `source`, then a WeightSource.
-    `sparsity` makes it a calibrated pack. With `move`, files of the source are deleted as they are packed.
+    `sparsity` makes it a calibrated pack; `kept` says which tensors have the codecs of a file. With `move`, files of
+    the source are deleted as they are packed.
 
     Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
     DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
@@ -90,17 +93,17 @@ def pack(
     """
     if problem := source.spec.unsupported():
         raise UnsupportedModelError(f"{source.source} is not supported: {problem}")
-    layout = pack_layout(source.spec, dtype, block_bytes, sparsity)
-    with _job(out, source, dtype, block_bytes, layout, sparsity, move):
+    layout = pack_layout(source.spec, dtype, block_bytes, sparsity, kept)
+    job = _job_of(source, dtype, block_bytes, sparsity, kept)
+    with _job(out, job, layout, move):
         manifest_path = out / MANIFEST_FILE
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
             rows = encoder or RowEncoder(cast(WeightSource, source))
             files, texts = _write_all(source, rows, out, layout, progress, move)
-            manifest = Manifest(
-                source.name, source.source, source.fingerprint, dtype, source.spec, files, texts, block_bytes, sparsity
-            )
+            identity = source.name, source.source, source.fingerprint
+            manifest = Manifest(*identity, dtype, source.spec, files, texts, block_bytes, sparsity, kept)
             write_atomically(manifest_path, manifest.to_bytes())
         if move is not None:
             move.finish()
@@ -138,20 +141,10 @@ def _write_all(
     return {file: files[file] for file in layout.file_bytes}, text_files
 
 
-@contextlib.contextmanager
-def _job(
-    out: Path,
-    source: Contents,
-    dtype: Codec,
-    block_bytes: int,
-    layout: PackLayout,
-    sparsity: Sparsity | None,
-    move: Move | None,
-) -> Iterator[None]:
-    """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
-
-    A job that has written no weights yet binds nobody: `out` may be packed into with another dtype.
-    """
+def _job_of(
+    source: Contents, dtype: Codec, block_bytes: int, sparsity: Sparsity | None, kept: Kept | None
+) -> dict[str, object]:
+    """What tells one job from another."""
     job: dict[str, object] = {
         "source": source.fingerprint,
         "dtype": dtype.value,
@@ -160,6 +153,17 @@ def _job(
     }
     if sparsity is not None:
         job["sparsity"] = sparsity.to_json()
+    if kept is not None:
+        job["kept"] = kept.to_json()
+    return job
+
+
+@contextlib.contextmanager
+def _job(out: Path, job: dict[str, object], layout: PackLayout, move: Move | None) -> Iterator[None]:
+    """Hold `out` for this job alone, and make sure that what it already holds belongs to the same job.
+
+    A job that has written no weights yet binds nobody: `out` may be packed into with another dtype.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in out.iterdir()}
@@ -319,10 +323,9 @@ class RowEncoder:
                 self._fill_neurons(tensor, run, first + start, part)
 
     def _fill_matrix(self, tensor: TensorLayout, first: int, bundles: Array) -> None:
-        rows_total = _matrix_rows(self.source.spec, tensor.name)
         start = first * MATRIX_ROWS
-        stop = min(start + len(bundles) * MATRIX_ROWS, rows_total)
-        rows = self.source.matrix_rows(tensor.name, start, stop)
+        stop = min(start + len(bundles) * MATRIX_ROWS, tensor.rows)
+        rows = self.source.matrix_rows(tensor.matrix, tensor.row0 + start, tensor.row0 + stop)
         size = row_bytes(tensor.codec, tensor.columns)
         encoded = np.empty((stop - start, size), np.uint8)
         self._encode(tensor, rows, encoded)
@@ -342,18 +345,21 @@ class RowEncoder:
 
     def _encode(self, tensor: TensorLayout, weights: Array, out: Array) -> None:
         """Encode rows of a tensor into `out`, uint8 [rows, row_bytes]."""
-        if weights.shape != (len(out), tensor.columns):
-            raise CheckpointError(f"{tensor.name}: read shape {weights.shape}, expected {(len(out), tensor.columns)}")
+        self.encode_into(tensor.codec, tensor.name, weights, tensor.columns, out)
+
+    def encode(self, codec: Codec, name: str, weights: Array, rows: int, columns: int) -> Array:
+        """Weights [rows, columns] as rows of a codec, uint8. Raises CheckpointError where they are not that."""
+        encoded = np.empty((rows, row_bytes(codec, columns)), np.uint8)
+        self.encode_into(codec, name, weights, columns, encoded)
+        return encoded
+
+    def encode_into(self, codec: Codec, name: str, weights: Array, columns: int, out: Array) -> None:
+        """The same into `out`, uint8 [rows, row_bytes]."""
+        if weights.shape != (len(out), columns):
+            raise CheckpointError(f"{name}: read shape {weights.shape}, expected {(len(out), columns)}")
         weights = np.ascontiguousarray(weights, dtype=np.float32)
-        _check_finite(tensor.name, weights)
-        self.kernels.quantize(weights, tensor.codec, out)
-
-
-def _matrix_rows(spec: ModelSpec, name: str) -> int:
-    shared = spec.shared_matrices()
-    if name in shared:
-        return shared[name][0]
-    return spec.layer_matrices(int(name.partition(".")[0]))[name][0]
+        _check_finite(name, weights)
+        self.kernels.quantize(weights, codec, out)
 
 
 def _check_finite(name: str, values: Array) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from flashrt_kernels.rows import Codec
+from flashrt_kernels.rows import Codec, NeuronCodecs
 
 Array = TypeVar("Array")
 
@@ -20,11 +20,18 @@ class FfnWeights(Generic[Array]):
     Nothing is checked here: the operations check what they are given.
     """
 
-    bundles: Array  # uint8 [n, bytes]: (gate, up, down) rows of each neuron, (up, down) when not gated
-    codec: Codec
+    bundles: Array  # uint8 [n, bytes] of `flashrt_kernels.rows`: neurons, or groups of them
+    codec: Codec | NeuronCodecs  # of all rows, or of each
     activation: str  # a name of `flashrt_kernels.activations`
     gated: bool
     up_bias: Array | None = None  # float32, of the neurons that take part, in their order; only when not gated
+
+    @property
+    def codecs(self) -> NeuronCodecs:
+        """Those of gate, up and down."""
+        if isinstance(self.codec, NeuronCodecs):
+            return self.codec
+        return NeuronCodecs(self.codec if self.gated else None, self.codec, self.codec)
 
 
 @dataclass(frozen=True, slots=True)

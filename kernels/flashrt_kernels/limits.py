@@ -8,5 +8,6 @@ NEURON_STEP = 128  # neurons: an FFN cut over calls at multiples of this keeps i
 MATRIX_STEP = 8  # bundles of eight rows of a matrix, likewise
 DOWN_STEP = 512  # rows of down, likewise, where gate and up lie by channel
 ATTENTION_SEGMENT = 256  # positions that attention sums by themselves, from multiples of it on
+LARGEST_GROUP = 2048  # neurons of one bundle
 LONGEST_ROW = 65536  # weights: longer rows no kernel takes
 WIDEST_HEAD = 256  # numbers of one attention head, likewise

@@ -69,7 +69,8 @@ class Ops(Protocol[Array]):
 
         h is that of `FfnWeights`; where only the tokens `routed` take part, it is multiplied by their factors.
         slots int32 [s] names the bundles that take part (None: all): i >= 0 is bundle i of the weights, -1 - i bundle
-        i of the arrays `streamed_bundles`, numbered one after the other. usage [s] += their |h|.
+        i of the arrays `streamed_bundles`, numbered one after the other. usage [s] += their |h|, summed over the
+        neurons of a bundle.
         """
 
     def gemm_glu(
@@ -270,6 +271,9 @@ class Ops(Protocol[Array]):
 
     def reserve(self, k: int) -> int:
         """Allocates what `linear` and `glu` keep between calls for rows of up to k numbers; returns the bytes."""
+
+    def reserve_groups(self) -> int:
+        """Allocates what `glu` keeps besides for bundles of more than one neuron; returns the bytes."""
 
     def set_threads(self, n: int) -> None:
         """Threads that share each operation from now on, the caller's included."""

@@ -30,7 +30,7 @@ from flashrt.kv.cache import RESIDENT_KINDS, kv_bytes
 from flashrt.rope import Rope
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PAGE, TensorLayout, pack_layout
-from flashrt_kernels.rows import Codec
+from flashrt_kernels.rows import DTYPES, Codec
 
 LLAMA_70B = ModelSpec(
     family="llama",
@@ -92,7 +92,7 @@ workloads = st.builds(
     logit_rows=st.sampled_from([1, 16]),
     scoring=st.booleans(),
 )
-codecs = st.sampled_from(Codec)
+codecs = st.sampled_from(DTYPES)
 extras = st.integers(0, 400 * MIB)  # bytes above the smallest budget
 
 
@@ -189,7 +189,7 @@ def test_resident_budget_reads_nothing_while_decoding(
         assert the_plan.ring_slots == 0
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", DTYPES)
 @pytest.mark.parametrize("spec", [LLAMA_70B, MIXTRAL], ids=["llama-2-70b", "mixtral"])
 def test_an_idle_budget_is_a_defect(spec: ModelSpec, codec: Codec) -> None:
     """When the model is larger than the budget, next to nothing is left unowned."""

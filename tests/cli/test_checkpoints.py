@@ -14,6 +14,7 @@ import pytest
 
 from tests.cli.conftest import Cli, Launch, check_failure
 from tests.families import tiny_checkpoint
+from tests.kept import CASES
 
 
 def checksums(pack: Path) -> dict[str, str]:
@@ -137,3 +138,17 @@ def test_delete_source_moves(cli: Cli, tmp_path: Path) -> None:
     refused = cli("pack", "demo", tmp_path / "other", "--delete-source")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--delete-source deletes a directory's or a file's weights" in refused.stderr
+
+
+def test_a_quantized_file_is_packed_as_it_is(cli: Cli, tmp_path: Path) -> None:
+    """By default; --dtype quantizes again. Both run, and say what they hold."""
+    path = CASES["single"].write(tmp_path / "model.gguf")
+    told = cli("pack", path, tmp_path / "kept").stdout
+    assert "as q4_0/q4_1/q5_0/q5_1/q8_0, " in told
+    assert "not kept, but quantized again to int8: k (F16, 1 of them), down (F16, 4 of them)" in told
+    facts = json.loads(cli("pack", path, tmp_path / "int4", "--dtype", "int4", "--json").stdout)
+    assert (facts["dtype"], facts["requantized"]) == ("int4", {})
+    assert json.loads(cli("inspect", tmp_path / "kept", "--json").stdout)["dtype"] == "q4_0/q4_1/q5_0/q5_1/q8_0"
+    for pack in ("kept", "int4"):
+        found = cli("run", tmp_path / pack, "-p", "hello", "-n", 3, "--ignore-eos")
+        assert found.returncode == 0, found.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from flashrt.budget.planner import GIB
 from flashrt.engine.open import load
-from flashrt_kernels.rows import Codec
+from flashrt_kernels.rows import DTYPES, Codec
 from tools.make_synthetic_pack import PRESETS, make
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ def _gpu() -> None:
         pytest.skip("no CUDA device")
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", DTYPES)
 def test_a_streamed_model_says_what_a_resident_one_says(tmp_path: Path, codec: Codec) -> None:
     make(tmp_path / "p", "tiny", PRESETS["tiny"], codec)
 

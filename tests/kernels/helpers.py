@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from flashrt_kernels import reference
-from flashrt_kernels.rows import MATRIX_ROWS, Codec, bundle_stride, row_bytes
+from flashrt_kernels.rows import DTYPES, MATRIX_ROWS, Codec, bundle_stride, row_bytes
 
 cpu = pytest.importorskip("flashrt_kernels.cpu", reason="the extension is not built")
 
-CODECS = list(Codec)
+CODECS = list(DTYPES)
 Floats = NDArray[np.float32]
 
 

@@ -67,8 +67,10 @@ std::vector<float> linear_of(const Packed& w, const std::vector<float>& x, int t
 std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int tokens, bool gated, bool wide) {
     std::vector<float> y(x.size(), 0.25f);
     std::vector<float> usage(w.rows.bundles);
+    const Neurons neurons{w.rows.codec, w.rows.codec, w.rows.codec, 1, w.rows.k, gated, w.rows.data, w.rows.stride,
+                          w.rows.bundles};
     GluJob job{x.data(), static_cast<size_t>(w.rows.k), y.data(), static_cast<size_t>(w.rows.k), tokens, nullptr,
-               nullptr, w.rows, {}, nullptr, w.rows.bundles, {Function::SILU, 0.0f}, gated, nullptr, usage.data()};
+               nullptr, neurons, {}, nullptr, w.rows.bundles, {Function::SILU, 0.0f}, nullptr, usage.data()};
     if (wide) {
         const int crew = threads();
         std::vector<char> scratch(gemm_scratch_bytes(tokens, w.rows.k, w.rows.bundles, crew));
@@ -79,7 +81,7 @@ std::vector<float> glu_of(const Packed& w, const std::vector<float>& x, int toke
         const int64_t half = w.rows.bundles / 2;
         std::vector<int32_t> slots;
         for (int64_t i = 0; i < w.rows.bundles; ++i) slots.push_back(static_cast<int32_t>(i < half ? i : half - 1 - i));
-        Rows rest = w.rows;
+        Neurons rest = neurons;
         rest.data += half * rest.stride;
         rest.bundles -= half;
         job.y = gathered.data();

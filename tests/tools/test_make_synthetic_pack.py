@@ -14,14 +14,14 @@ import pytest
 from flashrt.storage.pack import Pack
 from flashrt.text.tokenizer import Tokenizer
 from flashrt_kernels import ops
-from flashrt_kernels.rows import Codec, row_bytes
+from flashrt_kernels.rows import DTYPES, Codec, row_bytes
 from tools.make_synthetic_pack import PRESETS, make
 
 ROOT = Path(__file__).parents[2]
 ODD = replace(PRESETS["tiny"], hidden=100, layers=2, neurons=333, experts=3, experts_per_token=2, vocab=259)
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", DTYPES)
 def test_a_pack_of_random_weights_is_a_pack(tmp_path: Path, codec: Codec) -> None:
     make(tmp_path / "p", "odd", ODD, codec)
     pack = Pack(tmp_path / "p")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from flashrt.model.ffn.base import FfnBlock, FfnKind, Tokens
 from flashrt.model.workspace import WIDE_NEURONS, Tensor, Workspace
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
@@ -15,7 +17,8 @@ class DenseBlock(FfnBlock):
     def __init__(self, work: Workspace, i: int) -> None:
         super().__init__(work, i)
         self.tensor = work.layout.tensors[f"{i}.ffn"]
-        self.form = self.tensor.codec, self.ffn.activation, self.ffn.gated  # of a bundle, as kernels take it
+        codec = self.tensor.codecs or self.tensor.codec
+        self.form = codec, self.ffn.activation, self.ffn.gated  # of a bundle, as kernels take it
 
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         for first, bundles in self.weights.runs(self.tensor.name):
@@ -38,19 +41,23 @@ class DenseBlock(FfnBlock):
         routed: RoutedTokens | None = None,
         usage: Tensor | None = None,
     ) -> None:
-        """y += neurons of x from `first` on, for many tokens; see `ops.gemm_glu`.
+        """y += bundles of x from `first` on, for many tokens; see `ops.gemm_glu`.
 
         A call keeps the activations of all its neurons: long runs are cut to bound that.
         """
-        for begin in range(0, len(bundles), WIDE_NEURONS):
-            part = self.neurons(first + begin, bundles[begin : begin + WIDE_NEURONS])
-            own = None if usage is None else usage[begin : begin + WIDE_NEURONS]
+        step = max(WIDE_NEURONS // self.tensor.group, 1)
+        for begin in range(0, len(bundles), step):
+            part = self.neurons(first + begin, bundles[begin : begin + step])
+            own = None if usage is None else usage[begin : begin + step]
             self.work.ops.gemm_glu(x, part, y, routed, self.work.scratch, usage=own)
 
     def neurons(self, first: int, bundles: Tensor) -> FfnWeights:
-        """Neurons from `first` on, as kernels take them."""
-        bias = None if self.bias is None else self.bias[first : first + len(bundles)]
-        return FfnWeights(bundles, *self.form, bias)
+        """Bundles from `first` on, as kernels take them."""
+        return FfnWeights(bundles, *self.form, self.bias_of(slice(first, first + len(bundles))))
+
+    def bias_of(self, bundles: slice | np.ndarray) -> Tensor | None:
+        """The bias of the neurons of some bundles, where there is one."""
+        return None if self.bias is None else self.bias.reshape(-1, self.tensor.group)[bundles].reshape(-1)
 
 
 class DenseKind(FfnKind):

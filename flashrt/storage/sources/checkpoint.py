@@ -7,17 +7,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashrt.arch import Part
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
-from flashrt.storage.sources.tensors import F32, TensorReader
+from flashrt.storage.sources.tensors import F32, Raw, TensorReader
 from flashrt.text.files import TextFiles
 
 _SHOWN = 5
+
+Number = TypeVar("Number", np.float32, np.uint8)
+Read = TypeVar("Read", np.float32, np.uint8, covariant=True)
+
+
+class ReadRows(Protocol[Read]):
+    """Reads rows start:stop of a stored matrix, or of slice `expert` of a stack of them."""
+
+    def __call__(self, name: str, start: int, stop: int, expert: int | None = None) -> NDArray[Read]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +98,14 @@ class Checkpoint:
 
     def matrix_rows(self, key: str, start: int, stop: int) -> F32:
         """Rows start:stop of a logical matrix, float32 [stop - start, columns]."""
+        return self._rows(key, start, stop, self.reader.rows)
+
+    def _rows(self, key: str, start: int, stop: int, read: ReadRows[Number]) -> NDArray[Number]:
         pieces, first, counts = [], 0, self._part_rows(key)
         for part, rows in zip(self.names.parts(key), counts, strict=True):
             begin, end = max(start - first, 0), min(stop - first, rows)
             if begin < end:
-                pieces.append(self._part_matrix(part, rows, begin, end))
+                pieces.append(self._part_matrix(part, rows, begin, end, read))
             first += rows
         if not 0 <= start < stop <= first:
             raise CheckpointError(f"rows {start}:{stop} of {key} were asked for; it has {first}")
@@ -108,8 +121,8 @@ class Checkpoint:
         if not 0 <= start < stop <= neurons:
             raise CheckpointError(f"neurons {start}:{stop} of layer {layer} were asked for; it has {neurons}")
         return (
-            None if gate is None else self._part_matrix(gate, neurons, start, stop),
-            self._part_matrix(up, neurons, start, stop),
+            None if gate is None else self._part_matrix(gate, neurons, start, stop, self.reader.rows),
+            self._part_matrix(up, neurons, start, stop, self.reader.rows),
             self.reader.columns(down.tensor, start, stop, down.expert),
         )
 
@@ -132,6 +145,40 @@ class Checkpoint:
         if layer is not None:
             for expert in range(spec.layers[layer].ffn.runs):
                 yield f"{prefix}ffn.{expert}", self.names.neurons(layer, expert)
+
+    def part_dtypes(self, key: str) -> tuple[str, ...]:
+        """What the parts of a matrix are stored as."""
+        return tuple(self.reader.tensors[part.tensor].dtype for part in self.names.parts(key))
+
+    def neuron_dtypes(self, layer: int) -> tuple[str, str, str]:
+        """What gate, up and down are stored as: nothing ('') where there is no gate, 'A/B' where experts differ."""
+        experts = [self.names.neurons(layer, expert) for expert in range(self.spec.layers[layer].ffn.runs)]
+        gate, up, down = (
+            "/".join(dict.fromkeys(self.reader.tensors[part.tensor].dtype for part in parts if part is not None))
+            for parts in zip(*experts, strict=True)
+        )
+        return gate, up, down
+
+    def stored_rows(self, key: str, start: int, stop: int) -> Raw:
+        """Rows start:stop of a logical matrix of one codec as they are stored, uint8 [stop - start, bytes]."""
+        return self._rows(key, start, stop, self.reader.stored_rows)
+
+    def stored_neurons(self, layer: int, expert: int | None, start: int, stop: int) -> tuple[Raw | None, Raw]:
+        """Gate and up of neurons start:stop as they are stored, uint8 [stop - start, bytes]; gate None without one."""
+        gate, up, _ = self.names.neurons(layer, expert)
+        neurons, read = self.spec.layers[layer].ffn.neurons, self.reader.stored_rows
+        own = None if gate is None else self._part_matrix(gate, neurons, start, stop, read)
+        return own, self._part_matrix(up, neurons, start, stop, read)
+
+    def stored_down(self, layer: int, expert: int | None, start: int, stop: int) -> Raw:
+        """Down of neurons start:stop, which are whole blocks, as it is stored: uint8 [hidden, bytes]."""
+        down = self.names.neurons(layer, expert)[2]
+        return self.reader.stored_columns(down.tensor, start, stop, down.expert)
+
+    def down_rows(self, layer: int, expert: int | None, start: int, stop: int) -> F32:
+        """Down of neurons start:stop, transposed: float32 [stop - start, hidden]."""
+        down = self.names.neurons(layer, expert)[2]
+        return self.reader.columns(down.tensor, start, stop, down.expert)
 
     def validate(self) -> None:
         """Check name, shape and dtype of every needed tensor, and that no other tensor would change results.
@@ -221,16 +268,16 @@ class Checkpoint:
             values = _unpermute(values[:, None], part.heads)[:, 0]
         return values + np.float32(part.add) if part.add else values
 
-    def _part_matrix(self, part: Part, rows: int, start: int, stop: int) -> F32:
-        """Rows start:stop of one part that has `rows`."""
+    def _part_matrix(self, part: Part, rows: int, start: int, stop: int, read: ReadRows[Number]) -> NDArray[Number]:
+        """Rows start:stop of one part that has `rows`, as `read` gives them."""
         if part.heads:
             # A permutation moves rows within their head only, so whole heads are read and cut.
             head = rows // part.heads
             first, last = start // head, -(-stop // head)
-            values = self.reader.rows(part.tensor, first * head, last * head, part.expert)
+            values = read(part.tensor, first * head, last * head, part.expert)
             return _unpermute(values, last - first)[start - first * head : stop - first * head]
         shift = part.rows[0] if part.rows else 0
-        return self.reader.rows(part.tensor, start + shift, stop + shift, part.expert)
+        return read(part.tensor, start + shift, stop + shift, part.expert)
 
 
 def _first(items: list[str]) -> str:
@@ -238,7 +285,7 @@ def _first(items: list[str]) -> str:
     return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _unpermute(values: F32, heads: int) -> F32:
+def _unpermute(values: NDArray[Number], heads: int) -> NDArray[Number]:
     """Rows [heads, dim / 2, 2] (pairs rotated against each other adjacent) → [heads, 2, dim / 2] (halves)."""
     rows, columns = values.shape
     return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -88,10 +88,14 @@ class TensorReader:
 
     def rows(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Rows start:stop of a matrix (or of slice `expert` of a stack of them), float32 [stop - start, columns]."""
-        tensor, codec = self._tensor(name)
+        return decode_rows(self._tensor(name)[1], self.stored_rows(name, start, stop, expert))
+
+    def stored_rows(self, name: str, start: int, stop: int, expert: int | None = None) -> Raw:
+        """The same rows as they are stored, uint8 [stop - start, bytes of a row]."""
+        tensor, _ = self._tensor(name)
         first = start + self._first_row(tensor, expert)
         raw = self._read(tensor, first * tensor.row_bytes, (stop - start) * tensor.row_bytes)
-        return decode_rows(codec, raw.reshape(stop - start, tensor.row_bytes))
+        return raw.reshape(stop - start, tensor.row_bytes)
 
     def vector(self, name: str) -> F32:
         tensor, codec = self._tensor(name)
@@ -113,6 +117,15 @@ class TensorReader:
         stripe = self._stripe(tensor, self._first_row(tensor, expert), begin, end)
         shift = stripe.begin // codec.bytes * codec.block
         return decode_columns(codec, stripe.raw, start - shift, stop - shift)
+
+    def stored_columns(self, name: str, start: int, stop: int, expert: int | None = None) -> Raw:
+        """Columns start:stop of a matrix, whole blocks, as they are stored: uint8 [rows, bytes]."""
+        tensor, codec = self._tensor(name)
+        if start % codec.block or stop % codec.block:
+            raise CheckpointError(f"tensor {name}: columns {start}:{stop} are not whole blocks of {codec.block}")
+        begin, end = start // codec.block * codec.bytes, stop // codec.block * codec.bytes
+        stripe = self._stripe(tensor, self._first_row(tensor, expert), begin, end)
+        return np.ascontiguousarray(stripe.raw[:, begin - stripe.begin : end - stripe.begin])
 
     def _stripe(self, tensor: StoredTensor, first: int, begin: int, end: int) -> _Stripe:
         """Bytes begin:end of the rows of a matrix, at least: as many as CACHE_BYTES hold, and kept for the next."""

@@ -55,6 +55,7 @@ __all__ = [
     "quantize",
     "read_bandwidth",
     "reserve",
+    "reserve_groups",
     "rms_norm",
     "rope",
     "select",
@@ -66,7 +67,7 @@ __all__ = [
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-_CODECS = {Codec.F32: 0, Codec.BF16: 1, Codec.INT8: 2, Codec.INT4: 3}
+_CODECS = {codec: number for number, codec in enumerate(Codec)}  # those of codec.h
 _FUNCTIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
 
@@ -82,8 +83,11 @@ def _activation(activation: str) -> tuple[int, float]:
     return _FUNCTIONS[function], threshold
 
 
-def _ffn(weights: FfnWeights[Any]) -> tuple[Any, int, tuple[int, float], bool]:
-    return weights.bundles, _codec(weights.codec), _activation(weights.activation), weights.gated
+def _ffn(weights: FfnWeights[Any]) -> tuple[Any, tuple[int, int, int, int], tuple[int, float], bool]:
+    codecs = weights.codecs
+    gate = codecs.up if codecs.gate is None else codecs.gate
+    numbers = _codec(gate), _codec(codecs.up), _codec(codecs.down), codecs.group
+    return weights.bundles, numbers, _activation(weights.activation), weights.gated
 
 
 def _routed(routed: RoutedTokens[Any] | None) -> tuple[Any, Any]:
@@ -124,6 +128,11 @@ def reserve(k: int) -> int:
     Without it the first call allocates, and later calls do only when `k` grows.
     """
     return int(_cpu.reserve(k))
+
+
+def reserve_groups() -> int:
+    """Allocates what `glu` keeps besides for bundles of more than one neuron; the bytes."""
+    return int(_cpu.reserve_groups())
 
 
 def linear(

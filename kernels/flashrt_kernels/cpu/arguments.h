@@ -127,11 +127,18 @@ struct Cache {  // [kv_heads, context, 2, dim]
     }
 };
 
+inline void check_blocks(Codec codec, int64_t k, const char* name) {
+    if (is_kept(codec) && k % kept_block(codec).weights)
+        wrong(name, "rows of " + std::to_string(k) + " are not whole blocks of " +
+                        std::to_string(kept_block(codec).weights) + " weights");
+}
+
 // Bundles of at least `rows` packed rows of `k` weights.
 inline Rows bundles_of(nb::handle object, int codec, int rows, int64_t k, const char* name = "bundles") {
     if (k < 1 || k > LONGEST_ROW)
         wrong("x", "rows of 1 to " + std::to_string(LONGEST_ROW) + " are supported, found " + std::to_string(k));
     const Array<const uint8_t> b(name, object, 2);
+    check_blocks(static_cast<Codec>(codec), k, "x");
     const int64_t need = rows * static_cast<int64_t>(row_bytes(static_cast<Codec>(codec), static_cast<int>(k)));
     if (b.shape[1] < need)
         wrong(name, std::to_string(rows) + " rows of " + std::to_string(k) + " weights take " +

@@ -4,8 +4,10 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -56,23 +58,53 @@ const int32_t* slots_of(handle object, int64_t bundles, int64_t streamed, int64_
     return slots.data;
 }
 
+using Codecs = std::tuple<int, int, int, int>;  // of gate, up and down, and neurons of a bundle
+
+void check_codecs(const Neurons& w) {
+    if (w.gated && is_kept(w.gate) != is_kept(w.up)) wrong("codec", "gate and up must both be kept, or neither");
+    check_blocks(w.up, w.k, "x");
+    if (w.gated) check_blocks(w.gate, w.k, "x");
+    if (w.group == 1 && is_kept(w.down)) wrong("codec", "down of a kept codec needs a group of neurons");
+    if (w.group == 1) return;
+    if (w.group < CHUNK || w.group % CHUNK || w.group > LARGEST_GROUP)
+        wrong("codec", "expected groups of " + std::to_string(CHUNK) + " to " + std::to_string(LARGEST_GROUP) +
+                           " neurons, in steps of " + std::to_string(CHUNK) + ", found " + std::to_string(w.group));
+    if (!is_kept(w.up) || !is_kept(w.down)) wrong("codec", "rows of a group must be of kept codecs");
+    check_blocks(w.down, w.group, "codec");
+}
+
+Neurons neurons_of(handle object, Codecs codecs, bool gated, int64_t k, const char* name) {
+    if (k < 1 || k > LONGEST_ROW)
+        wrong("x", "rows of 1 to " + std::to_string(LONGEST_ROW) + " are supported, found " + std::to_string(k));
+    const Array<const uint8_t> b(name, object, 2);
+    const auto [gate, up, down, group] = codecs;
+    const Neurons w{static_cast<Codec>(gate), static_cast<Codec>(up), static_cast<Codec>(down), group,
+                    static_cast<int>(k), gated, b.data, static_cast<size_t>(b.step[0]), b.shape[0]};
+    check_codecs(w);
+    const int64_t need = static_cast<int64_t>(w.bytes());
+    if (b.shape[1] < need)
+        wrong(name, std::to_string(group * (gated ? 3 : 2)) + " rows of " + std::to_string(k) + " weights take " +
+                        std::to_string(need) + " bytes, found " + std::to_string(b.shape[1]));
+    return w;
+}
+
 // Arrays of bundles that are numbered one after the other.
-std::vector<Rows> streamed_of(handle object, int codec, int rows, int64_t k) {
-    std::vector<Rows> result;
+std::vector<Neurons> streamed_of(handle object, Codecs codecs, bool gated, int64_t k) {
+    std::vector<Neurons> result;
     if (object.is_none()) return result;
     for (handle each : nb::borrow<nb::sequence>(object)) {
         if (!result.empty() && result.back().bundles != result[0].bundles)
             wrong("streamed_bundles", "all arrays but the last must have as many bundles as the first");
-        result.push_back(bundles_of(each, codec, rows, k, "streamed_bundles"));
+        result.push_back(neurons_of(each, codecs, gated, k, "streamed_bundles"));
     }
     if (result.size() > 1 && result.back().bundles > result[0].bundles)
         wrong("streamed_bundles", "the last array has more bundles than the first");
     return result;
 }
 
-int64_t bundles_in(const std::vector<Rows>& arrays) {
+int64_t bundles_in(const std::vector<Neurons>& arrays) {
     int64_t count = 0;
-    for (const Rows& each : arrays) count += each.bundles;
+    for (const Neurons& each : arrays) count += each.bundles;
     return count;
 }
 
@@ -92,28 +124,27 @@ const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
     return chosen.data;
 }
 
-GluJob glu_job(handle x_, handle bundles, int codec, Named activation, bool gated, handle y_, handle up_bias,
+GluJob glu_job(handle x_, handle bundles, Codecs codecs, Named activation, bool gated, handle y_, handle up_bias,
                handle tokens, handle factors, handle slots, handle streamed_, handle usage_) {
     const Array<const float> x("x", x_, 2);
-    const int rows = gated ? 3 : 2;
-    const Rows w = bundles_of(bundles, codec, rows, x.shape[1]);
-    std::vector<Rows> streamed = streamed_of(streamed_, codec, rows, x.shape[1]);
+    const Neurons w = neurons_of(bundles, codecs, gated, x.shape[1], "bundles");
+    std::vector<Neurons> streamed = streamed_of(streamed_, codecs, gated, x.shape[1]);
     const Array<float> y("y", y_, 2);
     for (int i = 0; i < 2; ++i) y.expect(i, x.shape[i]);
     if (overlap(x, y)) wrong("y", "shares memory with x");
     if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
-    int64_t count = x.shape[0], neurons = w.bundles;
-    const int32_t* places = slots_of(slots, w.bundles, bundles_in(streamed), neurons);
+    int64_t count = x.shape[0], taken = w.bundles;
+    const int32_t* places = slots_of(slots, w.bundles, bundles_in(streamed), taken);
     const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
     float* usage = nullptr;
     if (!usage_.is_none()) {
         const Array<float> found("usage", usage_, 1);
-        found.expect(0, neurons);
+        found.expect(0, taken);
         usage = found.data;
     }
     return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
-            chosen, vector_or_null<float>("factors", factors, count), w, std::move(streamed), places, neurons,
-            activation_of(activation), gated, vector_or_null<float>("up_bias", up_bias, neurons), usage};
+            chosen, vector_or_null<float>("factors", factors, count), w, std::move(streamed), places, taken,
+            activation_of(activation), vector_or_null<float>("up_bias", up_bias, taken * w.group), usage};
 }
 
 ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t columns, int64_t places) {
@@ -156,6 +187,7 @@ DownJob down_job(handle sums_, handle scale_, handle norms_, Named activation, b
     y.expect(0, sums.shape[0]);
     const Array<const float> norms("norms", norms_, 1);
     if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
+    if (is_kept(static_cast<Codec>(codec))) wrong("codec", "down of a kept codec needs a group of neurons");
     const Rows w = bundles_of(rows, codec, 1, y.shape[1], "rows");
     if (first < 0 || first % DOWN_STEP || first > norms.shape[0] - w.bundles)
         wrong("first", std::to_string(w.bundles) + " rows from " + std::to_string(first) + " are not among " +
@@ -311,6 +343,7 @@ void py_rope(handle x_, handle cos_, handle sin_) {
 
 void py_quantize(handle w_, int codec_, handle importance_, handle out_) {
     const Codec codec = static_cast<Codec>(codec_);
+    if (is_kept(codec)) wrong("codec", "weights are not quantized to a kept codec");
     const Array<const float> w("weights", w_, 2);
     w.contiguous(2);
     const Array<uint8_t> out("out", out_, 2);
@@ -361,6 +394,7 @@ NB_MODULE(_cpu, m) {
         if (k < 1 || k > LONGEST_ROW) wrong("k", "expected 1 to " + std::to_string(LONGEST_ROW));
         return reserve(static_cast<int>(k));
     });
+    m.def("reserve_groups", &reserve_groups);
 
     m.def("linear", [](handle x, handle bundles, int codec, handle out, int64_t row0, int64_t rows, handle bias) {
         const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);
@@ -376,7 +410,7 @@ NB_MODULE(_cpu, m) {
         Released release;
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
-    m.def("glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
+    m.def("glu", [](handle x, handle bundles, Codecs codec, Named activation, bool gated, handle y, handle up_bias,
                     handle tokens, handle factors, handle slots, handle streamed, handle usage) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, factors, slots,
                                    streamed, usage);
@@ -384,13 +418,14 @@ NB_MODULE(_cpu, m) {
         if (job.tokens && job.count) glu(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
-    m.def("gemm_glu", [](handle x, handle bundles, int codec, Named activation, bool gated, handle y, handle up_bias,
+    m.def("gemm_glu", [](handle x, handle bundles, Codecs codec, Named activation, bool gated, handle y, handle up_bias,
                          handle tokens, handle factors, handle scratch, handle usage) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, factors, nb::none(),
                                    nb::none(), usage);
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
         const int crew = threads();
-        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles, crew));
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles * job.neurons.group,
+                                                        crew));
         Released release;
         gemm_glu(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),

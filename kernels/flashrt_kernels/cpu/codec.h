@@ -8,7 +8,32 @@
 
 namespace flashrt {
 
-enum class Codec : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum class Codec : int {
+    F32, BF16, INT8, INT4,
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4  // kept
+};
+
+inline bool is_kept(Codec codec) { return codec >= Codec::Q4_0; }
+
+struct KeptBlock {
+    int weights, bytes;
+};
+
+constexpr KeptBlock kept_block(Codec codec) {
+    switch (codec) {
+        case Codec::Q4_0: return {32, 18};
+        case Codec::Q4_1: return {32, 20};
+        case Codec::Q5_0: return {32, 22};
+        case Codec::Q5_1: return {32, 24};
+        case Codec::Q8_0: return {32, 34};
+        case Codec::Q4_K: return {256, 144};
+        case Codec::Q5_K: return {256, 176};
+        case Codec::Q6_K: return {256, 210};
+        case Codec::IQ4_NL: return {32, 18};
+        case Codec::IQ4_XS: return {256, 136};
+        default: return {32, 17};
+    }
+}
 
 constexpr int CHUNK = INT8_GROUP;  // weights decoded together; rows are padded to a multiple of it
 constexpr int SPAN_WEIGHTS = INT4_SPAN * INT4_GROUP;
@@ -28,6 +53,7 @@ inline int span_groups(int groups, int g) {
 
 inline size_t row_bytes(Codec codec, int k) {
     const size_t kp = padded(k);
+    if (is_kept(codec)) return static_cast<size_t>(k / kept_block(codec).weights) * kept_block(codec).bytes;
     switch (codec) {
         case Codec::F32: return 4 * kp;
         case Codec::BF16: return 2 * kp;

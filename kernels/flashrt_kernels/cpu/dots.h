@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dots_int4.h"
+#include "dots_kept.h"
 
 namespace flashrt::FLASHRT_ISA {
 
@@ -62,17 +63,17 @@ template <Codec codec, int T>
 FLASHRT_INLINE void dot_float(const uint8_t* row, const uint8_t* next, const Tokens& t, int token, float* out,
                               size_t token_step) {
     constexpr int BYTES = codec == Codec::F32 ? 4 : 2;
-    const float* x = t.f + static_cast<size_t>(token) * t.kp;
+    const float* x = t.f + token * t.f_step;
     F acc[T][4];
     for (int i = 0; i < T; ++i)
         for (int j = 0; j < 4; ++j) acc[i][j] = zero();
     for (int c = 0; c < t.kp / CHUNK; ++c) {
         for (int line = 0; line < BYTES; ++line) prefetch(next + CHUNK * (BYTES * c + line));
         F w[4];
-        decode<codec>(row, t.kp, c, w);
+        decode<codec>(row, t.k, c, w);
         for (int i = 0; i < T; ++i)
             for (int j = 0; j < 4; ++j)
-                acc[i][j] = fma(w[j], load(x + static_cast<size_t>(i) * t.kp + CHUNK * c + 16 * j), acc[i][j]);
+                acc[i][j] = fma(w[j], load(x + i * t.f_step + CHUNK * c + 16 * j), acc[i][j]);
     }
     for (int i = 0; i < T; ++i) out[i * token_step] = sum(add(add(acc[i][0], acc[i][1]), add(acc[i][2], acc[i][3])));
 }
@@ -106,7 +107,8 @@ FLASHRT_INLINE void dot_tokens(const uint8_t* const* rows, const uint8_t* const*
 template <Codec codec, int R>
 FLASHRT_INLINE void dot_rows(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t,
                              float* const* out, size_t token_step) {
-    if constexpr (codec != Codec::INT4) dot_tokens<codec, R>(rows, next, t, out, token_step);
+    if constexpr (codec >= Codec::Q4_0) dot_kept_rows<FormatOf<codec>, R>(rows, next, t, out, token_step);
+    else if constexpr (codec != Codec::INT4) dot_tokens<codec, R>(rows, next, t, out, token_step);
     else if (t.count == 1) dot_int4<R, 1>(rows, next, t, out, token_step);
     else dot_int4<R, NARROW_TOKENS>(rows, next, t, out, token_step);
 }
@@ -119,21 +121,22 @@ void dot_bundles(const Bundles& b, const Tokens& t, const DotOut& out) {
     const int total = b.count * b.rows;
     const uint8_t *rows[R], *next[R];
     float* to[R];
-    auto gather = [&](int first, int n) {
+    int bundle = 0, row = 0;
+    auto gather = [&](int n) {
         for (int i = 0; i < n; ++i) {
-            const int bundle = (first + i) / b.rows, row = (first + i) % b.rows;
             rows[i] = b.at[bundle] + row * bytes;
             next[i] = b.next[bundle] + row * bytes;
             to[i] = out.data + bundle * out.bundle_step + row * out.row_step;
+            if (++row == b.rows) row = 0, ++bundle;
         }
     };
     int at = 0;
     for (; at + R <= total; at += R) {
-        gather(at, R);
+        gather(R);
         dot_rows<codec, R>(rows, next, t, to, out.token_step);
     }
     for (; at < total; ++at) {
-        gather(at, 1);
+        gather(1);
         dot_rows<codec, 1>(rows, next, t, to, out.token_step);
     }
 }

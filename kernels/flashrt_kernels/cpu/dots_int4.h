@@ -14,14 +14,14 @@ template <int R, int T>
 FLASHRT_INLINE void finish(const uint8_t* const* rows, const Tokens& t, int token, F acc[T][R], float* const* out,
                            size_t token_step) {
     const int groups = t.kp / INT4_GROUP;
-    const float* x_sums = t.sums + token * t.groups;
+    const float* x_sums = t.sums + token * t.sum_step;
     for (int r = 0; r < R; ++r) {
         const Int4Row row(rows[r], t.kp);
         F offset[T];
         for (int i = 0; i < T; ++i) offset[i] = zero();
         for (int g = 0; g < groups; g += 16) {
             const F b = load_codes(row.b + g, groups - g);
-            for (int i = 0; i < T; ++i) offset[i] = fma(b, load(x_sums + i * t.groups + g), offset[i]);
+            for (int i = 0; i < T; ++i) offset[i] = fma(b, load(x_sums + i * t.sum_step + g), offset[i]);
         }
         const F u = splat(row.u), v = splat(-row.v);
         for (int i = 0; i < T; ++i) acc[i][r] = fma(acc[i][r], u, mul(offset[i], v));

@@ -50,7 +50,7 @@ inline void decode_row(Codec codec, const uint8_t* row, int k, float* out) {
     with_codec(codec, [&](auto c) {
         for (int chunk = 0; chunk < kp / CHUNK; ++chunk) {
             F w[4];
-            decode<c.value>(row, kp, chunk, w);
+            decode<c.value>(row, k, chunk, w);
             for (int j = 0; j < 4; ++j) {
                 const int at = CHUNK * chunk + 16 * j;
                 if (k - at >= 16) store(out + at, w[j]);

@@ -78,6 +78,8 @@ struct Memory {  // carves up the caller's scratch
 
 size_t panel_bytes() { return PANEL_BYTES + 4096; }
 
+size_t panels_of(int64_t neurons) { return static_cast<size_t>(neurons) * 2 / PANEL + 1; }
+
 }  // namespace
 
 size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew) {
@@ -86,7 +88,7 @@ size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew) {
     const size_t h = aligned(tokens * left_step(neurons) * 4);
     const size_t along = aligned((static_cast<size_t>(neurons) + 1) * PANEL * 4);
     const size_t panel = panel_bytes() > along ? panel_bytes() : along;
-    return left + h + crew * (sums + aligned(panel)) + 64;
+    return left + h + aligned(sizeof(float) * panels_of(neurons)) + crew * (sums + aligned(panel)) + 64;
 }
 
 void gemm_linear(const LinearJob& job, void* memory, int crew) {
@@ -128,16 +130,17 @@ void gemm_linear(const LinearJob& job, void* memory, int crew) {
 
 namespace {
 
-// act(gate) * up of one panel's neurons, from its sums to h.
-void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, float* sums) {
+// act(gate) * up of one panel's neurons, from its sums to h. `usage` takes |h|: of all in a group, or of each.
+void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, float* sums, float* usage) {
     const Kernels& kernel = kernels();
-    if (!job.gated && job.up_bias)
+    const bool gated = job.neurons.gated, each = job.neurons.group == 1;
+    if (!gated && job.up_bias)
         for (int i = 0; i < count; ++i) sums[i] += job.up_bias[first + i];
-    kernel.activate(job.activation, sums, job.gated ? sums + PANEL / 2 : nullptr, count);
+    kernel.activate(job.activation, sums, gated ? sums + PANEL / 2 : nullptr, count);
     if (job.factors)
         for (int i = 0; i < count; ++i) sums[i] *= job.factors[t];
-    if (job.usage)
-        for (int i = 0; i < count; ++i) job.usage[first + i] += std::fabs(sums[i]);
+    if (usage)
+        for (int i = 0; i < count; ++i) usage[each ? i : 0] += std::fabs(sums[i]);
     char* to = h.at(t, static_cast<int>(first));
     if (h.half) kernel.to_half(sums, count, reinterpret_cast<uint16_t*>(to));
     else std::memcpy(to, sums, sizeof(float) * count);
@@ -174,13 +177,47 @@ void multiply_down(const Rows& w, const Left& h, int tokens, char* panels, size_
     }, crew);
 }
 
+// Likewise where down lies along the neurons, bundle by bundle.
+template <typename Out>
+void multiply_groups(const Neurons& w, const Left& h, int tokens, char* panels, size_t each, char* sums,
+                     size_t sums_bytes, Out&& y, int crew) {
+    const size_t bytes = row_bytes(w.down, w.group);
+    const size_t stripe = static_cast<size_t>(padded(w.group)) * (h.half ? 32 : 64);
+    parallel_for((w.k + PANEL - 1) / PANEL, [&](int64_t item, int thread) {
+        const int64_t column = item * PANEL;
+        const int columns = static_cast<int>(w.k - column < PANEL ? w.k - column : PANEL);
+        char* panel = panels + thread * each;
+        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
+        for (int t = 0; t < tokens && columns < PANEL; ++t)
+            std::memcpy(c + t * PANEL, y(t) + column, sizeof(float) * columns);
+        for (int64_t b = 0; b < w.bundles; ++b) {
+            const uint8_t* down = w.data + b * w.stride + w.down_at() + column * bytes;
+            for (int j = 0; j < PANEL / 16; ++j) {
+                const uint8_t* rows[16];
+                int n = 0;
+                for (int r = 16 * j; r < columns && n < 16; ++r) rows[n++] = down + r * bytes;
+                kernels().pack_across(w.down, rows, n, w.group, 0, w.group, h.half, panel + j * stripe);
+            }
+            for (int t = 0; t < tokens; t += TILE) {
+                const int rows = tokens - t < TILE ? tokens - t : TILE;
+                float* out[TILE];
+                for (int m = 0; m < rows; ++m) out[m] = columns == PANEL ? y(t + m) + column : c + (t + m) * PANEL;
+                kernels().tile(h.half, rows, h.at(t, static_cast<int>(b) * w.group), h.step, panel, stripe, w.group,
+                               out, true);
+            }
+        }
+        for (int t = 0; t < tokens && columns < PANEL; ++t)
+            std::memcpy(y(t) + column, c + t * PANEL, sizeof(float) * columns);
+    }, crew);
+}
+
 }  // namespace
 
 void gemm_glu(const GluJob& job, void* memory, int crew) {
-    const Rows& w = job.neurons;
-    const int neurons = static_cast<int>(w.bundles);
+    const Neurons& w = job.neurons;
+    const int neurons = static_cast<int>(w.bundles) * w.group;
     Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
-    const bool half = use_half(w.codec);
+    const bool half = use_half(w.up);
     const Left left{scratch.take(job.tokens * left_step(w.k) * (half ? 2 : 4)), left_step(w.k), half};
     const Left h{scratch.take(job.tokens * left_step(neurons) * (half ? 2 : 4)), left_step(neurons), half};
     const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4);
@@ -188,31 +225,40 @@ void gemm_glu(const GluJob& job, void* memory, int crew) {
     const size_t each = aligned(panel_bytes() > along ? panel_bytes() : along);
     char* sums = scratch.take(crew * sums_bytes);
     char* panels = scratch.take(crew * each);
+    float* used = reinterpret_cast<float*>(scratch.take(sizeof(float) * panels_of(neurons)));
     auto row_of = [&](int64_t t) { return job.chosen ? static_cast<int64_t>(job.chosen[t]) : t; };
     fill_left(left, job.tokens, w.k, [&](int64_t t) { return job.x + row_of(t) * job.x_step; });
 
-    const size_t bytes = row_bytes(w.codec, w.k);
-    const int kinds = job.gated ? 2 : 1, per_panel = PANEL / kinds;  // gate columns first, then up columns
+    const int kinds = w.gated ? 2 : 1, per_panel = PANEL / kinds;  // gate columns first, then up columns
     parallel_for((neurons + per_panel - 1) / per_panel, [&](int64_t item, int thread) {
         const int first = static_cast<int>(item) * per_panel;
         const int count = neurons - first < per_panel ? neurons - first : per_panel;
         float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
         auto pack = [&](int from, int to, char* panel, size_t stripe) {
             for (int j = 0; j < PANEL / 16; ++j) {
-                const int kind = 16 * j / per_panel, at = 16 * j % per_panel;
+                const bool gate = w.gated && 16 * j < per_panel;
+                const Codec codec = gate ? w.gate : w.up;
+                const size_t offset = gate ? 0 : w.up_at(), bytes = row_bytes(codec, w.k);
                 const uint8_t* rows[16];
                 int n = 0;
-                for (int i = at; i < count && n < 16; ++i) rows[n++] = w.data + (first + i) * w.stride + kind * bytes;
-                kernels().pack_across(w.codec, rows, n, w.k, from, to, half, panel + j * stripe);
+                for (int i = first + 16 * j % per_panel; i < first + count && n < 16; ++i)
+                    rows[n++] = w.data + i / w.group * w.stride + offset + i % w.group * bytes;
+                kernels().pack_across(codec, rows, n, w.k, from, to, half, panel + j * stripe);
             }
         };
+        float* usage = !job.usage ? nullptr : w.group == 1 ? job.usage + first : used + item;
+        if (job.usage) used[item] = 0.0f;
         multiply(left, job.tokens, w.k, panels + thread * each, pack, [&](int t) { return c + t * PANEL; });
-        for (int t = 0; t < job.tokens; ++t) finish(job, h, first, count, t, c + t * PANEL);
+        for (int t = 0; t < job.tokens; ++t) finish(job, h, first, count, t, c + t * PANEL, usage);
     }, crew);
-    const Rows rows = {w.codec, w.k, w.data + kinds * bytes, w.stride, neurons};
-    multiply_down(rows, h, job.tokens, panels, each, sums, sums_bytes, [&](int t) {
-        return job.y + row_of(t) * job.y_step;
-    }, crew);
+    auto y = [&](int t) { return job.y + row_of(t) * job.y_step; };
+    if (w.group > 1) {
+        if (job.usage)
+            for (int i = 0; i < neurons; i += per_panel) job.usage[i / w.group] += used[i / per_panel];
+        return multiply_groups(w, h, job.tokens, panels, each, sums, sums_bytes, y, crew);
+    }
+    const Rows rows = {w.down, w.k, w.data + w.down_at(), w.stride, neurons};
+    multiply_down(rows, h, job.tokens, panels, each, sums, sums_bytes, y, crew);
 }
 
 size_t gate_up_scratch_bytes(int tokens, int groups, int crew) {

@@ -22,6 +22,16 @@ struct Block {
 
     Bundles rows(int n) const { return {at, next, count, n}; }
 
+    // One row of each bundle, `offset` bytes into it.
+    void dots(Codec codec, size_t offset, const Tokens& tokens, float* out) const {
+        const uint8_t *rows[BLOCK], *after[BLOCK];
+        for (int i = 0; i < count; ++i) {
+            rows[i] = at[i] + offset;
+            after[i] = next[i] + offset;
+        }
+        kernels().dots(codec, {rows, after, count, 1}, tokens, {out, 1, 0, BLOCK});
+    }
+
     int64_t first;
     int count;
     const uint8_t *at[BLOCK], *next[BLOCK];
@@ -31,13 +41,19 @@ struct Block {
 void activations(const GluJob& job, const Tokens& tokens, const float* factors, const Block& block, float* h) {
     const Kernels& kernel = kernels();
     float both[2][NARROW_TOKENS * BLOCK];  // gate, up
-    kernel.dots(job.neurons.codec, block.rows(job.gated ? 2 : 1), tokens, {both[0], 1, NARROW_TOKENS * BLOCK, BLOCK});
+    const Neurons& w = job.neurons;
+    if (!w.gated || w.gate == w.up) {
+        kernel.dots(w.up, block.rows(w.gated ? 2 : 1), tokens, {both[0], 1, NARROW_TOKENS * BLOCK, BLOCK});
+    } else {
+        block.dots(w.gate, 0, tokens, both[0]);
+        block.dots(w.up, w.up_at(), tokens, both[1]);
+    }
     for (int t = 0; t < tokens.count; ++t) {
         float* row = h + t * BLOCK;
         std::memcpy(row, both[0] + t * BLOCK, sizeof(float) * block.count);
         if (job.up_bias)
             for (int i = 0; i < block.count; ++i) row[i] += job.up_bias[block.first + i];
-        kernel.activate(job.activation, row, job.gated ? both[1] + t * BLOCK : nullptr, block.count);
+        kernel.activate(job.activation, row, w.gated ? both[1] + t * BLOCK : nullptr, block.count);
         if (factors)
             for (int i = 0; i < block.count; ++i) row[i] *= factors[t];
         if (job.usage)
@@ -53,14 +69,14 @@ void unit(const GluJob& job, const Tokens& tokens, const float* factors, int64_t
         const int count = static_cast<int>(last - neuron < BLOCK ? last - neuron : BLOCK);
         const Block block(job, neuron, count, neuron + BLOCK < last ? neuron + BLOCK : next);
         activations(job, tokens, factors, block, h);
-        kernels().axpys(job.neurons.codec, block.rows(1), job.gated ? 2 : 1, job.neurons.k, h, BLOCK, tokens.count,
+        kernels().axpys(job.neurons.down, block.rows(1), job.neurons.down_at(), job.neurons.k, h, BLOCK, tokens.count,
                         sums, sums_step(job.neurons.k));
     }
 }
 
 void glu_batch(const GluJob& job, int first, int count) {
     const Kernels& kernel = kernels();
-    const Rows& w = job.neurons;
+    const Neurons& w = job.neurons;
     Tokens tokens = tokens_in(scratch(0, tokens_bytes(NARROW_TOKENS, w.k)), count, w.k);
     const size_t step = sums_step(w.k);
     const int crew = threads();
@@ -68,7 +84,7 @@ void glu_batch(const GluJob& job, int first, int count) {
     float* y[NARROW_TOKENS];
     for (int i = 0; i < count; ++i) {
         const int64_t token = job.chosen ? job.chosen[first + i] : first + i;
-        kernel.prepare(w.codec, job.x + token * job.x_step, i, tokens);
+        kernel.prepare(w.up, job.x + token * job.x_step, i, tokens);
         y[i] = job.y + token * job.y_step;
     }
     const float* factors = job.factors ? job.factors + first : nullptr;
@@ -79,7 +95,7 @@ void glu_batch(const GluJob& job, int first, int count) {
         std::memset(sums, 0, sizeof(float) * count * step);
         unit(job, tokens, factors, from, to, from + crew * UNIT, sums);
         turnstile.enter(item);
-        for (int t = 0; t < count; ++t) kernel.collect(w.codec, count, sums + t * step, w.k, y[t]);
+        for (int t = 0; t < count; ++t) kernel.collect(w.down, count, sums + t * step, w.k, y[t]);
         turnstile.leave(item);
     }, crew);
 }
@@ -87,6 +103,7 @@ void glu_batch(const GluJob& job, int first, int count) {
 }  // namespace
 
 void glu(const GluJob& job) {
+    if (job.neurons.group > 1) return glu_groups(job);
     for (int i = 0; i < job.tokens; i += NARROW_TOKENS)
         glu_batch(job, i, job.tokens - i < NARROW_TOKENS ? job.tokens - i : NARROW_TOKENS);
 }

@@ -17,14 +17,15 @@ struct Activation {
 };
 
 // Up to NARROW_TOKENS tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes
-// `q`: x = scale * q, one scale per chunk of 64. For int4 rows q holds bytes instead (see activations.h).
+// `q`: x = scale * q, one scale per chunk of 64. For int4 and kept rows q holds bytes instead (see activations.h).
 struct Tokens {
     int count, k, kp;
-    float* f;       // [count, kp]
+    float* f;       // [count, f_step]
     int16_t* q;     // [count, q_step]
     float* scales;  // [count, scale_step]
-    float* sums;    // [count, groups]: sum of x over each INT4_GROUP
-    size_t q_step, scale_step, groups;
+    float* sums;    // [count, sum_step]: of int4, sum of x over each INT4_GROUP
+    size_t f_step, q_step, scale_step, sum_step;
+    int each;       // of kept rows: numbers that share a scale; 64, 128 or 256
 };
 
 constexpr int GATHER = 32;  // bundles of one call, at most
@@ -133,11 +134,13 @@ struct Kernels {
     bool half_gemm;  // wide multiplications of the coded weights run in bfloat16
 
     void (*prepare)(Codec, const float* x, int token, Tokens&);
+    // Numbers [from, from + n) of a token, for kept rows; `from` is a multiple of Tokens::each.
+    void (*prepare_kept)(const float* x, int from, int n, int token, Tokens&);
     // Row r of bundle b · token t.
     void (*dots)(Codec, const Bundles&, const Tokens&, const DotOut&);
-    // y[t * y_step + ...] += h[t * h_step + i] * row `row` of bundle i. y has room for whole spans and an order of its
+    // y[t * y_step + ...] += h[t * h_step + i] * the row `offset` bytes into bundle i. y has room for whole spans and an order of its
     // own, which `collect` knows when it is told how many tokens there were: out[0..k) += y of one of them.
-    void (*axpys)(Codec, const Bundles&, int row, int k, const float* h, size_t h_step, int tokens, float* y,
+    void (*axpys)(Codec, const Bundles&, size_t offset, int k, const float* h, size_t h_step, int tokens, float* y,
                   size_t y_step);
     void (*collect)(Codec, int tokens, const float* y, int k, float* out);
     // A token's x and what it wants of each channel, both [CHANNELS].

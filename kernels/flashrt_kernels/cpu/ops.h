@@ -17,6 +17,21 @@ struct Rows {  // packed rows of `k` weights in bundles
     int64_t bundles;
 };
 
+struct Neurons {  // bundles of `group` neurons: their gate rows, if any, their up rows, and down (see rows.py)
+    Codec gate, up, down;
+    int group, k;
+    bool gated;
+    const uint8_t* data;
+    size_t stride;  // bytes from one bundle to the next
+    int64_t bundles;
+
+    size_t up_at() const { return gated ? group * row_bytes(gate, k) : 0; }
+    size_t down_at() const { return up_at() + group * row_bytes(up, k); }
+    size_t bytes() const {  // of a bundle
+        return down_at() + (group == 1 ? row_bytes(down, k) : static_cast<size_t>(k) * row_bytes(down, group));
+    }
+};
+
 struct LinearJob {
     const float* x;
     size_t x_step;
@@ -36,20 +51,19 @@ struct GluJob {
     int tokens;
     const int32_t* chosen;  // rows of x and y that take part; null: all
     const float* factors;   // of the h of each token that takes part; null: one
-    Rows neurons;
-    std::vector<Rows> streamed;  // more bundles; all but the last have as many as the first
+    Neurons neurons;
+    std::vector<Neurons> streamed;  // more bundles; all but the last have as many as the first
     const int32_t* slots;        // bundles that take part, in this order, -1 - i being number i streamed; null: all
     int64_t count;               // of them
     Activation activation;
-    bool gated;
-    const float* up_bias;  // of those that take part
-    float* usage;          // [count] += the sum of |h| over the tokens; may be null
+    const float* up_bias;  // of the neurons that take part
+    float* usage;          // [count] += the sum of |h| over the tokens and a bundle's neurons; may be null
 
-    const uint8_t* bundle(int64_t neuron) const {
-        const int64_t slot = slots ? slots[neuron] : neuron;
+    const uint8_t* bundle(int64_t i) const {
+        const int64_t slot = slots ? slots[i] : i;
         if (slot >= 0) return neurons.data + slot * neurons.stride;
-        const int64_t i = -1 - slot, each = streamed[0].bundles;
-        return streamed[i / each].data + i % each * streamed[i / each].stride;
+        const int64_t place = -1 - slot, each = streamed[0].bundles;
+        return streamed[place / each].data + place % each * streamed[place / each].stride;
     }
 };
 
@@ -177,11 +191,12 @@ struct SelectJob {
 
 void linear(const LinearJob&);
 void glu(const GluJob&);
+void glu_groups(const GluJob&);  // `glu` where bundles have more than one neuron
 ChannelCount gate_up(const GateUpJob&);
 // h = act(gate) * up of `count` neurons from `first` on, of one token; `up` [count] is scratch.
 void activations(const DownJob&, int token, int64_t first, int count, float* h, float* up);
 int64_t down(const DownJob&);  // neurons that took part, over all tokens
-size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew);
+size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew);  // for 0 neurons, of gemm_linear
 void gemm_linear(const LinearJob&, void* scratch, int crew);
 void gemm_glu(const GluJob&, void* scratch, int crew);
 // All channels and neurons take part, with all that there is of them.
@@ -211,5 +226,6 @@ uint64_t read_all(const void* data, size_t bytes);
 
 // Bytes that the small-batch kernels keep per calling thread, for `k` columns.
 size_t reserve(int k);
+size_t reserve_groups();  // beside these, where bundles have more than one neuron
 
 }  // namespace flashrt

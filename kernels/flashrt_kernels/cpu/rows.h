@@ -1,6 +1,7 @@
 // Decoding of packed rows, 64 weights (one chunk) at a time.
 #pragma once
 
+#include "formats/registry.h"
 #include "isa.h"
 #include "simd.h"
 
@@ -36,8 +37,11 @@ FLASHRT_INLINE F load_codes(const uint8_t* codes, int n) {  // up to 16 bytes, z
 }
 
 template <Codec codec>
-FLASHRT_INLINE void decode(const uint8_t* row, int kp, int chunk, F w[4]) {
-    if constexpr (codec == Codec::F32) {
+FLASHRT_INLINE void decode(const uint8_t* row, int k, int chunk, F w[4]) {
+    const int kp = padded(k);
+    if constexpr (codec >= Codec::Q4_0) {
+        decode_kept<FormatOf<codec>>(row, k, chunk, w);
+    } else if constexpr (codec == Codec::F32) {
         for (int j = 0; j < 4; ++j) w[j] = load(reinterpret_cast<const float*>(row) + CHUNK * chunk + 16 * j);
     } else if constexpr (codec == Codec::BF16) {
         for (int j = 0; j < 4; ++j) w[j] = load_bf16(reinterpret_cast<const uint16_t*>(row) + CHUNK * chunk + 16 * j);
@@ -69,6 +73,28 @@ FLASHRT_INLINE void with_codec(Codec codec, Fn&& f) {
         case Codec::BF16: return f(Constant<Codec::BF16>{});
         case Codec::INT8: return f(Constant<Codec::INT8>{});
         case Codec::INT4: return f(Constant<Codec::INT4>{});
+        case Codec::Q4_0: return f(Constant<Codec::Q4_0>{});
+        case Codec::Q4_1: return f(Constant<Codec::Q4_1>{});
+        case Codec::Q5_0: return f(Constant<Codec::Q5_0>{});
+        case Codec::Q5_1: return f(Constant<Codec::Q5_1>{});
+        case Codec::Q8_0: return f(Constant<Codec::Q8_0>{});
+        case Codec::Q4_K: return f(Constant<Codec::Q4_K>{});
+        case Codec::Q5_K: return f(Constant<Codec::Q5_K>{});
+        case Codec::Q6_K: return f(Constant<Codec::Q6_K>{});
+        case Codec::IQ4_NL: return f(Constant<Codec::IQ4_NL>{});
+        case Codec::IQ4_XS: return f(Constant<Codec::IQ4_XS>{});
+        case Codec::MXFP4: return f(Constant<Codec::MXFP4>{});
+    }
+}
+
+// Likewise where rows are not of a kept codec.
+template <typename Fn>
+FLASHRT_INLINE void with_own_codec(Codec codec, Fn&& f) {
+    switch (codec) {
+        case Codec::F32: return f(Constant<Codec::F32>{});
+        case Codec::BF16: return f(Constant<Codec::BF16>{});
+        case Codec::INT8: return f(Constant<Codec::INT8>{});
+        default: return f(Constant<Codec::INT4>{});
     }
 }
 

@@ -198,6 +198,69 @@ FLASHRT_INLINE void interleave(B r[4]) {
     r[3] = {_mm512_unpackhi_epi16(b, d)};
 }
 
+// Lanes 0 to 7 and 8 to 15.
+FLASHRT_INLINE F pair(float a, float b) { return {_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1)}; }
+FLASHRT_INLINE I load_i(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+FLASHRT_INLINE I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+FLASHRT_INLINE B load_halves(const void* p, const void* q) {  // 32 bytes of each
+    const __m256i a = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(a), _mm256_loadu_si256(static_cast<const __m256i*>(q)), 1)};
+}
+// 32 bytes, shifted down by `low` and by `high` bits; bits of their neighbours come in.
+FLASHRT_INLINE B shifted_halves(const void* p, int low, int high) {
+    const __m256i a = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_srl_epi16(a, _mm_cvtsi32_si128(low))),
+                               _mm256_srl_epi16(a, _mm_cvtsi32_si128(high)), 1)};
+}
+FLASHRT_INLINE B bytes_and(B a, int8_t mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(mask))}; }
+FLASHRT_INLINE B bytes_or(B a, B b) { return {_mm512_or_si512(a.v, b.v)}; }
+FLASHRT_INLINE B shift_up(B a, int bits) { return {_mm512_sll_epi16(a.v, _mm_cvtsi32_si128(bits))}; }
+FLASHRT_INLINE B nibbles32(const void* p) { return bytes_and(shifted_halves(p, 0, 4), 15); }
+// The low halves of 16 bytes, then the high ones, then those of 16 others.
+FLASHRT_INLINE B nibbles16(const void* p, const void* q) {
+    const __m128i a = _mm_loadu_si128(static_cast<const __m128i*>(p)), b = _mm_loadu_si128(static_cast<const __m128i*>(q));
+    const __m256i first = _mm256_inserti128_si256(_mm256_castsi128_si256(a), _mm_srli_epi16(a, 4), 1);
+    const __m256i second = _mm256_inserti128_si256(_mm256_castsi128_si256(b), _mm_srli_epi16(b, 4), 1);
+    return bytes_and({_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)}, 15);
+}
+FLASHRT_INLINE B bits_as_bytes(uint64_t bits, int8_t value) { return {_mm512_maskz_set1_epi8(bits, value)}; }
+FLASHRT_INLINE B look_up_bytes(B codes, const int8_t* table) {
+    const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes.v)};
+}
+// The products of four signed a and b; -128 only in a.
+FLASHRT_INLINE I dot_signed(B a, B b) {
+    const __m512i signs = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(a.v), _mm512_setzero_si512(), b.v);
+    return {_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_abs_epi8(a.v), signs)};
+}
+// Of four a of up to 63 and 256 coarse + fine.
+FLASHRT_INLINE I dot_fine(B a, B coarse, B fine) {
+    const __m512i zeros = _mm512_setzero_si512();
+    return {_mm512_dpbusd_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zeros, a.v, coarse.v), 8), a.v, fine.v)};
+}
+FLASHRT_INLINE I dot_signed_fine(B a, B coarse, B fine) {
+    return {_mm512_add_epi32(_mm512_slli_epi32(dot_signed(a, coarse).v, 8), dot_signed(a, fine).v)};
+}
+// Words of 16 bits, to multiply sums of two products with: each of two numbers in half of them, and each of four in a
+// quarter. The two are there twice, as both halves of 32 bits.
+FLASHRT_INLINE W pair_words(const int32_t* p) {
+    return {_mm512_inserti64x4(_mm512_set1_epi32(p[0]), _mm256_set1_epi32(p[1]), 1)};
+}
+FLASHRT_INLINE W quad_words(const int16_t* p) {
+    int64_t all;
+    std::memcpy(&all, p, 8);
+    const __m512i order = _mm512_set_epi64(0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
+                                           0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
+    return {_mm512_shuffle_epi8(_mm512_set1_epi64(all), order)};
+}
+FLASHRT_INLINE I dot_scaled(I sum, B a, B b, W scale) {  // a of up to 63
+    return {_mm512_dpwssd_epi32(sum.v, _mm512_maddubs_epi16(a.v, b.v), scale.v)};
+}
+FLASHRT_INLINE I dot_scaled_signed(I sum, B a, B b, W scale) {
+    const __m512i signs = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(a.v), _mm512_setzero_si512(), b.v);
+    return {_mm512_dpwssd_epi32(sum.v, _mm512_maddubs_epi16(_mm512_abs_epi8(a.v), signs), scale.v)};
+}
+
 #elif defined(__AVX2__)
 
 struct F { __m256 a, b; };
@@ -399,6 +462,86 @@ FLASHRT_INLINE void interleave(B r[4]) {
     interleave256(r[0].a, r[1].a, r[2].a, r[3].a);
     interleave256(r[0].b, r[1].b, r[2].b, r[3].b);
 }
+FLASHRT_INLINE F pair(float s, float t) { return {_mm256_set1_ps(s), _mm256_set1_ps(t)}; }
+FLASHRT_INLINE I load_i(const int32_t* p) { return {load256(p), load256(p + 8)}; }
+FLASHRT_INLINE I sub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+FLASHRT_INLINE B load_halves(const void* p, const void* q) { return {load256(p), load256(q)}; }
+FLASHRT_INLINE B shifted_halves(const void* p, int low, int high) {
+    const __m256i x = load256(p);
+    return {_mm256_srl_epi16(x, _mm_cvtsi32_si128(low)), _mm256_srl_epi16(x, _mm_cvtsi32_si128(high))};
+}
+FLASHRT_INLINE B bytes_and(B x, int8_t mask) {
+    return {_mm256_and_si256(x.a, _mm256_set1_epi8(mask)), _mm256_and_si256(x.b, _mm256_set1_epi8(mask))};
+}
+FLASHRT_INLINE B bytes_or(B x, B y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+FLASHRT_INLINE B shift_up(B x, int bits) {
+    return {_mm256_sll_epi16(x.a, _mm_cvtsi32_si128(bits)), _mm256_sll_epi16(x.b, _mm_cvtsi32_si128(bits))};
+}
+FLASHRT_INLINE B nibbles32(const void* p) { return bytes_and(shifted_halves(p, 0, 4), 15); }
+FLASHRT_INLINE B nibbles16(const void* p, const void* q) {
+    const __m128i x = load128(p), y = load128(q);
+    return bytes_and({_mm256_set_m128i(_mm_srli_epi16(x, 4), x), _mm256_set_m128i(_mm_srli_epi16(y, 4), y)}, 15);
+}
+FLASHRT_INLINE __m256i bits_as_bytes(uint32_t bits, int8_t value) {
+    const __m256i places = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3,
+                                            3, 3, 3, 3, 3);
+    const __m256i each = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), places), each);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(own, each), _mm256_set1_epi8(value));
+}
+FLASHRT_INLINE B bits_as_bytes(uint64_t bits, int8_t value) {
+    return {bits_as_bytes(static_cast<uint32_t>(bits), value), bits_as_bytes(static_cast<uint32_t>(bits >> 32), value)};
+}
+FLASHRT_INLINE B look_up_bytes(B codes, const int8_t* table) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(values, codes.a), _mm256_shuffle_epi8(values, codes.b)};
+}
+FLASHRT_INLINE __m256i dot_signed(__m256i x, __m256i y) {  // sums of two, in 16 bits
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+}
+FLASHRT_INLINE I dot_signed(B x, B y) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(dot_signed(x.a, y.a), ones), _mm256_madd_epi16(dot_signed(x.b, y.b), ones)};
+}
+FLASHRT_INLINE __m256i join_fine(__m256i coarse, __m256i fine) {  // sums of two, in 16 bits
+    return _mm256_add_epi32(_mm256_madd_epi16(coarse, _mm256_set1_epi16(256)),
+                            _mm256_madd_epi16(fine, _mm256_set1_epi16(1)));
+}
+FLASHRT_INLINE I dot_fine(B x, B coarse, B fine) {
+    return {join_fine(_mm256_maddubs_epi16(x.a, coarse.a), _mm256_maddubs_epi16(x.a, fine.a)),
+            join_fine(_mm256_maddubs_epi16(x.b, coarse.b), _mm256_maddubs_epi16(x.b, fine.b))};
+}
+FLASHRT_INLINE I dot_signed_fine(B x, B coarse, B fine) {
+    return {join_fine(dot_signed(x.a, coarse.a), dot_signed(x.a, fine.a)),
+            join_fine(dot_signed(x.b, coarse.b), dot_signed(x.b, fine.b))};
+}
+FLASHRT_INLINE W pair_words(const int32_t* p) { return {_mm256_set1_epi32(p[0]), _mm256_set1_epi32(p[1])}; }
+FLASHRT_INLINE W quad_words(const int16_t* p) {
+    int64_t all;
+    std::memcpy(&all, p, 8);
+    const __m256i x = _mm256_set1_epi64x(all);
+    return {_mm256_shuffle_epi8(x, _mm256_set_epi64x(0x0302030203020302, 0x0302030203020302, 0x0100010001000100,
+                                                     0x0100010001000100)),
+            _mm256_shuffle_epi8(x, _mm256_set_epi64x(0x0706070607060706, 0x0706070607060706, 0x0504050405040504,
+                                                     0x0504050405040504))};
+}
+FLASHRT_INLINE I dot_scaled(I sum, B x, B y, W scale) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_maddubs_epi16(x.a, y.a), scale.a)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_maddubs_epi16(x.b, y.b), scale.b))};
+}
+FLASHRT_INLINE I dot_scaled_signed(I sum, B x, B y, W scale) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(dot_signed(x.a, y.a), scale.a)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(dot_signed(x.b, y.b), scale.b))};
+}
+// Two sums at once, in the order of `sum`.
+FLASHRT_INLINE void sum_two(const F* x, float* out) {
+    const __m256 p = _mm256_add_ps(x[0].a, x[0].b), q = _mm256_add_ps(x[1].a, x[1].b);
+    __m256 v = _mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+    v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xee));
+    v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xf5));
+    out[0] = _mm256_cvtss_f32(v);
+    out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(v, 1));
+}
 #undef EACH
 
 #else
@@ -586,6 +729,71 @@ FLASHRT_INLINE void interleave(B r[4]) {
         for (int i = 0; i < 64; ++i) r[j].v[i] = from[i % 4].v[i / 16 * 16 + 4 * j + i % 16 / 4];
 }
 
+FLASHRT_INLINE F pair(float a, float b) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = i < 8 ? a : b;
+    return r;
+}
+FLASHRT_INLINE I load_i(const int32_t* p) {
+    I r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+FLASHRT_INLINE I sub(I a, I b) {
+    for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+    return a;
+}
+#define LANES(expression)                              \
+    B r;                                               \
+    for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(expression);  \
+    return r
+FLASHRT_INLINE B load_halves(const void* p, const void* q) {
+    LANES(static_cast<const uint8_t*>(i < 32 ? p : q)[i % 32]);
+}
+FLASHRT_INLINE B shifted_halves(const void* p, int low, int high) {
+    LANES(static_cast<const uint8_t*>(p)[i % 32] >> (i < 32 ? low : high));
+}
+FLASHRT_INLINE B bytes_and(B a, int8_t mask) { LANES(a.v[i] & mask); }
+FLASHRT_INLINE B bytes_or(B a, B b) { LANES(a.v[i] | b.v[i]); }
+FLASHRT_INLINE B shift_up(B a, int bits) { LANES(a.v[i] << bits); }
+FLASHRT_INLINE B nibbles32(const void* p) { return bytes_and(shifted_halves(p, 0, 4), 15); }
+FLASHRT_INLINE B nibbles16(const void* p, const void* q) {
+    LANES(static_cast<const uint8_t*>(i < 32 ? p : q)[i % 16] >> (i % 32 < 16 ? 0 : 4) & 15);
+}
+FLASHRT_INLINE B bits_as_bytes(uint64_t bits, int8_t value) { LANES(bits >> i & 1 ? value : 0); }
+FLASHRT_INLINE B look_up_bytes(B codes, const int8_t* table) { LANES(table[codes.v[i]]); }
+#undef LANES
+FLASHRT_INLINE I dot_signed(B a, B b) {
+    I r{};
+    for (int i = 0; i < 64; ++i) r.v[i / 4] += static_cast<int8_t>(a.v[i]) * static_cast<int8_t>(b.v[i]);
+    return r;
+}
+FLASHRT_INLINE I dot_fine(B a, B coarse, B fine) {
+    return add(left<8>(dot(zero_i(), a, coarse)), dot(zero_i(), a, fine));
+}
+FLASHRT_INLINE I dot_signed_fine(B a, B coarse, B fine) {
+    return add(left<8>(dot_signed(a, coarse)), dot_signed(a, fine));
+}
+FLASHRT_INLINE W pair_words(const int32_t* p) {
+    W r;
+    for (int i = 0; i < 32; ++i) r.v[i] = static_cast<int16_t>(p[i / 16]);
+    return r;
+}
+FLASHRT_INLINE W quad_words(const int16_t* p) {
+    W r;
+    for (int i = 0; i < 32; ++i) r.v[i] = p[i / 8];
+    return r;
+}
+FLASHRT_INLINE I dot_scaled(I sum, B a, B b, W scale) {
+    for (int i = 0; i < 64; ++i) sum.v[i / 4] += a.v[i] * static_cast<int8_t>(b.v[i]) * scale.v[i / 2];
+    return sum;
+}
+FLASHRT_INLINE I dot_scaled_signed(I sum, B a, B b, W scale) {
+    for (int i = 0; i < 64; ++i)
+        sum.v[i / 4] += static_cast<int8_t>(a.v[i]) * static_cast<int8_t>(b.v[i]) * scale.v[i / 2];
+    return sum;
+}
+
 #endif
 
 FLASHRT_INLINE F zero() { return splat(0.0f); }
@@ -594,9 +802,41 @@ FLASHRT_INLINE F zero() { return splat(0.0f); }
 FLASHRT_INLINE B hold(B a) { return a; }
 template <int N>
 FLASHRT_INLINE void sum_each(const F* a, float* out) {
-    for (int i = 0; i < N; ++i) out[i] = sum(a[i]);
+    int i = 0;
+#if defined(__AVX2__)
+    for (; i + 2 <= N; i += 2) sum_two(a + i, out + i);
+#endif
+    for (; i < N; ++i) out[i] = sum(a[i]);
 }
 #endif
+
+// Eight bytes, each as both halves of 32 bits.
+FLASHRT_INLINE void double_words(const uint8_t* p, int32_t* to) {
+#if defined(__AVX2__)
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(x, _mm256_slli_epi32(x, 16)));
+#else
+    for (int i = 0; i < 8; ++i) to[i] = p[i] * 0x10001;
+#endif
+}
+
+FLASHRT_INLINE float from_half(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+    if (exponent == 0) {
+        const float small = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24
+        return sign ? -small : small;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+#endif
+}
 
 FLASHRT_INLINE F load_part(const float* p, int n, float fill = 0.0f) {  // the first n of 16 lanes
     float buffer[16];

@@ -70,13 +70,12 @@ inline void to_half(const float* x, int n, uint16_t* out) {
 
 template <Codec codec>
 void pack_rows(const uint8_t* const* rows, int count, int k, int from, int to, bool half, char* stripe) {
-    const int kp = padded(k);
     alignas(64) float decoded[16][CHUNK] = {};
     alignas(64) uint16_t halves[16][CHUNK] = {};
     for (int c = from / CHUNK; c < (to + CHUNK - 1) / CHUNK; ++c) {
         for (int r = 0; r < count; ++r) {
             F w[4];
-            decode<codec>(rows[r], kp, c, w);
+            decode<codec>(rows[r], k, c, w);
             for (int j = 0; j < 4; ++j) store(decoded[r] + 16 * j, w[j]);
             if (half) to_half(decoded[r], CHUNK, halves[r]);
         }
@@ -112,14 +111,13 @@ FLASHRT_INLINE void store_pairs(uint32_t* to, F even, F odd) {  // bfloat16 of `
 
 template <Codec codec>
 void pack_columns(const uint8_t* rows, size_t stride, int count, int k, int chunk, bool half, char* panel) {
-    const int kp = padded(k);
     const size_t stripe = half ? static_cast<size_t>((count + 1) / 2) * 64 : static_cast<size_t>(count) * 64;
     const int step = half ? 2 : 1;
     for (int i = 0; i < count; i += step) {
         F w[4], next[4] = {zero(), zero(), zero(), zero()};
         prefetch(rows + (i + 8) * stride + (row_bytes(codec, CHUNK) & ~size_t{31}) * chunk);
-        decode<codec>(rows + i * stride, kp, chunk, w);
-        if (half && i + 1 < count) decode<codec>(rows + (i + 1) * stride, kp, chunk, next);
+        decode<codec>(rows + i * stride, k, chunk, w);
+        if (half && i + 1 < count) decode<codec>(rows + (i + 1) * stride, k, chunk, next);
         for (int j = 0; j < 4; ++j) {
             char* to = panel + j * stripe + static_cast<size_t>(i / step) * 64;
             if (half) store_pairs(reinterpret_cast<uint32_t*>(to), w[j], next[j]);
@@ -130,7 +128,7 @@ void pack_columns(const uint8_t* rows, size_t stride, int count, int k, int chun
 
 inline void pack_along(Codec codec, const uint8_t* rows, size_t stride, int count, int k, int chunk, bool half,
                        void* panel) {
-    with_codec(codec,
+    with_own_codec(codec,
                [&](auto c) { pack_columns<c.value>(rows, stride, count, k, chunk, half, static_cast<char*>(panel)); });
 }
 

@@ -12,7 +12,7 @@ from flashrt_kernels.ffn import FfnWeights
 from flashrt_kernels.gpu.arguments import check
 from flashrt_kernels.gpu.row_tile import row_codes, row_scales
 from flashrt_kernels.limits import LONGEST_ROW, NARROW_TOKENS, NEURON_STEP
-from flashrt_kernels.rows import ALIGNMENT, align, bundle_stride, row_bytes
+from flashrt_kernels.rows import ALIGNMENT, DTYPES, Codec, align, bundle_stride, row_bytes
 
 SLOTS = 32  # of one program: enough programs for a GPU even where few rows are chosen
 PARTS = NEURON_STEP // SLOTS  # partial sums that are added before they are added to y
@@ -168,6 +168,7 @@ def glu_rows(
     order, that begin at multiples of 128.
     """
     function, threshold = parse(weights.activation)
+    codec = _own_codec(weights)
     tokens, k = _check(x, weights, y, slots)
     if count is not None:
         check("count", count, torch.int32, (1,), x.device)
@@ -193,8 +194,8 @@ def glu_rows(
         capacity,
         threshold,
         K=k,
-        ROW_BYTES=row_bytes(weights.codec, k),
-        CODEC=weights.codec.value,
+        ROW_BYTES=row_bytes(codec, k),
+        CODEC=codec.value,
         FUNCTION=function,
         GATED=weights.gated,
         SLOTS=SLOTS,
@@ -204,6 +205,14 @@ def glu_rows(
     _reduce_kernel[(tokens, triton.cdiv(k, COLUMNS))](
         scratch, count, y, capacity, K=k, SLOTS=SLOTS, PARTS=PARTS, COLUMNS=COLUMNS
     )
+
+
+def _own_codec(weights: FfnWeights[Tensor]) -> Codec:
+    """The codec of all rows. Raises ValueError for those of a file: there is no kernel for them."""
+    if weights.codec not in DTYPES:
+        raise ValueError(f"weights: expected one codec of {', '.join(c.value for c in DTYPES)}, found {weights.codec}")
+    assert isinstance(weights.codec, Codec)
+    return weights.codec
 
 
 def _numbers(slots: int, x: Tensor) -> int:
@@ -219,7 +228,7 @@ def _check(x: Tensor, weights: FfnWeights[Tensor], y: Tensor, slots: Tensor) -> 
     check("y", y, torch.float32, (tokens, k), x.device)
     bundles = weights.bundles
     check("bundles", bundles, torch.uint8, (None, None), x.device)
-    least = bundle_stride(weights.codec, k, 3 if weights.gated else 2)
+    least = bundle_stride(_own_codec(weights), k, 3 if weights.gated else 2)
     if bundles.shape[1] < least or bundles.shape[1] != align(bundles.shape[1], ALIGNMENT):
         raise ValueError(f"bundles: expected a multiple of 64 bytes from {least} on, found {bundles.shape[1]}")
     check("slots", slots, torch.int32, (None,), x.device)

@@ -52,6 +52,7 @@ __all__ = [
     "linear",
     "quantize",
     "reserve",
+    "reserve_groups",
     "rms_norm",
     "rope",
     "select",
@@ -62,6 +63,11 @@ __all__ = [
 
 
 def reserve(k: int) -> int:
+    """Torch allocates for itself."""
+    return 0
+
+
+def reserve_groups() -> int:
     """Torch allocates for itself."""
     return 0
 

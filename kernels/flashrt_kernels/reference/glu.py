@@ -13,7 +13,7 @@ from flashrt_kernels.activations import parse
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.reference.linear import product
 from flashrt_kernels.reference.quantize import decode
-from flashrt_kernels.rows import Codec, row_bytes
+from flashrt_kernels.rows import Codec, NeuronCodecs, row_bytes
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -28,9 +28,23 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return functional.gelu(x, approximate="tanh" if function == "gelu_tanh" else "none")
 
 
-def _bundle_rows(bundles: Tensor, codec: Codec, k: int, index: int) -> Tensor:
-    size = row_bytes(codec, k)
-    return decode(bundles[:, index * size : (index + 1) * size], codec, k)
+def _matrices(bundles: Tensor, codecs: NeuronCodecs, k: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gate, up and down of all neurons, float32 [neurons, k] each; gate is None where there is none."""
+    at = 0
+
+    def rows(codec: Codec, count: int, width: int) -> Tensor:
+        nonlocal at
+        size = row_bytes(codec, width)
+        part = bundles[:, at : at + count * size].reshape(-1, size)
+        at += count * size
+        return decode(part, codec, width)
+
+    group = codecs.group
+    gate = None if codecs.gate is None else rows(codecs.gate, group, k)
+    up = rows(codecs.up, group, k)
+    if group == 1:
+        return gate, up, rows(codecs.down, 1, k)
+    return gate, up, rows(codecs.down, k, group).view(-1, k, group).transpose(1, 2).reshape(-1, k)
 
 
 def _glu(
@@ -41,20 +55,20 @@ def _glu(
     wide: bool,
     usage: Tensor | None,
 ) -> None:
-    k, bundles, codec = x.shape[1], weights.bundles, weights.codec
+    k, codecs = x.shape[1], weights.codecs
     tokens = None if routed is None else routed.tokens.long()
     part = x if tokens is None else x[tokens]
-    first = product(part, _bundle_rows(bundles, codec, k, 0).T, codec, wide)
-    if weights.gated:
-        up = product(part, _bundle_rows(bundles, codec, k, 1).T, codec, wide)
-        h = activate(first, weights.activation) * up
+    gate, up, down = _matrices(weights.bundles, codecs, k)
+    h = product(part, up.T, codecs.up, wide)
+    if gate is not None:
+        h = activate(product(part, gate.T, codecs.up, wide), weights.activation) * h
     else:
-        h = activate(first if weights.up_bias is None else first + weights.up_bias, weights.activation)
+        h = activate(h if weights.up_bias is None else h + weights.up_bias, weights.activation)
     if routed is not None:
         h = h * routed.factors[:, None]
     if usage is not None:
-        usage += h.abs().sum(0)
-    result = product(h, _bundle_rows(bundles, codec, k, 2 if weights.gated else 1), codec, wide)
+        usage += h.abs().sum(0).view(-1, codecs.group).sum(1)
+    result = product(h, down, codecs.up, wide)
     if tokens is None:
         y += result
     else:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashrt_kernels.rows import INT4_GROUP, INT4_SPAN, INT8_GROUP, Codec, align
+from flashrt_kernels.reference.formats import decode_kept
+from flashrt_kernels.rows import INT4_GROUP, INT4_SPAN, INT8_GROUP, KEPT, Codec, align
 
 
 def _numbers(rows: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -29,6 +30,8 @@ def _span_bytes(codes: Tensor) -> Tensor:
 
 def decode(rows: Tensor, codec: Codec, k: int) -> Tensor:
     """Rows uint8 [n, >= row_bytes] → float32 [n, k]."""
+    if codec in KEPT:
+        return decode_kept(rows, codec, k)
     kp, n = align(k, 64), rows.shape[0]
     if codec is Codec.F32:
         return _numbers(rows, 0, 4 * kp, torch.float32)[:, :k]

@@ -7,7 +7,7 @@ import torch
 
 from flashrt_kernels import reference
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
-from flashrt_kernels.rows import Codec
+from flashrt_kernels.rows import DTYPES, Codec
 
 from .helpers import gpu, int32, neurons, normal, rms_ratio, same, shuffled
 
@@ -25,7 +25,7 @@ def expect(x, weights, y, slots, factors=None):
     return result
 
 
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", DTYPES)
 @pytest.mark.parametrize(("k", "n", "tokens"), [(48, 1, 3), (63, 7, 1), (224, 129, 2), (640, 33, 1)])
 def test_it_matches_the_reference(device, codec, k, n, tokens):
     w, x = neurons(1, n + 5, k, codec).to(device), normal(2, tokens, k).to(device)
@@ -132,7 +132,7 @@ def test_wrong_arguments_are_named(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("codec", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16])
 def test_real_sizes(cuda, codec, tokens):
     k, n = 1536, 8960

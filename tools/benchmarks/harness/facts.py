@@ -69,7 +69,7 @@ def pack(path: Path) -> dict[str, Any]:
 
     opened = Pack(path)
     manifest = opened.manifest
-    return {"model": manifest.name, "dtype": manifest.dtype.value, "pack_bytes": opened.layout.nbytes}
+    return {"model": manifest.name, "dtype": manifest.weights, "pack_bytes": opened.layout.nbytes}
 
 
 def _git(root: Path, *arguments: str) -> str:

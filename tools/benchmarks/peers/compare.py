@@ -186,7 +186,7 @@ class Bench:
     def _score(self) -> None:
         """Perplexity of every quantization. The same texts, and as many tokens of them, for all."""
         scored = [system for name, system in self._systems.items() if name in ("llama.cpp", "transformers")]
-        packs = [Flashrt(self._args.flashrt, pack, Pack(pack).manifest.dtype.value) for pack in self._args.packs]
+        packs = [Flashrt(self._args.flashrt, pack, Pack(pack).manifest.weights) for pack in self._args.packs]
         score = Score(TEXTS, SCORE_TOKENS, SCORE_WINDOW, self._threads)
         counts = set()
         for system in [*scored, *packs]:
