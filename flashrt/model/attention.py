@@ -45,7 +45,7 @@ class AttentionBlocks:
         for (rope, dim), i in self._rope_index.items():
             angles = batch.positions[:, None].astype(np.float64) * self._frequencies[i]
             for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
-                out = self.work.view(name, count, dim // 2)
+                out = self.work.view(name, count, rope.width(dim) // 2)
                 self.work.device.put((values * rope.attention_factor).astype(np.float32), out)
         self._parts = []
         for own, part in batch.parts:
@@ -70,15 +70,19 @@ class AttentionBlocks:
         out = self.work.view("attended", count, heads * dim)
         split = qkv.reshape(count, -1, dim)
         query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
-        if attention.qk_norm:
+        if attention.qk_norm_whole:
+            self._norm(qkv[:, : heads * dim], f"{i}.q_norm")
+            self._norm(qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
+        elif attention.qk_norm:
             self._norm_heads(query, f"{i}.q_norm")
             self._norm_heads(key, f"{i}.k_norm")
         if self._observe is not None:
             self._observe(i, query, key)
         if attention.rope is not None:
             index = self._rope_index[attention.rope, dim]
-            cos, sin = (self.work.view(f"{name}{index}", count, dim // 2) for name in ("cos", "sin"))
-            self.ops.rope(split[:, : heads + kv_heads], cos, sin)
+            width = attention.rope.width(dim)
+            cos, sin = (self.work.view(f"{name}{index}", count, width // 2) for name in ("cos", "sin"))
+            self.ops.rope(split[:, : heads + kv_heads, :width], cos, sin)
         group = heads // kv_heads
         for own, kv, rows in self._parts:
             store = kv.stores[i]
@@ -95,13 +99,15 @@ class AttentionBlocks:
         work, attention = self.work, self.work.spec.layers[i].attention
         y = work.view("y", len(attended), work.spec.hidden)
         work.linear(f"{i}.out", attended, y, wide, f"{i}.out.bias" if attention.out_bias else None)
-        if work.spec.post_norms:
-            work.norm(f"{i}.norm.attention_post", y, y)
+        work.block_output(i, "attention", y)
         return y
+
+    def _norm(self, rows: Tensor, name: str) -> None:
+        """Normalise [T, n] in place."""
+        self.ops.rms_norm(rows, self.work.weights.vector(name), self.work.spec.norm_eps, rows)
 
     def _norm_heads(self, heads: Tensor, name: str) -> None:
         """Normalise [T, heads, head_dim] in place, in as few calls as its strides allow."""
         tokens, count = heads.shape[:2]
-        weight, eps = self.work.weights.vector(name), self.work.spec.norm_eps
         for matrix in (heads[t] for t in range(tokens)) if tokens <= count else (heads[:, h] for h in range(count)):
-            self.ops.rms_norm(matrix, weight, eps, matrix)
+            self._norm(matrix, name)
