@@ -139,7 +139,7 @@ def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
     layers = []
     for i, layer in enumerate(spec.layers):
         attention = layer.attention
-        qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in "qkv")
+        qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in ("q", "k", "v", "qkv"))
         out = attention.out_bias or has(f"blk.{i}.attn_output.bias")
         layers.append(replace(layer, attention=replace(attention, qkv_bias=qkv, out_bias=out)))
     return replace(spec, layers=tuple(layers))

@@ -13,7 +13,8 @@ from flashrt.arch.names import GGUF_FUSED, GGUF_NAMES, HF_DECODER, HF_FUSED, HF_
 from flashrt.spec import Layer, ModelSpec
 
 NAMES = replace(HF_DECODER, layer={**HF_LAYER, "qkv": ("self_attn.qkv_proj.weight",)}, dense=(HF_FUSED,))
-GGUF = replace(GGUF_NAMES, layer={**GGUF_NAMES.layer, "qkv": ("attn_qkv.weight",)}, dense=(GGUF_FUSED,))
+_GGUF_QKV = {"qkv": ("attn_qkv.weight",), "qkv.bias": ("attn_qkv.bias",)}
+GGUF = replace(GGUF_NAMES, layer={**GGUF_NAMES.layer, **_GGUF_QKV}, dense=(GGUF_FUSED,))
 
 
 def spec(config: Config) -> ModelSpec:
