@@ -48,6 +48,8 @@ class Attention:
     qk_norm: bool = False
     qk_norm_whole: bool = False  # norms of queries and keys take all heads together, not each
     softcap: float = 0.0  # scores are bounded to this by tanh; 0: not bounded
+    temperature: float = 0.0  # scores of a query at position p are multiplied by 1 + this * log(1 + p // span)
+    temperature_span: int = 0
 
     @property
     def qkv_rows(self) -> int:
@@ -117,6 +119,8 @@ class ModelSpec:
                 return f"heads of {attention.head_dim} numbers are wider than the {WIDEST_HEAD} that kernels take"
             if attention.softcap < 0 or self.logit_softcap < 0:
                 return "a negative soft cap"
+            if attention.temperature < 0 or (attention.temperature and attention.temperature_span < 1):
+                return "an attention temperature without a span"
             if width > LONGEST_ROW:
                 return (
                     f"{attention.heads} heads of {attention.head_dim} are more than the {LONGEST_ROW} that kernels take"
@@ -259,7 +263,7 @@ class ModelSpec:
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
     ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
-    Attention: ("qk_norm_whole", "softcap"),
+    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span"),
 }
 
 

@@ -164,6 +164,40 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_COMMON, "head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0,
          "partial_rotary_factor": 0.6}},
     ),
+    "ministral": (
+        "MinistralConfig",
+        "MinistralForCausalLM",
+        {**_LLAMA, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            **_LLAMA,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 11,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.7,
+            },
+        },
+    ),
+    "cohere": (
+        "CohereConfig",
+        "CohereForCausalLM",
+        {**_COMMON, "logit_scale": 0.3, "tie_word_embeddings": True} | _rope("default"),
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {**_COMMON, "num_hidden_layers": 5, "logit_scale": 0.3, "sliding_window": 6, "tie_word_embeddings": True}
+        | _rope("default"),
+    ),
     "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {**_COMMON, "head_dim": 20}),
     "opt": (
         "OPTConfig",
@@ -219,6 +253,9 @@ GGUF_FAMILIES = (
     "smollm3",
     "glm4",
     "seed_oss",
+    "ministral3",
+    "cohere",
+    "cohere2",
 )
 # Fields that GGUF does not hold, as llama.cpp takes them.
 GGUF_FIELDS: dict[str, dict[str, Any]] = {
@@ -329,8 +366,8 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-_GGUF_ARCH = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}  # where it is not the family's name
-_PERMUTED = ("llama", "mixtral", "granite", "smollm3")
+_GGUF_ARCH = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "ministral3": "mistral3", "cohere": "command-r"}  # where it is not the family's name
+_PERMUTED = ("llama", "mixtral", "granite", "smollm3", "ministral3")
 _GGUF_LEAVES = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -411,8 +448,9 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head_dim = getattr(config, "head_dim", None)
+    if arch not in ("command-r", "cohere2"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) if arch != "cohere2" else None
     if head_dim:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
@@ -483,6 +521,26 @@ def _write_glm4_metadata(writer: Any, config: Any) -> None:
     writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
 
 
+def _write_ministral3_metadata(writer: Any, config: Any) -> None:
+    rope = config.rope_parameters
+    writer.add_rope_scaling_type(gguf_type("YARN"))
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _write_cohere_metadata(writer: Any, config: Any) -> None:
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_rope_scaling_type(gguf_type("NONE"))
+    if hasattr(config, "sliding_window"):
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+
+
 def gguf_type(name: str) -> Any:
     import gguf
 
@@ -494,6 +552,9 @@ _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "phi3": _write_phi3_metadata,
     "granite": _write_granite_metadata,
     "glm4": _write_glm4_metadata,
+    "mistral3": _write_ministral3_metadata,
+    "command-r": _write_cohere_metadata,
+    "cohere2": _write_cohere_metadata,
 }
 
 

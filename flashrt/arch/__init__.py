@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashrt.arch import (
+    cohere,
     gemma2,
     gemma3,
     glm4,
     granite,
     llama,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
@@ -83,6 +85,10 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("granite", granite.spec, granite.NAMES, GGUF_PERMUTED),
     "smollm3": Family("smollm3", smollm3.spec, smollm3.NAMES, GGUF_PERMUTED),
     "glm4": Family("glm4", glm4.spec, glm4.NAMES, glm4.GGUF),
+    "ministral": Family("ministral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),
+    "ministral3": Family("ministral3", ministral3.spec, ministral3.NAMES, GGUF_PERMUTED),
+    "cohere": Family("cohere", cohere.spec, cohere.NAMES, GGUF_PERMUTED),
+    "cohere2": Family("cohere2", cohere.spec2, cohere.NAMES, GGUF_PERMUTED),
     "seed_oss": Family("seed_oss", seed_oss.spec, seed_oss.NAMES, seed_oss.GGUF),
 }
 """model_type of a Hugging Face config → family."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashrt.arch import gemma2, gemma3, granite, phi3, qwen3_moe
+from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, phi3, qwen3_moe
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
@@ -53,6 +53,9 @@ _ARCHITECTURES = {
     "smollm3": _Architecture("smollm3"),
     "glm4": _Architecture("glm4", partial=True),
     "seed_oss": _Architecture("seed_oss"),
+    "mistral3": _Architecture("ministral3", ministral3.gguf, ministral3.GGUF_KEYS),
+    "command-r": _Architecture("cohere", cohere.gguf, frozenset({"logit_scale"})),
+    "cohere2": _Architecture("cohere2", cohere.gguf, frozenset({"logit_scale"})),
 }
 _FIELDS = {
     "max_position_embeddings": "context_length",
@@ -130,6 +133,9 @@ def gguf_config(
         "eos_token_id": _eos(values.below("tokenizer.ggml.")),
     }
     rotary = _check_heads(config, fields, own.partial)
+    for key, neutral in _NEUTRAL_ROPE.items():
+        if key not in own.keys and (found := fields.number(key, neutral)) != neutral:
+            raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")
     config["rope_parameters"] = _rope(config, fields, rope_factors, rotary)
     return config | own.read(config, fields)
 
@@ -199,9 +205,6 @@ def _rope(
         raise UnsupportedModelError(
             f"GGUF with rope scaling {kind!r} is not supported; known: none, linear, yarn, longrope"
         )
-    for key, neutral in _NEUTRAL_ROPE.items():
-        if (found := fields.number(key, neutral)) != neutral:
-            raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")
     for name, values in factors.items():
         if (kind == "longrope") != (name in LONGROPE_FACTORS) or (kind != "none" and name == ROPE_FREQS):
             raise UnsupportedModelError(f"GGUF with {name} and rope scaling {kind!r} is not supported")

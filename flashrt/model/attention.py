@@ -27,6 +27,9 @@ class AttentionBlocks:
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         planned = work.weights.plan.context
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
+        attentions = (layer.attention for layer in work.spec.layers)
+        self._temperatures = {(a.temperature, a.temperature_span) for a in attentions if a.temperature}
+        self._scales: dict[tuple[float, int], Tensor] = {}  # of the queries of a pass, where they are not all one
         self._parts: list[tuple[slice, KvCache, KvRows]] = []
         self._observe: HeadObserver | None = None
 
@@ -47,6 +50,10 @@ class AttentionBlocks:
             for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
                 out = self.work.view(name, count, rope.width(dim) // 2)
                 self.work.device.put((values * rope.attention_factor).astype(np.float32), out)
+        self._scales = {}
+        for by, span in self._temperatures:
+            if (steps := batch.positions // span).any():
+                self._scales[by, span] = make((1 + by * np.log1p(steps)).astype(np.float32)[:, None, None])
         self._parts = []
         for own, part in batch.parts:
             parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
@@ -83,6 +90,8 @@ class AttentionBlocks:
             width = attention.rope.width(dim)
             cos, sin = (self.work.view(f"{name}{index}", count, width // 2) for name in ("cos", "sin"))
             self.ops.rope(split[:, : heads + kv_heads, :width], cos, sin)
+        if (scales := self._scales.get((attention.temperature, attention.temperature_span))) is not None:
+            query *= scales
         group = heads // kv_heads
         for own, kv, rows in self._parts:
             store = kv.stores[i]

@@ -82,6 +82,8 @@ class PlainModel:
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
         seen = (distance >= 0) & (distance < (a.window or len(x)))
+        if a.temperature:
+            q = q * (1 + a.temperature * torch.log1p(torch.arange(len(x)) // a.temperature_span))[:, None]
         scores = q @ k.transpose(1, 2) * a.scale
         scores = (scores / a.softcap).tanh() * a.softcap if a.softcap else scores
         joined = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)

@@ -24,6 +24,8 @@ _GEMMA_NORMS = {
 _OTHER_NORMS = {
     "gemma2": _GEMMA_NORMS,
     "gemma3": _GEMMA_NORMS,
+    "cohere": {"norm.attention": "input_layernorm"},
+    "cohere2": {"norm.attention": "input_layernorm"},
     "olmo2": {"norm.attention_post": "post_attention_layernorm", "norm.ffn_post": "post_feedforward_layernorm"},
     "glm4": {
         **_NORMS,
@@ -63,7 +65,8 @@ def expected_tensors(family: str, model: Any) -> dict[str, np.ndarray]:
         fused = hasattr(attention, "qkv_proj")
         projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
         out = attention.out_proj if family == "opt" else attention.o_proj
-        rotary = round(0.6 * attention.head_dim) if family == "glm4" else 0
+        share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0}.get(family, 0.0)
+        rotary = round(share * attention.head_dim)
         result |= {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
         if projections[0].bias is not None:
             result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
