@@ -137,6 +137,19 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_COMMON, "attention_bias": True}),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            **_COMMON,
+            "num_hidden_layers": 5,
+            "sliding_window": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
     "granite": (
         "GraniteConfig",
         "GraniteForCausalLM",
@@ -161,8 +174,11 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm4": (
         "Glm4Config",
         "Glm4ForCausalLM",
-        {**_COMMON, "head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0,
-         "partial_rotary_factor": 0.6}},
+        {
+            **_COMMON,
+            "head_dim": 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.6},
+        },
     ),
     "ministral": (
         "MinistralConfig",
@@ -249,6 +265,7 @@ GGUF_FAMILIES = (
     "phi3",
     "phi3-longrope",
     "olmo2",
+    "olmo3",
     "granite",
     "smollm3",
     "glm4",
@@ -366,7 +383,13 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-_GGUF_ARCH = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "ministral3": "mistral3", "cohere": "command-r"}  # where it is not the family's name
+_GGUF_ARCH = {
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "ministral3": "mistral3",
+    "olmo3": "olmo2",
+    "cohere": "command-r",
+}  # where it is not the family's name
 _PERMUTED = ("llama", "mixtral", "granite", "smollm3", "ministral3")
 _GGUF_LEAVES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -394,6 +417,7 @@ _OTHER_LEAVES = {
     "gemma2": _SANDWICH,
     "gemma3": _SANDWICH,
     "olmo2": _SANDWICH,
+    "olmo3": _SANDWICH,
     "seed_oss": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
     "glm4": {
         "post_self_attn_layernorm.weight": "post_attention_norm.weight",
@@ -454,7 +478,7 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     if head_dim:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if arch == "gemma3":
+    if family in ("gemma3", "olmo3"):
         _write_gemma_metadata(writer, config)
     elif arch != "gemma2":
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
@@ -482,14 +506,14 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
 def _write_gemma_metadata(writer: Any, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
     writer.add_array(
-        "gemma3.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in config.layer_types]
+        f"{writer.arch}.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in config.layer_types]
     )
     full, sliding = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
     writer.add_rope_freq_base(full["rope_theta"])
-    writer.add_float32("gemma3.rope.freq_base_swa", sliding["rope_theta"])
+    writer.add_float32(f"{writer.arch}.rope.freq_base_swa", sliding["rope_theta"])
     if full["rope_type"] == "linear":
-        writer.add_string("gemma3.rope.scaling.type", "linear")
-        writer.add_float32("gemma3.rope.scaling.factor", full["factor"])
+        writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
+        writer.add_float32(f"{writer.arch}.rope.scaling.factor", full["factor"])
 
 
 def _write_gemma2_metadata(writer: Any, config: Any) -> None:

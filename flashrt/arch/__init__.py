@@ -82,6 +82,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("opt", opt.spec, opt.NAMES),
     "phi3": Family("phi3", phi3.spec, phi3.NAMES, phi3.GGUF),
     "olmo2": Family("olmo2", olmo2.spec, olmo2.NAMES),
+    "olmo3": Family("olmo3", olmo2.spec3, olmo2.NAMES),
     "granite": Family("granite", granite.spec, granite.NAMES, GGUF_PERMUTED),
     "smollm3": Family("smollm3", smollm3.spec, smollm3.NAMES, GGUF_PERMUTED),
     "glm4": Family("glm4", glm4.spec, glm4.NAMES, glm4.GGUF),

@@ -12,7 +12,9 @@ from flashrt.arch.gemma3 import NAMES, embed_scale
 from flashrt.arch.metadata import Metadata
 from flashrt.spec import Ffn, Layer, ModelSpec
 
-__all__ = ["NAMES", "spec"]
+__all__ = ["GGUF_KEYS", "NAMES", "gguf", "spec"]
+
+GGUF_KEYS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 # What transformers' Gemma2Config takes for what a config leaves out.
 _DEFAULTS = {

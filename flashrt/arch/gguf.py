@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, phi3, qwen3_moe
+from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, olmo2, phi3, qwen3_moe
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
 from flashrt.spec import ModelSpec
 
+_PATTERN = "attention.sliding_window_pattern"
 
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """What llama.cpp calls a family. `read` gives the fields that only it has, `keys` are those of _REFUSED it reads."""
+    """One of llama.cpp's: the family that it is.
+
+    read: gives the fields of a config that not every family has; keys: those that this takes, of those refused else
+    """
 
     model_type: str
     read: Callable[[Mapping[str, Any], Metadata], dict[str, Any]] = lambda config, fields: {}
-    keys: frozenset[str] = frozenset()
+    keys: Collection[str] = ()
     partial: bool = False  # a part of each head may be rotated
 
 
@@ -37,25 +41,23 @@ def _mistral(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     return {"sliding_window": fields.integer("attention.sliding_window")}
 
 
-_SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
-_CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 _ARCHITECTURES = {
     "llama": _Architecture("llama", _llama),
     "mistral": _Architecture("mistral", _mistral),
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),
     "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
-    "gemma2": _Architecture("gemma2", gemma2.gguf, _CAPS),
-    "gemma3": _Architecture("gemma3_text", gemma3.gguf),
+    "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),
+    "gemma3": _Architecture("gemma3_text", gemma3.gguf, (_PATTERN,)),
     "phi3": _Architecture("phi3", phi3.gguf, partial=True),
-    "olmo2": _Architecture("olmo2"),
-    "granite": _Architecture("granite", granite.gguf, _SCALES),
+    "olmo2": _Architecture("olmo2", olmo2.gguf, (_PATTERN,)),
+    "granite": _Architecture("granite", granite.gguf, granite.GGUF_KEYS),
     "smollm3": _Architecture("smollm3"),
     "glm4": _Architecture("glm4", partial=True),
     "seed_oss": _Architecture("seed_oss"),
     "mistral3": _Architecture("ministral3", ministral3.gguf, ministral3.GGUF_KEYS),
-    "command-r": _Architecture("cohere", cohere.gguf, frozenset({"logit_scale"})),
-    "cohere2": _Architecture("cohere2", cohere.gguf, frozenset({"logit_scale"})),
+    "command-r": _Architecture("cohere", cohere.gguf, ("logit_scale",)),
+    "cohere2": _Architecture("cohere2", cohere.gguf, ("logit_scale",)),
 }
 _FIELDS = {
     "max_position_embeddings": "context_length",
@@ -68,7 +70,7 @@ _LAYER_FIELDS = {  # may be given for each layer
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
 }
-# Fields that would change results and that no family here reads.
+# Fields that would change results, and that few families or none read.
 _REFUSED = (
     "attention.alibi_bias_max",
     "attention.clamp_kqv",
@@ -81,7 +83,10 @@ _REFUSED = (
     "residual_scale",
     "embedding_scale",
     "attention.scale",
+    "attention.output_scale",
+    _PATTERN,
     "attention.temperature_scale",
+    "attention.temperature_length",
     "deepstack_mapping",
     "expert_shared_feed_forward_length",
     "rope.dimension_sections",

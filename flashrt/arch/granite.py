@@ -12,6 +12,7 @@ from flashrt.arch.names import HF_DECODER
 from flashrt.spec import Layer, ModelSpec
 
 NAMES = HF_DECODER
+GGUF_KEYS = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
 
 
 def spec(config: Config) -> ModelSpec:

@@ -18,7 +18,7 @@ NAMES = replace(
     prefixes=("model.", "model.language_model.", "language_model.model.", ""),
     head=("lm_head.weight", "language_model.lm_head.weight"),
 )
-GGUF_KEYS = frozenset({"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"})
+GGUF_KEYS = ("attention.temperature_scale", "rope.scaling.yarn_log_multiplier")
 
 # What transformers' Ministral3Config takes where a config has no rope parameters.
 _ROPE = {

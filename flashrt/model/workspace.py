@@ -75,7 +75,7 @@ class Workspace:
             self.ops.layer_norm(x, weight, bias, self.spec.norm_eps, out)
 
     def block_input(self, i: int, block: str, x: Tensor, out: Tensor) -> Tensor:
-        """What `block` ('attention' or 'ffn') of layer `i` is given of x, float32 [T, hidden]: normed into `out`, or x."""
+        """What `block` ('attention' or 'ffn') of layer `i` is given of x, float32 [T, hidden]: x, or `out` normed."""
         name = self.spec.input_norm(i, block)
         if name is None:
             return x

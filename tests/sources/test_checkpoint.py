@@ -27,6 +27,7 @@ _OTHER_NORMS = {
     "cohere": {"norm.attention": "input_layernorm"},
     "cohere2": {"norm.attention": "input_layernorm"},
     "olmo2": {"norm.attention_post": "post_attention_layernorm", "norm.ffn_post": "post_feedforward_layernorm"},
+    "olmo3": {"norm.attention_post": "post_attention_layernorm", "norm.ffn_post": "post_feedforward_layernorm"},
     "glm4": {
         **_NORMS,
         "norm.attention_post": "post_self_attn_layernorm",
