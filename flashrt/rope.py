@@ -21,7 +21,7 @@ MAX_ASKED_FACTOR = 1024.0
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding over the whole head, halves rotated against each other (the NeoX layout).
+    """Rotary position embedding, halves rotated against each other (the NeoX layout).
 
     kind: 'default', 'linear' (positions / factor), 'dynamic' (NTK-aware theta), 'llama3' (Llama 3.1's piecewise
     scaling), 'yarn' (arXiv:2309.00071) or 'longrope' (arXiv:2402.13753). Unused fields keep their defaults.
@@ -42,6 +42,11 @@ class Rope:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
     short_factors: tuple[float, ...] = ()  # longrope: divide the head_dim / 2 frequencies up to the original context
     long_factors: tuple[float, ...] = ()  # longrope: beyond it
+    dims: int = 0  # numbers of a head that are rotated, the first ones; 0: all
+
+    def width(self, head_dim: int) -> int:
+        """Numbers of a head of `head_dim` that are rotated."""
+        return self.dims or head_dim
 
     @property
     def reach(self) -> int:
@@ -55,15 +60,16 @@ class Rope:
         return int(self.kind == "longrope" and context > self.original_context)
 
     def inverse_frequencies(self, head_dim: int, context: int = 0) -> list[float]:
-        """The head_dim / 2 angular frequencies, radians per position, of a sequence planned for `context` tokens."""
-        theta = self._dynamic_theta(head_dim, context) if self.kind == "dynamic" else self.theta
-        plain = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+        """The width / 2 angular frequencies, radians per position, of a sequence planned for `context` tokens."""
+        width = self.width(head_dim)
+        theta = self._dynamic_theta(width, context) if self.kind == "dynamic" else self.theta
+        plain = [theta ** (-2.0 * i / width) for i in range(width // 2)]
         if self.kind == "linear":
             return [f / self.factor for f in plain]
         if self.kind == "llama3":
             return [self._llama3(f) for f in plain]
         if self.kind == "yarn":
-            return self._yarn(plain, head_dim)
+            return self._yarn(plain, width)
         if self.kind == "longrope":
             factors = self.long_factors if context > self.original_context else self.short_factors
             return [f / by for f, by in zip(plain, factors, strict=True)]
@@ -71,13 +77,14 @@ class Rope:
 
     def problem(self, head_dim: int, context: int) -> str | None:
         """Why heads of `head_dim` numbers cannot be rotated so for up to `context` tokens; None when they can."""
-        if self.kind not in ROPE_KINDS or head_dim % 2:
-            return f"cannot rotate heads of {head_dim} numbers by rope {self.kind!r}"
+        width = self.width(head_dim)
+        if self.kind not in ROPE_KINDS or type(width) is not int or width % 2 or not 0 < width <= head_dim:
+            return f"cannot rotate {width} of the {head_dim} numbers of a head by rope {self.kind!r}"
         if self.kind == "longrope":
             for name in ("short_factors", "long_factors"):
                 factors = getattr(self, name)
-                if len(factors) != head_dim // 2:
-                    return f"longrope has {len(factors)} {name}, expected {head_dim // 2}: half a head"
+                if len(factors) != width // 2:
+                    return f"longrope has {len(factors)} {name}, expected {width // 2}: half of what is rotated"
                 if not all(type(by) in (int, float) and math.isfinite(by) and by > 0 for by in factors):
                     return f"longrope has {name} that are not positive numbers"
         try:
@@ -88,8 +95,8 @@ class Rope:
         return None if finite else f"{self} gives no frequencies"
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; lists of factors are left out where there are none."""
-        return {name: value for name, value in asdict(self).items() if value != ()}
+        """A JSON object; lists of factors, and `dims`, are left out where they say nothing."""
+        return {name: value for name, value in asdict(self).items() if value != () and (name, value) != ("dims", 0)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Rope:
@@ -97,9 +104,9 @@ class Rope:
         factors = {name: tuple(value) for name, value in data.items() if name in ("short_factors", "long_factors")}
         return cls(**{**data, **factors})
 
-    def _dynamic_theta(self, head_dim: int, context: int) -> float:
+    def _dynamic_theta(self, width: int, context: int) -> float:
         ratio = max(context, self.original_context) / self.original_context
-        return self.theta * (self.factor * ratio - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+        return self.theta * (self.factor * ratio - (self.factor - 1)) ** (width / (width - 2))
 
     def _llama3(self, frequency: float) -> float:
         turns = self.original_context * frequency / (2 * math.pi)
@@ -110,18 +117,18 @@ class Rope:
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         return (1 - smooth) * frequency / self.factor + smooth * frequency
 
-    def _yarn(self, plain: list[float], head_dim: int) -> list[float]:
+    def _yarn(self, plain: list[float], width: int) -> list[float]:
         def dimension(turns: float) -> float:
-            return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+            return width * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        width = max(high - low, 0.001)
+        low, high = max(low, 0), min(high, width - 1)
+        span = max(high - low, 0.001)
         result = []
         for i, frequency in enumerate(plain):
-            interpolated = min(max((i - low) / width, 0.0), 1.0)
+            interpolated = min(max((i - low) / span, 0.0), 1.0)
             result.append(interpolated * frequency / self.factor + (1 - interpolated) * frequency)
         return result
 

@@ -6,8 +6,8 @@ family. `{i}` is the layer:
     vectors   (float32, always resident)
         norm.final  norm.final.bias
         {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
-        {i}.norm.attention_post  {i}.norm.ffn_post                      sandwich norms (Gemma)
-        {i}.q_norm  {i}.k_norm                                           [head_dim]
+        {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
+        {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
         {i}.qkv.bias  {i}.out.bias  {i}.up.bias  {i}.down.bias
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
@@ -23,7 +23,7 @@ RMSNorm weights are stored as the factor that is multiplied (Gemma's `1 + w` is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from flashrt.errors import UsageError
@@ -46,6 +46,10 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False  # norms of queries and keys take all heads together, not each
+    softcap: float = 0.0  # scores are bounded to this by tanh; 0: not bounded
+    temperature: float = 0.0  # scores of a query at position p are multiplied by 1 + this * log(1 + p // span)
+    temperature_span: int = 0
 
     @property
     def qkv_rows(self) -> int:
@@ -82,7 +86,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only transformer, pre-norm, with everything the engine needs to run it."""
+    """A decoder-only transformer, with everything the engine needs to run it."""
 
     family: str
     vocab: int
@@ -91,8 +95,14 @@ class ModelSpec:
     context: int  # the longest sequence the model supports
     norm: str = "rms"  # or 'layer'
     norm_eps: float = 1e-6
-    post_norms: bool = False
+    norm_bias: bool = True  # layer norms add one
+    pre_norms: bool = True  # of what blocks are given
+    post_norms: bool = False  # of what blocks give
+    parallel: bool = False  # the feed-forward block is given what the attention block is, by the same norm
+    residual_scale: float = 1.0  # of what blocks give, once normed
     embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # scaled logits are bounded to this by tanh; 0: not bounded
     tied: bool = False
     positions: int = 0  # rows of the learned position table
     position_offset: int = 0  # row of the table that position 0 uses
@@ -107,6 +117,10 @@ class ModelSpec:
             width = attention.heads * attention.head_dim
             if attention.head_dim > WIDEST_HEAD:
                 return f"heads of {attention.head_dim} numbers are wider than the {WIDEST_HEAD} that kernels take"
+            if attention.softcap < 0 or self.logit_softcap < 0:
+                return "a negative soft cap"
+            if attention.temperature < 0 or (attention.temperature and attention.temperature_span < 1):
+                return "an attention temperature without a span"
             if width > LONGEST_ROW:
                 return (
                     f"{attention.heads} heads of {attention.head_dim} are more than the {LONGEST_ROW} that kernels take"
@@ -141,7 +155,7 @@ class ModelSpec:
         if context > MAX_CONTEXT:
             raise UsageError(f"--rope-scaling {scaling} of {trained} tokens gives more than {MAX_CONTEXT}: lower it")
         layers = tuple(
-            replace(layer, attention=replace(a, rope=scaling.rope(a.rope.theta, trained)))
+            replace(layer, attention=replace(a, rope=replace(scaling.rope(a.rope.theta, trained), dims=a.rope.dims)))
             if (a := layer.attention).rope in ropes
             else layer
             for layer in self.layers
@@ -153,16 +167,18 @@ class ModelSpec:
 
     def vectors(self) -> dict[str, int]:
         """Logical name → length of every vector, in the order in which they are stored."""
-        norms = ("", ".bias") if self.norm == "layer" else ("",)
+        norms = ("", ".bias") if self.norm == "layer" and self.norm_bias else ("",)
         result = {f"norm.final{suffix}": self.hidden for suffix in norms}
         for i, layer in enumerate(self.layers):
             attention, ffn = layer.attention, layer.ffn
             for name in ("attention", "ffn"):
-                result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
+                if self.input_norm(i, name) == f"{i}.norm.{name}":
+                    result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
                 if self.post_norms:
-                    result[f"{i}.norm.{name}_post"] = self.hidden
+                    result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
             if attention.qk_norm:
-                result |= {f"{i}.q_norm": attention.head_dim, f"{i}.k_norm": attention.head_dim}
+                queries, keys = (attention.heads, attention.kv_heads) if attention.qk_norm_whole else (1, 1)
+                result |= {f"{i}.q_norm": queries * attention.head_dim, f"{i}.k_norm": keys * attention.head_dim}
             if attention.qkv_bias:
                 result[f"{i}.qkv.bias"] = attention.qkv_rows
             if attention.out_bias:
@@ -170,6 +186,12 @@ class ModelSpec:
             if ffn.bias:
                 result |= {f"{i}.up.bias": ffn.neurons, f"{i}.down.bias": self.hidden}
         return result
+
+    def input_norm(self, i: int, block: str) -> str | None:
+        """Logical name of the norm of what `block` ('attention' or 'ffn') of layer `i` is given; None without one."""
+        if not self.pre_norms:
+            return None
+        return f"{i}.norm.attention" if self.parallel else f"{i}.norm.{block}"
 
     def shared_matrices(self) -> dict[str, tuple[int, int]]:
         """Logical name → (rows, columns) of the matrices that belong to no layer."""
@@ -211,10 +233,11 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; equal layers are written once, with a count."""
-        data = asdict(self)
+        data = _without_additions(self)
         runs: list[dict[str, Any]] = []
         for layer, own in zip(data["layers"], self.layers, strict=True):
             rope = own.attention.rope
+            layer["attention"] = _without_additions(own.attention)
             layer["attention"]["rope"] = None if rope is None else rope.to_json()
             if runs and runs[-1]["layer"] == layer:
                 runs[-1]["count"] += 1
@@ -227,9 +250,9 @@ class ModelSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelSpec:
         """The inverse of `to_json`. Raises TypeError, KeyError or ValueError when fields are missing or unknown."""
-        fields = dict(data)
+        values = dict(data)
         layers: list[Layer] = []
-        for run in fields["layers"]:
+        for run in values["layers"]:
             attention, ffn = dict(run["layer"]["attention"]), dict(run["layer"]["ffn"])
             if attention["rope"] is not None:
                 attention["rope"] = Rope.from_json(attention["rope"])
@@ -237,9 +260,23 @@ class ModelSpec:
             if not isinstance(count, int) or not 0 < count <= MAX_LAYERS - len(layers):
                 raise ValueError(f"a run of {count!r} layers after {len(layers)}, expected at most {MAX_LAYERS} in all")
             layers += [Layer(Attention(**attention), Ffn(**ffn))] * count
-        fields["layers"] = tuple(layers)
-        fields["eos"] = tuple(fields["eos"])
-        return cls(**fields)
+        values["layers"] = tuple(layers)
+        values["eos"] = tuple(values["eos"])
+        return cls(**values)
+
+
+# Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
+_ADDITIONS = {
+    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
+    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span"),
+}
+
+
+def _without_additions(part: ModelSpec | Attention) -> dict[str, Any]:
+    """The fields of a part of a spec, without those of _ADDITIONS that hold their defaults."""
+    defaults = {item.name: item.default for item in fields(part)}
+    added = _ADDITIONS[type(part)]
+    return {name: value for name, value in asdict(part).items() if name not in added or value != defaults[name]}
 
 
 def full_ropes(layers: Iterable[Layer]) -> set[Rope]:

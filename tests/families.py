@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,124 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            **_COMMON,
+            "num_key_value_heads": 3,
+            "head_dim": 20,
+            "query_pre_attn_scalar": 15,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 2.5,
+            "final_logit_softcapping": 3.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            **_COMMON,
+            "hidden_size": 84,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.72},
+        },
+    ),
+    "phi3-longrope": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            **_COMMON,
+            "sliding_window": 9,
+            "original_max_position_embeddings": 100,  # beyond what tests plan for: transformers changes at this length
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 1.0,
+                "short_factor": [1.0 + 0.3 * i for i in range(6)],
+                "long_factor": [1.2 + 0.9 * i for i in range(6)],
+            },
+        },
+    ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_COMMON, "attention_bias": True}),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            **_COMMON,
+            "num_hidden_layers": 5,
+            "sliding_window": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            **_COMMON,
+            "embedding_multiplier": 3.5,
+            "residual_multiplier": 0.37,
+            "attention_multiplier": 0.21,
+            "logits_scaling": 1.9,
+        },
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {**_COMMON, "num_hidden_layers": 5, "tie_word_embeddings": True} | _rope("default"),
+    ),
+    "smollm3-window": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {**_COMMON, "use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [1, 0, 1]},
+    ),
+    "glm4": (
+        "Glm4Config",
+        "Glm4ForCausalLM",
+        {
+            **_COMMON,
+            "head_dim": 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.6},
+        },
+    ),
+    "ministral": (
+        "MinistralConfig",
+        "MinistralForCausalLM",
+        {**_LLAMA, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            **_LLAMA,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 11,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.7,
+            },
+        },
+    ),
+    "cohere": (
+        "CohereConfig",
+        "CohereForCausalLM",
+        {**_COMMON, "logit_scale": 0.3, "tie_word_embeddings": True} | _rope("default"),
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {**_COMMON, "num_hidden_layers": 5, "logit_scale": 0.3, "sliding_window": 6, "tie_word_embeddings": True}
+        | _rope("default"),
+    ),
+    "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {**_COMMON, "head_dim": 20}),
     "opt": (
         "OPTConfig",
         "OPTForCausalLM",
@@ -133,7 +252,34 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 FAMILIES = tuple(_VARIANTS)
-GGUF_FAMILIES = ("llama", "llama-bias", "llama-llama3", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
+GGUF_FAMILIES = (
+    "llama",
+    "llama-bias",
+    "llama-llama3",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3_moe",
+    "phi3",
+    "phi3-longrope",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "smollm3",
+    "glm4",
+    "seed_oss",
+    "ministral3",
+    "cohere",
+    "cohere2",
+)
+# Fields that GGUF does not hold, as llama.cpp takes them.
+GGUF_FIELDS: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 20},
+    "gemma3": {"query_pre_attn_scalar": 20},
+    "qwen3_moe": {"mlp_only_layers": []},
+}
 
 
 def tiny_model(family: str, seed: int = 0, config: Any = None, **overrides: Any) -> Any:
@@ -183,7 +329,7 @@ def tiny_checkpoint(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
-    if family == "gemma3":
+    if family in ("gemma2", "gemma3"):
         # transformers rounds the scale to the type of the weights; the float32 model has to follow the saved one.
         embed = model.model.embed_tokens
         embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
@@ -240,27 +386,46 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-_GGUF_ARCH = {"llama": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+_GGUF_ARCH = {
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "ministral3": "mistral3",
+    "olmo3": "olmo2",
+    "cohere": "command-r",
+}  # where it is not the family's name
+_PERMUTED = ("llama", "mixtral", "granite", "smollm3", "ministral3")
 _GGUF_LEAVES = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate.weight": "ffn_gate_inp.weight",
     "mlp.experts.down_proj": "ffn_down_exps.weight",
 }
-_GEMMA_LEAVES = {
-    **_GGUF_LEAVES,
+_SANDWICH = {
     "post_attention_layernorm.weight": "post_attention_norm.weight",
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+}
+_OTHER_LEAVES = {
+    "gemma2": _SANDWICH,
+    "gemma3": _SANDWICH,
+    "olmo2": _SANDWICH,
+    "olmo3": _SANDWICH,
+    "seed_oss": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
+    "glm4": {
+        "post_self_attn_layernorm.weight": "post_attention_norm.weight",
+        "post_mlp_layernorm.weight": "post_ffw_norm.weight",
+    },
 }
 
 
@@ -290,7 +455,8 @@ def tiny_gguf(
     if change is not None:
         change(model)
     config = model.config
-    arch = _GGUF_ARCH.get(family.partition("-")[0], "gemma3")
+    base = family.partition("-")[0]
+    arch = _GGUF_ARCH.get(base, base)
     writer = gguf.GGUFWriter(path, arch)
     _write_metadata(writer, config, family, arch)
     for key, value in (metadata or {}).items():
@@ -319,15 +485,18 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head_dim = getattr(config, "head_dim", None)
+    if arch not in ("command-r", "cohere2"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) if arch != "cohere2" else None
     if head_dim:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if arch == "gemma3":
+    if family in ("gemma3", "olmo3"):
         _write_gemma_metadata(writer, config)
-    else:
+    elif arch != "gemma2":
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch in _METADATA:
+        _METADATA[arch](writer, config)
     if family == "mixtral":
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -350,19 +519,85 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
 def _write_gemma_metadata(writer: Any, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
     writer.add_array(
-        "gemma3.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in config.layer_types]
+        f"{writer.arch}.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in config.layer_types]
     )
     full, sliding = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
     writer.add_rope_freq_base(full["rope_theta"])
-    writer.add_float32("gemma3.rope.freq_base_swa", sliding["rope_theta"])
+    writer.add_float32(f"{writer.arch}.rope.freq_base_swa", sliding["rope_theta"])
     if full["rope_type"] == "linear":
-        writer.add_string("gemma3.rope.scaling.type", "linear")
-        writer.add_float32("gemma3.rope.scaling.factor", full["factor"])
+        writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
+        writer.add_float32(f"{writer.arch}.rope.scaling.factor", full["factor"])
+
+
+def _write_gemma2_metadata(writer: Any, config: Any) -> None:
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _write_phi3_metadata(writer: Any, config: Any) -> None:
+    rope, head = config.rope_parameters, config.hidden_size // config.num_attention_heads
+    original = config.original_max_position_embeddings
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * head))
+    writer.add_sliding_window(config.sliding_window or 0)
+    if rope["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_type(gguf_type("LONGROPE"))
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+
+
+def _write_granite_metadata(writer: Any, config: Any) -> None:
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def _write_glm4_metadata(writer: Any, config: Any) -> None:
+    writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
+
+
+def _write_ministral3_metadata(writer: Any, config: Any) -> None:
+    rope = config.rope_parameters
+    writer.add_rope_scaling_type(gguf_type("YARN"))
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _write_cohere_metadata(writer: Any, config: Any) -> None:
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_rope_scaling_type(gguf_type("NONE"))
+    if hasattr(config, "sliding_window"):
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+
+
+def gguf_type(name: str) -> Any:
+    import gguf
+
+    return gguf.RopeScalingType[name]
+
+
+_METADATA: dict[str, Callable[[Any, Any], None]] = {
+    "gemma2": _write_gemma2_metadata,
+    "phi3": _write_phi3_metadata,
+    "granite": _write_granite_metadata,
+    "glm4": _write_glm4_metadata,
+    "mistral3": _write_ministral3_metadata,
+    "command-r": _write_cohere_metadata,
+    "cohere2": _write_cohere_metadata,
+}
 
 
 def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
     config, result = model.config, {}
-    leaves = _GEMMA_LEAVES if family == "gemma3" else _GGUF_LEAVES
+    leaves = _GGUF_LEAVES | _OTHER_LEAVES.get(family, {})
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
         if name == "lm_head.weight":
@@ -374,6 +609,10 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
             result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])
         else:
             result[_gguf_name(name, leaves)] = _gguf_values(name, values, config, family)
+    if family == "phi3-longrope":
+        for kind in ("short", "long"):
+            factors = config.rope_parameters[f"{kind}_factor"]
+            result[f"rope_factors_{kind}.weight"] = np.asarray(factors, np.float32)
     if family == "llama-llama3":
         result["rope_freqs.weight"] = _rope_factors(model)
     return result
@@ -393,11 +632,11 @@ def _gguf_name(name: str, leaves: dict[str, str]) -> str:
 
 def _gguf_values(name: str, values: np.ndarray, config: Any, family: str) -> np.ndarray:
     """What llama.cpp's converter changes: Gemma's norms hold 1 + w, Llama's query and key rows are permuted."""
-    if family == "gemma3" and "norm" in name:
+    if family in ("gemma2", "gemma3") and "norm" in name:
         return values + 1
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kind = name.split(".")[-2]
-    if family.startswith(("llama", "mixtral")) and kind in heads:
+    if family.partition("-")[0] in _PERMUTED and kind in heads:
         count = heads[kind]
         paired = values.reshape(count, 2, values.shape[0] // count // 2, *values.shape[1:])
         return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(values.shape))

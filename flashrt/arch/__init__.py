@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from flashrt.arch import gemma3, llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
+from flashrt.arch import (
+    cohere,
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 from flashrt.arch.config import Config
-from flashrt.arch.names import GGUF_NAMES, Has, Names, Part, TensorMap
+from flashrt.arch.names import GGUF_NAMES, GGUF_PERMUTED, Has, Names, Part, TensorMap
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 
@@ -22,7 +40,7 @@ class Family:
     name: str
     spec_of: Callable[[Config], ModelSpec]
     names: Names
-    gguf_permuted: bool = False  # llama.cpp's converter permutes query and key rows of this family
+    gguf: Names = GGUF_NAMES
 
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
         """The spec that a Hugging Face config (or one made from GGUF metadata) describes.
@@ -46,20 +64,33 @@ class Family:
 
     def gguf_tensors(self, spec: ModelSpec, has: Has) -> TensorMap:
         """Tensor names of a GGUF file."""
-        return replace(GGUF_NAMES, permuted=self.gguf_permuted).resolve(spec, has)
+        return self.gguf.resolve(spec, has)
 
 
 _GEMMA3 = Family("gemma3", gemma3.spec, gemma3.NAMES)
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", llama.spec, llama.NAMES, gguf_permuted=True),
-    "mistral": Family("mistral", mistral.spec, mistral.NAMES, gguf_permuted=True),
-    "mixtral": Family("mixtral", mixtral.spec, mixtral.NAMES, gguf_permuted=True),
+    # llama.cpp's converter permutes query and key rows of llama, mistral, mixtral, granite and smollm3.
+    "llama": Family("llama", llama.spec, llama.NAMES, GGUF_PERMUTED),
+    "mistral": Family("mistral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),
+    "mixtral": Family("mixtral", mixtral.spec, mixtral.NAMES, GGUF_PERMUTED),
     "qwen2": Family("qwen2", qwen2.spec, qwen2.NAMES),
     "qwen3": Family("qwen3", qwen3.spec, qwen3.NAMES),
     "qwen3_moe": Family("qwen3_moe", qwen3_moe.spec, qwen3_moe.NAMES),
+    "gemma2": Family("gemma2", gemma2.spec, gemma2.NAMES),
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
     "opt": Family("opt", opt.spec, opt.NAMES),
+    "phi3": Family("phi3", phi3.spec, phi3.NAMES, phi3.GGUF),
+    "olmo2": Family("olmo2", olmo2.spec, olmo2.NAMES),
+    "olmo3": Family("olmo3", olmo2.spec3, olmo2.NAMES),
+    "granite": Family("granite", granite.spec, granite.NAMES, GGUF_PERMUTED),
+    "smollm3": Family("smollm3", smollm3.spec, smollm3.NAMES, GGUF_PERMUTED),
+    "glm4": Family("glm4", glm4.spec, glm4.NAMES, glm4.GGUF),
+    "ministral": Family("ministral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),
+    "ministral3": Family("ministral3", ministral3.spec, ministral3.NAMES, GGUF_PERMUTED),
+    "cohere": Family("cohere", cohere.spec, cohere.NAMES, GGUF_PERMUTED),
+    "cohere2": Family("cohere2", cohere.spec2, cohere.NAMES, GGUF_PERMUTED),
+    "seed_oss": Family("seed_oss", seed_oss.spec, seed_oss.NAMES, seed_oss.GGUF),
 }
 """model_type of a Hugging Face config → family."""
 

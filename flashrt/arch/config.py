@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flashrt.errors import CheckpointError, UnsupportedModelError
@@ -39,6 +40,20 @@ class Config:
 
     def number(self, key: str, default: float | None = None) -> float:
         return _number(self.data.get(key, default) if self.data.get(key) is not None else default, key, self.family)
+
+    def cap(self, key: str, default: float = 0.0) -> float:
+        """A positive bound; 0 where the field is null, or has no default and is absent."""
+        value = self.number(key, 0.0) if key in self.data else default
+        if value < 0 or (value == 0 and self.data.get(key) is not None):
+            raise CheckpointError(f"{self.family} config: {key} is {value}, expected a positive number or null")
+        return value
+
+    def positive(self, key: str, default: float) -> float:
+        """A positive number."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise CheckpointError(f"{self.family} config: {key} is {value}, expected a positive number")
+        return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of numbers."""
@@ -120,6 +135,21 @@ class Config:
         if any(isinstance(item, bool) or not isinstance(item, int) or item < -1 for item in items):
             raise CheckpointError(f"{self.family} config: {key} is {value!r:.80}, expected token ids")
         return tuple(item for item in items if item >= 0)
+
+    def partial_rope(self, head_dim: int, default_share: float = 1.0) -> Rope:
+        """The rotary embedding of a family that may rotate a part of each head."""
+        parameters = dict(self.object("rope_scaling") or self.object("rope_parameters"))
+        share = self.number("partial_rotary_factor", default_share)
+        share = Config({"partial_rotary_factor": parameters.pop("partial_rotary_factor", None)}, self.family).number(
+            "partial_rotary_factor", share
+        )
+        dims = int(head_dim * share) if 0 < share <= 1 else 0
+        if dims < 2 or dims % 2:
+            raise UnsupportedModelError(
+                f"{self.family} with partial_rotary_factor={share} of heads of {head_dim} numbers is not supported"
+            )
+        rope = rope_from(self, parameters, self.number("rope_theta", 10000.0))
+        return rope if dims == head_dim else replace(rope, dims=dims)
 
     def rope(self, default_theta: float = 10000.0) -> Rope:
         """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""

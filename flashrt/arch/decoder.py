@@ -23,6 +23,7 @@ def attention(config: Config, head_dim: int, rope: Rope, **options: Any) -> Atte
 
 
 def gated_ffn(config: Config) -> Ffn:
+    config.refuse("mlp_bias", False)
     return Ffn(config.integer("intermediate_size"), config.activation("hidden_act", "silu"))
 
 
@@ -44,8 +45,9 @@ def windows(config: Config, window: int | None, default: Sequence[str]) -> list[
 
 def decoder_spec(config: Config, layers: Sequence[Layer], **options: Any) -> ModelSpec:
     """The spec of an RMS-normed decoder; `options` override or add fields."""
-    config.refuse("final_logit_softcapping", 0)
-    config.refuse("attn_logit_softcapping", 0)
+    if "logit_softcap" not in options:
+        config.refuse("final_logit_softcapping", 0)
+        config.refuse("attn_logit_softcapping", 0)
     bos = config.token_ids("bos_token_id")
     fields: dict[str, Any] = {
         "context": _context(config, layers, options.pop("context", None)),

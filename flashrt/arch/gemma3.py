@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from flashrt.arch.config import Config, rope_from
 from flashrt.arch.decoder import attention, decoder_spec, layer_count, windows
+from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import HF_DECODER, HF_LAYER
 from flashrt.errors import CheckpointError
 from flashrt.rope import Rope
-from flashrt.spec import Ffn, Layer, ModelSpec
+from flashrt.spec import MAX_LAYERS, Ffn, Layer, ModelSpec
 
 NAMES = replace(
     HF_DECODER,
@@ -49,9 +52,7 @@ def spec(config: Config) -> ModelSpec:
     inherited = {key: outer[key] for key in ("dtype", "torch_dtype", "eos_token_id", "bos_token_id") if outer.get(key)}
     text = Config({**_DEFAULTS, **inherited, **{k: v for k, v in inner.items() if v is not None}}, "gemma3")
     text.refuse("use_bidirectional_attention", False)
-    scalar = text.number("query_pre_attn_scalar")
-    if scalar <= 0:
-        raise CheckpointError(f"gemma3 config: query_pre_attn_scalar is {scalar}, expected a positive number")
+    scalar = text.positive("query_pre_attn_scalar", 256)
     bias = text.flag("attention_bias")
     ffn = Ffn(text.integer("intermediate_size"), text.activation("hidden_activation", "gelu_pytorch_tanh"))
     full, sliding = _ropes(text)
@@ -71,7 +72,7 @@ def spec(config: Config) -> ModelSpec:
         )
         for window in _windows(text)
     ]
-    return decoder_spec(text, layers, post_norms=True, tied=True, embed_scale=_embed_scale(text))
+    return decoder_spec(text, layers, post_norms=True, tied=True, embed_scale=embed_scale(text))
 
 
 def _windows(config: Config) -> list[int | None]:
@@ -91,7 +92,7 @@ def _ropes(config: Config) -> tuple[Rope, Rope]:
     )
 
 
-def _embed_scale(config: Config) -> float:
+def embed_scale(config: Config) -> float:
     """sqrt(hidden), rounded as transformers does: to the type of the embedding table."""
     scale = math.sqrt(config.integer("hidden_size"))
     dtype = config.data.get("dtype") or config.data.get("torch_dtype")
@@ -103,3 +104,26 @@ def _embed_scale(config: Config) -> float:
     if dtype == "float16":
         return float(struct.unpack("<e", struct.pack("<e", scale))[0])
     return float(scale)
+
+
+def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    if layers is None or not 0 < layers <= MAX_LAYERS:
+        raise CheckpointError(f"GGUF metadata: block_count is {layers!r}")
+    pattern = fields.per_layer("attention.sliding_window_pattern")
+    if pattern is None or isinstance(pattern, int):
+        period = 6 if pattern is None else max(pattern, 1)
+        pattern = [(i + 1) % period for i in range(layers)]
+    # llama.cpp knows the 27B model, which alone scales by hidden / heads, by its layers.
+    is_27b = layers == 62
+    return {
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
+        "sliding_window": fields.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+        ),
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
+        },
+    }

@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, olmo2, phi3, qwen3_moe
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
-from flashrt.spec import MAX_LAYERS, ModelSpec
+from flashrt.spec import ModelSpec
 
-_MODEL_TYPES = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-    "gemma3": "gemma3_text",
+_PATTERN = "attention.sliding_window_pattern"
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """One of llama.cpp's: the family that it is.
+
+    read: gives the fields of a config that not every family has; keys: those that this takes, of those refused else
+    """
+
+    model_type: str
+    read: Callable[[Mapping[str, Any], Metadata], dict[str, Any]] = lambda config, fields: {}
+    keys: Collection[str] = ()
+    partial: bool = False  # a part of each head may be rotated
+
+
+def _llama(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    found: dict[str, Any] = {"sliding_window": fields.integer("attention.sliding_window")}
+    if experts := fields.integer("expert_count"):
+        found |= {"model_type": "mixtral", "num_local_experts": experts}
+        found["num_experts_per_tok"] = fields.integer("expert_used_count")
+    return found
+
+
+def _mistral(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    return {"sliding_window": fields.integer("attention.sliding_window")}
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", _llama),
+    "mistral": _Architecture("mistral", _mistral),
+    "qwen2": _Architecture("qwen2"),
+    "qwen3": _Architecture("qwen3"),
+    "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
+    "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),
+    "gemma3": _Architecture("gemma3_text", gemma3.gguf, (_PATTERN,)),
+    "phi3": _Architecture("phi3", phi3.gguf, partial=True),
+    "olmo2": _Architecture("olmo2", olmo2.gguf, (_PATTERN,)),
+    "granite": _Architecture("granite", granite.gguf, granite.GGUF_KEYS),
+    "smollm3": _Architecture("smollm3"),
+    "glm4": _Architecture("glm4", partial=True),
+    "seed_oss": _Architecture("seed_oss"),
+    "mistral3": _Architecture("ministral3", ministral3.gguf, ministral3.GGUF_KEYS),
+    "command-r": _Architecture("cohere", cohere.gguf, ("logit_scale",)),
+    "cohere2": _Architecture("cohere2", cohere.gguf, ("logit_scale",)),
 }
 _FIELDS = {
     "max_position_embeddings": "context_length",
@@ -31,7 +70,7 @@ _LAYER_FIELDS = {  # may be given for each layer
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
 }
-# Fields that would change results and that no family here reads.
+# Fields that would change results, and that few families or none read.
 _REFUSED = (
     "attention.alibi_bias_max",
     "attention.clamp_kqv",
@@ -43,7 +82,14 @@ _REFUSED = (
     "logit_scale",
     "residual_scale",
     "embedding_scale",
+    "attention.scale",
+    "attention.output_scale",
+    _PATTERN,
     "attention.temperature_scale",
+    "attention.temperature_length",
+    "deepstack_mapping",
+    "expert_shared_feed_forward_length",
+    "rope.dimension_sections",
 )
 # Tensors of factors that divide the rotary frequencies: Llama 3.x's, and the two of longrope.
 ROPE_FREQS = "rope_freqs.weight"
@@ -70,35 +116,31 @@ def gguf_config(
     """
     values = Metadata(metadata)
     name = values.string("general.architecture")
-    if name not in _MODEL_TYPES:
-        known = ", ".join(sorted(_MODEL_TYPES))
+    if name not in _ARCHITECTURES:
+        known = ", ".join(sorted(_ARCHITECTURES))
         raise UnsupportedModelError(f"GGUF architecture {name!r} is not supported; known: {known}")
-    fields = values.below(f"{name}.")
+    own, fields = _ARCHITECTURES[name], values.below(f"{name}.")
     for key in _REFUSED:
-        if fields.get(key):
-            raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r} is not supported")
+        if key not in own.keys and fields.get(key):
+            raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r:.80} is not supported")
+    if not fields.flag("rope.scaling.finetuned", True) and name == "granite":
+        raise UnsupportedModelError(f"GGUF {name} with rope.scaling.finetuned=False is not supported")
     config: dict[str, Any] = {ours: fields.integer(theirs) for ours, theirs in _FIELDS.items()}
     config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in _LAYER_FIELDS.items()}
     config |= {
-        "model_type": _MODEL_TYPES[name],
+        "model_type": own.model_type,
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "vocab_size": _rows(shape, "token_embd.weight"),
         "tie_word_embeddings": shape("output.weight") is None,
         "bos_token_id": values.integer("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos(values.below("tokenizer.ggml.")),
     }
-    _check_heads(config, fields)
-    config["rope_parameters"] = _rope(config, fields, rope_factors)
-    if name == "llama" and (experts := fields.integer("expert_count")):
-        config |= {"model_type": "mixtral", "num_local_experts": experts}
-        config["num_experts_per_tok"] = fields.integer("expert_used_count")
-    if name == "qwen3moe":
-        config |= _qwen3_moe(fields)
-    if name == "gemma3":
-        config |= _gemma3(config, fields)
-    if name in ("llama", "mistral"):
-        config["sliding_window"] = fields.integer("attention.sliding_window")
-    return config
+    rotary = _check_heads(config, fields, own.partial)
+    for key, neutral in _NEUTRAL_ROPE.items():
+        if key not in own.keys and (found := fields.number(key, neutral)) != neutral:
+            raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")
+    config["rope_parameters"] = _rope(config, fields, rope_factors, rotary)
+    return config | own.read(config, fields)
 
 
 def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
@@ -106,7 +148,7 @@ def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
     layers = []
     for i, layer in enumerate(spec.layers):
         attention = layer.attention
-        qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in "qkv")
+        qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in ("q", "k", "v", "qkv"))
         out = attention.out_bias or has(f"blk.{i}.attn_output.bias")
         layers.append(replace(layer, attention=replace(attention, qkv_bias=qkv, out_bias=out)))
     return replace(spec, layers=tuple(layers))
@@ -133,31 +175,39 @@ def _of_all_layers(fields: Metadata, key: str) -> int | None:
     return value[0]
 
 
-def _check_heads(config: dict[str, Any], fields: Metadata) -> None:
+def _check_heads(config: dict[str, Any], fields: Metadata, partial: bool) -> int:
+    """Check the sizes of heads, and give `config` the size of one. Returns how many numbers of it are rotated."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if not heads or not hidden or heads < 1:
         raise CheckpointError(f"GGUF metadata: head_count is {heads!r} and embedding_length {hidden!r}")
     if config["head_dim"] is None:
         config["head_dim"] = hidden // heads
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := fields.integer(key, config["head_dim"])) != config["head_dim"]:
-            raise UnsupportedModelError(f"GGUF with {key}={found} but head size {config['head_dim']} is not supported")
+    dim = config["head_dim"]
+    rotary = fields.integer("rope.dimension_count", dim)
+    if partial and rotary != dim and 0 < rotary <= dim:
+        config["partial_rotary_factor"] = (rotary + 0.5) / dim  # so that int() of its product with dim is exact
+        dims = {"attention.value_length": fields.integer("attention.value_length", dim)}
+    else:
+        dims = {key: fields.integer(key, dim) for key in ("attention.value_length", "rope.dimension_count")}
+    for key, found in dims.items():
+        if found != dim:
+            raise UnsupportedModelError(f"GGUF with {key}={found} but head size {dim} is not supported")
+    return rotary
 
 
-def _rope(config: Mapping[str, Any], fields: Metadata, factors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _rope(
+    config: Mapping[str, Any], fields: Metadata, factors: Mapping[str, Sequence[float]], rotary: int
+) -> dict[str, Any]:
     kind = fields.string("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModelError(
             f"GGUF with rope scaling {kind!r} is not supported; known: none, linear, yarn, longrope"
         )
-    for key, neutral in _NEUTRAL_ROPE.items():
-        if (found := fields.number(key, neutral)) != neutral:
-            raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")
     for name, values in factors.items():
         if (kind == "longrope") != (name in LONGROPE_FACTORS) or (kind != "none" and name == ROPE_FREQS):
             raise UnsupportedModelError(f"GGUF with {name} and rope scaling {kind!r} is not supported")
-        if len(values) != config["head_dim"] // 2:
-            raise CheckpointError(f"GGUF with {len(values)} numbers in {name}, expected {config['head_dim'] // 2}")
+        if len(values) != rotary // 2:
+            raise CheckpointError(f"GGUF with {len(values)} numbers in {name}, expected {rotary // 2}")
     theta = fields.number("rope.freq_base", 10000.0)
     return {"rope_theta": theta} | _scaling(kind, config, fields, factors, theta)
 
@@ -228,35 +278,3 @@ def _llama3_factor(frequency: float, factor: float, context: int) -> float:
     turns = context * frequency / (2 * math.pi)
     smooth = min(max((turns - 1.0) / 3.0, 0.0), 1.0)
     return 1 / ((1 - smooth) / factor + smooth)
-
-
-def _qwen3_moe(fields: Metadata) -> dict[str, Any]:
-    return {
-        "num_experts": fields.integer("expert_count"),
-        "num_experts_per_tok": fields.integer("expert_used_count"),
-        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
-        "norm_topk_prob": True,  # not in the file: llama.cpp always normalizes this architecture
-    }
-
-
-def _gemma3(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
-    layers, rope = config["num_hidden_layers"], config["rope_parameters"]
-    if layers is None or not 0 < layers <= MAX_LAYERS:
-        raise CheckpointError(f"GGUF metadata: block_count is {layers!r}")
-    pattern = fields.per_layer("attention.sliding_window_pattern")
-    if pattern is None or isinstance(pattern, int):
-        period = 6 if pattern is None else max(pattern, 1)
-        pattern = [(i + 1) % period for i in range(layers)]
-    # llama.cpp knows the 27B model, which alone scales by hidden / heads, by its layers.
-    is_27b = layers == 62
-    return {
-        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
-        "sliding_window": fields.integer("attention.sliding_window"),
-        "query_pre_attn_scalar": (
-            config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
-        ),
-        "rope_parameters": {
-            "full_attention": rope,
-            "sliding_attention": {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
-        },
-    }

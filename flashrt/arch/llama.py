@@ -11,7 +11,6 @@ NAMES = HF_DECODER
 
 
 def spec(config: Config) -> ModelSpec:
-    config.refuse("mlp_bias", False)
     bias = config.flag("attention_bias")
     layer = Layer(attention(config, config.head_dim(), config.rope(), qkv_bias=bias, out_bias=bias), gated_ffn(config))
     return decoder_spec(config, [layer] * layer_count(config), context=2048)

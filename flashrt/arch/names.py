@@ -22,6 +22,7 @@ class Part:
 
     expert: the slice of a stacked tensor [experts, rows, columns]
     heads: the rows are stored permuted for interleaved rotary embedding, this many heads; reading undoes it
+    rotary: the first rows of each head that are permuted
     add: added to every value (Gemma's norms are stored as w, and multiply by 1 + w)
     """
 
@@ -29,6 +30,7 @@ class Part:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     heads: int = 0
+    rotary: int = 0
     add: float = 0.0
 
 
@@ -48,7 +50,10 @@ class FfnNames:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Templates for one family in one kind of checkpoint."""
+    """Templates for one family in one kind of checkpoint.
+
+    permuted: query and key rows are stored for interleaved rotary embedding
+    """
 
     prefixes: tuple[str, ...]
     shared: Mapping[str, str]
@@ -93,8 +98,10 @@ class TensorMap:
         parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
         if name in ("qkv", "qkv.bias") and self.names.permuted:
             attention = self.spec.layers[int(layer)].attention
-            parts[0] = replace(parts[0], heads=attention.heads)
-            parts[1] = replace(parts[1], heads=attention.kv_heads)
+            rope, dim = attention.rope, attention.head_dim
+            rotary = dim if rope is None else rope.width(dim)
+            parts[0] = replace(parts[0], heads=attention.heads, rotary=rotary)
+            parts[1] = replace(parts[1], heads=attention.kv_heads, rotary=rotary)
         return tuple(self._adjust(name, part) for part in parts)
 
     def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
@@ -137,6 +144,8 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
 HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
+HF_FUSED = FfnNames("mlp.gate_up_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight", fused=True)
+
 HF_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "model.text_model.", "")
 HF_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 HF_DECODER = Names(HF_PREFIXES, HF_SHARED, HF_LAYER, (HF_DENSE,), head=HF_HEADS)
@@ -170,4 +179,6 @@ GGUF_NAMES = Names(
     layer_prefix="blk.{i}.",
     harmless=GGUF_HARMLESS,
 )
-"""llama.cpp's naming, the same for every family; only the permutation of query and key rows differs."""
+"""llama.cpp's naming, which most families share."""
+GGUF_PERMUTED = replace(GGUF_NAMES, permuted=True)
+GGUF_FUSED = FfnNames("ffn_up.weight", "ffn_up.weight", "ffn_down.weight", fused=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count
+from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import HF_DECODER, FfnNames
 from flashrt.errors import CheckpointError
 from flashrt.spec import Ffn, Layer, ModelSpec
@@ -44,3 +47,12 @@ def _experts(config: Config) -> Ffn:
         experts_per_token=config.integer("num_experts_per_tok", maximum=experts),
         normalize_router=config.flag("norm_topk_prob"),
     )
+
+
+def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    return {
+        "num_experts": fields.integer("expert_count"),
+        "num_experts_per_tok": fields.integer("expert_used_count"),
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # not in the file: llama.cpp always normalizes this architecture
+    }

@@ -50,8 +50,8 @@ def working_set(
         "encoded": BufferShape((tokens, row_bytes(embed_codec, spec.hidden)), 1),
         "logits": BufferShape((logit_rows, spec.vocab)),
     }
-    for i, (_, head_dim) in enumerate(ropes(spec)):
-        shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, head_dim // 2))
+    for i, (rope, head_dim) in enumerate(ropes(spec)):
+        shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, rope.width(head_dim) // 2))
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))

@@ -154,6 +154,11 @@ class _Calibration:
 def labelled_layers(spec: ModelSpec) -> list[int]:
     """The layers that can have labels. Raises UnsupportedModelError for a model that has none."""
     layers = [i for i, layer in enumerate(spec.layers) if most_channels(layer.attention) is not None]
+    for attention in (spec.layers[i].attention for i in layers):
+        partial = attention.rope is not None and attention.rope.dims
+        if attention.softcap or attention.temperature or partial:
+            what = "heads that are rotated in part" if partial else "attention scores that are soft-capped or scaled"
+            raise UnsupportedModelError(f"{spec.family}: {what} cannot have labels; use --kv exact")
     if not layers:
         raise UnsupportedModelError(
             f"{spec.family}: all layers of this model see a window, or have heads narrower than {CHANNEL_STEP}; its "

@@ -39,7 +39,8 @@ class ContiguousStore(KvStore):
 
     def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
         kernels = self._kernels
-        options = (rows.start - self.first, self._attention.window, self._attention.scale, None)
+        own = self._attention
+        options = (rows.start - self.first, own.window, own.scale, own.softcap or None)
         kernels.ops.attention(query, self.memory[heads], *options, out, kernels.scratch, rows.parents)
 
     def commit(self, start: int, path: Sequence[int]) -> None:

@@ -68,17 +68,17 @@ class StreamedStore(ContiguousStore):
         if self.first == 0 or rows.draft:
             super().attend(query, rows, heads, out)
             return
-        ops, scale = self._kernels.ops, self._attention.scale
+        ops, scale, softcap = self._kernels.ops, self._attention.scale, self._attention.softcap or None
         tokens, count, dim = query.shape
         shape = tokens, count, ops.attention_state_width(dim)
         end = 4 * int(np.prod(shape))
         state, scratch = self._kernels.scratch[:end].view(np.float32).reshape(shape), self._kernels.scratch[end:]
         for segment in range(self.first // SEGMENT):
             page = self._pages.take(segment)
-            ops.attend_page(query, page[heads], scale, None, state, segment == 0, scratch)
+            ops.attend_page(query, page[heads], scale, softcap, state, segment == 0, scratch)
         self._pages.release()
         start = rows.start - self.first
-        ops.attention(query, self.memory[heads], start, None, scale, None, out, scratch, rows.parents, state)
+        ops.attention(query, self.memory[heads], start, None, scale, softcap, out, scratch, rows.parents, state)
 
     def restart(self, first: int = 0) -> None:
         super().restart(first)

@@ -31,6 +31,9 @@ class AttentionBlocks:
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         planned = work.weights.plan.context
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
+        attentions = (layer.attention for layer in work.spec.layers)
+        self._temperatures = {(a.temperature, a.temperature_span) for a in attentions if a.temperature}
+        self._scales: dict[tuple[float, int], Tensor] = {}  # of the queries of a pass, where they are not all one
         self._parts: list[tuple[slice, KvCache, KvRows]] = []
         self._observe: HeadObserver | None = None
 
@@ -49,8 +52,12 @@ class AttentionBlocks:
         for (rope, dim), i in self._rope_index.items():
             angles = batch.positions[:, None].astype(np.float64) * self._frequencies[i]
             for name, values in ((f"cos{i}", np.cos(angles)), (f"sin{i}", np.sin(angles))):
-                out = self.work.view(name, count, dim // 2)
+                out = self.work.view(name, count, rope.width(dim) // 2)
                 self.work.device.put((values * rope.attention_factor).astype(np.float32), out)
+        self._scales = {}
+        for by, span in self._temperatures:
+            if (steps := batch.positions // span).any():
+                self._scales[by, span] = make((1 + by * np.log1p(steps)).astype(np.float32)[:, None, None])
         self._parts = []
         for own, part in batch.parts:
             parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
@@ -74,12 +81,16 @@ class AttentionBlocks:
         out = self.work.view("attended", count, heads * dim)
         split = qkv.reshape(count, -1, dim)
         query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
-        if attention.qk_norm:
+        if attention.qk_norm_whole:
+            self._norm(qkv[:, : heads * dim], f"{i}.q_norm")
+            self._norm(qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
+        elif attention.qk_norm:
             self._norm_heads(query, f"{i}.q_norm")
             self._norm_heads(key, f"{i}.k_norm")
         if self._observe is not None:
             self._observe(i, query, key)
         self._rotate(attention, split[:, : heads + kv_heads])
+        self._scale(attention, query)
         group = heads // kv_heads
         for own, kv, rows in self._parts:
             store = kv.stores[i]
@@ -106,16 +117,18 @@ class AttentionBlocks:
         if not parts or not work.weights.resident(f"{i}.qkv"):
             return
         attention, count = spec.layers[i].attention, len(residual)
-        normed = work.view("y", count, spec.hidden)
-        work.norm(f"{i}.norm.attention", residual, normed)
+        normed = work.block_input(i, "attention", residual, work.view("y", count, spec.hidden))
         qkv = work.view("qkv", count, attention.qkv_rows)
         width = attention.heads * attention.head_dim
         end = min(align(width, MATRIX_ROWS), attention.qkv_rows)
         work.linear(f"{i}.qkv", normed, qkv, False, f"{i}.qkv.bias" if attention.qkv_bias else None, [(0, end)])
         query = qkv[:, :width].reshape(count, attention.heads, attention.head_dim)
-        if attention.qk_norm:
+        if attention.qk_norm_whole:
+            self._norm(qkv[:, :width], f"{i}.q_norm")
+        elif attention.qk_norm:
             self._norm_heads(query, f"{i}.q_norm")
         self._rotate(attention, query)
+        self._scale(attention, query)
         for own, store, rows in parts:
             store.look_ahead(query[own], rows, time.perf_counter() - began)
 
@@ -124,21 +137,28 @@ class AttentionBlocks:
         work, attention = self.work, self.work.spec.layers[i].attention
         y = work.view("y", len(attended), work.spec.hidden)
         work.linear(f"{i}.out", attended, y, wide, f"{i}.out.bias" if attention.out_bias else None)
-        if work.spec.post_norms:
-            work.norm(f"{i}.norm.attention_post", y, y)
+        work.block_output(i, "attention", y)
         return y
 
     def _rotate(self, attention: Attention, heads: Tensor) -> None:
         """Rotate [T, heads, head_dim] in place, by the positions of the pass."""
         if attention.rope is None:
             return
-        dim, index = attention.head_dim, self._rope_index[attention.rope, attention.head_dim]
-        cos, sin = (self.work.view(f"{name}{index}", len(heads), dim // 2) for name in ("cos", "sin"))
-        self.ops.rope(heads, cos, sin)
+        width, index = attention.rope.width(attention.head_dim), self._rope_index[attention.rope, attention.head_dim]
+        cos, sin = (self.work.view(f"{name}{index}", len(heads), width // 2) for name in ("cos", "sin"))
+        self.ops.rope(heads[:, :, :width], cos, sin)
+
+    def _scale(self, attention: Attention, query: Tensor) -> None:
+        """Scale queries [T, heads, head_dim] in place by the temperature of their positions, where there is one."""
+        if (scales := self._scales.get((attention.temperature, attention.temperature_span))) is not None:
+            query *= scales
+
+    def _norm(self, rows: Tensor, name: str) -> None:
+        """Normalise [T, n] in place."""
+        self.ops.rms_norm(rows, self.work.weights.vector(name), self.work.spec.norm_eps, rows)
 
     def _norm_heads(self, heads: Tensor, name: str) -> None:
         """Normalise [T, heads, head_dim] in place, in as few calls as its strides allow."""
         tokens, count = heads.shape[:2]
-        weight, eps = self.work.weights.vector(name), self.work.spec.norm_eps
         for matrix in (heads[t] for t in range(tokens)) if tokens <= count else (heads[:, h] for h in range(count)):
-            self.ops.rms_norm(matrix, weight, eps, matrix)
+            self._norm(matrix, name)

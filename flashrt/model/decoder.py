@@ -89,6 +89,7 @@ class Decoder:
         """Logits of normed states (float32 [B, hidden]): float32 [B, vocab], a view of a buffer."""
         out = self.work.view("logits", len(states), self.spec.vocab)
         self.work.linear(self.spec.head, states, out, wide)
+        self._bound(out)
         return out
 
     def scores(self, states: Tensor, targets: np.ndarray, wide: bool) -> np.ndarray:
@@ -109,6 +110,7 @@ class Decoder:
                 rows = min(len(part) * MATRIX_ROWS, self.spec.vocab - row0)
                 strip = self.work.view("strip", count, rows)
                 self.work.multiply(states, part, codec, strip, 0, rows, None, wide)
+                self._bound(strip)
                 values = self.device.get(strip)
                 inside = np.flatnonzero((targets >= row0) & (targets < row0 + rows))
                 chosen[inside] = values[inside, targets[inside] - row0]
@@ -118,6 +120,13 @@ class Decoder:
                 total = total * np.exp(top - peak) + values.sum(axis=1, dtype=np.float64)
                 top = peak
         return chosen - top - np.log(total)
+
+    def _bound(self, logits: Tensor) -> None:
+        """Scale and bound the head's output in place."""
+        if self.spec.logit_scale != 1.0:
+            logits *= self.spec.logit_scale
+        if self.spec.logit_softcap:
+            self.work.ops.softcap(logits, self.spec.logit_softcap)
 
     def _embed(self, batch: Batch, x: Tensor) -> None:
         self.work.lookup("embed", batch.tokens, x)
@@ -133,8 +142,7 @@ class Decoder:
         before = None if wide else self.ffns.blocks[i].before_attention
         if before is not None:
             before.look_ahead(x)
-        normed = work.view("normed", len(x), self.spec.hidden)
-        work.norm(f"{i}.norm.attention", x, normed)
+        normed = work.block_input(i, "attention", x, work.view("normed", len(x), self.spec.hidden))
         chosen = None if before is None else before.choose_heads(normed, tokens.positions)
         attended = attention.attend(i, attention.project(i, normed, wide, chosen), chosen)
         if self._observe is not None:
@@ -148,7 +156,8 @@ class Decoder:
         block, x = self.ffns.blocks[i], tokens.residual
         count, hidden = len(x), self.spec.hidden
         normed, y = self.work.view("normed", count, hidden), self.work.view("y", count, hidden)
-        self.work.norm(f"{i}.norm.ffn", x, normed)
+        if not self.spec.parallel:  # then it is what the attention block was given
+            normed = self.work.block_input(i, "ffn", x, normed)
         if self._observe is not None:
             self._observe("ffn", i, x, normed)
         y[:] = 0
@@ -160,6 +169,5 @@ class Decoder:
             block.decode(normed, y, tokens)
         if block.ffn.bias:
             y += self.weights.vector(f"{i}.down.bias")
-        if self.spec.post_norms:
-            self.work.norm(f"{i}.norm.ffn_post", y, y)
+        self.work.block_output(i, "ffn", y)
         x += y

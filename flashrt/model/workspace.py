@@ -72,7 +72,23 @@ class Workspace:
         if self.spec.norm == "rms":
             self.ops.rms_norm(x, weight, self.spec.norm_eps, out)
         else:
-            self.ops.layer_norm(x, weight, self.weights.vector(f"{name}.bias"), self.spec.norm_eps, out)
+            bias = self.weights.vector(f"{name}.bias") if self.spec.norm_bias else None
+            self.ops.layer_norm(x, weight, bias, self.spec.norm_eps, out)
+
+    def block_input(self, i: int, block: str, x: Tensor, out: Tensor) -> Tensor:
+        """What `block` ('attention' or 'ffn') of layer `i` is given of x, float32 [T, hidden]: x, or `out` normed."""
+        name = self.spec.input_norm(i, block)
+        if name is None:
+            return x
+        self.norm(name, x, out)
+        return out
+
+    def block_output(self, i: int, block: str, y: Tensor) -> None:
+        """Make of what a block gives, float32 [T, hidden], what is added to the residual stream, in place."""
+        if self.spec.post_norms:
+            self.norm(f"{i}.norm.{block}_post", y, y)
+        if self.spec.residual_scale != 1.0:
+            y *= self.spec.residual_scale
 
 
 def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) -> int:

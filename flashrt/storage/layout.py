@@ -248,7 +248,8 @@ def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> It
 
 def heads_apart(attention: Attention) -> bool:
     """Whether a head can be computed alone: its queries are whole bundles, its keys and values no other's."""
-    return attention.kv_heads == attention.heads and attention.head_dim % MATRIX_ROWS == 0
+    apart = attention.kv_heads == attention.heads and not attention.qk_norm_whole
+    return apart and attention.head_dim % MATRIX_ROWS == 0
 
 
 def channel_columns(spec: ModelSpec, i: int) -> int:

@@ -15,7 +15,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -28,12 +28,14 @@ from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
-from flashrt.storage.moving import Move
 from flashrt.storage.safetensors_file import build_header
 from flashrt.storage.sink import Sink
 from flashrt_kernels import ops
 from flashrt_kernels.cpu import stored
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
+
+if TYPE_CHECKING:  # `flashrt run` reads the name of a job from here, and no checkpoint
+    from flashrt.storage.moving import Move
 
 CHUNK_WEIGHTS = 4 << 20  # float32 weights converted at a time and per row of a bundle: 16 MiB
 JOB_FILE = "packing.json"

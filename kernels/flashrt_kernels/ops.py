@@ -161,6 +161,9 @@ class Ops(Protocol[Array]):
     def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float, out: Array) -> None:
         """out = (x - mean) / sqrt(variance + eps) * weight + bias over rows; x, out [B, K], weight, bias [K]."""
 
+    def softcap(self, x: Array, cap: float) -> None:
+        """x = cap * tanh(x / cap) in place, x [B, K]."""
+
     def rope(self, x: Array, cos: Array, sin: Array) -> None:
         """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from flashrt.rope import Rope
 from flashrt.spec import Attention, ModelSpec
 from flashrt.storage.sources import Checkpoint, open_checkpoint
-from tests.families import FAMILIES, FATRELU_THRESHOLD, GGUF_FAMILIES, VOCAB, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, FATRELU_THRESHOLD, GGUF_FAMILIES, GGUF_FIELDS, VOCAB, tiny_checkpoint, tiny_gguf
 
 TOKENS = 40  # longer than every window
 
@@ -45,8 +45,8 @@ class PlainModel:
 
     def norm(self, x: torch.Tensor, key: str) -> torch.Tensor:
         if self.spec.norm == "layer":
-            shape = (self.spec.hidden,)
-            return F.layer_norm(x, shape, self.vector(key), self.vector(f"{key}.bias"), self.spec.norm_eps)
+            bias = self.vector(f"{key}.bias") if self.spec.norm_bias else None
+            return F.layer_norm(x, (self.spec.hidden,), self.vector(key), bias, self.spec.norm_eps)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.spec.norm_eps) * self.vector(key)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -55,26 +55,43 @@ class PlainModel:
         if spec.positions:
             x = x + self.matrix("positions", spec.positions)[torch.arange(len(tokens)) + spec.position_offset]
         for i in range(len(spec.layers)):
-            y = self.attention(i, self.norm(x, f"{i}.norm.attention"))
-            x = x + (self.norm(y, f"{i}.norm.attention_post") if spec.post_norms else y)
-            y = self.ffn(i, self.norm(x, f"{i}.norm.ffn"))
-            x = x + (self.norm(y, f"{i}.norm.ffn_post") if spec.post_norms else y)
-        return self.norm(x, "norm.final") @ self.matrix(spec.head, spec.vocab).T
+            before = x
+            y = self.attention(i, self.norm(x, f"{i}.norm.attention") if spec.pre_norms else x)
+            x = x + self.given(f"{i}.norm.attention_post", y)
+            if spec.parallel:
+                y = self.ffn(i, self.norm(before, f"{i}.norm.attention"))
+            else:
+                y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x)
+            x = x + self.given(f"{i}.norm.ffn_post", y)
+        logits = self.norm(x, "norm.final") @ self.matrix(spec.head, spec.vocab).T * spec.logit_scale
+        return (logits / spec.logit_softcap).tanh() * spec.logit_softcap if spec.logit_softcap else logits
+
+    def given(self, key: str, y: torch.Tensor) -> torch.Tensor:
+        return (self.norm(y, key) if self.spec.post_norms else y) * self.spec.residual_scale
 
     def attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
         a: Attention = self.spec.layers[i].attention
         qkv = x @ self.matrix(f"{i}.qkv", a.qkv_rows).T + self.bias(f"{i}.qkv.bias")
         q, k, v = qkv.view(len(x), -1, a.head_dim).transpose(0, 1).split([a.heads, a.kv_heads, a.kv_heads])
-        if a.qk_norm:
+        if a.qk_norm_whole:
+            q, k = (self.norm_whole(t, f"{i}.{name}_norm") for t, name in ((q, "q"), (k, "k")))
+        elif a.qk_norm:
             q, k = self.norm(q, f"{i}.q_norm"), self.norm(k, f"{i}.k_norm")
         if a.rope:
             q, k = rotate(q, a.rope), rotate(k, a.rope)
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
         seen = (distance >= 0) & (distance < (a.window or len(x)))
-        scores = (q @ k.transpose(1, 2) * a.scale).masked_fill(~seen, -torch.inf).softmax(-1)
-        joined = (scores @ v).transpose(0, 1).reshape(len(x), -1)
+        if a.temperature:
+            q = q * (1 + a.temperature * torch.log1p(torch.arange(len(x)) // a.temperature_span))[:, None]
+        scores = q @ k.transpose(1, 2) * a.scale
+        scores = (scores / a.softcap).tanh() * a.softcap if a.softcap else scores
+        joined = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)
         return joined @ self.matrix(f"{i}.out", self.spec.hidden).T + self.bias(f"{i}.out.bias")
+
+    def norm_whole(self, heads: torch.Tensor, key: str) -> torch.Tensor:
+        joined = heads.transpose(0, 1).flatten(1)
+        return self.norm(joined, key).view(len(joined), len(heads), -1).transpose(0, 1)
 
     def ffn(self, i: int, x: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
@@ -97,10 +114,12 @@ class PlainModel:
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    width = rope.width(x.shape[-1])
+    x, rest = x[..., :width], x[..., width:]
     angles = torch.arange(x.shape[1])[:, None] * torch.tensor(rope.inverse_frequencies(x.shape[-1])).double()
     cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def rms_ratio(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -130,8 +149,7 @@ def test_bfloat16_directory_gives_transformers_logits(family: str, tmp_path: Pat
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_gguf_gives_transformers_logits(family: str, tmp_path: Path) -> None:
-    fields = {"gemma3": {"query_pre_attn_scalar": 20}, "qwen3_moe": {"mlp_only_layers": []}}.get(family, {})
-    model, path = tiny_gguf(family, tmp_path / "tiny.gguf", seed=2, **fields)
+    model, path = tiny_gguf(family, tmp_path / "tiny.gguf", seed=2, **GGUF_FIELDS.get(family, {}))
     with open_checkpoint(path) as checkpoint:
         check(checkpoint, model)
 

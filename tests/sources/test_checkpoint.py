@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashrt.storage.sources import Checkpoint, open_checkpoint
-from tests.families import FAMILIES, GGUF_FAMILIES, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, tiny_checkpoint, tiny_gguf
 
 _ATTENTION = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.{out}"}
 _NORMS = {"norm.attention": "input_layernorm", "norm.ffn": "post_attention_layernorm"}
@@ -21,6 +21,19 @@ _GEMMA_NORMS = {
     "norm.ffn": "pre_feedforward_layernorm",
     "norm.ffn_post": "post_feedforward_layernorm",
 }
+_OTHER_NORMS = {
+    "gemma2": _GEMMA_NORMS,
+    "gemma3": _GEMMA_NORMS,
+    "cohere": {"norm.attention": "input_layernorm"},
+    "cohere2": {"norm.attention": "input_layernorm"},
+    "olmo2": {"norm.attention_post": "post_attention_layernorm", "norm.ffn_post": "post_feedforward_layernorm"},
+    "olmo3": {"norm.attention_post": "post_attention_layernorm", "norm.ffn_post": "post_feedforward_layernorm"},
+    "glm4": {
+        **_NORMS,
+        "norm.attention_post": "post_self_attn_layernorm",
+        "norm.ffn_post": "post_mlp_layernorm",
+    },
+}
 _OPT_NORMS = {"norm.attention": "self_attn_layer_norm", "norm.ffn": "final_layer_norm"}
 
 
@@ -28,22 +41,36 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().float().numpy()
 
 
+def _halves(parts: list[torch.Tensor], attention: Any, rotary: int) -> torch.Tensor:
+    """Queries, keys and values; of heads whose neighbours are rotated against each other the even rows first."""
+    result = []
+    for i, part in enumerate(parts):
+        heads = part.unflatten(0, (-1, attention.head_dim)) if rotary else part[None]
+        pairs, rest = heads[:, :rotary], heads[:, rotary:]
+        joined = torch.cat([pairs[:, 0::2], pairs[:, 1::2], rest], 1).flatten(0, 1)
+        result.append(part if i == 2 else joined)
+    return torch.cat(result)
+
+
 def expected_tensors(family: str, model: Any) -> dict[str, np.ndarray]:
     """Logical vectors and matrices as the model itself holds them."""
     decoder = model.model.decoder if family == "opt" else model.model
     final = decoder.final_layer_norm if family == "opt" else decoder.norm
-    add = 1.0 if family == "gemma3" else 0.0
-    norms = _OPT_NORMS if family == "opt" else _GEMMA_NORMS if family == "gemma3" else _NORMS
+    add = 1.0 if family in ("gemma2", "gemma3") else 0.0
+    norms = _OPT_NORMS if family == "opt" else _OTHER_NORMS.get(family, _NORMS)
     result = {"embed": decoder.embed_tokens.weight, "norm.final": final.weight + add, "head": model.lm_head.weight}
     if family == "opt":
         result |= {"positions": decoder.embed_positions.weight, "norm.final.bias": final.bias}
     for i, layer in enumerate(decoder.layers):
         attention = layer.self_attn
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        fused = hasattr(attention, "qkv_proj")
+        projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
         out = attention.out_proj if family == "opt" else attention.o_proj
-        result |= {f"{i}.qkv": torch.cat([p.weight for p in projections]), f"{i}.out": out.weight}
+        share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0}.get(family, 0.0)
+        rotary = round(share * attention.head_dim)
+        result |= {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
         if projections[0].bias is not None:
-            result[f"{i}.qkv.bias"] = torch.cat([p.bias for p in projections])
+            result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
         if out.bias is not None:
             result[f"{i}.out.bias"] = out.bias
         for ours, theirs in norms.items():
@@ -68,6 +95,9 @@ def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.n
     if hasattr(mlp, "experts"):
         gate, up = _array(mlp.experts.gate_up_proj[expert]).reshape(2, -1, model.config.hidden_size)
         return gate, up, _array(mlp.experts.down_proj[expert]).T
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = _array(mlp.gate_up_proj.weight).reshape(2, -1, model.config.hidden_size)
+        return gate, up, _array(mlp.down_proj.weight).T
     return _array(mlp.gate_proj.weight), _array(mlp.up_proj.weight), _array(mlp.down_proj.weight).T
 
 
@@ -117,7 +147,7 @@ def test_directory_holds_the_models_tensors(family: str, dtype: torch.dtype, tmp
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_gguf_holds_the_models_tensors(family: str, tmp_path: Path) -> None:
-    fields = {"gemma3": {"query_pre_attn_scalar": 20}, "qwen3_moe": {"mlp_only_layers": []}}.get(family, {})
+    fields = GGUF_FIELDS.get(family, {})
     model, path = tiny_gguf(family, tmp_path / "tiny.gguf", seed=4, **fields)
     _, directory = tiny_checkpoint(family, tmp_path / "hf", seed=4, **fields)
     with open_checkpoint(path) as checkpoint, open_checkpoint(directory) as other:
@@ -132,7 +162,7 @@ def comparable(spec: Any) -> Any:
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: rounded(item) for key, item in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [rounded(item) for item in value]
         return float(f"{value:.5g}") if isinstance(value, float) else value
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from tests.arch.test_forward import check
-from tests.families import FAMILIES, GGUF_FAMILIES, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, tiny_checkpoint, tiny_gguf
 from tests.sources.test_checkpoint import check_equal
 
 UNKNOWN_HF = (
@@ -45,10 +45,6 @@ UNKNOWN_GGUF = (
     "rope_factors_other.weight",
 )
 HARMLESS_GGUF = ("blk.0.attn_rot_embd", "blk.1.attn_rot_embd.weight", "v.blk.0.attn_q.weight", "mm.input.weight")
-GGUF_FIELDS: dict[str, dict[str, Any]] = {
-    "gemma3": {"query_pre_attn_scalar": 20},
-    "qwen3_moe": {"mlp_only_layers": []},
-}
 
 
 def extra(*names: str) -> dict[str, np.ndarray]:
@@ -119,7 +115,8 @@ def test_attention_biases_of_a_gguf_file_count(family: str, projections: tuple[s
     def add_biases(model: Any) -> None:
         generator = torch.Generator().manual_seed(8)
         for layer in model.model.layers:
-            for name in projections:
+            fused = len(projections) == 3 and hasattr(layer.self_attn, "qkv_proj")
+            for name in ("qkv_proj",) if fused else projections:
                 linear = getattr(layer.self_attn, name)
                 noise = torch.randn(linear.out_features, generator=generator)
                 linear.bias = torch.nn.Parameter(noise, requires_grad=False)

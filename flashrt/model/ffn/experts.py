@@ -68,8 +68,8 @@ class MixtureBlock(DenseBlock):
 
     def look_ahead(self, residual: Tensor, wide: bool) -> None:
         """Read ahead what the router would choose now: from one layer to the next the residual changes little."""
-        normed = self.work.view("ahead", len(residual), self.work.spec.hidden)
-        self.work.norm(f"{self.i}.norm.ffn", residual, normed)
+        ahead = self.work.view("ahead", len(residual), self.work.spec.hidden)
+        normed = self.work.block_input(self.i, "ffn", residual, ahead)
         chosen, _ = self.route(normed, wide)
         if not self._alone:
             self._store.prefetch(self.i, dict.fromkeys(chosen.T.ravel().tolist()))  # each token's first choice first

@@ -89,7 +89,7 @@ class RowBlock(SparseBlock):
         """See `BeforeAttention`. What is computed does not depend on it."""
         if len(residual) == 1 and self._ahead is not None and self.cache is not None and self._ahead.begin():
             normed = self.work.view("normed", 1, self.work.spec.hidden)
-            self.work.norm(f"{self.i}.norm.ffn", residual, normed)
+            normed = self.work.block_input(self.i, "ffn", residual, normed)
             self.cache.prefetch(self.predictor.predict(self._ahead.guess(normed)))
 
     def choose_heads(self, x: Array, positions: Array) -> Chosen | None:

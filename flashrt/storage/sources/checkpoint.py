@@ -238,7 +238,7 @@ class Checkpoint:
         """Rows of each part of a vector or matrix."""
         rows = self._rows_of(key)
         layer, _, name = key.partition(".")
-        if name in ("qkv", "qkv.bias"):
+        if name in ("qkv", "qkv.bias") and len(self.names.parts(key)) > 1:  # one part: stored as one tensor
             attention = self.spec.layers[int(layer)].attention
             q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
             return q, kv, kv
@@ -265,7 +265,7 @@ class Checkpoint:
     def _part_vector(self, part: Part) -> F32:
         values = self.reader.vector(part.tensor)
         if part.heads:
-            values = _unpermute(values[:, None], part.heads)[:, 0]
+            values = _unpermute(values[:, None], part.heads, part.rotary)[:, 0]
         return values + np.float32(part.add) if part.add else values
 
     def _part_matrix(self, part: Part, rows: int, start: int, stop: int, read: ReadRows[Number]) -> NDArray[Number]:
@@ -275,7 +275,7 @@ class Checkpoint:
             head = rows // part.heads
             first, last = start // head, -(-stop // head)
             values = read(part.tensor, first * head, last * head, part.expert)
-            return _unpermute(values, last - first)[start - first * head : stop - first * head]
+            return _unpermute(values, last - first, part.rotary)[start - first * head : stop - first * head]
         shift = part.rows[0] if part.rows else 0
         return read(part.tensor, start + shift, stop + shift, part.expert)
 
@@ -285,7 +285,9 @@ def _first(items: list[str]) -> str:
     return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _unpermute(values: NDArray[Number], heads: int) -> NDArray[Number]:
-    """Rows [heads, dim / 2, 2] (pairs rotated against each other adjacent) → [heads, 2, dim / 2] (halves)."""
+def _unpermute(values: NDArray[Number], heads: int, rotary: int) -> NDArray[Number]:
+    """The first `rotary` rows of each head: [rotary / 2, 2] (pairs rotated against each other adjacent) → halves."""
     rows, columns = values.shape
-    return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    each = values.reshape(heads, rows // heads, columns)
+    halves = each[:, :rotary].reshape(heads, rotary // 2, 2, columns).swapaxes(1, 2).reshape(heads, rotary, columns)
+    return np.concatenate((halves, each[:, rotary:]), axis=1).reshape(rows, columns)

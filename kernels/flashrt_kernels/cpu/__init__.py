@@ -61,6 +61,7 @@ __all__ = [
     "select",
     "select_scratch_bytes",
     "set_threads",
+    "softcap",
     "threads",
 ]
 
@@ -298,6 +299,13 @@ def rms_norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
 def layer_norm(x: Floats, weight: Floats, bias: Floats | None, eps: float, out: Floats) -> None:
     """out = (x - mean) / sqrt(variance + eps) * weight + bias over rows of x [N, K]; out may be x."""
     _cpu.layer_norm(x, weight, bias, eps, out)
+
+
+def softcap(x: Floats, cap: float) -> None:
+    """x = cap * tanh(x / cap) in place, by numpy: once a token, over its logits."""
+    np.divide(x, np.float32(cap), out=x)
+    np.tanh(x, out=x)
+    np.multiply(x, np.float32(cap), out=x)
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> None:

@@ -16,7 +16,7 @@ from flashrt_kernels.reference.attention import (
     kv_append,
 )
 from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_bytes, gemm_down, gemm_gate_up
-from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope
+from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope, softcap
 from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
 from flashrt_kernels.reference.quantize import dequantize, quantize
@@ -58,6 +58,7 @@ __all__ = [
     "select",
     "select_scratch_bytes",
     "set_threads",
+    "softcap",
     "threads",
 ]
 

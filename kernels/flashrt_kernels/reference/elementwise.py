@@ -17,6 +17,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: 
     out.copy_(functional.layer_norm(x, x.shape[1:], weight, bias, eps))
 
 
+def softcap(x: Tensor, cap: float) -> None:
+    """x = cap * tanh(x / cap) in place."""
+    x.div_(cap).tanh_().mul_(cap)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotates the halves of each head of x [B, heads, D] in place; cos and sin [B, D / 2]."""
     a, b = x.chunk(2, dim=2)
