@@ -41,7 +41,7 @@ def _mistral(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     return {"sliding_window": fields.integer("attention.sliding_window")}
 
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": _Architecture("llama", _llama),
     "mistral": _Architecture("mistral", _mistral),
     "qwen2": _Architecture("qwen2"),
@@ -116,10 +116,10 @@ def gguf_config(
     """
     values = Metadata(metadata)
     name = values.string("general.architecture")
-    if name not in _ARCHITECTURES:
-        known = ", ".join(sorted(_ARCHITECTURES))
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(f"GGUF architecture {name!r} is not supported; known: {known}")
-    own, fields = _ARCHITECTURES[name], values.below(f"{name}.")
+    own, fields = ARCHITECTURES[name], values.below(f"{name}.")
     for key in _REFUSED:
         if key not in own.keys and fields.get(key):
             raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r:.80} is not supported")

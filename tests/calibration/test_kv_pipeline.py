@@ -88,6 +88,14 @@ def test_labels_are_made_for_layers_that_see_everything(tmp_path: Path, family: 
     assert all(loss != 0 for loss in stored.losses.values()), "less than everything was attended to"
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"), [("gemma2", "soft-capped"), ("glm4", "in part"), ("ministral3", "scaled")]
+)
+def test_attention_that_labels_say_nothing_of_is_refused(tmp_path: Path, family: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"{family}: .*{reason}.*--kv exact"):
+        calibrated(packed(family, tmp_path))
+
+
 def test_a_model_of_windows_needs_none(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="all layers of this model see a window"):
         calibrated(packed("mistral", tmp_path))

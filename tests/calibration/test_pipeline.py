@@ -55,6 +55,20 @@ def case(request, tmp_path_factory):
     return root / "pack", calibrated(root / "pack", root / "cache")
 
 
+@pytest.mark.parametrize("family", ["olmo2", "cohere"])
+def test_blocks_without_a_norm_of_their_own_are_calibrated(family, tmp_path):
+    _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3)
+    make_pack(checkpoint, tmp_path / "pack", Codec.INT4)
+    sparsity = calibrated(tmp_path / "pack", tmp_path / "cache")
+    assert sparsity.held_out_loss <= REQUEST.max_loss
+    prompt = np.random.default_rng(5).integers(3, VOCAB, 21).tolist()
+    found = []
+    for share in (0.2, 1.0):
+        with tiny_engine(Pack(tmp_path / "pack" / SPARSE_DIR), share, chunk=16) as engine:
+            found.append(logits_of(engine, prompt, prompt[:9]))
+    assert np.array_equal(*found)
+
+
 @pytest.fixture
 def tokens():
     return np.random.default_rng(5).integers(3, VOCAB, 61).tolist()

@@ -61,6 +61,19 @@ def tokens():
     return np.random.default_rng(5).integers(3, VOCAB, 61).tolist()
 
 
+@pytest.mark.parametrize("family", ["olmo2", "cohere"])
+def test_blocks_without_a_norm_of_their_own(family, tokens, tmp_path):
+    options, request = {"intermediate_size": 160, "hidden_act": "relu"}, replace(REQUEST, tokens=768)
+    _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3, **options)
+    make_pack(checkpoint, tmp_path / "pack", Codec.INT8)
+    assert calibrated(tmp_path / "pack", tmp_path / "cache", request).held_out_loss <= REQUEST.max_loss
+    found = []
+    for share in (0.2, 1.0):
+        with tiny_engine(Pack(tmp_path / "pack" / SPARSE_DIR), share, chunk=16) as engine:
+            found.append(logits_of(engine, tokens[:21], tokens[21:30]))
+    assert np.array_equal(*found)
+
+
 def everything(engine):
     """Let every neuron through."""
     rows = engine.runner.decoder.sparse

@@ -45,6 +45,30 @@ def test_rope(isa, dim):
     assert same(fused[:, 4:].copy(), untouched)
 
 
+def test_rope_of_a_part_of_each_head(isa):
+    fused = normal(1, 5, 7, 20)
+    rotated, angles = np.ascontiguousarray(fused[..., :12]), normal(2, 5, 6)
+    rest = fused[..., 12:].copy()
+    for x in (fused[:, :, :12], rotated):
+        cpu.rope(x, np.cos(angles), np.sin(angles))
+    assert same(fused[..., :12].copy(), rotated)
+    assert same(fused[..., 12:].copy(), rest)
+
+
+def test_softcap():
+    x = 4 * normal(1, 3, 131)
+    found, expected = x.copy(), torch.from_numpy(x.copy())
+    cpu.softcap(found, 2.5)
+    reference.softcap(expected, 2.5)
+    assert rms_ratio(found, expected) < 1e-6
+    assert np.abs(found).max() <= 2.5
+    assert np.abs(found - x).max() > 1
+    for first, end in ((0, 1), (1, 2), (1, 3)):  # the bits of a row, whoever shares its pass
+        part = x[first:end, 3:].copy()
+        cpu.softcap(part, 2.5)
+        assert same(part, found[first:end, 3:].copy())
+
+
 def test_wrong_arguments_are_named():
     x, weight = normal(1, 3, 64), normal(2, 64)
     with pytest.raises(ValueError, match="^weight"):

@@ -1,0 +1,126 @@
+"""The registry of families: what documents say of it, what they refuse, and manifests that are older than a block."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashrt.arch import FAMILIES, family_of
+from flashrt.arch.gguf import ARCHITECTURES, gguf_config
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import ModelSpec
+from flashrt.storage.sources.gguf_header import read_gguf_header
+from tests.fake_source import DENSE
+from tests.families import GGUF_FIELDS, VOCAB, tiny_gguf
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {
+    "vocab_size": VOCAB,
+    "hidden_size": 72,
+    "intermediate_size": 104,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "head_dim": 20,
+    "max_position_embeddings": 64,
+}
+
+
+def test_the_readme_names_every_family() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \| ([^|]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = {name: gguf for names, gguf in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(named) == set(FAMILIES)
+    known = {name for text in named.values() for name in re.findall(r"`([\w-]+)`", text)}
+    assert known == set(ARCHITECTURES)
+
+
+def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
+    text = (ROOT / "docs/design/families.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 15
+    for row in rows:
+        names = re.findall(r"\b[a-z]\w+\b", row[3].split(";")[0])
+        assert set(names) <= set(FAMILIES), names
+        assert (ROOT / row[5].strip().strip("`")).exists(), row
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("phi3", {"partial_rotary_factor": 0.3, "head_dim": 10}, "partial_rotary_factor=0.3 of heads of 10"),
+        ("glm4", {"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0"),
+        ("glm4", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor=1.5"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0"),
+        ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0.0"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0.0"),
+        ("granite", {"logits_scaling": -8}, "logits_scaling is -8.0"),
+        ("granite", {"mlp_bias": True}, "mlp_bias"),
+        ("seed_oss", {"mlp_bias": True}, "mlp_bias"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 2}, "sliding layers without sliding_window"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("olmo3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters has"),
+        ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "original_max_position_embeddings"),
+    ],
+)
+def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], reason: str) -> None:
+    family_of(family).spec(CONFIG)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(reason)):
+        family_of(family).spec({**CONFIG, **change})
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"llama.attention.scale": 0.1}),
+        ("llama", {"llama.attn_logit_softcapping": 50.0}),
+        ("qwen3", {"qwen3.attention.sliding_window_pattern": 2}),
+        ("qwen3", {"qwen3.rope.dimension_count": 10}),
+        ("gemma2", {"gemma2.attention.sliding_window_pattern": 3}),
+        ("granite", {"granite.rope.scaling.finetuned": False}),
+        ("glm4", {"glm4.rope.dimension_sections": [8, 12, 12, 0]}),
+        ("glm4", {"glm4.rope.dimension_count": 22}),
+    ],
+)
+def test_metadata_that_is_not_computed_is_refused(family: str, change: dict[str, Any], tmp_path: Path) -> None:
+    header = read_gguf_header(tiny_gguf(family, tmp_path / "x.gguf", **GGUF_FIELDS.get(family, {}))[1])
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    key = next(iter(change)).partition(".")[2]
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(key)):
+        gguf_config({**header.metadata, **change}, shapes.get, {})
+
+
+def test_null_caps_are_none() -> None:
+    spec = family_of("gemma2").spec({**CONFIG, "attn_logit_softcapping": None, "final_logit_softcapping": None})
+    assert (spec.layers[0].attention.softcap, spec.logit_softcap) == (0.0, 0.0)
+    published = family_of("gemma2").spec(CONFIG)
+    assert (published.layers[0].attention.softcap, published.logit_softcap) == (50.0, 30.0)
+
+
+def test_manifests_name_blocks_only_where_they_are_used() -> None:
+    """A pack made before a block keeps its hash; what a block says survives."""
+    written = DENSE.to_json()
+    attention = written["layers"][0]["layer"]["attention"]
+    assert not {"softcap", "qk_norm_whole", "temperature"} & set(attention)
+    assert not {"pre_norms", "parallel", "logit_scale", "logit_softcap", "norm_bias", "residual_scale"} & set(written)
+    assert "dims" not in attention["rope"]
+    own = DENSE.layers[0]
+    assert own.attention.rope is not None
+    changed = replace(
+        own.attention,
+        softcap=2.5,
+        qk_norm_whole=True,
+        temperature=0.1,
+        temperature_span=7,
+        rope=replace(own.attention.rope, dims=4),
+    )
+    layers = (replace(own, attention=changed), own)
+    spec = replace(DENSE, layers=layers, pre_norms=False, residual_scale=0.5, logit_scale=2.0, logit_softcap=3.0)
+    spec = replace(spec, parallel=True, norm="layer", norm_bias=False)
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
