@@ -190,6 +190,6 @@ def check_tensors(path: Path) -> None:
         for tensor in gguf.GGUFReader(path).tensors:
             shape = tuple(int(size) for size in reversed(tensor.shape))
             expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-            reader = checkpoint._reader
+            reader = checkpoint.reader
             found = reader.vector(tensor.name) if len(shape) == 1 else reader.rows(tensor.name, 0, shape[0])
             np.testing.assert_array_equal(found, expected)

@@ -98,11 +98,11 @@ def heaviest(choice: Choice, position: int, head: int, weights: Array) -> Array:
 def choose_by(engine: Engine, name: str) -> None:
     """From now on choose by 'labels', 'recent' or 'bounds' in all layers that choose."""
     for store in choosing(engine):
-        own = store.__dict__.setdefault("selectors", {"labels": store._index})
+        own = store.__dict__.setdefault("selectors", {"labels": store._chooser.index})
         if name not in own:
             index: LabelIndex = own["labels"]
             own[name] = Recent(index) if name == "recent" else Bounds(index, store._attention.scale)
-        store._index = own[name]
+        store._chooser.index = own[name]
 
 
 def choosing(engine: Engine) -> Iterator[Any]:
