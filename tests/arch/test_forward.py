@@ -140,7 +140,7 @@ def test_directory_gives_transformers_logits(family: str, tmp_path: Path) -> Non
         check(checkpoint, model)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama", "mixtral"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama", "mixtral"])
 def test_bfloat16_directory_gives_transformers_logits(family: str, tmp_path: Path) -> None:
     model, directory = tiny_checkpoint(family, tmp_path, seed=1, dtype=torch.bfloat16)
     with open_checkpoint(directory) as checkpoint:

@@ -63,7 +63,7 @@ def tokens():
 
 @pytest.mark.parametrize("family", ["olmo2", "cohere"])
 def test_blocks_without_a_norm_of_their_own(family, tokens, tmp_path):
-    options, request = {"intermediate_size": 160, "hidden_act": "relu"}, replace(REQUEST, tokens=768)
+    options, request = {"intermediate_size": 160, "hidden_act": "relu"}, replace(REQUEST, tokens=1280)
     _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3, **options)
     make_pack(checkpoint, tmp_path / "pack", Codec.INT8)
     assert calibrated(tmp_path / "pack", tmp_path / "cache", request).held_out_loss <= REQUEST.max_loss
