@@ -34,13 +34,17 @@ DEMO_PACK := $(MODELS)/demo-$(DEMO_DTYPE)
 NATIVE := kernels/flashrt_kernels/cpu flashrt/storage/native
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(foreach kind,cpp h cmake,$(wildcard $(addsuffix /*.$(kind),$(NATIVE))))
 
+# Two processes, each with about half of the time: most of it is spent waiting for one core.
+HALF := $(addprefix tests/,engine kernels storage text tools speculate native)
+QUICK := $(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
+
 .PHONY: demo test check test-slow lint format sanitize bench gpu-report peers benchmarks-page clean
 
 demo: $(DEMO_PACK)/manifest.json
 	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
 
 test: lint build/native-address
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
+	$(QUICK) $(HALF) & first=$$!; $(QUICK) tests $(addprefix --ignore=,$(HALF)); second=$$?; wait $$first && exit $$second
 
 check: lint
 	tests=$$($(BIN)/python tools/changed_tests.py --since $(SINCE)) && \
