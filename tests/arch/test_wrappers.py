@@ -143,7 +143,7 @@ def test_flat_configurations_of_qwen2_vl(tmp_path: Path) -> None:
     [
         ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, "'mllama' around a text model"),
         ({"model_type": "llava", "text_config": {"model_type": "mpt"}}, "'mpt' is not supported"),
-        ({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}, "'ministral3' is not supported"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "ministral4"}}, "'ministral4' is not supported"),
         ({"model_type": "llava", "text_config": 3}, "text_config is 3, expected an object"),
     ],
 )
