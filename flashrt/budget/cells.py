@@ -28,7 +28,7 @@ class CellClaim:
     @property
     def least(self) -> int:
         """Cells without which nothing runs: those of one layer that a token chooses."""
-        return min(max(self.chosen), self.layout.cells)
+        return max(self.chosen)
 
     @property
     def chosen_bytes(self) -> int:
@@ -46,7 +46,7 @@ class CellClaim:
         Tokens choose much alike. A byte here saves one that is read in small pieces, which takes longer than one of
         the weights.
         """
-        wanted = self.nbytes(min(max(sum(self.chosen), self.least), self._all)) - self.nbytes(self.least)
+        wanted = self.nbytes(sum(self.chosen)) - self.nbytes(self.least)
         return max(min(wanted, free // 2), 0)
 
     @property

@@ -35,10 +35,6 @@ class RingPages:
         """Layers that have pages."""
         return self._spill.layout.page_bytes
 
-    def narrow_takes_cells(self, layer: int) -> bool:
-        """Whether narrow passes read cells of a layer's pages, which the ring does not bring."""
-        return layer in self._spill.layout.heads
-
     @property
     def version(self) -> int:
         """Changes where what was read ahead may hold what is gone."""
@@ -67,7 +63,7 @@ class RingPages:
 
     def blocks(self, layer: int, far: int, wide: bool) -> Iterator[Block]:
         """What a pass takes that finds `far` pages before what is in memory. Narrow ones may take cells instead."""
-        if not wide and self.narrow_takes_cells(layer):
+        if not wide and layer in self._spill.layout.heads:
             return iter(())
         return (self._block(PageId(layer, segment)) for segment in range(self._spill.layout.held, far))
 

@@ -86,8 +86,8 @@ class Weights:
         return self._vectors[name]
 
     def resident(self, name: str) -> bool:
-        """Whether all of a tensor is in memory."""
-        return self.plan.pinned[name] == self.layout.tensors[name].blocks
+        """Whether all of a matrix is in memory."""
+        return all(self.plan.pinned[part.name] == part.blocks for part in self.layout.parts(name))
 
     def pinned(self, name: str) -> Tensor:
         """The leading bundles of a tensor that are pinned, uint8 [bundles, stride]."""

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows
+from flashrt.kv.cells import LayerCells
 from flashrt.kv.choice import RECENT
-from flashrt.kv.contiguous import ContiguousStore
-from flashrt.kv.far import LayerCells
-from flashrt.kv.index import LabelIndex
-from flashrt.kv.lists import Chooser, Chosen
-from flashrt.kv.sparse import keys_of
+from flashrt.kv.lists import Chosen, Lists
+from flashrt.kv.sparse import ChoosingStore
 from flashrt.kv.streamed import StreamedStore
 from flashrt.spec import Attention
 from flashrt_kernels.labels import LABEL_TOKENS
-from flashrt_kernels.limits import NARROW_TOKENS
 
 PART = 1 << 14  # cells that rows choose which are fetched together: numpy takes some 100 bytes for each meanwhile
 
 Array = np.ndarray
 
 
-class ChosenStore(StreamedStore):
+class ChosenStore(ChoosingStore, StreamedStore):
     """A `StreamedStore` with labels of its keys."""
 
-    chooses = True
     behind = RECENT + LABEL_TOKENS  # what a row attends to in any case
 
     @classmethod
@@ -42,25 +37,16 @@ class ChosenStore(StreamedStore):
         return 2 * attention.kv_heads * attention.head_dim * cls.slots(attention, limits)
 
     @classmethod
-    def beside(cls, attention: Attention, limits: KvLimits) -> int:
-        return LabelIndex.nbytes(attention, limits)
-
-    @classmethod
     def cells(cls, attention: Attention, limits: KvLimits) -> int:
         if limits.choice is None:
             return 0
         shares = range(len(limits.choice.shares))
         return sum(1 + limits.choice.kept(limits.context - 1, head) for head in shares)
 
-    @classmethod
-    def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
-        return max(super().scratch_bytes(attention, limits, ops), Chooser.scratch_bytes(attention, limits, ops))
-
     def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
         super().__init__(attention, limits, kernels, allocate)
         assert self._pages.cells is not None, "chosen positions come from disk by cells"
         self._cells: LayerCells = self._pages.cells
-        self._chooser = Chooser(attention, limits, kernels.ops, allocate)
         token = self.memory[0, 0].nbytes
         self._cell = limits.cell_bytes // token  # positions of a cell
         memory = self._cells.memory.view(self.memory.dtype)
@@ -70,61 +56,39 @@ class ChosenStore(StreamedStore):
     def looks_ahead(self) -> bool:
         return self.first > 0 and self._cells.guesses.wanted()
 
-    def append(self, key: Array, value: Array, start: int) -> None:
-        self._chooser.index.begin(start, self._keys)
-        super().append(key, value, start)
-
     def write_page(self, begin: int, heads: slice, page: Array) -> None:
-        self._chooser.index.begin(begin, self._keys)  # before older positions leave for the disk
+        self._label(begin)  # before older positions leave for the disk
         super().write_page(begin, heads, page)
 
-    def restart(self, first: int = 0) -> None:
-        super().restart(first)
-        self._chooser.index.restart()
-
-    def attend(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
-        if rows.wide or rows.draft:
-            super().attend(query, rows, heads, out)
-            return
-        for begin in range(0, len(query), NARROW_TOKENS):  # a text may be scored in longer passes
-            own, part = slice(begin, begin + NARROW_TOKENS), rows._replace(start=rows.start + begin)
-            if begin > 0:
-                self._chooser.index.begin(part.start, self._keys)
-            self._attend_few(query[own], part, heads, out[own])
+    def attends_to_all(self, rows: KvRows) -> bool:
+        return rows.draft  # to all that is near: it reads nothing
 
     def look_ahead(self, query: Array, rows: KvRows, seconds: float) -> None:
         began = time.perf_counter()
-        self._chooser.index.begin(rows.start, self._keys)
+        self._label(rows.start)
         every = slice(0, len(self.memory))
         for part in _parts(self._chooser.choose(query, rows, every, self._kernels.scratch)):
             self._cells.prefetch(_distinct(self._far_cells(part), len(part.paths))[0])
         self._cells.guesses.made(seconds + time.perf_counter() - began)
 
-    def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
-        if self.first == 0 and not self._chooser.leaves_out(rows, len(query), heads):
-            ContiguousStore.attend(self, query, rows, heads, out)
-            return
+    def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
         done = 0
-        for part in _parts(self._chooser.choose(query, rows, heads, self._kernels.scratch), self._cells.slots):
+        for part in _parts(chosen, self._cells.slots):
             own = slice(done, done + len(part.paths))
-            self._attend_to(query[own], part, rows.start, heads, out[own])
+            self._attend_list(query[own], self._fetched, self._fetch(part, start), heads, out[own])
             done = own.stop
 
-    def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
+    def _fetch(self, chosen: Chosen, start: int) -> Lists:
+        """Lists of what rows chose, whose cells are there until the next are fetched."""
         wanted = self._far_cells(chosen)
-        cells, at = _distinct(wanted, len(query))
+        cells, at = _distinct(wanted, len(chosen.paths))
         slots = self._cells.fetch(cells)[at]
         ends = np.cumsum([len(part) for part in wanted])
 
         def places(which: int, blocks: Array) -> tuple[Array, int]:
-            own = slots[ends[which] - len(wanted[which]) : ends[which]]
-            return self._places(blocks, own)
+            return self._places(blocks, slots[ends[which] - len(wanted[which]) : ends[which]])
 
-        lists = self._chooser.lists(chosen, start, self.first, places)
-        ops, scale = self._kernels.ops, self._attention.scale
-        ops.attention_list(
-            query, self.memory[heads], self._fetched, lists.places, lists.counts, scale, None, out, lists.rest
-        )
+        return self._chooser.lists(chosen, start, self.first, places)
 
     def _places(self, blocks: Array, slots: Array) -> tuple[Array, int]:
         """Where blocks begin, of which the first are in `slots` of the cache."""
@@ -141,10 +105,6 @@ class ChosenStore(StreamedStore):
                 far = blocks[: np.searchsorted(blocks[:count], self.first // block)].astype(np.int64)
                 found.append(head * self._cells.count + far * block // self._cell)
         return found
-
-    def _keys(self, begin: int, end: int) -> Array:
-        """float32 [kv_heads, positions, head_dim]"""
-        return keys_of(self.memory[:, begin - self.first : end - self.first])
 
 
 def _parts(chosen: Chosen, slots: int = PART) -> Iterator[Chosen]:

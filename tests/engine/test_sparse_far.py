@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, tiny_engine
 from tests.engine.test_streamed_kv import PROMPT, _cache, text_of  # noqa: F401
 from tests.families import tiny_checkpoint
+from tests.kept import CASES, keep
 from tests.kv.support import spec_labels
 
 CONTEXT = 16000
@@ -126,3 +128,15 @@ def test_an_interrupt_leaves_nothing_wrong_behind(tmp_path, monkeypatch):
             list(generation)
         assert left[0] <= 0
         assert text_of(far, PROMPT, 60) == expected
+
+
+def test_packs_whose_queries_and_keys_are_apart(tmp_path):
+    """A guess needs the queries' matrix, which a pack that keeps a file's codecs may hold as three."""
+    shape = CASES["k"].shape | {"max_position_embeddings": 16384}
+    packed = keep(replace(CASES["k"], shape=shape).write(tmp_path / "model.gguf"), tmp_path / "pack")
+    assert len(packed.layout.parts("0.qkv")) > 1
+    whole, far = engines(packed, 1.4)
+    with whole, far:
+        assert far.runner.decoder.weights.resident("0.qkv")
+        assert text_of(far, PROMPT, 60) == text_of(whole, PROMPT, 60)
+        assert far.kv_counts()["ahead"] > 0
