@@ -22,7 +22,7 @@ FATRELU_THRESHOLD = 0.4  # large enough to show: a third of the positive gates l
 SPECIAL = ("<s>", "</s>", "<|user|>")
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
-_COMMON = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 72,
     "intermediate_size": 104,
@@ -30,12 +30,16 @@ _COMMON = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
 }
+_COMMON = {**SHAPE, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None, "tie_word_embeddings": False}
 _LLAMA = {**_COMMON, "head_dim": 20, "rms_norm_eps": 1e-5}
+
+
+def _two_ropes(full: float, sliding: float) -> dict[str, Any]:
+    """Scaled in layers that see everything, plain in those that see a window."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": full}
+    plain = {"rope_type": "default", "rope_theta": sliding}
+    return {"rope_parameters": {"full_attention": rope, "sliding_attention": plain}}
 
 
 def _rope(kind: str, **fields: Any) -> dict[str, Any]:
@@ -91,11 +95,8 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
             "tie_word_embeddings": True,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
-            },
-        },
+        }
+        | _two_ropes(5000.0, 300.0),
     ),
     "gemma2": (
         "Gemma2Config",
@@ -114,11 +115,7 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": (
         "Phi3Config",
         "Phi3ForCausalLM",
-        {
-            **_COMMON,
-            "hidden_size": 84,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.72},
-        },
+        {**_COMMON, "hidden_size": 84} | _rope("default", partial_rotary_factor=0.72),
     ),
     "phi3-longrope": (
         "Phi3Config",
@@ -144,11 +141,8 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_COMMON,
             "num_hidden_layers": 5,
             "sliding_window": 6,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
-            },
-        },
+        }
+        | _two_ropes(1000.0, 1000.0),
     ),
     "granite": (
         "GraniteConfig",
@@ -174,11 +168,7 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm4": (
         "Glm4Config",
         "Glm4ForCausalLM",
-        {
-            **_COMMON,
-            "head_dim": 20,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.6},
-        },
+        {**_COMMON, "head_dim": 20} | _rope("default", partial_rotary_factor=0.6),
     ),
     "ministral": (
         "MinistralConfig",

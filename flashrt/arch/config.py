@@ -128,6 +128,10 @@ class Config:
             raise CheckpointError(f"{self.family} config: hidden_size {hidden} is not a multiple of {heads} heads")
         return self.integer("head_dim", default or hidden // heads, maximum=1 << 16)
 
+    def optional(self, key: str) -> int | None:
+        """A positive integer; None where it is absent or null."""
+        return None if self.data.get(key) is None else self.integer(key)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         """A token id or a list of them, as a tuple; empty when absent. -1 and null stand for no token."""
         value = self.data.get(key)
@@ -140,9 +144,8 @@ class Config:
         """The rotary embedding of a family that may rotate a part of each head."""
         parameters = dict(self.object("rope_scaling") or self.object("rope_parameters"))
         share = self.number("partial_rotary_factor", default_share)
-        share = Config({"partial_rotary_factor": parameters.pop("partial_rotary_factor", None)}, self.family).number(
-            "partial_rotary_factor", share
-        )
+        share = Config(parameters, self.family).number("partial_rotary_factor", share)
+        parameters.pop("partial_rotary_factor", None)
         dims = int(head_dim * share) if 0 < share <= 1 else 0
         if dims < 2 or dims % 2:
             raise UnsupportedModelError(

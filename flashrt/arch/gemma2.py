@@ -8,7 +8,7 @@ from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import attention, decoder_spec, layer_count, windows
-from flashrt.arch.gemma3 import NAMES, embed_scale
+from flashrt.arch.gemma3 import NAMES, embed_scale, query_scalar
 from flashrt.arch.metadata import Metadata
 from flashrt.spec import Ffn, Layer, ModelSpec
 
@@ -50,11 +50,8 @@ def spec(config: Config) -> ModelSpec:
 
 
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
-    # llama.cpp knows the 27B model, which alone scales by hidden / heads, by its layers.
-    is_27b = config["num_hidden_layers"] == 46
-    dim = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
     return {
-        "query_pre_attn_scalar": dim,
+        "query_pre_attn_scalar": query_scalar(config, 46),
         "sliding_window": fields.integer("attention.sliding_window", 4096),
         "attn_logit_softcapping": fields.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": fields.number("final_logit_softcapping", 30.0),

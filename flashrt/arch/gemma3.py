@@ -106,6 +106,12 @@ def embed_scale(config: Config) -> float:
     return float(scale)
 
 
+def query_scalar(config: Mapping[str, Any], layers_of_27b: int) -> int:
+    """llama.cpp knows the 27B model, which alone scales by hidden / heads, by its layers."""
+    is_27b = config["num_hidden_layers"] == layers_of_27b
+    return int(config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"])
+
+
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     layers, rope = config["num_hidden_layers"], config["rope_parameters"]
     if layers is None or not 0 < layers <= MAX_LAYERS:
@@ -114,14 +120,10 @@ def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     if pattern is None or isinstance(pattern, int):
         period = 6 if pattern is None else max(pattern, 1)
         pattern = [(i + 1) % period for i in range(layers)]
-    # llama.cpp knows the 27B model, which alone scales by hidden / heads, by its layers.
-    is_27b = layers == 62
     return {
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
         "sliding_window": fields.integer("attention.sliding_window"),
-        "query_pre_attn_scalar": (
-            config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
-        ),
+        "query_pre_attn_scalar": query_scalar(config, 62),
         "rope_parameters": {
             "full_attention": rope,
             "sliding_attention": {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},

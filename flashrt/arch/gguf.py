@@ -123,8 +123,6 @@ def gguf_config(
     for key in _REFUSED:
         if key not in own.keys and fields.get(key):
             raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r:.80} is not supported")
-    if not fields.flag("rope.scaling.finetuned", True) and name == "granite":
-        raise UnsupportedModelError(f"GGUF {name} with rope.scaling.finetuned=False is not supported")
     config: dict[str, Any] = {ours: fields.integer(theirs) for ours, theirs in _FIELDS.items()}
     config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in _LAYER_FIELDS.items()}
     config |= {

@@ -9,6 +9,7 @@ from flashrt.arch.config import Config
 from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import HF_DECODER
+from flashrt.errors import UnsupportedModelError
 from flashrt.spec import Layer, ModelSpec
 
 NAMES = HF_DECODER
@@ -27,6 +28,8 @@ def spec(config: Config) -> ModelSpec:
 
 
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    if not fields.flag("rope.scaling.finetuned", True):
+        raise UnsupportedModelError("GGUF granite with rope.scaling.finetuned=False is not supported")
     # Without a scale, llama.cpp takes the usual one; zeros stand for fields that a converter left out.
     usual = config["head_dim"] ** -0.5
     return {

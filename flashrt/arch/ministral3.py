@@ -13,11 +13,7 @@ from flashrt.arch.names import HF_DECODER
 from flashrt.rope import yarn_attention
 from flashrt.spec import Layer, ModelSpec
 
-NAMES = replace(
-    HF_DECODER,
-    prefixes=("model.", "model.language_model.", "language_model.model.", ""),
-    head=("lm_head.weight", "language_model.lm_head.weight"),
-)
+NAMES = HF_DECODER
 GGUF_KEYS = ("attention.temperature_scale", "rope.scaling.yarn_log_multiplier")
 
 # What transformers' Ministral3Config takes where a config has no rope parameters.
@@ -38,7 +34,7 @@ def spec(config: Config) -> ModelSpec:
     scaling = Config(parameters, "ministral3")
     beta = scaling.number("llama_4_scaling_beta", 0.0)
     span = scaling.integer("original_max_position_embeddings") if beta else 0
-    window = None if config.data.get("sliding_window") is None else config.integer("sliding_window")
+    window = config.optional("sliding_window")
     heads = attention(config, config.head_dim(128), rope, temperature=beta, temperature_span=span)
     kind = "full_attention" if window is None else "sliding_attention"
     sizes = windows(config, window, [kind] * layer_count(config))

@@ -21,9 +21,7 @@ NAMES = OLD_NAMES
 
 
 def spec(config: Config) -> ModelSpec:
-    window = config.data.get("sliding_window")
-    if window is not None:
-        window = config.integer("sliding_window")
+    window = config.optional("sliding_window")
     experts = config.integer("num_local_experts", config.data.get("num_experts") or 8)
     ffn = Ffn(
         config.integer("intermediate_size"),

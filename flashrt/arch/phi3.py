@@ -24,7 +24,7 @@ def spec(config: Config) -> ModelSpec:
         for name in ("rope_type", "type"):  # what longrope was called before
             if parameters.get(name) in ("su", "yarn"):
                 config = Config({**config.data, key: {**parameters, name: "longrope"}}, "phi3")
-    window = None if config.data.get("sliding_window") is None else config.integer("sliding_window")
+    window = config.optional("sliding_window")
     dim = config.head_dim()
     layer = Layer(attention(config, dim, config.partial_rope(dim), window=window), gated_ffn(config))
     return decoder_spec(config, [layer] * layer_count(config), norm_eps=config.number("rms_norm_eps", 1e-5))

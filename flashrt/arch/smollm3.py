@@ -16,9 +16,8 @@ NAMES = HF_DECODER
 def spec(config: Config) -> ModelSpec:
     rotates, bias = _rotates(config), config.flag("attention_bias")
     heads = attention(config, config.head_dim(), config.rope(2e6), qkv_bias=bias, out_bias=bias)
-    ffn, window = gated_ffn(config), None
-    if config.flag("use_sliding_window") and config.data.get("sliding_window") is not None:
-        window = config.integer("sliding_window")
+    ffn = gated_ffn(config)
+    window = config.optional("sliding_window") if config.flag("use_sliding_window") else None
     types = ["full_attention" if rotated or window is None else "sliding_attention" for rotated in rotates]
     layers = [
         Layer(replace(heads, rope=heads.rope if rotated else None, window=own), ffn)

@@ -42,6 +42,8 @@ _QWEN_VL = {
     "max_window_layers": 80,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
 }
 _LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,7 +53,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "num_attention_heads": 32, "num_key_value_heads": 32},
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
-    "qwen3_vl_text": {**_QWEN, "num_attention_heads": 32, "num_key_value_heads": 32, "rope_theta": 5e5},
+    "qwen3_vl_text": {
+        **_QWEN,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "rope_theta": 5e5,
+        "max_position_embeddings": 128000,
+    },
 }
 _INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id")
 
@@ -79,12 +87,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if "sliding_window" in inner:
         result["sliding_window"] = inner["sliding_window"]  # null says that there is none
     tied = config.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID)
-    result |= {"model_type": _TEXT_FAMILIES.get(str(text), text), "tie_word_embeddings": tied or _flag(inner)}
+    result |= {
+        "model_type": _TEXT_FAMILIES.get(str(text), text),
+        "tie_word_embeddings": tied or inner.get("tie_word_embeddings") or False,
+    }
     return _without_sections(result) if text in _TEXT_FAMILIES else result
-
-
-def _flag(inner: Mapping[str, Any]) -> Any:
-    return inner.get("tie_word_embeddings") or False
 
 
 def _without_sections(config: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ THREADS = 4  # hashing is as fast as a disk only on several cores
 _FORM = 1  # of what is remembered
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
 
 
 def content_of(path: Path, cache: Path, progress: Progress = lambda *_: None) -> str:

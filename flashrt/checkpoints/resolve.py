@@ -11,18 +11,15 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashrt import child, errors
 from flashrt.checkpoints.cache import content_target, named_target
-from flashrt.checkpoints.content import remembered_content
+from flashrt.checkpoints.content import Progress, remembered_content
 from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, UsageError
 from flashrt.storage.names import AUTO, DEMO_NAMES, DTYPE_NAMES, exists, is_remote
-
-Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all
 
 
 def resolve(

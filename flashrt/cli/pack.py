@@ -74,11 +74,11 @@ def pack(
             f"{out}: {manifest.name} as {manifest.weights}, {size(layout.nbytes)}, "
             f"{bits:.2f} bits per weight, {duration(seconds)}"
         )
-        if manifest.kept is not None and (line := requantized_line(manifest.kept)):
+        if manifest.kept is not None and (line := _requantized_line(manifest.kept)):
             print(line)
 
 
-def requantized_line(kept: Kept) -> str:
+def _requantized_line(kept: Kept) -> str:
     """What could not be kept, and what it has become; nothing where all was."""
     found: dict[tuple[str, str], int] = {}
     for name, stored in kept.requantized.items():

@@ -181,7 +181,7 @@ def check_argument(text: str | None, what: str) -> None:
         _utf8(text.encode("utf-8", "surrogateescape"), what)
 
 
-def doubled_bos(tokenizer: Tokenizer, ids: list[int]) -> str | None:
+def _doubled_bos(tokenizer: Tokenizer, ids: list[int]) -> str | None:
     """What to say of a prompt that brings the beginning token which is put before every text; None where it does not.
 
     It is read as it was written: two of them.
@@ -208,7 +208,7 @@ def _utf8(data: bytes, what: str) -> str:
 def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
     if not chat:
         ids = tokenizer.encode(text)
-        if warning := doubled_bos(tokenizer, ids):
+        if warning := _doubled_bos(tokenizer, ids):
             say(warning)
         return ids
     messages = [{"role": "system", "content": system}] if system is not None else []

@@ -33,7 +33,7 @@ class Stored(Protocol):
 class Kept:
     """Tensor → its codec, or its neurons' codecs; and what could not be kept → what it was stored as.
 
-    A matrix whose parts differ is stored in parts, which have names of their own (`layout.PARTS`).
+    A matrix whose parts differ is stored in parts, which have names of their own (`parts_of`).
     """
 
     matrices: dict[str, Codec]
@@ -114,6 +114,11 @@ def whole_of(part: str) -> str:
     return f"{layer}.qkv" if name in ("q", "k", "v") else part
 
 
+def parts_of(matrix: str) -> list[str]:
+    """Names of the parts that a matrix may be stored in; itself where it has none."""
+    return [matrix.replace("qkv", part) for part in "qkv"] if matrix.endswith(".qkv") else [matrix]
+
+
 def kept_of(source: Stored) -> Kept | None:
     """What of a checkpoint can be kept; None where nothing can."""
     spec = source.spec
@@ -130,7 +135,7 @@ def kept_of(source: Stored) -> Kept | None:
 
 def _keep_matrix(kept: Kept, name: str, stored: tuple[str, ...]) -> None:
     alike = len(set(stored)) == 1
-    for part, dtype in zip([name] if alike else [name.replace("qkv", p) for p in "qkv"], stored, strict=False):
+    for part, dtype in zip([name] if alike else parts_of(name), stored, strict=False):
         if dtype in STORED:
             kept.matrices[part] = STORED[dtype]
         else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.spec import Attention, ModelSpec
-from flashrt.storage.kept import Kept, whole_of
+from flashrt.storage.kept import Kept, parts_of, whole_of
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
 from flashrt_kernels.limits import DOWN_STEP, MATRIX_STEP, NEURON_STEP
@@ -133,7 +133,7 @@ class PackLayout:
         """The tensors that a matrix is stored in, in the order of its rows: itself, or its parts."""
         if matrix in self.tensors:
             return [self.tensors[matrix]]
-        return [self.tensors[matrix.replace("qkv", part)] for part in "qkv"]
+        return [self.tensors[part] for part in parts_of(matrix)]
 
     def tensors_of(self, file: str) -> Iterator[TensorLayout]:
         return (t for t in self.tensors.values() if t.file == file)
@@ -207,12 +207,11 @@ def _matrices(matrices: dict[str, tuple[int, int]], dtype: Codec) -> Iterator[_S
 def _kept_matrices(matrices: dict[str, tuple[int, int]], dtype: Codec, kept: Kept, spec: ModelSpec) -> Iterator[_Shape]:
     """Those that a file has, in its codecs; queries, keys and values apart where these differ."""
     for name, (rows, columns) in matrices.items():
-        layer, _, kind = name.partition(".")
-        parts = [f"{layer}.{part}" for part in kind] if kind == "qkv" else []
+        parts = parts_of(name)
         if name in kept.matrices or not any(part in kept.matrices for part in parts):
             yield _matrix(name, kept.matrices.get(name, codec_of(name, dtype)), rows, columns)
             continue
-        attention = spec.layers[int(layer)].attention
+        attention = spec.layers[int(name.partition(".")[0])].attention
         row0 = 0
         for part, heads in zip(parts, (attention.heads, attention.kv_heads, attention.kv_heads), strict=True):
             yield _matrix(part, kept.matrices.get(part, dtype), heads * attention.head_dim, columns, row0)

@@ -29,7 +29,7 @@ def text_from_gguf(metadata: Mapping[str, Any]) -> TextFiles:
         raise CheckpointError("the GGUF file holds no tokenizer")
     if model not in ("gpt2", "llama"):
         raise UnsupportedModelError(f"GGUF tokenizer {model!r} is not supported; known: gpt2, llama")
-    special = {name: tokens[i] for name, key in _SPECIAL.items() if (i := _id(fields, key, tokens)) is not None}
+    special = _special(fields, tokens)
     # Without the flag, llama.cpp adds BOS to SentencePiece vocabularies and to some byte-level ones.
     default_bos = model == "llama" or _split(fields).bos
     bos = _id(fields, "bos_token_id", tokens) if fields.flag("add_bos_token", default_bos) else None
@@ -50,8 +50,11 @@ def gguf_ends(metadata: Mapping[str, Any]) -> tuple[int, ...]:
         return ()
     added = [t for t, kind in zip(tokens, kinds or (), strict=False) if kind in (_CONTROL, _USER_DEFINED) and t]
     ids = {token: i for i, token in enumerate(tokens)}
-    special = {name: tokens[i] for name, key in _SPECIAL.items() if (i := _id(fields, key, tokens)) is not None}
-    return end_ids(ids, added, values.string("tokenizer.chat_template"), special)
+    return end_ids(ids, added, values.string("tokenizer.chat_template"), _special(fields, tokens))
+
+
+def _special(fields: Metadata, tokens: list[str]) -> dict[str, str]:
+    return {name: tokens[i] for name, key in _SPECIAL.items() if (i := _id(fields, key, tokens)) is not None}
 
 
 def _split(fields: Metadata) -> Split:

@@ -16,19 +16,10 @@ from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from tests.fake_source import DENSE
-from tests.families import GGUF_FIELDS, VOCAB, tiny_gguf
+from tests.families import GGUF_FIELDS, SHAPE, tiny_gguf
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {
-    "vocab_size": VOCAB,
-    "hidden_size": 72,
-    "intermediate_size": 104,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 20,
-    "max_position_embeddings": 64,
-}
+CONFIG = {**SHAPE, "num_hidden_layers": 2, "head_dim": 20, "max_position_embeddings": 64}
 
 
 def test_the_readme_names_every_family() -> None:

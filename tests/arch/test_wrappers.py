@@ -9,24 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
-from flashrt.arch.wrappers import WRAPPERS, text_config
+from flashrt.arch import family_of
+from flashrt.arch.wrappers import _DEFAULTS, _TEXT_OF, WRAPPERS, text_config
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from flashrt_kernels.rows import Codec
 from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
-from tests.families import VOCAB, write_tokenizer
+from tests.families import SHAPE, write_tokenizer
 
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 72,
-    "intermediate_size": 104,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 3,
-}
+TEXT = {**SHAPE, "pad_token_id": 3}
 EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {"model_type": "clip_vision_model", **EYES, "image_size": 28, "patch_size": 14, "projection_dim": 8}
 SIGLIP = CLIP | {"model_type": "siglip_vision_model"}
@@ -112,15 +105,15 @@ def test_text_as_transformers(case: str, tmp_path: Path) -> None:
         assert relative_rms(logits_of(engine, ids[:9], ids[9:]), expected) < 1e-4
 
 
-def test_what_a_text_config_leaves_out_is_what_transformers_takes(tmp_path: Path) -> None:
-    """As LLaVA 1.5 and Mistral Small 3.1 are published: equal to the defaults, and so not written."""
-    import transformers
-
-    for family, config in (("llama", transformers.LlamaConfig()), ("mistral", transformers.MistralConfig())):
-        found = text_config({"model_type": "llava", "text_config": {"model_type": family}})
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-            assert found[key] == getattr(config, key), (family, key)
-        assert found.get("num_key_value_heads", 32) == config.num_key_value_heads
+@pytest.mark.parametrize("kind", _DEFAULTS)
+def test_what_a_text_config_leaves_out_is_what_transformers_takes(kind: str) -> None:
+    """As models are published: what equals a default is not written."""
+    outer = next((outer for outer, text in _TEXT_OF.items() if text == kind), "llava")
+    full, bare = (
+        text_config({"model_type": outer, "text_config": {**fields, "model_type": kind}})
+        for fields in (CONFIG_MAPPING[kind]().to_dict(), {})
+    )
+    assert family_of(str(full["model_type"])).spec(full) == family_of(str(bare["model_type"])).spec(bare)
 
 
 def test_flat_configurations_of_qwen2_vl(tmp_path: Path) -> None:

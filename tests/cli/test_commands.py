@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 import flashrt
+from flashrt.cli.options import DtypeName
+from flashrt.storage.names import AUTO, DTYPE_NAMES
+from flashrt_kernels.rows import DTYPES
 from tests.cli.conftest import Cli, Result
 
 REPORT = {
@@ -199,3 +202,8 @@ def test_python_api(pack: Path, cache_home: Path) -> None:
         flashrt.load(pack, budget_gb=0)
     with pytest.raises(flashrt.errors.UsageError, match="at most 256"):
         flashrt.load(pack, context=257)
+
+
+def test_the_names_of_dtypes_agree() -> None:
+    """They stand where nothing may be imported, where options are declared, and where they are encoded."""
+    assert (AUTO, *(codec.value for codec in DTYPES)) == DTYPE_NAMES == tuple(name.value for name in DtypeName)

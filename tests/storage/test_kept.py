@@ -9,8 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
-from flashrt.errors import CheckpointError, PackError
+from flashrt.errors import CheckpointError, PackError, UsageError
 from flashrt.storage.kept import kept_of
+from flashrt.storage.kept_rows import KeptEncoder
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.manifest import KEPT_VERSION, MANIFEST_FILE, VERSION, _checksum
 from flashrt.storage.pack import Pack
@@ -18,7 +19,7 @@ from flashrt.storage.packer import pack
 from flashrt.storage.sources import open_checkpoint
 from flashrt_kernels import ops
 from flashrt_kernels.rows import KEPT, Codec, row_bytes
-from tests.kept import CASES, Case, keep
+from tests.kept import BLOCK_BYTES, CASES, Case, keep
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -186,27 +187,29 @@ def test_a_file_that_is_not_quantized_keeps_nothing(tmp_path):
 def test_packing_goes_on_where_it_was(case, tmp_path, monkeypatch):
     """Killed after a file, and finished: the bytes of an undisturbed run."""
     _, path, whole = case
-    calls = 0
-
-    def strike(self, *args):
-        nonlocal calls
-        calls += 1
-        if calls > 4:
-            raise KeyboardInterrupt
-        return fill(self, *args)
-
-    from flashrt.storage.kept_rows import KeptEncoder
-
-    fill = KeptEncoder.fill
-    with monkeypatch.context() as patch:
-        patch.setattr(KeptEncoder, "fill", strike)
-        with pytest.raises(KeyboardInterrupt):
-            keep(path, tmp_path / "p")
+    interrupted(path, tmp_path / "p", monkeypatch, fills=4)
     assert keep(path, tmp_path / "p").manifest == whole.manifest
 
 
-def test_another_dtype_is_another_job(case, tmp_path):
-    _, path, _ = case
-    with open_checkpoint(path) as source:
-        pack(source, tmp_path / "p", Codec.INT8)
-    assert Pack(tmp_path / "p").manifest.kept is None
+def test_another_dtype_is_another_job(tmp_path, monkeypatch):
+    """Both of them say int8: what is kept tells them apart."""
+    path = CASES["plain"].write(tmp_path / "m.gguf")
+    interrupted(path, tmp_path / "p", monkeypatch, fills=8)
+    with open_checkpoint(path) as source, pytest.raises(UsageError, match="another checkpoint or dtype"):
+        pack(source, tmp_path / "p", Codec.INT8, block_bytes=BLOCK_BYTES)
+
+
+def interrupted(path, out, monkeypatch, fills):
+    """Begin to pack a file, and stop after so many parts of tensors."""
+    left, fill = [fills], KeptEncoder.fill
+
+    def strike(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return fill(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptEncoder, "fill", strike)
+        with pytest.raises(KeyboardInterrupt):
+            keep(path, out)

@@ -22,8 +22,8 @@ from flashrt.storage.layout import RESIDENT_FILE, layer_file
 from flashrt.storage.moving import Move
 from flashrt.storage.pack import Pack, is_pack
 from flashrt.storage.sources import open_checkpoint
-from flashrt.storage.sources.moved import RECORD
-from tests.families import tiny_gguf, tiny_model, write_tokenizer
+from flashrt.storage.sources.moved import RECORD, reopen, save
+from tests.families import FAMILIES, tiny_checkpoint, tiny_gguf, tiny_model, write_tokenizer
 
 from .test_packer import Killed, _kill_at
 
@@ -247,3 +247,22 @@ def test_the_room_that_moving_needs(source: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=most + (64 << 20)))
     move(source, tmp_path / "out")
     assert is_pack(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_that_is_opened_again_reads_the_same(family, tmp_path):
+    path = tiny_checkpoint(family, tmp_path / "model")[1]
+    (tmp_path / "out").mkdir()
+    with open_checkpoint(path) as opened:
+        save(opened, path, tmp_path / "out")
+        again = reopen(tmp_path / "out", path)
+        assert again is not None
+        assert dict(again.all_parts()) == dict(opened.all_parts())
+        assert again.spec == opened.spec
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", "3", "nothing", '{"where": 3, "files": []}'])
+def test_a_damaged_record_is_named(record, tmp_path):
+    (tmp_path / RECORD).write_text(record.replace("3", json.dumps(str(tmp_path.resolve()))))
+    with pytest.raises(CheckpointError, match="is damaged, and nothing else says what was moved"):
+        reopen(tmp_path, tmp_path)

@@ -48,7 +48,7 @@ def _fetched(name: str, cache: Path | None, out: Path | None = None) -> Path:
     repository, tag = repository_of(name)
     files = _listing(repository)
     if files is None:  # nobody to ask: what was downloaded before is there
-        directory = _download(repository, None, cache, out)
+        directory = _download(repository, PATTERNS, cache, out)
         gguf = only_gguf(directory, tag)
         return directory if gguf is None else directory / gguf
     if tag is None and (any(map(_is_weights, files)) or not models_among(files)):
@@ -73,7 +73,7 @@ def _listing(repository: str) -> list[str] | None:
         return None
 
 
-def _download(name: str, patterns: tuple[str, ...] | None, cache: Path | None, out: Path | None) -> Path:
+def _download(name: str, patterns: tuple[str, ...], cache: Path | None, out: Path | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -82,9 +82,8 @@ def _download(name: str, patterns: tuple[str, ...] | None, cache: Path | None, o
         ) from error
     from huggingface_hub import errors
 
-    wanted = None if patterns is None else list(patterns)
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted or list(PATTERNS), cache_dir=cache, local_dir=out))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), cache_dir=cache, local_dir=out))
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in (hf auth login)") from error
     except errors.RepositoryNotFoundError as error:

@@ -98,7 +98,10 @@ def _tensors(directory: Path) -> tuple[dict[str, StoredTensor], str]:
 def _weight_files(directory: Path) -> list[Path]:
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     if SINGLE in found:  # beside an index too, as transformers decides it
-        _note_left_out(directory, [SINGLE], found)
+        named = _named(read_json(directory / INDEX, required=False).get("weight_map"))
+        if named and named != [SINGLE]:
+            why = f"{SINGLE} comes before an index, as in transformers, and {INDEX} names {_listed(named)}"
+            _note(directory, [SINGLE], why)
         return [directory / SINGLE]
     if (directory / INDEX).exists():
         return _indexed_files(directory, found)
@@ -116,31 +119,30 @@ def _indexed_files(directory: Path, found: list[str]) -> list[Path]:
     weights = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise CheckpointError(f"{directory / INDEX} holds no weight_map")
-    names = sorted(set(weights.values()))
+    names = _named(weights)
+    others = sorted(set(found) - set(names))
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{directory / INDEX} names {name!r}, which is not a file of the directory")
         if not (directory / name).exists():
-            others = sorted(set(found) - set(names))
             beside = f"; {_listed(others)} lies there instead, which it does not name" if others else ""
             raise CheckpointError(
                 f"{directory / name} is missing: {INDEX} names it{beside}. Download it, or the index of what is there"
             )
-    _note_left_out(directory, names, found)
+    if others:
+        _note(directory, names, f"{INDEX} names them, and not {_listed(others)}")
     return [directory / name for name in names]
 
 
-def _note_left_out(directory: Path, taken: list[str], found: list[str]) -> None:
-    """Say what is taken of files that are at odds, and why."""
-    others = sorted(set(found) - set(taken))
-    indexed = read_json(directory / INDEX, required=False).get("weight_map")
-    named = {name for name in indexed.values() if isinstance(name, str)} if isinstance(indexed, dict) else set()
-    if taken == [SINGLE] and named and named != {SINGLE}:
-        why = f"{SINGLE} comes before an index, as in transformers, and {INDEX} names {_listed(sorted(named))}"
-    elif others and taken != [SINGLE]:
-        why = f"{INDEX} names them, and not {_listed(others)}"
-    else:
-        return
+def _named(weight_map: Any) -> list[str]:
+    """The files that an index names."""
+    if not isinstance(weight_map, dict):
+        return []
+    return sorted({name for name in weight_map.values() if isinstance(name, str)})
+
+
+def _note(directory: Path, taken: list[str], why: str) -> None:
+    """Say what is taken of files that are at odds."""
     warnings.warn(f"of {directory}, {_listed(taken)} is read: {why}", CheckpointWarning, stacklevel=2)
 
 

@@ -50,9 +50,8 @@ class SavedMap:
             if saved is None:
                 yield None
             else:
-                first_last = saved["rows"]
-                rows = None if first_last is None else (first_last[0], first_last[1])
-                yield Part(saved["tensor"], saved["expert"], rows, saved["heads"], saved["add"])
+                rows = saved["rows"]
+                yield Part(**{**saved, "rows": None if rows is None else tuple(rows)})
 
 
 def save(checkpoint: Checkpoint, where: Path, out: Path) -> None:
@@ -80,12 +79,14 @@ def reopen(out: Path, where: Path) -> Checkpoint | None:
     Raises UsageError when that was another checkpoint than the one at `where`, CheckpointError when one of its files
     has changed since.
     """
+    path = out / RECORD
     try:
-        record = json.loads((out / RECORD).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{out / RECORD} is damaged, and nothing else says what was moved: {error}") from None
+        return _reopened(json.loads(path.read_bytes()), out, where) if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged, and nothing else says what was moved: {error!r}") from None
+
+
+def _reopened(record: dict[str, Any], out: Path, where: Path) -> Checkpoint:
     if record["where"] != str(where.resolve()):
         raise UsageError(f"{out} holds a pack into which {record['where']} is being moved: name that checkpoint")
     for name, identity in record["files"].items():
