@@ -7,6 +7,7 @@ of a tensor or on its own, is that kind's (`flashrt.model.ffn`).
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import zlib
@@ -63,12 +64,10 @@ class Weights:
     def load(self, arrived: Progress) -> None:
         """Read vectors, and begin to read pinned blocks in the order of a pass; what asks for a tensor waits for it."""
         self._load_vectors()
-        items: list[tuple[Block, Tensor]] = []
-        needed: dict[str, int] = {}
-        for name in sorted(self._pinned, key=lambda name: name == "head"):  # which comes last
-            items += self._pinned_blocks(name)
-            needed[name] = len(items)
-        self._loading = Loading(self.device, items, needed, arrived)
+        names = sorted(self._pinned, key=lambda name: name == "head")  # which comes last
+        counts = itertools.accumulate(self.plan.pinned[name] for name in names)
+        items = itertools.chain.from_iterable(map(self._pinned_blocks, names))
+        self._loading = Loading(self.device, items, dict(zip(names, counts, strict=True)), arrived)
 
     def finish_loading(self) -> None:
         """Return when all pinned blocks are in memory. Raises DiskError and PackError."""

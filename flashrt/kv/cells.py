@@ -20,7 +20,7 @@ class KvCells:
     """`slots` cells of the layers of `spill` that have cells; `allocate` gives zeroed memory of a shape and type."""
 
     @classmethod
-    def nbytes(cls, layout: FarLayout, slots: int, fetched: int = 0) -> int:
+    def nbytes(cls, layout: FarLayout, slots: int, fetched: int) -> int:
         """Bytes that it takes from `allocate`, and while it computes with `fetched` cells at a time."""
         return slots * layout.cell_bytes + CellCache.nbytes(slots, len(layout.heads), layout.cells) + FETCH * fetched
 

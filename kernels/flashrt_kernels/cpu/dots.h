@@ -107,7 +107,7 @@ FLASHRT_INLINE void dot_tokens(const uint8_t* const* rows, const uint8_t* const*
 template <Codec codec, int R>
 FLASHRT_INLINE void dot_rows(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& t,
                              float* const* out, size_t token_step) {
-    if constexpr (codec >= Codec::Q4_0) dot_kept_rows<FormatOf<codec>, R>(rows, next, t, out, token_step);
+    if constexpr (is_kept(codec)) dot_kept_rows<FormatOf<codec>, R>(rows, next, t, out, token_step);
     else if constexpr (codec != Codec::INT4) dot_tokens<codec, R>(rows, next, t, out, token_step);
     else if (t.count == 1) dot_int4<R, 1>(rows, next, t, out, token_step);
     else dot_int4<R, NARROW_TOKENS>(rows, next, t, out, token_step);

@@ -95,6 +95,7 @@ FLASHRT_INLINE void dot_blocks(const uint8_t* const* rows, const uint8_t* const*
             const F x_scale = splat(t.scales[i * t.scale_step + u / each]);
             for (int r = 0; r < R; ++r) {
                 I sum = Format::SIGNED ? dot_signed_fine(codes[r], xc, xf) : dot_fine(codes[r], xc, xf);
+                static_assert(Format::ZERO == 0 || Format::ZERO == 8 || Format::ZERO == 12 || Format::ZERO == 16);
                 if constexpr (Format::ZERO == 8) sum = sub(sum, left<3>(lanes));
                 if constexpr (Format::ZERO == 16) sum = sub(sum, left<4>(lanes));
                 if constexpr (Format::ZERO == 12) sum = sub(sum, add(left<3>(lanes), left<2>(lanes)));

@@ -133,12 +133,8 @@ namespace {
 // act(gate) * up of one panel's neurons, from its sums to h. `usage` takes |h|: of all in a group, or of each.
 void finish(const GluJob& job, const Left& h, int64_t first, int count, int t, float* sums, float* usage) {
     const Kernels& kernel = kernels();
-    const bool gated = job.neurons.gated, each = job.neurons.group == 1;
-    if (!gated && job.up_bias)
-        for (int i = 0; i < count; ++i) sums[i] += job.up_bias[first + i];
-    kernel.activate(job.activation, sums, gated ? sums + PANEL / 2 : nullptr, count);
-    if (job.factors)
-        for (int i = 0; i < count; ++i) sums[i] *= job.factors[t];
+    const bool each = job.neurons.group == 1;
+    job.finish(first, count, sums, job.neurons.gated ? sums + PANEL / 2 : nullptr, job.factors ? job.factors + t : nullptr);
     if (usage)
         for (int i = 0; i < count; ++i) usage[each ? i : 0] += std::fabs(sums[i]);
     char* to = h.at(t, static_cast<int>(first));

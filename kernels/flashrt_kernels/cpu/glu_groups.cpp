@@ -39,11 +39,8 @@ void strip(const GluJob& job, const Tokens& tokens, const float* factors, int64_
     dots(w.up, w.up_at(), both[w.gated]);
     for (int t = 0; t < tokens.count; ++t) {
         float* row = both[0] + t * STRIP;
-        if (job.up_bias)
-            for (int i = 0; i < STRIP; ++i) row[i] += job.up_bias[bundle * w.group + from + i];
-        kernel.activate(job.activation, row, w.gated ? both[1] + t * STRIP : nullptr, STRIP);
-        if (factors)
-            for (int i = 0; i < STRIP; ++i) row[i] *= factors[t];
+        const float* up = w.gated ? both[1] + t * STRIP : nullptr;
+        job.finish(bundle * w.group + from, STRIP, row, up, factors ? factors + t : nullptr);
         std::memcpy(h + t * PIECE + at, row, sizeof(float) * STRIP);
     }
 }

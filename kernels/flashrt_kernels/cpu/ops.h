@@ -59,6 +59,8 @@ struct GluJob {
     const float* up_bias;  // of the neurons that take part
     float* usage;          // [count] += the sum of |h| over the tokens and a bundle's neurons; may be null
 
+    // h of `n` neurons from `neuron` on, times the factor of a token (null: one), in place of gate (up, where not gated).
+    void finish(int64_t neuron, int n, float* gate, const float* up, const float* factor) const;
     const uint8_t* bundle(int64_t i) const {
         const int64_t slot = slots ? slots[i] : i;
         if (slot >= 0) return neurons.data + slot * neurons.stride;

@@ -39,7 +39,7 @@ FLASHRT_INLINE F load_codes(const uint8_t* codes, int n) {  // up to 16 bytes, z
 template <Codec codec>
 FLASHRT_INLINE void decode(const uint8_t* row, int k, int chunk, F w[4]) {
     const int kp = padded(k);
-    if constexpr (codec >= Codec::Q4_0) {
+    if constexpr (is_kept(codec)) {
         decode_kept<FormatOf<codec>>(row, k, chunk, w);
     } else if constexpr (codec == Codec::F32) {
         for (int j = 0; j < 4; ++j) w[j] = load(reinterpret_cast<const float*>(row) + CHUNK * chunk + 16 * j);

@@ -1,4 +1,4 @@
-"""The benchmark of packing and starting, at toy size, beside this very tree as the earlier build."""
+"""The benchmark of packing and starting, at toy size."""
 
 from __future__ import annotations
 
