@@ -28,6 +28,7 @@ from typing import Any
 
 from flashrt.errors import UsageError
 from flashrt.rope import MAX_CONTEXT, Rope, RopeScaling
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import LONGEST_ROW, WIDEST_HEAD
 
 MAX_LAYERS = 4096
@@ -227,9 +228,9 @@ class ModelSpec:
             total += layer.ffn.runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
         return total
 
-    def kv_bytes_per_token(self, element: int) -> int:
-        """Bytes of keys and values of one token over all layers, `element` bytes each number."""
-        return sum(2 * a.kv_heads * a.head_dim * element for a in (layer.attention for layer in self.layers))
+    def kv_bytes_per_token(self, codec: KvCodec) -> int:
+        """Bytes of keys and values of one token over all layers."""
+        return sum(a.kv_heads * codec.nbytes(a.head_dim) for a in (layer.attention for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; equal layers are written once, with a count."""

@@ -10,6 +10,7 @@ from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import KINDS, Choices, KvKinds
 from flashrt.kv.choice import SparseKv
 from flashrt.kv.far_layout import FarLayout
+from flashrt_kernels.kv import KvCodec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class FixedCosts:
 
     runtime_bytes: int  # resident on the budgeted device once everything but the model is loaded
     peak_bytes: int  # the largest that this has been
-    kv_item_bytes: int
+    kv_codec: KvCodec  # how keys and values are held
     scratch_bytes: Callable[[int, int], int]  # kernels' scratch, of (tokens of a pass, context)
     supports_gather: bool = True  # whether its kernels take neurons from several places at once
     kv_kinds: KvKinds = KINDS  # stores that keys and values may be kept in
@@ -89,12 +90,13 @@ class Plan:
     far: FarLayout | None = None  # pages of keys and values that do not fit in memory; None: all do
     kv_cells: int = 0  # cells of these that memory holds, where tokens choose what they attend to
     kv_cell_bytes_per_token: int = 0  # of the cells that a token chooses at the end of the context
+    kv_codec: KvCodec = KvCodec.BF16
 
     @property
     def kv_limits(self) -> KvLimits:
         """What stores of keys and values must hold."""
         cell_bytes = 0 if self.far is None else self.far.cell_bytes
-        return KvLimits(self.context, self.prefill_chunk, held=self.kv_held, cell_bytes=cell_bytes)
+        return KvLimits(self.context, self.prefill_chunk, held=self.kv_held, cell_bytes=cell_bytes, codec=self.kv_codec)
 
     @property
     def kv_disk_bytes(self) -> int:
@@ -162,6 +164,7 @@ class Plan:
             "kv_cells": self.kv_cells,
             "kv_cell_bytes": 0 if self.far is None else self.far.cell_bytes,
             "kv_cell_bytes_per_token": self.kv_cell_bytes_per_token,
+            "kv_dtype": self.kv_codec.value,
             "kv_keep": None if self.kv is None else self.kv.keep,
             "kv_loss": None if self.kv is None else self.kv.loss,
         }

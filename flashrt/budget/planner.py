@@ -118,7 +118,7 @@ class _Planner:
         self.weight_bytes = sum(t.nbytes for t in self.tensors)
         self.block_bytes = align(max(t.max_block_bytes for t in case.layout.tensors.values()), PAGE)
         choices, chooses = self.workload.choices, any(self.workload.choices)
-        self.cell_bytes = kv_cell_bytes(self.spec, case.costs.kv_item_bytes, choices) if held is not None else 0
+        self.cell_bytes = kv_cell_bytes(self.spec, case.costs.kv_codec, choices) if held is not None else 0
         far = None if held is None or (chooses and not self.cell_bytes) else self.far(CHUNKS[-1])
         self.streams = far is not None
         self.page_bytes = 0 if far is None else far.largest
@@ -128,7 +128,7 @@ class _Planner:
     def far(self, chunk: int, held: int = 0) -> FarLayout | None:
         """Pages of keys and values on disk; `held` are those of a layer in memory."""
         limits, costs = self._limits(chunk, held), self.case.costs
-        return far_layout(self.spec, limits, costs.kv_item_bytes, costs.kv_kinds, self.workload.choices)
+        return far_layout(self.spec, limits, costs.kv_kinds, self.workload.choices)
 
     def plan(self, budget: int) -> Plan:
         """For a budget that is not below `smallest`, or hardly."""
@@ -178,6 +178,7 @@ class _Planner:
             far=far,
             kv_cells=cells,
             kv_cell_bytes_per_token=chosen_bytes,
+            kv_codec=self.case.costs.kv_codec,
         )
 
     def smallest(self) -> int:
@@ -214,7 +215,8 @@ class _Planner:
 
     def _limits(self, chunk: int, held: int = 0) -> KvLimits:
         held_pages = None if self.held is None else held
-        return KvLimits(self.workload.context, chunk, held=held_pages, cell_bytes=self.cell_bytes)
+        context, codec = self.workload.context, self.case.costs.kv_codec
+        return KvLimits(context, chunk, held=held_pages, cell_bytes=self.cell_bytes, codec=codec)
 
     def _far_of(self, chunk: int) -> tuple[FarLayout | None, CellClaim | None]:
         """Pages in passes of `chunk` tokens, none of them in memory, and what a cache of their cells asks for."""
@@ -227,7 +229,7 @@ class _Planner:
 
     def _kv_bytes(self, chunk: int, held: int = 0) -> int:
         limits, costs = self._limits(chunk, held), self.case.costs
-        return kv_bytes(self.spec, limits, costs.kv_item_bytes, costs.kv_kinds, self.workload.choices)
+        return kv_bytes(self.spec, limits, costs.kv_kinds, self.workload.choices)
 
     def _hold(self, chunk: int, free: int) -> int:
         """Pages of each layer that `free` bytes hold; some always stream, or else a store would hold everything.

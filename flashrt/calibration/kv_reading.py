@@ -14,7 +14,7 @@ from flashrt.calibration.kv_moments import Moments
 from flashrt.calibration.kv_shares import KEEPS
 from flashrt.calibration.windows import Windows
 from flashrt.engine.engine import Engine
-from flashrt.engine.runtime import kv_item_bytes
+from flashrt.kv.numbers import numbers
 from flashrt.labels import LayerLabels, most_channels
 from flashrt.model.attention import HeadObserver
 from flashrt.spec import Attention
@@ -87,12 +87,12 @@ class Reading:
         """Keys and values of the first positions of a KV head, float32 [count, head_dim]."""
         store, dim = self._engine.sequence.kv.stores[i], self._attentions[i].head_dim
         found = np.empty((2, count, dim), np.float32)
-        item = np.float32 if kv_item_bytes(self._engine.reader.pack) == 4 else np.uint16
+        codec, ops = self._engine.plan.kv_codec, self._engine.runner.decoder.work.ops
         for begin in range(0, count, ATTENTION_SEGMENT):
-            page = np.empty((1, min(ATTENTION_SEGMENT, count - begin), 2, dim), item)
+            page = np.empty((1, min(ATTENTION_SEGMENT, count - begin), *codec.pair(dim)), codec.dtype)
             store.read_page(begin, slice(head, head + 1), page)
-            numbers = page if item is np.float32 else (page.astype(np.uint32) << 16).view(np.float32)
-            found[:, begin : begin + page.shape[1]] = numbers[0].swapaxes(0, 1)
+            for to, read in zip(found, numbers(ops, page, dim), strict=True):
+                to[begin : begin + page.shape[1]] = read[0]
         return found[0], found[1]
 
 

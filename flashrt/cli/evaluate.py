@@ -41,9 +41,7 @@ def _eval() -> None:
     "dtype",
     "mode",
     "max_loss",
-    "kv",
-    "kv_keep",
-    "kv_dir",
+    *options.KV,
     *options.MACHINE,
     speculate="off",
 )

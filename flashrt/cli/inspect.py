@@ -44,7 +44,7 @@ def inspect(
 
 def _facts(pack: Pack) -> dict[str, Any]:
     from flashrt.budget.planner import owner_of
-    from flashrt.engine.runtime import kv_item_bytes
+    from flashrt.engine.runtime import kv_codec
 
     spec, layout, manifest = pack.spec, pack.layout, pack.manifest
     owners: dict[str, int] = {}
@@ -71,7 +71,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "neurons": layer.ffn.neurons,
         "experts": layer.ffn.experts,
         "experts_per_token": layer.ffn.experts_per_token,
-        "kv_bytes_per_token": spec.kv_bytes_per_token(kv_item_bytes(pack)),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(kv_codec(pack)),
         "weight_bytes": owners,
         "kv_labels": _labels(pack),
         "files": dict(layout.file_bytes),

@@ -19,7 +19,7 @@ from flashrt.cache.device import Device
 from flashrt.cache.pages import RingPages
 from flashrt.cache.weights import Weights
 from flashrt.engine.engine import Engine
-from flashrt.engine.runtime import Runtime, kv_item_bytes
+from flashrt.engine.runtime import Runtime
 from flashrt.engine.spilling import open_spill
 from flashrt.errors import BudgetError
 from flashrt.kv.base import Kernels
@@ -110,12 +110,11 @@ def build_engine(
             spill = open_spill(kv_dir or default_cache(), the_plan.far, device, reader)
             on_error.callback(spill.close)
             pages = RingPages(spill, weights.ring, _cells(spill, the_plan, device))
-        kv_type = np.float32 if kv_item_bytes(pack) == 4 else np.uint16
         kv = open_cache(
             spec,
             limits,
             Kernels(device.ops, scratch, None if pages is None else pages.open),
-            lambda shape, dtype=kv_type: device.allocate("KV", shape, dtype),
+            partial(device.allocate, "KV"),
             runtime.kv_kinds,
             choices,
         )

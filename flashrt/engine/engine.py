@@ -20,7 +20,7 @@ from flashrt.engine.options import checked_path
 from flashrt.engine.prefixes import Prefixes
 from flashrt.engine.request import Request, checked_flag, checked_ids, checked_limit, checked_sampling, checked_stops
 from flashrt.engine.runner import Runner
-from flashrt.engine.runtime import Runtime, kv_item_bytes
+from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
 from flashrt.engine.sequence import Sequence
 from flashrt.engine.sessions import Sessions, resumable
@@ -244,10 +244,9 @@ class Engine:
     def _sessions(self) -> Sessions:
         if not self.runtime.bounds_process:
             raise UsageError("sessions are saved from the CPU only: use --device cpu")
-        pack = self.runner.decoder.weights.pack
-        item = "f32" if kv_item_bytes(pack) == 4 else "bf16"
-        choice = None if self.plan.kv is None else self.plan.kv.digest()
-        return Sessions(KvForm(pack.manifest.hash, self.spec, item, self.plan.context, choice), self.reader)
+        pack, plan = self.runner.decoder.weights.pack, self.plan
+        choice = None if plan.kv is None else plan.kv.digest()
+        return Sessions(KvForm(pack.manifest.hash, self.spec, plan.kv_codec, plan.context, choice), self.reader)
 
     def prefill(self, ids: Items[int]) -> Array:
         """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.

@@ -23,6 +23,7 @@ from flashrt.machine.process import reset_peak
 from flashrt.spec import ModelSpec
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import CHUNK_BYTES
+from flashrt_kernels.kv import KvCodec
 
 DEFAULT_CONTEXT = 4096
 AUTO_DRAFT_TOKENS = 12  # tokens of a pass with a draft: logits for more take memory that weights could have
@@ -73,7 +74,8 @@ class LoadedPack:
     def costs(self) -> FixedCosts:
         """What the process takes, measured once, for the first plan: by then everything but the model is loaded."""
         costs = self.runtime.fixed_costs(self.pack)
-        return replace(costs, runtime_bytes=costs.runtime_bytes + self._beside)
+        codec = costs.kv_codec if self.options.kv_dtype is None else KvCodec(self.options.kv_dtype)
+        return replace(costs, runtime_bytes=costs.runtime_bytes + self._beside, kv_codec=codec)
 
     @functools.cached_property
     def kv(self) -> SparseKv | None:

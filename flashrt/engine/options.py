@@ -22,6 +22,7 @@ from flashrt.config import (
 from flashrt.errors import UsageError
 from flashrt.rope import RopeScaling, parse_rope_scaling
 from flashrt.storage.names import AUTO, DTYPE_NAMES, default_cache
+from flashrt_kernels.kv import KvCodec
 
 DEFAULT_SESSION_GB = 16.0
 CHOICES = {
@@ -30,6 +31,7 @@ CHOICES = {
     "mode": ("exact", "sparse"),
     "kv": ("exact", "sparse"),
 }
+KV_DTYPES = tuple(codec.value for codec in KvCodec)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,7 @@ class LoadOptions:
     speculate: str | int = "auto"
     draft: str | Path | None = None
     kv: str = "exact"
+    kv_dtype: str | None = None
     kv_keep: str | float | None = None
     kv_dir: str | Path | None = None
     rope_scaling: str | None = None
@@ -61,6 +64,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        if self.kv_dtype is not None:
+            _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         for budget in (self.budget_gb, self.host_budget_gb):
             if budget is not None:
                 budget_bytes(budget)
@@ -92,6 +97,8 @@ class LoadOptions:
             raise UsageError("--kv-keep needs --kv sparse: exact attention keeps everything")
         if self.kv == "sparse" and self.device != "cpu":
             raise UsageError("--kv sparse computes on the CPU only: use --device cpu")
+        if self.kv_dtype is not None and self.device != "cpu":
+            raise UsageError("--kv-dtype is for --device cpu: a GPU holds keys and values as it does")
         if self.draft is not None and self.max_draft_tokens == 1:
             raise UsageError("--draft needs drafts: leave --speculate off out")
         if self.draft is not None and self.device != "cpu":

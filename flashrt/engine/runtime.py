@@ -27,13 +27,13 @@ from flashrt.storage.layout import PackLayout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import Codec
 
 RUNTIME_GROWTH = 4 << 20  # what the interpreter still takes after it was measured: reports, text, block lists
 HOST_SHARE = 0.5  # of the memory available that pinned host memory takes when no host budget is given
 TORCH_QUERIES = 64  # queries whose attention scores torch's operations hold at a time
-ITEM_BYTES = {Codec.F32: 4}  # of keys and values: float32 packs keep float32, all others bfloat16
 
 
 class Runtime(Protocol):
@@ -78,7 +78,7 @@ class CpuRuntime:
         return FixedCosts(
             resident_bytes() + RUNTIME_GROWTH,
             peak_resident_bytes(),
-            kv_item_bytes(pack),
+            kv_codec(pack),
             functools.partial(self.scratch_bytes, pack),
             kv_kinds=self.kv_kinds,
             kv_scratch_bytes=functools.partial(self.kv_scratch_bytes, pack),
@@ -126,7 +126,7 @@ class CudaRuntime:
             raise DeviceError("sparse mode computes on the CPU only: use --device cpu, or --mode exact")
         runtime = self._context + RUNTIME_GROWTH
         scratch = functools.partial(self.scratch_bytes, pack)
-        return FixedCosts(runtime, runtime, kv_item_bytes(pack), scratch, supports_gather=False, kv_kinds=self.kv_kinds)
+        return FixedCosts(runtime, runtime, kv_codec(pack), scratch, supports_gather=False, kv_kinds=self.kv_kinds)
 
     def scratch_bytes(self, pack: Pack, tokens: int, context: int) -> int:
         return torch_scratch_bytes(pack, tokens, context)
@@ -190,9 +190,9 @@ def load_kernels(backend: str) -> Ops[Any]:
         raise DeviceError(str(error)) from None
 
 
-def kv_item_bytes(pack: Pack) -> int:
-    """Bytes of one number in the KV cache."""
-    return ITEM_BYTES.get(pack.manifest.dtype, 2)
+def kv_codec(pack: Pack) -> KvCodec:
+    """How keys and values of a pack are held where nothing else is asked for."""
+    return KvCodec.F32 if pack.manifest.dtype is Codec.F32 else KvCodec.BF16
 
 
 def torch_scratch_bytes(pack: Pack, tokens: int, context: int) -> int:

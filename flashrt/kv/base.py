@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from flashrt.kv.choice import Choice
 from flashrt.spec import Attention
+from flashrt_kernels.kv import KvCodec
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 
@@ -16,8 +17,8 @@ Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
 class Allocate(Protocol):
     """Gives zeroed memory."""
 
-    def __call__(self, shape: Sequence[int], dtype: type = ...) -> Tensor:
-        """By default for keys and values: float32, or bfloat16 bits in uint16."""
+    def __call__(self, shape: Sequence[int], dtype: type) -> Tensor:
+        """Zeros of this shape and numpy type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class KvLimits:
     choice: Choice | None = None  # how few rows choose the positions that they attend to; None: to all
     held: int | None = None  # pages of older positions of a layer that are kept in memory, others on disk; None: all
     cell_bytes: int = 0  # of a cell of older positions; 0: layers that choose hold all positions
+    codec: KvCodec = KvCodec.BF16
+
+    def nbytes(self, attention: Attention, positions: int) -> int:
+        """Of keys and values of so many positions of a layer."""
+        return positions * attention.kv_heads * self.codec.nbytes(attention.head_dim)
 
 
 class Kernels(NamedTuple):
@@ -60,11 +66,11 @@ class KvStore(ABC):
     @classmethod
     @abstractmethod
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
-        """How many numbers (keys and values) a store takes from its `allocate`; None for a layer it cannot hold."""
+        """Bytes that keys and values take of a store's `allocate`; None for a layer it cannot hold."""
 
     @classmethod
     def beside(cls, attention: Attention, limits: KvLimits) -> int:
-        """Bytes that it takes from its `allocate` beside these."""
+        """Bytes that it takes of its `allocate` beside these."""
         return 0
 
     @classmethod
@@ -115,7 +121,8 @@ class KvStore(ABC):
     def read_page(self, begin: int, heads: slice, out: Tensor) -> None:
         """Copy the positions of one segment, from its first, `begin`, on, of some KV heads.
 
-        out: [heads, n, 2, head_dim] of the store's items, on the host; n is a segment, or less at the sequence's end
+        out: [heads, n, *pair] of the store's items (see `KvCodec`), on the host; n is a segment, or less at the
+            sequence's end
         """
 
     @abstractmethod

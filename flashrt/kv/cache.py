@@ -17,6 +17,7 @@ from flashrt.kv.sparse import SparseStore
 from flashrt.kv.streamed import StreamedStore
 from flashrt.kv.window import WindowStore
 from flashrt.spec import Attention, ModelSpec
+from flashrt_kernels.kv import KvCodec
 
 KvKinds = Sequence[type[KvStore]]
 Choices = Sequence[Choice | None]
@@ -100,12 +101,12 @@ def open_cache(
     return KvCache(stores, limits.context)
 
 
-def kv_bytes(spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS, choices: Choices = ()) -> int:
-    """Bytes that `open_cache` allocates, `item_bytes` each number."""
+def kv_bytes(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> int:
+    """Bytes that `open_cache` allocates."""
     total = 0
     for attention, own in _layers(spec, limits, choices):
-        kind, numbers = choose(attention, own, kinds)
-        total += item_bytes * numbers + kind.beside(attention, own)
+        kind, nbytes = choose(attention, own, kinds)
+        total += nbytes + kind.beside(attention, own)
     return total
 
 
@@ -118,15 +119,13 @@ def kv_scratch_bytes(spec: ModelSpec, limits: KvLimits, ops: Any, kinds: KvKinds
     return max(needs, default=0)
 
 
-def far_layout(
-    spec: ModelSpec, limits: KvLimits, item_bytes: int, kinds: KvKinds = KINDS, choices: Choices = ()
-) -> FarLayout | None:
+def far_layout(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> FarLayout | None:
     """The pages of older positions of the stores of `open_cache`; None where all are in memory."""
     nbytes, heads, count = {}, {}, 0
     for layer, (attention, own) in enumerate(_layers(spec, limits, choices)):
         kind = choose(attention, own, kinds)[0]
         if pages := kind.far_pages(attention, own):
-            nbytes[layer], count = page_bytes(attention, item_bytes), max(count, pages)
+            nbytes[layer], count = page_bytes(attention, limits.codec), max(count, pages)
             if kind.cells(attention, own):
                 heads[layer] = attention.kv_heads
     return FarLayout(nbytes, limits.held or 0, count, heads, limits.cell_bytes) if nbytes else None
@@ -137,17 +136,17 @@ def cells_chosen(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choi
     return [choose(attention, own, kinds)[0].cells(attention, own) for attention, own in _layers(spec, limits, choices)]
 
 
-def kv_cell_bytes(spec: ModelSpec, item_bytes: int, choices: Choices) -> int:
+def kv_cell_bytes(spec: ModelSpec, codec: KvCodec, choices: Choices) -> int:
     """Bytes of a cell of the layers that choose; 0 where there are none, or no number of bytes serves them all."""
     pairs = [(layer.attention, choice) for layer, choice in zip(spec.layers, choices, strict=False) if choice]
     blocks = {choice.block for _, choice in pairs}
     if len(blocks) != 1:
         return 0
-    return cell_bytes([attention for attention, _ in pairs], blocks.pop(), item_bytes)
+    return cell_bytes([attention for attention, _ in pairs], blocks.pop(), codec)
 
 
 def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type[KvStore], int]:
-    """The kind that takes least, the first of those equal, and the numbers that it takes."""
+    """The kind that takes least, the first of those equal, and the bytes that it takes."""
     claims = [(kind, claim) for kind in kinds if (claim := kind.claim(attention, limits)) is not None]
     if not claims:
         raise ValueError(f"none of {[kind.__name__ for kind in kinds]} holds keys and values of {attention}")

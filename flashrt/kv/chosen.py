@@ -34,7 +34,7 @@ class ChosenStore(ChoosingStore, StreamedStore):
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
         if limits.held is None or limits.choice is None or not limits.cell_bytes:
             return None
-        return 2 * attention.kv_heads * attention.head_dim * cls.slots(attention, limits)
+        return limits.nbytes(attention, cls.slots(attention, limits))
 
     @classmethod
     def cells(cls, attention: Attention, limits: KvLimits) -> int:
@@ -50,7 +50,7 @@ class ChosenStore(ChoosingStore, StreamedStore):
         token = self.memory[0, 0].nbytes
         self._cell = limits.cell_bytes // token  # positions of a cell
         memory = self._cells.memory.view(self.memory.dtype)
-        self._fetched = memory.reshape(-1, *self.memory.shape[2:])  # [slots * positions, 2, head_dim]
+        self._fetched = memory.reshape(-1, *self.memory.shape[2:])  # [slots * positions, *pair]
 
     @property
     def looks_ahead(self) -> bool:

@@ -11,7 +11,7 @@ from flashrt.spec import Attention
 
 
 class ContiguousStore(KvStore):
-    """`memory` is [kv_heads, slots, 2, head_dim]: K and V of a token and head lie together, a slot for each position.
+    """`memory` is [kv_heads, slots, *pair]: K and V of a token and head lie together, a slot for each position.
 
     `first` is the position of the first slot.
     """
@@ -27,11 +27,12 @@ class ContiguousStore(KvStore):
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
         if limits.choice is not None and not cls.chooses:
             return None
-        return 2 * attention.kv_heads * attention.head_dim * cls.slots(attention, limits)
+        return limits.nbytes(attention, cls.slots(attention, limits))
 
     def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
         self._attention, self._kernels = attention, kernels
-        self.memory = allocate((attention.kv_heads, self.slots(attention, limits), 2, attention.head_dim))
+        pair, slots = limits.codec.pair(attention.head_dim), self.slots(attention, limits)
+        self.memory = allocate((attention.kv_heads, slots, *pair), limits.codec.dtype)
         self.first = 0
 
     def append(self, key: Tensor, value: Tensor, start: int) -> None:

@@ -26,7 +26,7 @@ class PageStream(Protocol):
 
 
 class LayerPages:
-    """Pages of `layer`: `held` [n, kv_heads, 256, 2, head_dim] has memory for the first n; `stream` brings others.
+    """Pages of `layer`: `held` [n, kv_heads, 256, *pair] has memory for the first n; `stream` brings others.
 
     cells: those of its pages, where few positions of it are wanted
     """
@@ -38,7 +38,7 @@ class LayerPages:
         self._stream, self.cells = stream, cells
 
     def put(self, segment: int, values: Tensor) -> None:
-        """Take over a page, [kv_heads, 256, 2, head_dim]. Raises DiskError for one that could not be written before."""
+        """Take over a page, [kv_heads, 256, *pair]. Raises DiskError for one that could not be written before."""
         if segment < len(self.held):
             self.held[segment] = values
         else:

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from flashrt.spec import Attention
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import align
 
 DISK_PAGE = 4096  # bytes of which offsets and sizes on disk are multiples
+LARGEST_CELL = 16 * DISK_PAGE  # bytes: larger ones would bring more of what is not chosen than of what is
 
 Array = np.ndarray
 
@@ -91,19 +93,21 @@ class FarLayout:
         return Place(self._begins[page.layer] + (page.segment - self.held) * nbytes, nbytes)
 
 
-def page_bytes(attention: Attention, item_bytes: int) -> int:
-    """Bytes of a page on disk, `item_bytes` each number."""
-    return align(2 * attention.kv_heads * ATTENTION_SEGMENT * attention.head_dim * item_bytes, DISK_PAGE)
+def page_bytes(attention: Attention, codec: KvCodec) -> int:
+    """Bytes of a page on disk."""
+    return align(ATTENTION_SEGMENT * attention.kv_heads * codec.nbytes(attention.head_dim), DISK_PAGE)
 
 
-def cell_bytes(attentions: Sequence[Attention], block: int, item_bytes: int) -> int:
+def cell_bytes(attentions: Sequence[Attention], block: int, codec: KvCodec) -> int:
     """Bytes of a cell: the fewest whole disk pages that hold whole blocks of `block` positions of every layer.
 
-    A page holds whole cells. 0 where no number of bytes does.
+    A page holds whole cells. 0 where no number of bytes up to `LARGEST_CELL` does.
     """
-    tokens = [2 * attention.head_dim * item_bytes for attention in attentions]
+    tokens = [codec.nbytes(attention.head_dim) for attention in attentions]
     for blocks in range(1, ATTENTION_SEGMENT // block + 1):
         nbytes = blocks * block * tokens[0]
+        if nbytes > LARGEST_CELL:
+            return 0
         if nbytes % DISK_PAGE == 0 and all(_divides(nbytes, token, block) for token in tokens):
             return nbytes
     return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flashrt.kv.reach import needed
 from flashrt.spec import Attention
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 
 PAGE_BYTES = 256 << 10  # what a page may take, where one KV head does not take more
@@ -29,15 +30,15 @@ class Page:
     layer: int
     begin: int
     heads: slice
-    shape: tuple[int, int, int, int]  # [heads, positions, 2, head_dim]
+    shape: tuple[int, int, int, int]  # [heads, positions, *pair]
 
     @property
     def items(self) -> int:
-        """Numbers in it."""
+        """Items of stores in it."""
         return math.prod(self.shape)
 
 
-def pages(attentions: Sequence[Attention], extent: Extent, item_bytes: int) -> Iterator[Page]:
+def pages(attentions: Sequence[Attention], extent: Extent, codec: KvCodec) -> Iterator[Page]:
     """All that is held for certain of an extent, whatever the stores: segment by segment, then by layer and head.
 
     attentions: of the layers. Of a layer that sees a window these are its last segments only (`reach.needed`).
@@ -47,7 +48,7 @@ def pages(attentions: Sequence[Attention], extent: Extent, item_bytes: int) -> I
         for layer, attention in enumerate(attentions):
             if begin < needed(attention.window, extent.top):
                 continue
-            group = max(PAGE_BYTES // (item_bytes * ATTENTION_SEGMENT * 2 * attention.head_dim), 1)
+            group = max(PAGE_BYTES // (ATTENTION_SEGMENT * codec.nbytes(attention.head_dim)), 1)
             for head in range(0, attention.kv_heads, group):
                 heads = slice(head, min(head + group, attention.kv_heads))
-                yield Page(layer, begin, heads, (heads.stop - head, count, 2, attention.head_dim))
+                yield Page(layer, begin, heads, (heads.stop - head, count, *codec.pair(attention.head_dim)))

@@ -14,6 +14,7 @@ from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.index import LabelIndex
 from flashrt.kv.lists import Chooser, Chosen, Lists
+from flashrt.kv.numbers import numbers
 from flashrt.spec import Attention
 from flashrt_kernels.limits import NARROW_TOKENS
 
@@ -82,8 +83,8 @@ class ChoosingStore(ContiguousStore):
 
     def _keys(self, begin: int, end: int) -> Array:
         """float32 [kv_heads, positions, head_dim]"""
-        keys = self.memory[:, begin - self.first : end - self.first, 0]
-        return keys if keys.dtype == np.float32 else (keys.astype(np.uint32) << 16).view(np.float32)
+        pairs = self.memory[:, begin - self.first : end - self.first]
+        return numbers(self._kernels.ops, pairs, self._attention.head_dim)[0]
 
 
 class SparseStore(ChoosingStore):

@@ -36,8 +36,7 @@ class StreamedStore(ContiguousStore):
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
         if limits.held is None or limits.choice is not None or attention.window is not None:
             return None
-        slots = cls.slots(attention, limits) + limits.held * SEGMENT
-        return 2 * attention.kv_heads * attention.head_dim * slots
+        return limits.nbytes(attention, cls.slots(attention, limits) + limits.held * SEGMENT)
 
     @classmethod
     def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
@@ -54,7 +53,7 @@ class StreamedStore(ContiguousStore):
         super().__init__(attention, limits, kernels, allocate)
         assert limits.held is not None, "without pages, positions are not let go of"
         assert kernels.pages is not None, "a page needs a place to go to"
-        held = allocate((limits.held, attention.kv_heads, SEGMENT, 2, attention.head_dim))
+        held = allocate((limits.held, attention.kv_heads, SEGMENT, *self.memory.shape[2:]), limits.codec.dtype)
         self._pages: LayerPages = kernels.pages(held)
 
     def far(self, start: int, rows: int) -> int:

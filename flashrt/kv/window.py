@@ -54,7 +54,7 @@ class WindowStore(ContiguousStore):
 
 
 def slide_down(memory: Tensor, moved: int) -> None:
-    """Move what lies in `memory` [kv_heads, slots, 2, head_dim] down by `moved` slots."""
+    """Move what lies in `memory` [kv_heads, slots, *pair] down by `moved` slots."""
     for head in memory:
         for begin in range(moved, len(head), moved):  # in pieces that do not overlap
             piece = head[begin : begin + moved]

@@ -36,6 +36,7 @@ from flashrt.storage.atomic import disk_errors, remove_leftovers, replacing
 from flashrt.storage.direct import open_direct
 from flashrt.storage.reader import DEPTH, Reader, Ticket
 from flashrt.storage.safetensors_file import PAGE
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import align
 
@@ -46,7 +47,7 @@ Array = np.ndarray
 Messages = Sequence[Mapping[str, str]]
 
 FORM_OPTIONS = {  # parts of `KvForm.shapes`, and what they come from
-    "item": "pack",
+    "item": "--kv-dtype",
     "layers": "--rope-scaling",
     "rotations": "--context, on which this model's rotation depends,",
     "choice": "--kv, --kv-keep and labels",
@@ -54,7 +55,6 @@ FORM_OPTIONS = {  # parts of `KvForm.shapes`, and what they come from
 
 _MAGIC = b"flashrt session\n"
 _HEAD = struct.Struct("<16s4I")
-_ITEMS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class KvForm:
 
     pack: str  # its hash
     spec: ModelSpec
-    item: str  # 'f32' or 'bf16'
+    codec: KvCodec
     context: int  # that was planned for: some kinds of rotation depend on it
     choice: str | None  # `SparseKv.digest` of what decode passes chose by; None: they attended to everything
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the stores' items; uint16 holds the bits of a bfloat16."""
-        return _ITEMS[self.item]
+        """Of the stores' items."""
+        return np.dtype(self.codec.dtype)
 
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class KvForm:
         runs = [{"count": run["count"], **run["layer"]["attention"]} for run in self.spec.to_json()["layers"]]
         ropes = [layer.attention.rope for layer in self.spec.layers]
         rotations = sorted({rope.variant(self.context) for rope in ropes if rope is not None})
-        return {"item": self.item, "layers": runs, "rotations": rotations, "choice": self.choice}
+        return {"item": self.codec.value, "layers": runs, "rotations": rotations, "choice": self.choice}
 
     @functools.cached_property
     def largest_header(self) -> int:
@@ -87,7 +87,7 @@ class KvForm:
         return MAX_JSON_BYTES + 4 * (whole.length + len(self.pages(whole)))
 
     def pages(self, extent: Extent) -> list[Page]:
-        return list(pages([layer.attention for layer in self.spec.layers], extent, self.dtype.itemsize))
+        return list(pages([layer.attention for layer in self.spec.layers], extent, self.codec))
 
     def nbytes(self, page: Page) -> int:
         """Of a page in memory; on disk it goes on to a multiple of 4 KiB."""

@@ -168,7 +168,7 @@ class Ops(Protocol[Array]):
         """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 
     def kv_append(self, k: Array, v: Array, kv: Array, start: int) -> None:
-        """Writes k, v [B, KVH, D] from position `start` on into kv [KVH, context, 2, D]."""
+        """Writes k, v [B, KVH, D] from position `start` on into kv [KVH, context, *pair] (`flashrt_kernels.kv`)."""
 
     def attention(
         self,
@@ -183,7 +183,7 @@ class Ops(Protocol[Array]):
         parents: Array | None = None,
         state: Array | None = None,
     ) -> None:
-        """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, 2, D]; out [B, H * D].
+        """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, *pair]; out [B, H * D].
 
         window: positions that a query sees, its own included; None: all before it. scale multiplies scores, softcap
         bounds them (None: not). parents int32 [B] makes the tokens a tree: each follows the one that is named, or with
@@ -200,7 +200,7 @@ class Ops(Protocol[Array]):
         first: bool,
         scratch: Array | None = None,
     ) -> None:
-        """Takes positions that all of q [B, H, D] sees, page [KVH, n, 2, D], into state [B, H, state width].
+        """Takes positions that all of q [B, H, D] sees, page [KVH, n, *pair], into state [B, H, state width].
 
         In the order of positions, all pages but the last a multiple of 256 long; before the `first` nothing is in
         state. `attention` that begins from state then gives the bits of one over everything. scratch is that of
@@ -228,8 +228,8 @@ class Ops(Protocol[Array]):
         """Attention of q [T, H, D] over lists of tokens, one for each row and KV head; out [T, H * D].
 
         lists int32 [T, KVH, most], of which counts int32 [T, KVH] are there, attended to in their order: i >= 0 is
-        near[head, i] of [KVH, slots, 2, D], -1 - i is far[i] of [tokens, 2, D] (None: none). An empty list gives zeros;
-        0, 1, .. p gives the bits of `attention` at position p.
+        near[head, i] of [KVH, slots, *pair], -1 - i is far[i] of [tokens, *pair] (None: none). An empty list gives
+        zeros; 0, 1, .. p gives the bits of `attention` at position p.
         """
 
     def attention_list_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:

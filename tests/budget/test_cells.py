@@ -92,7 +92,7 @@ def test_short_contexts_take_no_more_than_holding_everything(context: int, keep:
     enough = resident_budget(LLAMA_8B, LAYOUT, workload, fixed_costs())
     for budget in (enough, enough - GIB, smallest_budget(LLAMA_8B, LAYOUT, workload, fixed_costs())):
         the_plan = planned(budget, workload)
-        everything = kv_bytes(LLAMA_8B, KvLimits(context, the_plan.prefill_chunk), 2, choices=workload.choices)
+        everything = kv_bytes(LLAMA_8B, KvLimits(context, the_plan.prefill_chunk), choices=workload.choices)
         cells = the_plan.owners.get("KV cells", 0)
         if the_plan.far is None:
             assert cells == the_plan.owners.get("KV buffers", 0) == the_plan.kv_cell_bytes_per_token == 0

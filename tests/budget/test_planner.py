@@ -30,6 +30,7 @@ from flashrt.kv.cache import RESIDENT_KINDS, kv_bytes
 from flashrt.rope import Rope
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PAGE, TensorLayout, pack_layout
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.rows import DTYPES, Codec
 
 LLAMA_70B = ModelSpec(
@@ -50,7 +51,7 @@ MIXTRAL = ModelSpec(
 
 
 def fixed_costs(runtime: int = 60 * MIB, peak: int = 70 * MIB) -> FixedCosts:
-    return FixedCosts(runtime, peak, 2, lambda tokens, context: 4096 * tokens)
+    return FixedCosts(runtime, peak, KvCodec.BF16, lambda tokens, context: 4096 * tokens)
 
 
 @st.composite
@@ -105,7 +106,7 @@ def test_every_byte_has_one_owner(spec: ModelSpec, codec: Codec, workload: Workl
     assert sum(the_plan.owners.values()) == budget == the_plan.budget_bytes
     assert min(the_plan.owners.values()) >= 0
     assert the_plan.owners["slack"] >= max(slack_bytes(budget), nobody_counts(budget))
-    assert the_plan.owners["KV"] == kv_bytes(spec, the_plan.kv_limits, 2)
+    assert the_plan.owners["KV"] == kv_bytes(spec, the_plan.kv_limits)
     assert the_plan.prefill_chunk in CHUNKS
 
 
@@ -268,9 +269,9 @@ def test_keys_and_values_leave_memory_only_where_they_must() -> None:
         assert the_plan.far is not None
         assert sum(the_plan.owners.values()) == budget
         assert the_plan.owners["slack"] >= slack_bytes(budget)
-        in_memory = kv_bytes(LLAMA_70B, the_plan.kv_limits, 2)
+        in_memory = kv_bytes(LLAMA_70B, the_plan.kv_limits)
         assert the_plan.owners["KV"] == in_memory
-        everything = kv_bytes(LLAMA_70B, KvLimits(LONG.context, the_plan.prefill_chunk), 2)
+        everything = kv_bytes(LLAMA_70B, KvLimits(LONG.context, the_plan.prefill_chunk))
         assert everything <= in_memory + the_plan.kv_disk_bytes <= 1.02 * everything
         assert the_plan.streamed_bytes_per_token > the_plan.kv_disk_bytes
         assert the_plan.ring_slots >= 2

@@ -18,7 +18,7 @@ from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.engine.build import build_engine, load_tokenizer
 from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
-from flashrt.engine.runtime import Runtime, kv_item_bytes, runtime_for, torch_scratch_bytes
+from flashrt.engine.runtime import Runtime, kv_codec, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError
 from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import KINDS as KV_KINDS
@@ -31,6 +31,7 @@ from flashrt.storage.packer import pack
 from flashrt.storage.reader import Reader
 from flashrt.storage.sources import open_checkpoint
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.rows import Codec
 
 BLOCK_BYTES = 16 << 10  # so that even tiny tensors have several blocks
@@ -51,13 +52,16 @@ def tiny_plan(
     chunk: int | None = None,
     claims: Claims = CLAIMS,
     stream_kv: bool = False,
+    kv_codec: KvCodec | None = None,
     **workload: object,
 ) -> Plan:
     """A plan as if the process itself took nothing, that pins about `share` of the weights (1: all of them).
 
+    kv_codec: how keys and values are held, where not as the runtime has it
     stream_kv: whether keys and values leave memory where they can; what a share beyond 1 leaves holds some of these
     """
-    machine = replace(runtime.fixed_costs(packed), runtime_bytes=0, peak_bytes=0)
+    costs = runtime.fixed_costs(packed)
+    machine = replace(costs, runtime_bytes=0, peak_bytes=0, kv_codec=kv_codec or costs.kv_codec)
     wanted = Workload(context=context, prompt=chunk, **workload)  # type: ignore[arg-type]
     arguments = (packed.spec, packed.layout)
     if share >= 1 and not stream_kv:
@@ -131,7 +135,7 @@ class TorchRuntime:
         self.ops, self.name, self.host_share = ops.load("torch"), name, host_share
 
     def fixed_costs(self, packed: Pack) -> FixedCosts:
-        return FixedCosts(0, 0, kv_item_bytes(packed), partial(self.scratch_bytes, packed))
+        return FixedCosts(0, 0, kv_codec(packed), partial(self.scratch_bytes, packed))
 
     def kv_scratch_bytes(self, packed: Pack, limits: KvLimits, choices: Choices) -> int:
         return 0

@@ -1,40 +1,65 @@
+import gguf
 import numpy as np
 import pytest
 import torch
 
+from flashrt.kv.numbers import numbers
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT as SEGMENT
 
 from .helpers import cpu, empty, normal, reference, rms_ratio, same
 
-HALF = pytest.mark.parametrize("half", [True, False])
+CODEC = pytest.mark.parametrize("codec", KvCodec)
 
 
-def cache(seed, kv_heads, context, dim, half):
+def tensor_of(kv):
+    """A cache as a tensor, which shares its memory."""
+    return torch.from_numpy(kv.view(np.int16)).view(torch.bfloat16) if kv.dtype == np.uint16 else torch.from_numpy(kv)
+
+
+def cache(seed, kv_heads, context, dim, codec):
     """A cache full of keys and values, and the same as a tensor."""
-    kv = np.zeros((kv_heads, context, 2, dim), np.uint16 if half else np.float32)
+    kv = np.zeros((kv_heads, context, *codec.pair(dim)), codec.dtype)
     k, v = normal(seed, context, kv_heads, dim), normal(seed + 1, context, kv_heads, dim)
     cpu.kv_append(k, v, kv, 0)
-    return kv, torch.from_numpy(kv.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(kv)
+    return kv, tensor_of(kv)
 
 
-def test_kv_append(isa):
-    k, v = normal(1, 5, 3, 24), normal(2, 5, 3, 24)
-    for half in (True, False):
-        kv = np.zeros((3, 11, 2, 24), np.uint16 if half else np.float32)
-        other = torch.zeros(3, 11, 2, 24, dtype=torch.bfloat16 if half else torch.float32)
-        fused = np.concatenate((k, v), 1)
-        cpu.kv_append(fused[:, :3], fused[:, 3:], kv, 4)
-        reference.kv_append(torch.from_numpy(k), torch.from_numpy(v), other, 4)
-        assert np.array_equal(kv.view(np.uint8), other.view(torch.uint8).numpy().reshape(kv.view(np.uint8).shape))
+@CODEC
+@pytest.mark.parametrize("dim", [24, 64, 80, 97])
+def test_kv_append(isa, codec, dim):
+    k, v = 30 * normal(1, 5, 3, dim), normal(2, 5, 3, dim)
+    k[1, 2], v[2, 1, :40] = 0, 0
+    kv = np.zeros((3, 11, *codec.pair(dim)), codec.dtype)
+    other = tensor_of(kv.copy())
+    fused = np.concatenate((k, v), 1)
+    cpu.kv_append(fused[:, :3], fused[:, 3:], kv, 4)
+    reference.kv_append(torch.from_numpy(k), torch.from_numpy(v), other, 4)
+    assert np.array_equal(kv.view(np.uint8), other.view(torch.uint8).numpy().reshape(kv.view(np.uint8).shape))
 
 
-@HALF
+@pytest.mark.parametrize("codec", [KvCodec.INT8, KvCodec.INT4])
+@pytest.mark.parametrize("scale", [1.0, 3e-7, 3e3])  # scales that are subnormal, or large, in float16
+def test_blocks_are_those_of_gguf_files(isa, codec, scale):
+    """Bytes and numbers are those of the gguf package."""
+    k, v = scale * normal(1, 7, 2, 96), scale * normal(2, 7, 2, 96)
+    kv = np.zeros((2, 7, *codec.pair(96)), np.uint8)
+    cpu.kv_append(k, v, kv, 0)
+    kinds = [getattr(gguf.GGMLQuantizationType, blocks.name) for blocks in codec.blocks]
+    padded = [np.pad(x.swapaxes(0, 1), ((0, 0), (0, 0), (0, 32))) for x in (k, v)]
+    rows = [gguf.quants.quantize(x, kind) for x, kind in zip(padded, kinds, strict=True)]
+    assert np.array_equal(kv[:, :, 0], np.concatenate(rows, 2))
+    for found, own, kind in zip(numbers(cpu, kv, 96), rows, kinds, strict=True):
+        assert np.array_equal(found, gguf.quants.dequantize(own, kind)[:, :, :96])
+
+
+@CODEC
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap"),
     [(4, 1, 48, None, None), (8, 2, 64, 100, None), (6, 6, 80, None, 20.0), (3, 1, 10, 7, None), (2, 1, 256, 300, 5.0)],
 )
-def test_attention_matches_reference(isa, half, heads, kv_heads, dim, window, softcap):
-    kv, tensor = cache(1, kv_heads, 700, dim, half)
+def test_attention_matches_reference(isa, codec, heads, kv_heads, dim, window, softcap):
+    kv, tensor = cache(1, kv_heads, 700, dim, codec)
     for start, tokens in ((0, 1), (0, 17), (255, 1), (300, 5), (100, 123), (690, 10)):
         q, out = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
         cpu.attention(q, kv, start, window, dim**-0.5, softcap, out)
@@ -43,12 +68,12 @@ def test_attention_matches_reference(isa, half, heads, kv_heads, dim, window, so
         assert rms_ratio(out, expected) < 5e-6
 
 
-@HALF
+@CODEC
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (3, 3)])
-def test_attention_is_invariant(isa, half, window, heads, kv_heads):
+def test_attention_is_invariant(isa, codec, window, heads, kv_heads):
     dim, context = 40, 600
-    kv, _ = cache(1, kv_heads, context, dim, half)
+    kv, _ = cache(1, kv_heads, context, dim, codec)
     q, whole = normal(3, context, heads, dim), empty(context, heads * dim)
     cpu.attention(q, kv, 0, window, 0.2, None, whole)
     for threads, start, tokens in ((1, 0, 1), (2, 599, 1), (3, 250, 13), (2, 256, 16), (1, 57, 300), (2, 511, 2)):
@@ -60,7 +85,7 @@ def test_attention_is_invariant(isa, half, window, heads, kv_heads):
 
 def test_longest_waves():
     """More segments than run in parallel at once."""
-    kv, tensor = cache(1, 2, 5000, 32, True)
+    kv, tensor = cache(1, 2, 5000, 32, KvCodec.BF16)
     q, out, expected = normal(3, 2, 4, 32), empty(2, 128), torch.empty(2, 128)
     cpu.attention(q, kv, 4990, None, 0.2, None, out)
     reference.attention(torch.from_numpy(q), tensor, 4990, None, 0.2, None, expected)
@@ -72,7 +97,7 @@ def test_longest_waves():
 
 def test_the_future_is_not_read():
     """What lies behind a token's position, even not-a-number, does not reach its result."""
-    kv, _ = cache(1, 2, 64, 16, False)
+    kv, _ = cache(1, 2, 64, 16, KvCodec.F32)
     q, out, again = normal(3, 4, 4, 16), empty(4, 64), empty(4, 64)
     cpu.attention(q, kv, 20, None, 0.25, None, out)
     kv[:, 24:] = np.nan
@@ -81,7 +106,7 @@ def test_the_future_is_not_read():
 
 
 def test_wrong_arguments_are_named():
-    kv, _ = cache(1, 2, 32, 16, False)
+    kv, _ = cache(1, 2, 32, 16, KvCodec.F32)
     q, out = normal(1, 3, 4, 16), empty(3, 64)
     good = {"q": q, "kv": kv, "start": 0, "window": None, "scale": 1.0, "softcap": None, "out": out}
     for name, wrong in [
@@ -90,6 +115,8 @@ def test_wrong_arguments_are_named():
         ("kv", kv.astype(np.float64)),
         ("kv", kv[:, :, :, :8]),
         ("kv", kv[:, ::2]),
+        ("kv", np.zeros((2, 32, 1, 71), np.uint8)),
+        ("kv", np.zeros((2, 32, 2, 68), np.uint8)),
         ("start", 30),
         ("start", -1),
         ("window", 0),
@@ -122,25 +149,25 @@ TREES = {
 }
 
 
-@HALF
+@CODEC
 @pytest.mark.parametrize("parents", TREES.values(), ids=TREES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap"),
     [(4, 2, 40, None, None), (9, 1, 64, 5, None), (6, 6, 10, 300, 20.0), (8, 1, 32, 1, None)],
 )
-def test_a_tree_has_the_bits_of_its_paths(isa, half, parents, heads, kv_heads, dim, window, softcap):
+def test_a_tree_has_the_bits_of_its_paths(isa, codec, parents, heads, kv_heads, dim, window, softcap):
     """Wherever the tree begins: in the middle of a segment, before or across its end, at nothing."""
     context, count = 600, len(parents)
     q, k, v = normal(3, count, heads, dim), normal(4, count, kv_heads, dim), normal(5, count, kv_heads, dim)
     for start, threads in ((0, 1), (37, 2), (250, 3), (255, 2), (256, 1), (509, 2)):
         cpu.set_threads(threads)
-        kv, _ = cache(1, kv_heads, context, dim, half)
+        kv, _ = cache(1, kv_heads, context, dim, codec)
         cpu.kv_append(k, v, kv, start)
         out = empty(count, heads * dim)
         options = {"parents": np.array(parents, np.int32)}
         cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, **options)
         for i, path in enumerate(paths(parents)):
-            kv, _ = cache(1, kv_heads, context, dim, half)
+            kv, _ = cache(1, kv_heads, context, dim, codec)
             cpu.kv_append(k[path], v[path], kv, start)
             row = empty(len(path), heads * dim)
             cpu.attention(q[path], kv, start, window, dim**-0.5, softcap, row)
@@ -151,7 +178,7 @@ def test_a_tree_has_the_bits_of_its_paths(isa, half, parents, heads, kv_heads, d
 def test_a_tree_matches_the_reference(isa, window):
     parents, heads, kv_heads, dim = TREES["wide"], 6, 2, 24
     q, start = normal(3, len(parents), heads, dim), 250
-    kv, tensor = cache(1, kv_heads, 300, dim, half=True)
+    kv, tensor = cache(1, kv_heads, 300, dim, KvCodec.BF16)
     out, expected = empty(len(parents), heads * dim), torch.empty(len(parents), heads * dim)
     tree = np.array(parents, np.int32)
     cpu.attention(q, kv, start, window, 0.2, None, out, parents=tree)
@@ -161,7 +188,7 @@ def test_a_tree_matches_the_reference(isa, window):
 
 @pytest.mark.parametrize("parents", [[0, 0, 1], [-1, 1, 0], [-2, 0, 1], [-1, 0], list(range(-1, 16))])
 def test_what_is_no_tree_is_refused(parents):
-    kv, _ = cache(1, 2, 64, 16, False)
+    kv, _ = cache(1, 2, 64, 16, KvCodec.F32)
     tokens = max(len(parents), 3)
     with pytest.raises(ValueError, match="^parents"):
         cpu.attention(
@@ -181,13 +208,13 @@ def by_pages(q, kv, far, start, scale, softcap, out, **options):
     cpu.attention(q, near, start - far, None, scale, softcap, out, state=state, **options)
 
 
-@HALF
+@CODEC
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "softcap"), [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0)]
 )
-def test_pages_give_the_bits_of_one_attention(isa, half, heads, kv_heads, dim, softcap):
+def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, softcap):
     context = 11 * SEGMENT + 57
-    kv, _ = cache(1, kv_heads, context, dim, half)
+    kv, _ = cache(1, kv_heads, context, dim, codec)
     for far, start, tokens, threads in (
         (SEGMENT, SEGMENT, 1, 2),
         (3 * SEGMENT, 3 * SEGMENT + 7, 16, 1),
@@ -204,7 +231,7 @@ def test_pages_give_the_bits_of_one_attention(isa, half, heads, kv_heads, dim, s
 
 @pytest.mark.parametrize("parents", TREES.values(), ids=TREES)
 def test_a_tree_over_pages(isa, parents):
-    q, kv = normal(3, len(parents), 6, 24), cache(1, 2, 800, 24, True)[0]
+    q, kv = normal(3, len(parents), 6, 24), cache(1, 2, 800, 24, KvCodec.BF16)[0]
     tree = np.array(parents, np.int32)
     for start in (SEGMENT, 2 * SEGMENT - 5, 2 * SEGMENT + 77):
         out, whole = empty(len(parents), 144), empty(len(parents), 144)
@@ -214,7 +241,7 @@ def test_a_tree_over_pages(isa, parents):
 
 
 def test_pages_match_the_reference(isa):
-    kv, tensor = cache(1, 2, 700, 24, True)
+    kv, tensor = cache(1, 2, 700, 24, KvCodec.BF16)
     q, state = normal(3, 70, 6, 24), torch.full((70, 6, reference.attention_state_width(24)), torch.nan)
     out, again, expected = empty(70, 144), torch.empty(70, 144), torch.empty(70, 144)
     by_pages(q, kv, 2 * SEGMENT, 600, 0.2, 9.0, out)
@@ -230,7 +257,7 @@ def test_pages_match_the_reference(isa):
 
 
 def test_wrong_states_and_pages_are_named():
-    kv, _ = cache(1, 2, 32, 16, False)
+    kv, _ = cache(1, 2, 32, 16, KvCodec.F32)
     q, state, out = normal(1, 3, 4, 16), empty(3, 4, 18), empty(3, 64)
     with pytest.raises(ValueError, match="^window"):
         cpu.attention(q, kv, 0, 5, 1.0, None, out, state=state)

@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from flashrt.kv.numbers import numbers
+from flashrt_kernels.kv import KvCodec
+
 from .helpers import cpu, empty, normal, reference, rms_ratio, same
-from .test_attention import HALF, TREES, cache, paths
+from .test_attention import CODEC, TREES, cache, paths
 
 
 def attended(q, near, far, lists, scale=0.2, softcap=None):
@@ -36,8 +39,9 @@ def plain(q, near, far, lists, scale, softcap):
     return out.reshape(tokens, -1)
 
 
-def widened(kv):
-    return (kv.astype(np.uint32) << 16).view(np.float32) if kv.dtype == np.uint16 else kv
+def widened(kv, dim):
+    """[heads, positions, 2, dim]"""
+    return np.stack(numbers(cpu, kv, dim), 2)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -46,18 +50,18 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-@HALF
+@CODEC
 @SHAPES
-def test_matches_a_plain_model_and_the_reference(isa, half, heads, kv_heads, dim, softcap):
-    near, near_tensor = cache(1, kv_heads, 900, dim, half)
-    far, far_tensor = cache(5, 1, 400, dim, half)
+def test_matches_a_plain_model_and_the_reference(isa, codec, heads, kv_heads, dim, softcap):
+    near, near_tensor = cache(1, kv_heads, 900, dim, codec)
+    far, far_tensor = cache(5, 1, 400, dim, codec)
     far, far_tensor = far[0], far_tensor[0]
     random = np.random.default_rng(7)
     lists = [[random.integers(-400, 900, n).tolist() for _ in range(kv_heads)] for n in (1, 256, 0, 257, 700)]
     lists[0][0] = []
     q, scale = normal(3, 5, heads, dim), dim**-0.5
     out, packed, counts = attended(q, near, far, lists, scale, softcap)
-    assert rms_ratio(out, plain(q, widened(near), widened(far), lists, scale, softcap)) < 5e-6
+    assert rms_ratio(out, plain(q, widened(near, dim), widened(far[None], dim)[0], lists, scale, softcap)) < 5e-6
     expected = torch.full(out.shape, torch.nan)
     tensors = (torch.from_numpy(q), near_tensor, far_tensor, torch.from_numpy(packed), torch.from_numpy(counts))
     reference.attention_list(*tensors, scale, softcap, expected)
@@ -65,11 +69,11 @@ def test_matches_a_plain_model_and_the_reference(isa, half, heads, kv_heads, dim
     assert not out[2].any()
 
 
-@HALF
+@CODEC
 @SHAPES
-def test_has_the_bits_of_attention(isa, half, heads, kv_heads, dim, softcap):
+def test_has_the_bits_of_attention(isa, codec, heads, kv_heads, dim, softcap):
     """Over all positions: as one row, and as one of any number of rows, whatever the threads."""
-    near, _ = cache(1, kv_heads, 1100, dim, half)
+    near, _ = cache(1, kv_heads, 1100, dim, codec)
     for start, tokens, threads in ((0, 1, 2), (0, 16, 1), (250, 13, 2), (511, 2, 3), (1090, 10, 1), (1099, 1, 2)):
         cpu.set_threads(threads)
         q, dense = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
@@ -78,10 +82,10 @@ def test_has_the_bits_of_attention(isa, half, heads, kv_heads, dim, softcap):
         assert same(attended(q, near, None, lists, softcap=softcap)[0], dense)
 
 
-@HALF
-def test_where_tokens_lie_does_not_matter(isa, half):
+@CODEC
+def test_where_tokens_lie_does_not_matter(isa, codec):
     """The same tokens in near memory, in another order there, or in far memory."""
-    near, _ = cache(1, 2, 600, 64, half)
+    near, _ = cache(1, 2, 600, 64, codec)
     q, dense = normal(3, 1, 6, 64), empty(1, 6 * 64)
     cpu.attention(q, near, 599, None, 0.2, None, dense)
     random = np.random.default_rng(7)
@@ -101,7 +105,7 @@ def test_a_path_of_a_tree_has_its_bits(isa, parents):
     count, heads, kv_heads, dim = len(parents), 6, 2, 40
     q, k, v = normal(3, count, heads, dim), normal(4, count, kv_heads, dim), normal(5, count, kv_heads, dim)
     for start in (0, 37, 250, 509):
-        kv, _ = cache(1, kv_heads, 600, dim, True)
+        kv, _ = cache(1, kv_heads, 600, dim, KvCodec.BF16)
         cpu.kv_append(k, v, kv, start)
         dense = empty(count, heads * dim)
         cpu.attention(q, kv, start, None, 0.2, None, dense, parents=np.array(parents, np.int32))
@@ -111,7 +115,7 @@ def test_a_path_of_a_tree_has_its_bits(isa, parents):
 
 def test_rows_and_threads_do_not_matter(isa):
     """Lists longer than a wave of segments, beside short ones."""
-    near, _ = cache(1, 1, 3000, 32, True)
+    near, _ = cache(1, 1, 3000, 32, KvCodec.BF16)
     random = np.random.default_rng(7)
     lists = [[random.integers(0, 3000, n)] for n in (20000, 17, 513, 256, 0, 3000)]
     q = normal(3, 6, 3, 32)
@@ -125,7 +129,7 @@ def test_rows_and_threads_do_not_matter(isa):
 
 
 def test_others_are_not_read(isa):
-    near, _ = cache(1, 2, 64, 16, False)
+    near, _ = cache(1, 2, 64, 16, KvCodec.F32)
     q, lists = normal(3, 2, 4, 16), [[[3, 9], [4]], [[5], [60, 3]]]
     expected, _, _ = attended(q, near, None, lists)
     kept = near.copy()
@@ -135,7 +139,7 @@ def test_others_are_not_read(isa):
 
 
 def test_wrong_arguments_are_named():
-    near, _ = cache(1, 2, 32, 16, False)
+    near, _ = cache(1, 2, 32, 16, KvCodec.F32)
     far = np.ascontiguousarray(near[0, :5])
     scratch = np.empty(cpu.attention_list_scratch_bytes(3, 4, 2, 16), np.uint8)
     lists, counts = np.zeros((3, 2, 7), np.int32), np.full((3, 2), 7, np.int32)

@@ -18,6 +18,7 @@ from flashrt.kv.sparse import SparseStore
 from flashrt.kv.spill import SPILL_BUFFERS, Spill
 from flashrt.spec import Attention
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from tests.kv.support import attended, choice_of, random_rows
 from tests.kv.test_streamed import MemoryFile, PlainStream
 from tests.kv.test_window import TREE
@@ -30,26 +31,22 @@ class Pair:
     """A store over a file in memory, and one that holds everything. `spare`: cells held beside those of one row."""
 
     def __init__(
-        self, choice: Choice, item: type = np.uint16, attention: Attention = ATTENTION, spare: int = 0
+        self, choice: Choice, codec: KvCodec = KvCodec.BF16, attention: Attention = ATTENTION, spare: int = 0
     ) -> None:
-        size, self.attention = np.dtype(item).itemsize, attention
-        nbytes = cell_bytes([attention], choice.block, size)
-        limits = KvLimits(CONTEXT, ROWS, choice, held=0, cell_bytes=nbytes)
+        self.attention = attention
+        nbytes = cell_bytes([attention], choice.block, codec)
+        limits = KvLimits(CONTEXT, ROWS, choice, held=0, cell_bytes=nbytes, codec=codec)
         pages = ChosenStore.far_pages(attention, limits)
-        layout = FarLayout({LAYER: page_bytes(attention, size)}, 0, pages, {LAYER: attention.kv_heads}, nbytes)
+        layout = FarLayout({LAYER: page_bytes(attention, codec)}, 0, pages, {LAYER: attention.kv_heads}, nbytes)
         self.file = MemoryFile(layout.nbytes)
         self.spill = Spill(self.file, layout, np.zeros((SPILL_BUFFERS, layout.largest), np.uint8), self.file)
         self.cells = KvCells(self.spill, ChosenStore.cells(attention, limits) + spare, np.zeros)
         kernels = ops.load("cpu")
         scratch = np.zeros(ChosenStore.scratch_bytes(attention, limits, kernels), np.uint8)
-
-        def allocate(shape: tuple[int, ...], dtype: type = item) -> np.ndarray:
-            return np.zeros(shape, dtype)
-
-        self.far = ChosenStore(attention, limits, Kernels(kernels, scratch, self._open), allocate)
-        whole = KvLimits(CONTEXT, ROWS, choice)
+        self.far = ChosenStore(attention, limits, Kernels(kernels, scratch, self._open), np.zeros)
+        whole = KvLimits(CONTEXT, ROWS, choice, codec=codec)
         scratch = np.zeros(SparseStore.scratch_bytes(attention, whole, kernels) + (1 << 20), np.uint8)
-        self.whole = SparseStore(attention, whole, Kernels(kernels, scratch), allocate)
+        self.whole = SparseStore(attention, whole, Kernels(kernels, scratch), np.zeros)
 
     def _open(self, held: np.ndarray) -> LayerPages:
         return LayerPages(LAYER, held, self.spill, PlainStream(self.spill), self.cells.open(LAYER))
@@ -72,11 +69,11 @@ class Pair:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("item", [np.uint16, np.float32])
+@pytest.mark.parametrize("codec", [KvCodec.BF16, KvCodec.F32])
 @pytest.mark.parametrize(("keep", "block", "spare"), [(1 / 16, 4, 0), (1 / 4, 4, 30), (1.0, 2, 0), (1 / 8, 8, 10)])
-def test_the_bits_of_all_positions(seed, item, keep, block, spare):
+def test_the_bits_of_all_positions(seed, codec, keep, block, spare):
     """Prefill, decoding with and without looking ahead, trees and cuts, in any order, the writes early or late."""
-    pair = Pair(choice_of(ATTENTION, keep, block), item, spare=spare)
+    pair = Pair(choice_of(ATTENTION, keep, block), codec, spare=spare)
     random, length, top, far_passes = np.random.default_rng(seed), 1000, 1000, 0
     pair.fill(length)
     for step in range(150):
@@ -174,23 +171,25 @@ def test_a_failed_read_leaves_nothing_wrong_behind():
 
 
 @pytest.mark.parametrize(
-    ("dims", "block", "item", "expected"),
+    ("dims", "block", "codec", "expected"),
     [
-        ([128], 8, 2, 4096),
-        ([64], 8, 2, 4096),
-        ([96], 8, 2, 12288),
-        ([128, 256], 8, 2, 8192),
-        ([20], 8, 2, 20480),
-        ([128], 1, 4, 4096),
-        ([80], 8, 2, 20480),
-        ([7], 8, 2, 0),
+        ([128], 8, "bf16", 4096),
+        ([64], 8, "bf16", 4096),
+        ([96], 8, "bf16", 12288),
+        ([128, 256], 8, "bf16", 8192),
+        ([20], 8, "bf16", 20480),
+        ([128], 1, "f32", 4096),
+        ([80], 8, "bf16", 20480),
+        ([7], 8, "bf16", 0),
+        ([128], 8, "int8", 0),  # they would be 256 positions
+        ([64], 8, "int4", 0),
     ],
 )
-def test_cells_are_whole_pages_of_a_disk_and_whole_blocks(dims, block, item, expected):
+def test_cells_are_whole_pages_of_a_disk_and_whole_blocks(dims, block, codec, expected):
     attentions = [Attention(heads=2, kv_heads=2, head_dim=dim, scale=1.0) for dim in dims]
-    nbytes = cell_bytes(attentions, block, item)
+    nbytes = cell_bytes(attentions, block, KvCodec(codec))
     assert nbytes == expected
     for dim in dims if nbytes else ():
-        tokens = nbytes / (2 * dim * item)
+        tokens = nbytes / KvCodec(codec).nbytes(dim)
         assert tokens % block == 0
         assert 256 % tokens == 0

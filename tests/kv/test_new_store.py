@@ -24,13 +24,13 @@ class PagedStore(KvStore):
 
     @classmethod
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
-        return -(-limits.context // PAGE) * PAGE * 2 * attention.kv_heads * attention.head_dim
+        return limits.nbytes(attention, -(-limits.context // PAGE) * PAGE)
 
     def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
         type(self).opened += 1
         self._attention, self._kernels = attention, kernels
         shape = (PAGE, 2, attention.kv_heads, attention.head_dim)
-        self._pages = [allocate(shape) for _ in range(-(-limits.context // PAGE))]
+        self._pages = [allocate(shape, limits.codec.dtype) for _ in range(-(-limits.context // PAGE))]
 
     def append(self, key: np.ndarray, value: np.ndarray, start: int) -> None:
         for i, pair in enumerate(zip(key, value, strict=True)):

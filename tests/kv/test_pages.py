@@ -13,6 +13,7 @@ from flashrt.kv.reach import needed, reach
 from flashrt.kv.window import WindowStore
 from flashrt.spec import Attention
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 from tests.kv.test_window import CONTEXT, run, stores
 
@@ -28,7 +29,7 @@ def test_both_stores_go_on_from_the_pages_of_either(window, length, ahead):
         run(attention, both, start, min(16, top - start), start)
     for draft in range(15):  # which may have made a window slide
         run(attention, both, top + draft, 1, top + draft)
-    found = list(pages([attention], Extent(0, length, top), 2))
+    found = list(pages([attention], Extent(0, length, top), KvCodec.BF16))
     _, others = stores(window, 48)
     for store in others:
         store.memory[:] = 0x7FC0  # NaN
@@ -69,7 +70,7 @@ def test_what_is_needed_is_held_by_the_smallest_memory(window, rows):
 
 def test_pages_cover_all_heads_of_all_segments_once():
     layers = [Attention(8, 8, 256, 1.0), Attention(8, 5, 20, 1.0, window=300), Attention(4, 1, 64, 1.0)]
-    found = list(pages(layers, Extent(256, 1000, 1100), 4))
+    found = list(pages(layers, Extent(256, 1000, 1100), KvCodec.F32))
     assert [page.begin for page in found] == sorted(page.begin for page in found)
     for layer, attention in enumerate(layers):
         first = max(needed(attention.window, 1100), 256)
@@ -85,10 +86,7 @@ def test_pages_cover_all_heads_of_all_segments_once():
 def test_a_cache_that_begins_again_tells_its_stores_where():
     attention = Attention(2, 1, 8, 1.0, window=20)
     limits, kernels = KvLimits(2000, 16), Kernels(ops.load("cpu"), None)
-    made = [
-        kind(attention, limits, kernels, lambda shape: np.zeros(shape, np.float32))
-        for kind in (ContiguousStore, WindowStore)
-    ]
+    made = [kind(attention, limits, kernels, np.zeros) for kind in (ContiguousStore, WindowStore)]
     cache = KvCache(made, 2000)
     cache.restart([512, 512])
     assert [store.first for store in made] == [0, 512]

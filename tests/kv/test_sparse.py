@@ -18,6 +18,7 @@ from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.sparse import SparseStore
 from flashrt.spec import Attention
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, tiny_engine
@@ -35,14 +36,14 @@ def few(monkeypatch):
     monkeypatch.setattr("flashrt.kv.choice.LEAST", 8)
 
 
-def store(choice: Choice | None, item: type = np.float32, attention: Attention = ATTENTION) -> ContiguousStore:
+def store(choice: Choice | None, codec: KvCodec = KvCodec.F32, attention: Attention = ATTENTION) -> ContiguousStore:
     kernels = ops.load("cpu")
-    limits = KvLimits(CONTEXT, 64, choice)
+    limits = KvLimits(CONTEXT, 64, choice, codec=codec)
     kind = ContiguousStore if choice is None else SparseStore
     heads = attention.heads, attention.kv_heads, attention.head_dim
     needed = max(kernels.attention_scratch_bytes(count, *heads) for count in range(1, 65))
     scratch = np.zeros(max(needed, kind.scratch_bytes(attention, limits, kernels)), np.uint8)
-    return kind(attention, limits, Kernels(kernels, scratch), lambda shape, dtype=item: np.zeros(shape, dtype))
+    return kind(attention, limits, Kernels(kernels, scratch), np.zeros)
 
 
 def filled(own: ContiguousStore, length: int, seed: int = 1) -> None:
@@ -59,10 +60,10 @@ def test_what_can_be_chosen_is_labelled_whatever_the_pass():
             assert recent(position) <= max(position - RECENT + 1, 0)
 
 
-@pytest.mark.parametrize("item", [np.uint16, np.float32])
+@pytest.mark.parametrize("codec", KvCodec)
 @pytest.mark.parametrize("block", [1, 4, 16])
-def test_where_all_is_kept_the_bits_are_those_of_all_positions(item, block):
-    both = [store(None, item), store(choice_of(ATTENTION, 1.0, block), item)]
+def test_where_all_is_kept_the_bits_are_those_of_all_positions(codec, block):
+    both = [store(None, codec), store(choice_of(ATTENTION, 1.0, block), codec)]
     random, length = np.random.default_rng(block), 0
     while length < CONTEXT - 80:
         step = int(random.integers(4))
@@ -243,9 +244,9 @@ def test_to_keep_all_is_to_keep_all_whatever_the_heads_shares(tmp_path):
 
 def planned(engine: Engine) -> int:
     """Bytes that a cache takes which is opened as the engine's was."""
-    limits, taken = KvLimits(engine.plan.context, engine.plan.prefill_chunk), 0
+    limits, taken = engine.plan.kv_limits, 0
 
-    def allocate(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    def allocate(shape: tuple[int, ...], dtype: type) -> np.ndarray:
         nonlocal taken
         array = np.zeros(shape, dtype)
         taken += array.nbytes
@@ -253,7 +254,7 @@ def planned(engine: Engine) -> int:
 
     kernels = Kernels(ops.load("cpu"), np.zeros(0, np.uint8))
     open_cache(engine.spec, limits, kernels, allocate, choices=engine.plan.choices)
-    assert taken == kv_bytes(engine.spec, limits, 4, choices=engine.plan.choices)
+    assert taken == kv_bytes(engine.spec, limits, choices=engine.plan.choices)
     return taken
 
 

@@ -21,6 +21,7 @@ from flashrt.kv.spill import SPILL_BUFFERS, Spill
 from flashrt.kv.streamed import NEAR, StreamedStore
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from tests.kv.support import attended, random_rows
 from tests.kv.test_window import TREE
 
@@ -86,8 +87,8 @@ class PlainStream:
 class Far:
     """A streamed store over a file in memory."""
 
-    def __init__(self, item: type = np.uint16, limits: KvLimits = LIMITS) -> None:
-        nbytes = page_bytes(ATTENTION, np.dtype(item).itemsize)
+    def __init__(self, limits: KvLimits = LIMITS) -> None:
+        nbytes = page_bytes(ATTENTION, limits.codec)
         assert limits.held is not None
         layout = FarLayout({4: nbytes}, limits.held, StreamedStore.far_pages(ATTENTION, limits))
         self.file = MemoryFile(layout.nbytes)
@@ -95,9 +96,9 @@ class Far:
         kernels = ops.load("cpu")
         scratch = np.zeros(StreamedStore.scratch_bytes(ATTENTION, limits, kernels), np.uint8)
         open_pages = partial(self._open, 4)
-        allocate = partial(_allocate, item)
-        self.store = StreamedStore(ATTENTION, limits, Kernels(kernels, scratch, open_pages), allocate)
-        self.whole = ContiguousStore(ATTENTION, KvLimits(CONTEXT, ROWS), Kernels(kernels, None), allocate)
+        self.store = StreamedStore(ATTENTION, limits, Kernels(kernels, scratch, open_pages), np.zeros)
+        whole = KvLimits(CONTEXT, ROWS, codec=limits.codec)
+        self.whole = ContiguousStore(ATTENTION, whole, Kernels(kernels, None), np.zeros)
 
     def _open(self, layer: int, held: np.ndarray) -> LayerPages:
         return LayerPages(layer, held, self.spill, PlainStream(self.spill))
@@ -121,10 +122,6 @@ class Far:
         self.store.cut(length)
 
 
-def _allocate(item: type, shape: tuple[int, ...], dtype: type | None = None) -> np.ndarray:
-    return np.zeros(shape, dtype or item)
-
-
 @pytest.fixture
 def far() -> Iterator[Far]:
     made = Far()
@@ -135,10 +132,10 @@ def far() -> Iterator[Far]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("held", [0, 2])
-@pytest.mark.parametrize("item", [np.uint16, np.float32])
-def test_the_bits_of_all_positions(seed, held, item):
+@pytest.mark.parametrize("codec", KvCodec)
+def test_the_bits_of_all_positions(seed, held, codec):
     """Prefill, decoding, trees and cuts, in any order, the writes early or late."""
-    made = Far(item, KvLimits(CONTEXT, ROWS, held=held))
+    made = Far(KvLimits(CONTEXT, ROWS, held=held, codec=codec))
     random, length, top, most = np.random.default_rng(seed), 0, 0, 0
     for step in range(220):
         kind = int(random.integers(8))
@@ -193,7 +190,7 @@ def test_sessions_take_pages_and_give_them_back(length):
     """From either kind of store to either: what is on disk, what is held, and what is near."""
     made, other = Far(limits=KvLimits(CONTEXT, ROWS, held=1)), Far(limits=KvLimits(CONTEXT, 16, held=0))
     made.fill(length)
-    found = list(pages([ATTENTION], Extent(0, length, length), 2))
+    found = list(pages([ATTENTION], Extent(0, length, length), KvCodec.BF16))
     for store in (other.store, other.whole):
         store.memory[:] = 0x7FC0  # NaN
         store.restart(0)
@@ -291,13 +288,13 @@ def test_layers_that_stream_are_those_for_which_it_pays():
     local = Attention(6, 3, 20, 0.3, window=100)
     spec = ModelSpec("any", 10, 64, tuple(Layer(a, Ffn(8, "silu")) for a in (ATTENTION, local, ATTENTION)), 5000)
     limits = KvLimits(5000, 64, held=3)
-    layout = far_layout(spec, limits, 2)
+    layout = far_layout(spec, limits)
     assert layout is not None
     assert list(layout.page_bytes) == [0, 2]
     assert choose(local, limits, KINDS)[0] is not StreamedStore
-    assert far_layout(spec, KvLimits(5000, 64), 2) is None
-    assert far_layout(spec, KvLimits(500, 64, held=0), 2) is None
-    one = kv_bytes(spec, KvLimits(5000, 64, held=4), 2) - kv_bytes(spec, limits, 2)
+    assert far_layout(spec, KvLimits(5000, 64)) is None
+    assert far_layout(spec, KvLimits(500, 64, held=0)) is None
+    one = kv_bytes(spec, KvLimits(5000, 64, held=4)) - kv_bytes(spec, limits)
     assert one == sum(layout.page_bytes.values())
 
 

@@ -14,6 +14,7 @@ from flashrt.kv.reach import KEPT
 from flashrt.kv.window import WindowStore
 from flashrt.spec import Attention
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import Codec
 from tests.engine.support import make_pack, tiny_engine
@@ -23,12 +24,12 @@ CONTEXT = 1400
 TREE = [-1, -1, 0, 0, 1, 2, 2, 5, 7, 8, 9, 3, 10, 12, 4, 13]
 
 
-def stores(window: int, rows: int, item: type = np.uint16) -> tuple[Attention, list[ContiguousStore]]:
+def stores(window: int, rows: int, codec: KvCodec = KvCodec.BF16) -> tuple[Attention, list[ContiguousStore]]:
     attention = Attention(heads=6, kv_heads=3, head_dim=20, scale=0.3, window=window)
     kernels = Kernels(ops.load("cpu"), None)
     kinds = (ContiguousStore, WindowStore)
-    limits = KvLimits(CONTEXT, rows)
-    return attention, [kind(attention, limits, kernels, lambda shape: np.zeros(shape, item)) for kind in kinds]
+    limits = KvLimits(CONTEXT, rows, codec=codec)
+    return attention, [kind(attention, limits, kernels, np.zeros) for kind in kinds]
 
 
 def run(attention: Attention, both: list[ContiguousStore], start: int, rows: int, seed: int, parents=None) -> None:
@@ -49,9 +50,9 @@ def run(attention: Attention, both: list[ContiguousStore], start: int, rows: int
 
 @pytest.mark.parametrize("window", [1, 8, 13, 40, 300])
 @pytest.mark.parametrize("rows", [16, 50])
-@pytest.mark.parametrize("item", [np.uint16, np.float32])
-def test_the_bits_of_all_positions(window, rows, item):
-    attention, both = stores(window, rows, item)
+@pytest.mark.parametrize("codec", KvCodec)
+def test_the_bits_of_all_positions(window, rows, codec):
+    attention, both = stores(window, rows, codec)
     random, length, slid, furthest = np.random.default_rng(window), 0, 0, 0
     while length < CONTEXT - rows - 16:
         step = int(random.integers(4))
@@ -139,8 +140,8 @@ def test_a_store_is_chosen_by_what_it_takes():
     local, whole = Attention(4, 2, 16, 1.0, window=100), Attention(4, 2, 16, 1.0)
     limits = KvLimits(5000, 64)
     assert WindowStore.claim(whole, limits) is None
-    assert WindowStore.claim(local, limits) == 64 * (99 + KEPT + ATTENTION_SEGMENT - 1 + 64)
-    assert ContiguousStore.claim(local, limits) == 64 * 5000
+    assert WindowStore.claim(local, limits) == 128 * (99 + KEPT + ATTENTION_SEGMENT - 1 + 64)
+    assert ContiguousStore.claim(local, limits) == 128 * 5000
     assert WindowStore.claim(local, KvLimits(300, 64)) == ContiguousStore.claim(local, KvLimits(300, 64))
 
 
@@ -171,7 +172,7 @@ def test_texts_are_the_same(packed, share, chunk, draft):
     with whole, windows:
         assert windows.plan.owners["KV"] < whole.plan.owners["KV"]
         limits = KvLimits(CONTEXT, windows.plan.prefill_chunk)
-        assert windows.plan.owners["KV"] == kv_bytes(windows.spec, limits, 2)
+        assert windows.plan.owners["KV"] == kv_bytes(windows.spec, limits)
         for given, new in ((prompt, 80), (prompt[:5], 600)):
             assert text_of(windows, given, new) == text_of(whole, given, new)
 

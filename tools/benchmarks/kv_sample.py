@@ -23,6 +23,7 @@ from flashrt.kv.base import Kernels, KvLimits, Tensor
 from flashrt.kv.cache import open_cache
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.spec import Attention
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 
 SINKS = 16  # first positions, which are not put elsewhere
@@ -58,9 +59,9 @@ def record(pack: Path, text: str, count: int, folder: Path) -> None:
             stores.append(self)
 
     with model.load(Workload(len(ids) + 1, prompt=len(ids))) as engine:
-        work, limits = engine.runner.decoder.work, KvLimits(len(ids), len(ids))
+        work, limits = engine.runner.decoder.work, KvLimits(len(ids), len(ids), codec=KvCodec.F32)
         kernels = Kernels(work.ops, work.scratch)
-        cache = open_cache(engine.spec, limits, kernels, lambda shape: np.zeros(shape, np.float32), [Kept])
+        cache = open_cache(engine.spec, limits, kernels, np.zeros, [Kept])
         engine.runner.prefill(Sequence(cache), ids)
     for i, store in enumerate(stores):
         np.save(folder / f"{i}.npy", store.memory)

@@ -317,7 +317,7 @@ def rope(x: Floats, cos: Floats, sin: Floats) -> None:
 
 
 def kv_append(k: Floats, v: Floats, kv: NDArray[Any], start: int) -> None:
-    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D], uint16 (bfloat16 bits) or float32.
+    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, *pair] (`flashrt_kernels.kv`).
 
     k and v may have a stride in the first dimension.
     """
@@ -338,7 +338,7 @@ def attention(
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
-    q [B, H, D], stride allowed in the first dimension; kv [KVH, context, 2, D]; out [B, H * D]. Token b at position
+    q [B, H, D], stride allowed in the first dimension; kv [KVH, context, *pair]; out [B, H * D]. Token b at position
     p = start + b attends to max(0, p - window + 1)..p. scratch uint8 [attention_scratch_bytes(...)]; None allocates.
     parents int32 [B], at most 16, makes the tokens a tree: token b follows token parents[b] < b, or with -1 the
     sequence before start. Its keys and values stay at start + b, its position is start plus the number of tokens that
@@ -361,7 +361,7 @@ def attend_page(
     first: bool,
     scratch: Bytes | None = None,
 ) -> None:
-    """Takes positions that all tokens see, page [KVH, n, 2, D], into state [B, H, attention_state_width(D)].
+    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)].
 
     Pages come in the order of their positions, all but the last a multiple of 256 long; before the `first`, nothing is
     in state. q and state may have strides in the first dimension, scratch is that of `attention`. The attention that

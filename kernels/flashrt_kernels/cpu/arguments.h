@@ -100,30 +100,68 @@ const T* vector_or_null(const char* name, nb::handle object, int64_t length) {
     return v.data;
 }
 
-struct Cache {  // [kv_heads, context, 2, dim]
-    const char* name;
-    void* data;
-    bool half;
-    int64_t heads, context, dim;
+struct Queries {  // [tokens, heads, dim]
+    const float* data;
+    size_t step;
+    int tokens, heads, dim;
 
-    Cache(const char* name, nb::handle object) : name(name) {
+    explicit Queries(nb::handle object) {
+        const Array<const float> q("q", object, 3);
+        q.contiguous(2);
+        if (q.shape[2] < 1 || q.shape[2] > WIDEST_HEAD)
+            wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " +
+                           std::to_string(q.shape[2]));
+        data = q.data;
+        step = static_cast<size_t>(q.step[0]);
+        tokens = static_cast<int>(q.shape[0]);
+        heads = static_cast<int>(q.shape[1]);
+        dim = static_cast<int>(q.shape[2]);
+    }
+};
+
+// How `bytes` hold keys and values of `dim` numbers.
+inline KvCodecs kv_codecs(const char* name, int64_t bytes, int64_t dim) {
+    for (const Codec value : {Codec::Q8_0, Codec::Q4_0}) {
+        const KvCodecs codecs{Codec::Q8_0, value};
+        if (bytes == static_cast<int64_t>(kv_pair_bytes(codecs, static_cast<int>(dim)))) return codecs;
+    }
+    wrong(name, std::to_string(bytes) + " bytes hold no keys and values of heads of " + std::to_string(dim));
+}
+
+// Keys and values of heads of `dim` numbers: [.., 2, dim] of float32 or uint16 (bfloat16 bits), or [.., 1, n] of uint8.
+struct Cache {
+    const char* name;
+    void* data = nullptr;
+    KvCodecs codecs{};
+    int64_t shape[2] = {};  // of what comes before: `axes` numbers
+
+    Cache(const char* name, nb::handle object, int64_t dim, int axes = 2) : name(name) {
         nb::ndarray<nb::device::cpu> found;
         if (!nb::try_cast(object, found, false)) wrong(name, "expected a writable numpy array");
-        if (found.dtype() == nb::dtype<uint16_t>()) fill(Array<uint16_t>(name, object, 4), true);
-        else if (found.dtype() == nb::dtype<float>()) fill(Array<float>(name, object, 4), false);
-        else wrong(name, "expected uint16 (bfloat16 bits) or float32");
+        if (found.dtype() == nb::dtype<uint16_t>()) fill(Array<uint16_t>(name, object, axes + 2), axes, dim, Codec::BF16);
+        else if (found.dtype() == nb::dtype<float>()) fill(Array<float>(name, object, axes + 2), axes, dim, Codec::F32);
+        else if (found.dtype() == nb::dtype<uint8_t>()) fill(Array<uint8_t>(name, object, axes + 2), axes, dim);
+        else wrong(name, "expected uint16 (bfloat16 bits), float32 or uint8");
     }
 
    private:
     template <typename T>
-    void fill(const Array<T>& kv, bool is_half) {
-        kv.contiguous(4);
-        kv.expect(2, 2);
+    void fill(const Array<T>& kv, int axes, int64_t dim, Codec codec) {
+        kv.expect(axes, 2);
+        if (kv.shape[axes + 1] != dim)
+            wrong(name, "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.shape[axes + 1]));
+        take(kv, axes, {codec, codec});
+    }
+    void fill(const Array<uint8_t>& kv, int axes, int64_t dim) {
+        kv.expect(axes, 1);
+        take(kv, axes, kv_codecs(name, kv.shape[axes + 1], dim));
+    }
+    template <typename T>
+    void take(const Array<T>& kv, int axes, KvCodecs found) {
+        kv.contiguous(axes + 2);
         data = kv.data;
-        half = is_half;
-        heads = kv.shape[0];
-        context = kv.shape[1];
-        dim = kv.shape[3];
+        codecs = found;
+        for (int i = 0; i < axes; ++i) shape[i] = kv.shape[i];
     }
 };
 

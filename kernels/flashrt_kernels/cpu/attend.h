@@ -4,7 +4,8 @@
 // adds exactly zero, so a query's result does not depend on which other queries share its tile.
 #pragma once
 
-#include "tile.h"
+#include "encode.h"
+#include "encode_kv.h"
 
 namespace flashrt::FLASHRT_ISA {
 
@@ -12,13 +13,17 @@ namespace flashrt::FLASHRT_ISA {
 template <typename T>
 FLASHRT_INLINE const T* pair_at(const Segment& s, int slot) {
     if (s.pairs) return static_cast<const T*>(s.pairs[slot]);
-    return static_cast<const T*>(s.kv) + 2 * static_cast<size_t>(slot) * s.dim;
+    return reinterpret_cast<const T*>(static_cast<const char*>(s.kv) + slot * s.pair_bytes);
 }
 
 FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float* to) {  // D floats, zeros up to 16
     const int at = value ? s.dim : 0;
+    const Codec codec = value ? s.codecs.value : s.codecs.key;
     int d = 0;
-    if (s.half) {
+    if (is_kept(codec)) {
+        const uint8_t* from = pair_at<uint8_t>(s, position);
+        decode_row(codec, from + (value ? s.key_bytes : 0), padded(s.dim), to);
+    } else if (codec == Codec::BF16) {
         const uint16_t* from = pair_at<uint16_t>(s, position) + at;
         for (; d + 16 <= s.dim; d += 16) store(to + d, load_bf16(from + d));
         if (d < s.dim) {
@@ -64,7 +69,7 @@ inline void pack_half_keys(const Segment& s, int begin, int n16) {
 
 // [n16 / 16][D16][16]: keys from position `begin`, transposed; positions past the end are zero.
 inline void pack_keys(const Segment& s, int begin, int n16) {
-    if (s.half && s.dim % 32 == 0) return pack_half_keys(s, begin, n16);
+    if (s.codecs.key == Codec::BF16 && s.dim % 32 == 0) return pack_half_keys(s, begin, n16);
     const int dim16 = (s.dim + 15) / 16 * 16;
     alignas(64) float keys[16][256];
     for (int p = 0; p < n16; p += 16) {
@@ -84,7 +89,7 @@ inline void pack_keys(const Segment& s, int begin, int n16) {
 // [D16 / 16][n][16]: values from position `begin`.
 inline void pack_values(const Segment& s, int begin, int n) {
     const int dim16 = (s.dim + 15) / 16 * 16;
-    if (s.half && s.dim % 16 == 0) {
+    if (s.codecs.key == Codec::BF16 && s.dim % 16 == 0) {
         for (int p = 0; p < n; ++p) {
             const uint16_t* from = pair_at<uint16_t>(s, begin + p) + s.dim;
             const uint16_t* ahead = pair_at<uint16_t>(s, begin + p + POSITIONS) + s.dim;

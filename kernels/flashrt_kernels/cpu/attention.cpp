@@ -88,9 +88,8 @@ void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int i
     place(job, tile, index, s);
     s.token = tile.token;
     s.group = shape.group;
-    s.kv = static_cast<const char*>(job.kv) + static_cast<size_t>(tile.head) * job.context * 2 * job.dim * (job.half ? 2 : 4);
-    s.half = job.half;
-    s.dim = job.dim;
+    s.hold(job.codecs, job.dim);
+    s.kv = static_cast<const char*>(job.kv) + static_cast<size_t>(tile.head) * job.context * s.pair_bytes;
     s.queries = tile.tokens * shape.group;
     for (int t = 0, i = 0; t < tile.tokens; ++t)
         for (int g = 0; g < shape.group; ++g, ++i) {

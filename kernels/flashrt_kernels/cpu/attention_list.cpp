@@ -54,7 +54,7 @@ Piece piece_of(const AttentionListJob& job, int list, int segment) {
 
 // Where the piece's keys and values lie; behind the last, what is there to be fetched ahead is the last again.
 void point(const AttentionListJob& job, const Piece& piece, const void** pairs) {
-    const size_t bytes = 2 * static_cast<size_t>(job.dim) * (job.half ? 2 : 4);
+    const size_t bytes = kv_pair_bytes(job.codecs, job.dim);
     const char* near = static_cast<const char*>(job.near) + static_cast<size_t>(piece.head) * job.slots * bytes;
     const char* far = static_cast<const char*>(job.far);
     for (int i = 0; i < piece.count; ++i) {
@@ -74,8 +74,7 @@ void attend(const AttentionListJob& job, const Shape& shape, const Piece& piece,
     }
     Segment s{};
     s.pairs = worker.pairs;
-    s.half = job.half;
-    s.dim = job.dim;
+    s.hold(job.codecs, job.dim);
     s.end = s.lanes = piece.count;
     s.group = s.queries = shape.group;
     s.q = worker.q;

@@ -222,27 +222,20 @@ std::optional<Tree> tree_or_none(handle parents_, int64_t tokens) {
 }
 
 // A job for q [tokens, heads, dim] over kv; what the job is for sets the rest.
-AttentionJob attention_job(handle q_, const Cache& kv, float scale, float softcap) {
-    const Array<const float> q("q", q_, 3);
-    q.contiguous(2);
-    const int tokens = static_cast<int>(q.shape[0]), heads = static_cast<int>(q.shape[1]);
-    const int dim = static_cast<int>(q.shape[2]);
-    if (dim < 1 || dim > WIDEST_HEAD)
-        wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(dim));
-    if (kv.dim != dim)
-        wrong(kv.name, "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.dim));
-    if (kv.heads == 0 || heads % kv.heads)
-        wrong(kv.name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv.heads) + " KV heads");
+AttentionJob attention_job(const Queries& q, const Cache& kv, float scale, float softcap) {
+    const int heads = q.heads;
+    if (kv.shape[0] == 0 || heads % kv.shape[0])
+        wrong(kv.name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv.shape[0]) + " KV heads");
     AttentionJob job{};
     job.q = q.data;
-    job.q_step = q.step[0];
-    job.tokens = tokens;
+    job.q_step = q.step;
+    job.tokens = q.tokens;
     job.heads = heads;
-    job.kv_heads = static_cast<int>(kv.heads);
-    job.dim = dim;
+    job.kv_heads = static_cast<int>(kv.shape[0]);
+    job.dim = q.dim;
     job.kv = kv.data;
-    job.half = kv.half;
-    job.context = kv.context;
+    job.codecs = kv.codecs;
+    job.context = kv.shape[1];
     job.scale = scale;
     job.softcap = softcap;
     return job;
@@ -267,30 +260,32 @@ void run(AttentionJob& job, handle scratch) {
     attention(job);
 }
 
-void py_attention(handle q, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
+void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
                   handle scratch, handle parents, handle state) {
-    const Cache kv("kv", kv_);
+    const Queries q(q_);
+    const Cache kv("kv", kv_, q.dim);
     AttentionJob job = attention_job(q, kv, scale, softcap);
-    check_positions(start, job.tokens, kv.context);
+    check_positions(start, job.tokens, kv.shape[1]);
     const std::optional<Tree> tree = tree_or_none(parents, job.tokens);
     const Array<float> out("out", out_, 2);
     out.expect(0, job.tokens);
     out.expect(1, job.heads * job.dim);
     if (!state.is_none()) set_state(job, state);
     job.start = static_cast<int>(start);
-    job.window = window > kv.context ? 0 : static_cast<int>(window);  // 0: all that there is
+    job.window = window > kv.shape[1] ? 0 : static_cast<int>(window);  // 0: all that there is
     job.out = out.data;
     job.out_step = out.step[0];
     job.tree = tree ? &*tree : nullptr;
     run(job, scratch);
 }
 
-void py_attend_page(handle q, handle page_, float scale, float softcap, handle state, bool first, handle scratch) {
-    const Cache page("page", page_);
+void py_attend_page(handle q_, handle page_, float scale, float softcap, handle state, bool first, handle scratch) {
+    const Queries q(q_);
+    const Cache page("page", page_, q.dim);
     AttentionJob job = attention_job(q, page, scale, softcap);
-    if (page.context == 0) wrong("page", "expected one position at least");
+    if (page.shape[1] == 0) wrong("page", "expected one position at least");
     set_state(job, state);
-    job.start = static_cast<int>(page.context) - 1;
+    job.start = static_cast<int>(page.shape[1]) - 1;
     job.page = true;
     job.empty = first;
     run(job, scratch);
@@ -301,15 +296,14 @@ void py_kv_append(handle k_, handle v_, handle kv_, int64_t start) {
     k.contiguous(2);
     v.contiguous(2);
     for (int i = 0; i < 3; ++i) v.expect(i, k.shape[i]);
-    const Cache kv("kv", kv_);
-    if (kv.heads != k.shape[1] || kv.dim != k.shape[2])
-        wrong("kv", "expected " + std::to_string(k.shape[1]) + " heads of " + std::to_string(k.shape[2]) + ", found " +
-                        std::to_string(kv.heads) + " of " + std::to_string(kv.dim));
-    check_positions(start, k.shape[0], kv.context);
+    const Cache kv("kv", kv_, k.shape[2]);
+    if (kv.shape[0] != k.shape[1])
+        wrong("kv", "expected " + std::to_string(k.shape[1]) + " heads, found " + std::to_string(kv.shape[0]));
+    check_positions(start, k.shape[0], kv.shape[1]);
     if (k.size() == 0) return;
     Released release;
     kv_append(k.data, k.step[0], v.data, v.step[0], static_cast<int>(k.shape[0]), static_cast<int>(k.shape[1]),
-              static_cast<int>(k.shape[2]), kv.data, kv.half, kv.context, start);
+              static_cast<int>(k.shape[2]), kv.data, kv.codecs, kv.shape[1], start);
 }
 
 void py_norm(bool rms, handle x_, handle weight_, handle bias_, float eps, handle out_) {

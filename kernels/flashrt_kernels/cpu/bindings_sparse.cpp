@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <string>
+#include <tuple>
 
 #include "arguments.h"
 #include "ops.h"
@@ -125,22 +126,15 @@ void py_select(handle q_, handle labels_, handle step_, float scale, int64_t fir
     select(job);
 }
 
-struct Far {  // [tokens, 2, dim], of the same kind as near
+struct Far {  // tokens, of the same kind as near
     const void* data = nullptr;
     int64_t tokens = 0;
 
-    Far(handle object, const Cache& near) {
+    Far(handle object, const Cache& near, int dim) {
         if (object.is_none()) return;
-        if (near.half) fill(Array<const uint16_t>("far", object, 3), near);
-        else fill(Array<const float>("far", object, 3), near);
-    }
-
-   private:
-    template <typename T>
-    void fill(const Array<T>& far, const Cache& near) {
-        far.contiguous(3);
-        far.expect(1, 2);
-        far.expect(2, near.dim);
+        const Cache far("far", object, dim, 1);
+        if (far.codecs.key != near.codecs.key || far.codecs.value != near.codecs.value)
+            wrong("far", "expected keys and values as near has them");
         data = far.data;
         tokens = far.shape[0];
     }
@@ -164,17 +158,11 @@ void check_lists(const AttentionListJob& job, int64_t far) {
 
 void py_attention_list(handle q_, handle near_, handle far_, handle lists_, handle counts_, float scale, float softcap,
                        handle out_, handle scratch) {
-    const Array<const float> q("q", q_, 3);
-    q.contiguous(2);
-    const int tokens = static_cast<int>(q.shape[0]), heads = static_cast<int>(q.shape[1]);
-    const int dim = static_cast<int>(q.shape[2]);
-    if (dim < 1 || dim > WIDEST_HEAD)
-        wrong("q", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(dim));
-    const Cache near("near", near_);
-    if (near.dim != dim)
-        wrong("near", "expected heads of " + std::to_string(dim) + ", found " + std::to_string(near.dim));
-    const int kv_heads = shared("near", heads, near.heads);
-    const Far far(far_, near);
+    const Queries q(q_);
+    const auto [tokens, heads, dim] = std::tuple(q.tokens, q.heads, q.dim);
+    const Cache near("near", near_, dim);
+    const int kv_heads = shared("near", heads, near.shape[0]);
+    const Far far(far_, near, dim);
     const Array<const int32_t> lists("lists", lists_, 3), counts("counts", counts_, 2);
     lists.contiguous(3);
     counts.contiguous(2);
@@ -188,8 +176,8 @@ void py_attention_list(handle q_, handle near_, handle far_, handle lists_, hand
     if (tokens == 0 || heads == 0) return;
     const int crew = threads();
     const Scratch memory(scratch, attention_list_scratch_bytes(tokens, heads, kv_heads, dim, crew));
-    const AttentionListJob job = {q.data, static_cast<size_t>(q.step[0]), tokens, heads, kv_heads, dim, near.data,
-                                  far.data, near.half, near.context, lists.data, counts.data, lists.shape[2], scale,
+    const AttentionListJob job = {q.data, q.step, tokens, heads, kv_heads, dim, near.data, far.data,
+                                  near.codecs, near.shape[1], lists.data, counts.data, lists.shape[2], scale,
                                   softcap, out.data, static_cast<size_t>(out.step[0]), memory.data(), crew};
     check_lists(job, far.tokens);
     Released release;

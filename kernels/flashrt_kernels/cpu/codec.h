@@ -40,6 +40,12 @@ constexpr int SPAN_WEIGHTS = INT4_SPAN * INT4_GROUP;
 
 inline int padded(int k) { return (k + CHUNK - 1) / CHUNK * CHUNK; }
 
+// How caches hold a token's key of a KV head, and its value behind it: numbers as they are, or both as rows of kept
+// codecs, which are padded to whole chunks with zeros.
+struct KvCodecs {
+    Codec key, value;
+};
+
 inline int spans(int k) { return (k + SPAN_WEIGHTS - 1) / SPAN_WEIGHTS; }
 
 // Numbers that kernels which sum rows of `k` weights keep of each token: whole spans.
@@ -60,6 +66,16 @@ inline size_t row_bytes(Codec codec, int k) {
         case Codec::INT8: return kp + 2 * (kp / CHUNK);
         default: return kp / 2 + 2 * (kp / INT4_GROUP) + 8;
     }
+}
+
+// Bytes of a key or a value of `dim` numbers.
+inline size_t kv_row_bytes(Codec codec, int dim) {
+    if (is_kept(codec)) return row_bytes(codec, padded(dim));
+    return static_cast<size_t>(dim) * (codec == Codec::F32 ? 4 : 2);
+}
+
+inline size_t kv_pair_bytes(KvCodecs codecs, int dim) {
+    return kv_row_bytes(codecs.key, dim) + kv_row_bytes(codecs.value, dim);
 }
 
 }  // namespace flashrt

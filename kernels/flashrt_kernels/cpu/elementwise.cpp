@@ -38,15 +38,13 @@ void rope(float* x, size_t token_step, size_t head_step, int tokens, int heads, 
 }
 
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,
-               void* kv, bool half, int64_t context, int64_t start) {
+               void* kv, KvCodecs codecs, int64_t context, int64_t start) {
+    const size_t pair_bytes = kv_pair_bytes(codecs, dim), key_bytes = kv_row_bytes(codecs.key, dim);
     rows_in_parallel(tokens, static_cast<int64_t>(kv_heads) * dim, [&](int64_t t) {
         for (int h = 0; h < kv_heads; ++h) {
-            const size_t at = (static_cast<size_t>(h) * context + start + t) * 2 * dim;
-            const float* from[2] = {k + t * k_step + h * dim, v + t * v_step + h * dim};
-            for (int i = 0; i < 2; ++i) {
-                if (half) kernels().to_half(from[i], dim, static_cast<uint16_t*>(kv) + at + i * dim);
-                else std::memcpy(static_cast<float*>(kv) + at + i * dim, from[i], sizeof(float) * dim);
-            }
+            char* pair = static_cast<char*>(kv) + (static_cast<size_t>(h) * context + start + t) * pair_bytes;
+            kernels().encode_kv(codecs.key, k + t * k_step + h * dim, dim, pair);
+            kernels().encode_kv(codecs.value, v + t * v_step + h * dim, dim, pair + key_bytes);
         }
     });
 }

@@ -80,9 +80,10 @@ struct Tree {
 };
 
 struct Segment {  // one (KV head, segment of positions) against a tile of queries
-    const void* kv;        // [slots, 2, D] of the KV head
-    const void* const* pairs;  // [end + POSITIONS]: where each slot's [2, D] lies instead; null: in `kv`
-    bool half;             // bfloat16 bits, or float32
+    const void* kv;        // keys and values of the KV head's slots
+    const void* const* pairs;  // [end + POSITIONS]: where each slot's key and value lie instead; null: in `kv`
+    KvCodecs codecs;
+    size_t key_bytes, pair_bytes;  // of a slot
     int dim;               // D
     int begin, end;        // slots that some query of the tile sees; without a tree those are positions
     int origin, lanes;     // positions that some query sees
@@ -99,6 +100,13 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     float* best;           // out [queries]: highest score, -inf when nothing is visible
     float* total;          // out [queries]: sum of exp(score - best)
     float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
+
+    void hold(KvCodecs held, int head_dim) {
+        codecs = held;
+        dim = head_dim;
+        key_bytes = kv_row_bytes(held.key, head_dim);
+        pair_bytes = kv_pair_bytes(held, head_dim);
+    }
 };
 
 constexpr int SCORES = ATTENTION_SEGMENT + NARROW_TOKENS;  // slots at most: a tree may lie beyond the segment of its positions
@@ -152,6 +160,8 @@ struct Kernels {
     void (*activate)(Activation, float* gate, const float* up, int n);
 
     void (*to_half)(const float* x, int n, uint16_t* out);
+    // A key or a value of a head.
+    void (*encode_kv)(Codec codec, const float* x, int dim, void* to);
     // Packs `count` <= 16 rows, columns [from, to) of the row, into one 16-column stripe of a panel.
     void (*pack_across)(Codec, const uint8_t* const* rows, int count, int k, int from, int to, bool half, void* stripe);
     // Packs chunk `chunk` of `count` rows into the four stripes of a panel whose depth is `count` (rounded up to even).

@@ -122,8 +122,8 @@ struct AttentionJob {
     const float* q;
     size_t q_step;
     int tokens, heads, kv_heads, dim;
-    const void* kv;
-    bool half;
+    const void* kv;  // [kv_heads, context] of keys and values
+    KvCodecs codecs;
     int64_t context;
     int start;
     int window;  // 0: unlimited
@@ -143,8 +143,8 @@ struct AttentionListJob {
     const float* q;
     size_t q_step;
     int tokens, heads, kv_heads, dim;
-    const void *near, *far;  // [kv_heads, slots, 2, dim], [any, 2, dim]
-    bool half;
+    const void *near, *far;  // [kv_heads, slots] and [any] of keys and values
+    KvCodecs codecs;
     int64_t slots;
     const int32_t* lists;   // [tokens, kv_heads, most]: i >= 0 is near[head, i], -1 - i is far[i]
     const int32_t* counts;  // [tokens, kv_heads]
@@ -215,7 +215,7 @@ void label_append(const LabelJob&);
 size_t select_scratch_bytes(int heads, int kv_heads, int64_t context, int block);
 void select(const SelectJob&);
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,
-               void* kv, bool half, int64_t context, int64_t start);
+               void* kv, KvCodecs codecs, int64_t context, int64_t start);
 void rms_norm(const float* x, size_t x_step, int64_t n, int k, const float* weight, float eps, float* out,
               size_t out_step);
 void layer_norm(const float* x, size_t x_step, int64_t n, int k, const float* weight, const float* bias, float eps,

@@ -1,6 +1,7 @@
 """The kernels in plain torch, on any device: the oracle of the `cpu` backend, and the operations of a CUDA device.
 
-Signatures are those of `flashrt_kernels.cpu`, on tensors; the key-value cache is bfloat16 or float32. Wide variants are
+Signatures are those of `flashrt_kernels.cpu`, on tensors; float32 or bfloat16 caches have tensors of
+that type. Wide variants are
 the same maths; on a CUDA device they multiply in bfloat16, except for F32 rows.
 """
 
@@ -13,11 +14,11 @@ from flashrt_kernels.reference.attention import (
     attention,
     attention_scratch_bytes,
     attention_state_width,
-    kv_append,
 )
 from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_bytes, gemm_down, gemm_gate_up
 from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope, softcap
 from flashrt_kernels.reference.glu import gemm_glu, glu
+from flashrt_kernels.reference.kv import kv_append
 from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
 from flashrt_kernels.reference.quantize import dequantize, quantize
 from flashrt_kernels.reference.sparse import (

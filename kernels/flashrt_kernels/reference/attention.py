@@ -1,18 +1,13 @@
-"""Attention over a cache of keys and values, bfloat16 or float32."""
+"""Attention over a cache of keys and values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from flashrt_kernels.reference.kv import keys_and_values
+
 QUERIES = 64  # tokens whose attention scores exist at once
-
-
-def kv_append(k: Tensor, v: Tensor, kv: Tensor, start: int) -> None:
-    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, 2, D]. Raises ValueError beyond its end."""
-    if not 0 <= start <= kv.shape[1] - k.shape[0]:
-        raise ValueError(f"start: {start} and {k.shape[0]} tokens do not fit in a context of {kv.shape[1]}")
-    kv[:, start : start + k.shape[0]] = torch.stack((k, v), 2).transpose(0, 1).to(kv.dtype)
 
 
 def _tokens_before(parents: Tensor) -> Tensor:
@@ -36,7 +31,7 @@ def attention(
     parents: Tensor | None = None,
     state: Tensor | None = None,
 ) -> None:
-    """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, 2, D] into out [B, H * D].
+    """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, *pair] into out [B, H * D].
 
     parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state
     [B, H, attention_state_width(D)] holds what `attend_page` has gathered of positions before those of kv.
@@ -47,7 +42,7 @@ def attention(
         part = grouped[:, :, first : first + QUERIES]
         begin, end = start + first, start + first + part.shape[2]
         low = 0 if window is None else max(0, begin - window + 1)
-        keys, values = kv[:, None, low:end].to(torch.float32).unbind(3)  # [KVH, 1, positions, D]
+        keys, values = keys_and_values(kv[:, None, low:end], dim)  # [KVH, 1, positions, D]
         scores = part @ keys.transpose(2, 3) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -80,10 +75,10 @@ def attend_page(
     first: bool,
     scratch: Tensor | None = None,
 ) -> None:
-    """Takes positions that all tokens see, page [KVH, n, 2, D], into state [B, H, attention_state_width(D)]."""
+    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)]."""
     dim = q.shape[2]
     grouped = q.unflatten(1, (page.shape[0], -1)).permute(1, 2, 0, 3)  # [KVH, group, B, D]
-    keys, values = page[:, None].to(torch.float32).unbind(3)
+    keys, values = keys_and_values(page[:, None], dim)
     scores = grouped @ keys.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

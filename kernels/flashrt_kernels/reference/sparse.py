@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashrt_kernels.labels import LABEL_CHANNELS, LABEL_CODES, LABEL_TOKENS
+from flashrt_kernels.reference.kv import keys_and_values
 
 HALF = LABEL_CHANNELS // 2
 
@@ -86,7 +87,7 @@ def attention_list(
 ) -> None:
     """Attention of each row of q [T, H, D] and KV head over lists [T, KVH, most], counts [T, KVH], into out [T, H * D].
 
-    i >= 0 is near[head, i] of [KVH, slots, 2, D], -1 - i is far[i] of [tokens, 2, D]. An empty list gives zeros.
+    i >= 0 is near[head, i] of [KVH, slots, *pair], -1 - i is far[i] of [tokens, *pair]. An empty list gives zeros.
     """
     tokens, _, dim = q.shape
     kv_heads = near.shape[0]
@@ -97,7 +98,7 @@ def attention_list(
             pairs = near[h, places.clamp(min=0)]
             if far is not None and len(far):
                 pairs = torch.where((places < 0)[:, None, None], far[(-1 - places).clamp(min=0)], pairs)
-            keys, values = pairs.to(torch.float32).unbind(1)
+            keys, values = keys_and_values(pairs, dim)
             scores = q[t].reshape(kv_heads, -1, dim)[h] @ keys.T * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)

@@ -13,6 +13,7 @@ from flashrt.budget.planner import MIB, PEAK_JITTER, plan, resident_budget, smal
 from flashrt.sparsity import RowSparsity, Sparsity
 from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 from flashrt.storage.layout import PackLayout, pack_layout
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.rows import Codec
 
 
@@ -48,7 +49,7 @@ def test_windows_fill_what_they_are_given(neurons: int, rows: list[float], share
 @given(st.integers(200, 5000), counts, st.floats(0, 1))
 def test_plans_give_every_byte_an_owner(neurons: int, rows: list[float], share: float) -> None:
     packed, shape = layout(neurons, rows), spec(neurons, len(rows))
-    workload, costs = Workload(256), FixedCosts(60 * MIB, 70 * MIB, 2, lambda tokens, context: 4096 * tokens)
+    workload, costs = Workload(256), FixedCosts(60 * MIB, 70 * MIB, KvCodec.BF16, lambda tokens, context: 4096 * tokens)
     arguments = (shape, packed)
     least, enough = (f(*arguments, workload, costs) for f in (smallest_budget, resident_budget))
     budget = int(least - PEAK_JITTER + share * max(enough - least, 0))
