@@ -22,8 +22,9 @@ import numpy as np
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError
 from flashrt.storage.gguf_files import part_names, part_of
+from flashrt.storage.sources.decoding import F32, Codec, Raw
 from flashrt.storage.sources.files import refuse_pointer
-from flashrt.storage.sources.tensors import F32, PLAIN_CODECS, Codec, Raw, StoredTensor, stored_tensor
+from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor, stored_tensor
 
 MAGIC = b"GGUF"
 MAX_HEADER = 1 << 27  # bytes; a vocabulary of 262144 with its merges takes 16 MB

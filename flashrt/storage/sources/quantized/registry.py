@@ -1,0 +1,59 @@
+"""What `quant_method` names, and the tensors of a quantized checkpoint as its model names them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.storage.sources.quantized.compressed import compressed_weights
+from flashrt.storage.sources.quantized.fp8 import fp8_weights
+from flashrt.storage.sources.quantized.members import Tensors
+from flashrt.storage.sources.quantized.weights import QuantizedTensor, QuantizedWeights
+from flashrt.storage.sources.stored import StoredTensor
+from flashrt.storage.sources.tensors import Tensor, TensorReader
+
+Method = Callable[[Mapping[str, Any], Tensors], Iterable[QuantizedWeights]]
+
+METHODS: dict[str, Method] = {
+    "compressed-tensors": compressed_weights,
+    "fp8": fp8_weights,
+}
+"""quant_method → what finds the quantized matrices among the tensors of a checkpoint."""
+
+
+def model_tensors(
+    quantization: object, stored: dict[str, StoredTensor], kept: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors that a model names: quantized matrices in place of all that they are computed from.
+
+    quantization: the `quantization_config` of a checkpoint; None for one that has none
+    kept: which matrices are stored in which blocks of GGUF; without it they are asked, which reads their scales
+    Raises UnsupportedModelError for a method or an option that is not read, CheckpointError for tensors that are
+    missing or do not fit.
+    """
+    if quantization is None:
+        return {**stored}
+    weights = _weights(quantization, stored)
+    members = {member.name for own in weights for member in own.members}
+    tensors: dict[str, Tensor] = {name: tensor for name, tensor in stored.items() if name not in members}
+    with contextlib.closing(TensorReader(stored)) as reader:
+        for own in weights:
+            if own.name in tensors:
+                raise CheckpointError(f"tensor {own.name} is stored twice: quantized, and as it is")
+            keeps = own.keeps(reader.read) if kept is None else kept.get(own.name)
+            tensors[own.name] = QuantizedTensor(own, keeps)
+    return tensors
+
+
+def _weights(quantization: object, stored: Tensors) -> list[QuantizedWeights]:
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(f"config.json: quantization_config is {quantization!r:.80}, expected an object")
+    name = quantization.get("quant_method")
+    if not isinstance(name, str) or name not in METHODS:
+        known = ", ".join(METHODS)
+        raise UnsupportedModelError(
+            f"quantization by {name!r:.80} is not supported; known: {known}. Take the original, or a GGUF file"
+        )
+    return list(METHODS[name](quantization, stored))
