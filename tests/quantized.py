@@ -21,6 +21,7 @@ from tests.families import tiny_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
+BLOCKS = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 16, "num_key_value_heads": 2}  # rows of whole blocks
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,28 @@ def fp8_rows(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, to
     return {"weight": codes, "weight_scale": scales}, codes.float() * scales.float()
 
 
+# --- codes of four bits ---
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def fours(codes: torch.Tensor) -> torch.Tensor:
+    """What codes of FP4 mean: sign, two bits of exponent, one of mantissa."""
+    return torch.where(codes < 8, 1.0, -1.0) * E2M1[codes % 8]
+
+
+def pairs(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of four bits in bytes, the first of two in the low half."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def mxfp4(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+    codes = torch.randint(0, 16, shape, generator=generator)
+    scales = torch.randint(119, 124, (shape[0], shape[1] // 32), generator=generator)
+    weights = fours(codes) * torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
+    return {"weight_packed": pairs(codes), "weight_scale": scales.to(torch.uint8)}, weights
+
+
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 
 
@@ -162,5 +185,11 @@ FORMATS = {
     ),
     "float-tensor": Format(_float("tensor"), fp8_whole("weight_scale", (1,), "input_scale")),
     "float-channel": Format(_float("channel"), fp8_rows),
+    "mxfp4": Format(
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+        mxfp4,
+        "MXFP4",
+        BLOCKS,
+    ),
     "float-block": Format(_float("block", block_structure=[40, 48]), fp8_blocks(40, 48, "weight_scale")),
 }

@@ -7,6 +7,8 @@ from typing import Any
 
 from flashrt.errors import UnsupportedModelError
 from flashrt.storage.sources.quantized.members import Tensors, found, member, modules_with, need_matrix
+from flashrt.storage.sources.quantized.mxfp4 import MicroscaledFours, microscaled_fours
+from flashrt.storage.sources.quantized.nibbles import BLOCK
 from flashrt.storage.sources.quantized.scaled import ScaledFloats, scaled_floats
 from flashrt.storage.sources.quantized.schemes import WHAT, Scheme, Schemes
 from flashrt.storage.sources.quantized.weights import QuantizedWeights
@@ -42,6 +44,15 @@ def _float_weights(tensors: Tensors, module: str, scheme: Scheme) -> ScaledFloat
     return scaled_floats(codes, scales, blocks[scheme.strategy], found(tensors, module, *_ACTIVATIONS))
 
 
+def _microscaled_fours(tensors: Tensors, module: str, scheme: Scheme) -> MicroscaledFours:
+    codes, scales = member(tensors, module, "weight_packed", "U8"), member(tensors, module, "weight_scale")
+    need_matrix(codes)
+    if (scheme.bits, scheme.type, scheme.symmetric, scheme.group) != (4, "float", True, BLOCK):
+        raise _unsupported(module, scheme)
+    members = codes, scales, *found(tensors, module, *_ACTIVATIONS)
+    return microscaled_fours(f"{module}.weight", codes, scales, members)
+
+
 def _modules(tensors: Tensors) -> list[str]:
     """The modules that have a tensor which only quantized ones have."""
     found = [module for leaf in _LEAVES for module in modules_with(tensors, leaf)]
@@ -57,4 +68,5 @@ _LEAVES = ("weight_scale", "weight_packed", "weight_shape", "weight_zero_point",
 _CODES = ("F8_E4M3", "I8")
 _FORMATS: dict[str, Callable[[Tensors, str, Scheme], QuantizedWeights]] = {
     "float-quantized": _float_weights,
+    "mxfp4-pack-quantized": _microscaled_fours,
 }

@@ -18,8 +18,8 @@ def member(tensors: Tensors, module: str, leaf: str, *dtypes: str) -> StoredTens
     tensor = tensors.get(name)
     if tensor is None:
         raise CheckpointError(f"{module} is stored quantized, and its tensor {name} is missing")
-    if dtypes and tensor.dtype not in dtypes:
-        raise CheckpointError(f"tensor {name} is stored as {tensor.dtype}, expected {' or '.join(dtypes)}")
+    if dtypes:
+        need_dtype(tensor, *dtypes)
     return tensor
 
 
@@ -31,6 +31,12 @@ def found(tensors: Tensors, module: str, *leaves: str) -> tuple[StoredTensor, ..
 def modules_with(tensors: Tensors, leaf: str) -> list[str]:
     """The modules that have a tensor `leaf`."""
     return [name.removesuffix(f".{leaf}") for name in tensors if name.endswith(f".{leaf}")]
+
+
+def need_dtype(tensor: StoredTensor, *dtypes: str) -> None:
+    """Raises CheckpointError for another type."""
+    if tensor.dtype not in dtypes:
+        raise CheckpointError(f"tensor {tensor.name} is stored as {tensor.dtype}, expected {' or '.join(dtypes)}")
 
 
 def need_shape(tensor: StoredTensor, shape: Sequence[int]) -> None:

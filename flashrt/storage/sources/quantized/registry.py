@@ -10,6 +10,7 @@ from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.storage.sources.quantized.compressed import compressed_weights
 from flashrt.storage.sources.quantized.fp8 import fp8_weights
 from flashrt.storage.sources.quantized.members import Tensors
+from flashrt.storage.sources.quantized.mxfp4 import mxfp4_weights
 from flashrt.storage.sources.quantized.weights import QuantizedTensor, QuantizedWeights
 from flashrt.storage.sources.stored import StoredTensor
 from flashrt.storage.sources.tensors import Tensor, TensorReader
@@ -19,6 +20,7 @@ Method = Callable[[Mapping[str, Any], Tensors], Iterable[QuantizedWeights]]
 METHODS: dict[str, Method] = {
     "compressed-tensors": compressed_weights,
     "fp8": fp8_weights,
+    "mxfp4": mxfp4_weights,
 }
 """quant_method → what finds the quantized matrices among the tensors of a checkpoint."""
 
