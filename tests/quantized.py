@@ -22,6 +22,7 @@ from tests.families import tiny_checkpoint
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
 BLOCKS = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 16, "num_key_value_heads": 2}  # rows of whole blocks
+EIGHTS = {"hidden_size": 72, "intermediate_size": 104}
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,117 @@ def mxfp4(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch
     return {"weight_packed": pairs(codes), "weight_scale": scales.to(torch.uint8)}, weights
 
 
+# --- integers ---
+
+
+def words(codes: torch.Tensor, bits: int, axis: int = 1) -> torch.Tensor:
+    """Codes in words of 32 bits, the first in the lowest, along an axis; the last word may not be full."""
+    codes, per = codes.long().movedim(axis, 0), 32 // bits
+    codes = torch.cat((codes, torch.zeros(-len(codes) % per, *codes.shape[1:], dtype=torch.int64)))
+    packed = sum(codes[i::per] << bits * i for i in range(per))
+    assert isinstance(packed, torch.Tensor)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).movedim(0, axis)
+
+
+def spread(values: torch.Tensor, columns: int) -> torch.Tensor:
+    """Values of groups [rows, groups] at every column."""
+    return values.repeat_interleave(-(-columns // values.shape[1]), 1)[:, :columns]
+
+
+def scales_of(rows: int, groups: int, bits: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Of weights of about a tenth."""
+    return uniform((rows, groups), 0.5, 1.5, generator).mul(0.2 / 2**bits).to(dtype)
+
+
+def shuffled_groups(columns: int, groups: int, generator: torch.Generator) -> torch.Tensor:
+    order = torch.arange(columns) // -(-columns // groups)
+    return order[torch.randperm(columns, generator=generator)].to(torch.int32)
+
+
+def packed(bits: int, group: int | None, dtype: torch.dtype, *, zeros: bool = False, order: bool = False) -> Any:
+    """compressed-tensors pack-quantized."""
+
+    def encode(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        (rows, columns), half = shape, 1 << (bits - 1)
+        groups = 1 if group is None else columns // group
+        codes = torch.randint(-half, half, shape, generator=generator)
+        scales = scales_of(rows, groups, bits, dtype, generator)
+        made = {
+            "weight_packed": words(codes + half, bits),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor([rows, columns]),
+        }
+        shift = torch.zeros(rows, groups, dtype=torch.int64)
+        if zeros:
+            shift = torch.randint(-half, half, shift.shape, generator=generator)
+            made["weight_zero_point"] = words(shift + half, bits, 0)
+        index = torch.arange(columns) // -(-columns // groups)
+        if order:
+            made["weight_g_idx"] = index = shuffled_groups(columns, groups, generator)
+        return made, (codes - shift[:, index]).float() * scales.float()[:, index]
+
+    return encode
+
+
+def signed_bytes(strategy: str, dtype: torch.dtype, *, zeros: bool = False) -> Any:
+    """compressed-tensors int-quantized."""
+
+    def encode(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        codes = torch.randint(-128, 128, shape, generator=generator)
+        rows = 1 if strategy == "tensor" else shape[0]
+        scales = scales_of(rows, 1, 8, dtype, generator)
+        made = {"weight": codes.to(torch.int8), "weight_scale": scales[0] if strategy == "tensor" else scales}
+        shift = torch.zeros(rows, 1, dtype=torch.int64)
+        if zeros:
+            shift = torch.randint(-128, 128, shift.shape, generator=generator)
+            made["weight_zero_point"] = shift.to(torch.int8)
+        return made, (codes - shift).float() * scales.float()
+
+    return encode
+
+
+def gptq(bits: int, group: int | None, *, sym: bool, order: bool | None = None, version: int = 1) -> Any:
+    """order: None for no g_idx, False for one in order. Zero points of the first version are stored less one."""
+
+    def encode(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        rows, columns = shape
+        groups, most = (1 if group is None else -(-columns // group)), 1 << bits
+        codes = torch.randint(0, most, shape, generator=generator)
+        scales = scales_of(rows, groups, bits, torch.float16, generator)
+        shift = torch.full((rows, groups), most // 2)
+        if not sym:
+            shift = torch.randint(1 if version == 1 else 0, most, shift.shape, generator=generator)
+        index = torch.arange(columns) // (group or columns)
+        made = {
+            "qweight": words(codes.T, bits, 0),
+            "qzeros": words(shift.T - int(version == 1), bits),
+            "scales": scales.T.contiguous(),
+        }
+        if order is not None:
+            index = index[torch.randperm(columns, generator=generator)] if order else index
+            made["g_idx"] = index.to(torch.int32)
+        return made, (codes - shift[:, index]).float() * scales.float()[:, index]
+
+    return encode
+
+
+def awq(group: int | None, *, sym: bool = False, dtype: torch.dtype = torch.float16) -> Any:
+    def encode(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        rows, columns = shape
+        groups = 1 if group is None else columns // group
+        codes, scales = torch.randint(0, 16, shape, generator=generator), scales_of(rows, groups, 4, dtype, generator)
+        shift = torch.full((rows, groups), 8) if sym else torch.randint(0, 16, (rows, groups), generator=generator)
+        order = torch.arange(rows).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+        made = {
+            "qweight": words(codes[order].T, 4),
+            "qzeros": words(shift[order].T, 4),
+            "scales": scales.T.contiguous(),
+        }
+        return made, (codes - spread(shift, columns)).float() * spread(scales.float(), columns)
+
+    return encode
+
+
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 
 
@@ -160,6 +272,20 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "version": "0.20.0",
     }
+
+
+def _int(form: str, bits: int, group: int | None = None, symmetric: bool = True, **weights: Any) -> dict[str, Any]:
+    strategy = "channel" if group is None else "group"
+    found = {"strategy": strategy, "group_size": group, "num_bits": bits, "type": "int", "symmetric": symmetric}
+    return compressed(form, **{**found, **weights})
+
+
+def _gptq(bits: int, group: int, **more: Any) -> dict[str, Any]:
+    made = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": True, **more}
+    return {**made, "damp_percent": 0.01, "meta": {"quantizer": ["x:1"]}, "lm_head": False}
+
+
+_AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]}
 
 
 def _float(strategy: str, **weights: Any) -> dict[str, Any]:
@@ -191,5 +317,34 @@ FORMATS = {
         "MXFP4",
         BLOCKS,
     ),
+    "int4": Format(_int("pack-quantized", 4, 32), packed(4, 32, torch.float16), "Q4_0", BLOCKS),
+    "int4-wide": Format(_int("pack-quantized", 4, 96), packed(4, 96, torch.bfloat16), "Q4_0", BLOCKS),
+    "int4-rows": Format(_int("pack-quantized", 4), packed(4, None, torch.float32)),
+    "int4-half-rows": Format(_int("pack-quantized", 4), packed(4, None, torch.float16), "Q4_0", BLOCKS),
+    "int4-zeros": Format(
+        _int("pack-quantized", 4, 8, symmetric=False), packed(4, 8, torch.bfloat16, zeros=True), None, EIGHTS
+    ),
+    "int4-order": Format(
+        _int("pack-quantized", 4, 24, actorder="group"), packed(4, 24, torch.float16, order=True), None, BLOCKS
+    ),
+    "int8": Format(_int("pack-quantized", 8, 32), packed(8, 32, torch.float16), "Q8_0", BLOCKS),
+    "int8-zeros": Format(_int("pack-quantized", 8, symmetric=False), packed(8, None, torch.float16, zeros=True)),
+    "bytes": Format(_int("int-quantized", 8), signed_bytes("channel", torch.bfloat16), "Q8_0", BLOCKS),
+    "bytes-odd": Format(_int("naive-quantized", 8), signed_bytes("channel", torch.float16)),
+    "bytes-whole": Format(_int("int-quantized", 8, strategy="tensor"), signed_bytes("tensor", torch.float32)),
+    "bytes-zeros": Format(
+        _int("int-quantized", 8, symmetric=False), signed_bytes("channel", torch.float32, zeros=True)
+    ),
+    "gptq": Format(_gptq(4, 32), gptq(4, 32, sym=True, order=False), "Q4_0", BLOCKS),
+    "gptq-odd": Format(_gptq(4, 20, sym=False), gptq(4, 20, sym=False)),
+    "gptq-order": Format(_gptq(4, 24, desc_act=True), gptq(4, 24, sym=True, order=True), None, BLOCKS),
+    "gptq-v2": Format(
+        _gptq(4, -1, sym=False, checkpoint_format="gptq_v2"), gptq(4, None, sym=False, version=2), None, BLOCKS
+    ),
+    "gptq-8": Format(_gptq(8, 96), gptq(8, 96, sym=True), "Q8_0", BLOCKS),
+    "gptq-8-zeros": Format(_gptq(8, 40, sym=False), gptq(8, 40, sym=False, order=True)),
+    "awq": Format({**_AWQ, "group_size": 24}, awq(24), None, BLOCKS),
+    "awq-rows": Format({**_AWQ, "group_size": -1}, awq(None)),
+    "awq-middle": Format({**_AWQ, "q_group_size": 96}, awq(96, sym=True), "Q4_0", BLOCKS),
     "float-block": Format(_float("block", block_structure=[40, 48]), fp8_blocks(40, 48, "weight_scale")),
 }

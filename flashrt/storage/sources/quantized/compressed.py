@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flashrt.errors import UnsupportedModelError
+from flashrt.storage.sources.quantized.compressed_integers import byte_integers, packed_integers
+from flashrt.storage.sources.quantized.integers import IntegerWeights
 from flashrt.storage.sources.quantized.members import Tensors, found, member, modules_with, need_matrix
 from flashrt.storage.sources.quantized.mxfp4 import MicroscaledFours, microscaled_fours
 from flashrt.storage.sources.quantized.nibbles import BLOCK
@@ -44,6 +46,18 @@ def _float_weights(tensors: Tensors, module: str, scheme: Scheme) -> ScaledFloat
     return scaled_floats(codes, scales, blocks[scheme.strategy], found(tensors, module, *_ACTIVATIONS))
 
 
+def _packed_integers(tensors: Tensors, module: str, scheme: Scheme) -> IntegerWeights:
+    return packed_integers(tensors, module, scheme, found(tensors, module, *_ACTIVATIONS))
+
+
+def _byte_integers(tensors: Tensors, module: str, scheme: Scheme) -> IntegerWeights:
+    return byte_integers(tensors, module, scheme, found(tensors, module, *_ACTIVATIONS))
+
+
+def _naive(tensors: Tensors, module: str, scheme: Scheme) -> QuantizedWeights:
+    return (_float_weights if scheme.type == "float" else _byte_integers)(tensors, module, scheme)
+
+
 def _microscaled_fours(tensors: Tensors, module: str, scheme: Scheme) -> MicroscaledFours:
     codes, scales = member(tensors, module, "weight_packed", "U8"), member(tensors, module, "weight_scale")
     need_matrix(codes)
@@ -68,5 +82,8 @@ _LEAVES = ("weight_scale", "weight_packed", "weight_shape", "weight_zero_point",
 _CODES = ("F8_E4M3", "I8")
 _FORMATS: dict[str, Callable[[Tensors, str, Scheme], QuantizedWeights]] = {
     "float-quantized": _float_weights,
+    "int-quantized": _byte_integers,
     "mxfp4-pack-quantized": _microscaled_fours,
+    "naive-quantized": _naive,
+    "pack-quantized": _packed_integers,
 }

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flashrt.errors import CheckpointError
+from flashrt.storage.sources.quantized.weights import Read, Region
 from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -21,6 +26,13 @@ def member(tensors: Tensors, module: str, leaf: str, *dtypes: str) -> StoredTens
     if dtypes:
         need_dtype(tensor, *dtypes)
     return tensor
+
+
+def read_integers(read: Read, tensor: StoredTensor) -> NDArray[np.int64]:
+    """All numbers of a vector of integers."""
+    row = replace(tensor, shape=(1, *tensor.shape))
+    raw = read(row, Region((0, 1), (0, tensor.shape[0])))[0]
+    return raw.view({"I32": "<i4", "I64": "<i8"}[tensor.dtype]).astype(np.int64)
 
 
 def found(tensors: Tensors, module: str, *leaves: str) -> tuple[StoredTensor, ...]:

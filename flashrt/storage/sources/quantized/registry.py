@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.storage.sources.quantized.awq import awq_weights
 from flashrt.storage.sources.quantized.compressed import compressed_weights
 from flashrt.storage.sources.quantized.fp8 import fp8_weights
+from flashrt.storage.sources.quantized.gptq import gptq_weights
 from flashrt.storage.sources.quantized.members import Tensors
 from flashrt.storage.sources.quantized.mxfp4 import mxfp4_weights
 from flashrt.storage.sources.quantized.weights import QuantizedTensor, QuantizedWeights
@@ -18,8 +20,10 @@ from flashrt.storage.sources.tensors import Tensor, TensorReader
 Method = Callable[[Mapping[str, Any], Tensors], Iterable[QuantizedWeights]]
 
 METHODS: dict[str, Method] = {
+    "awq": awq_weights,
     "compressed-tensors": compressed_weights,
     "fp8": fp8_weights,
+    "gptq": gptq_weights,
     "mxfp4": mxfp4_weights,
 }
 """quant_method → what finds the quantized matrices among the tensors of a checkpoint."""
