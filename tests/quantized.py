@@ -22,6 +22,7 @@ from tests.families import tiny_checkpoint
 Tensors = dict[str, torch.Tensor]
 MODEL = "model.safetensors"
 BLOCKS = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 16, "num_key_value_heads": 2}  # rows of whole blocks
+SIXTEENS = {"hidden_size": 96, "intermediate_size": 112, "head_dim": 24}
 EIGHTS = {"hidden_size": 72, "intermediate_size": 104}
 
 
@@ -140,6 +141,15 @@ def mxfp4(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch
     scales = torch.randint(119, 124, (shape[0], shape[1] // 32), generator=generator)
     weights = fours(codes) * torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
     return {"weight_packed": pairs(codes), "weight_scale": scales.to(torch.uint8)}, weights
+
+
+def nvfp4(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+    codes = torch.randint(0, 16, shape, generator=generator)
+    scales = uniform((shape[0], shape[1] // 16), 5, 400, generator).to(torch.float8_e4m3fn)
+    whole = uniform((1,), 2000, 9000, generator)
+    weights = fours(codes) * spread(scales.float() / whole, shape[1])
+    made = {"weight_packed": pairs(codes), "weight_scale": scales, "weight_global_scale": whole}
+    return {**made, "input_global_scale": torch.ones(1)}, weights
 
 
 # --- integers ---
@@ -316,6 +326,12 @@ FORMATS = {
         mxfp4,
         "MXFP4",
         BLOCKS,
+    ),
+    "nvfp4": Format(
+        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+        nvfp4,
+        None,
+        SIXTEENS,
     ),
     "int4": Format(_int("pack-quantized", 4, 32), packed(4, 32, torch.float16), "Q4_0", BLOCKS),
     "int4-wide": Format(_int("pack-quantized", 4, 96), packed(4, 96, torch.bfloat16), "Q4_0", BLOCKS),

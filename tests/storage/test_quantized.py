@@ -103,14 +103,14 @@ def sharded(path: Path, out: Path) -> Path:
     return directory
 
 
-def test_a_move_that_is_killed_goes_on(
-    case: tuple[Format, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["fp8", "fp8-auto", "mxfp4", "nvfp4", "int4-wide", "int4-order", "gptq", "awq"])
+def test_a_move_that_is_killed_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With files gone, what is known of the format is the record's."""
-    whole = contents(packed(case[1], tmp_path / "whole").path)
+    path, _ = quantized_checkpoint(FORMATS[name], tmp_path, **FORMATS[name].extra)
+    whole = contents(packed(path, tmp_path / "whole").path)
     gone = 0
-    for point in range(20, 75, 9):
-        source, out = sharded(case[1], tmp_path / f"s{point}"), tmp_path / f"p{point}"
+    for point in range(20, 75, 13):
+        source, out = sharded(path, tmp_path / f"s{point}"), tmp_path / f"p{point}"
         before = len(list(source.glob("*.safetensors")))
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             _kill_at(patch, point)

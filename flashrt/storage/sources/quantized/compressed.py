@@ -11,6 +11,7 @@ from flashrt.storage.sources.quantized.integers import IntegerWeights
 from flashrt.storage.sources.quantized.members import Tensors, found, member, modules_with, need_matrix
 from flashrt.storage.sources.quantized.mxfp4 import MicroscaledFours, microscaled_fours
 from flashrt.storage.sources.quantized.nibbles import BLOCK
+from flashrt.storage.sources.quantized.nvfp4 import GROUP, ScaledFours, scaled_fours
 from flashrt.storage.sources.quantized.scaled import ScaledFloats, scaled_floats
 from flashrt.storage.sources.quantized.schemes import WHAT, Scheme, Schemes
 from flashrt.storage.sources.quantized.weights import QuantizedWeights
@@ -67,6 +68,12 @@ def _microscaled_fours(tensors: Tensors, module: str, scheme: Scheme) -> Microsc
     return microscaled_fours(f"{module}.weight", codes, scales, members)
 
 
+def _scaled_fours(tensors: Tensors, module: str, scheme: Scheme) -> ScaledFours:
+    if (scheme.bits, scheme.type, scheme.symmetric, scheme.group) != (4, "float", True, GROUP):
+        raise _unsupported(module, scheme)
+    return scaled_fours(tensors, module, found(tensors, module, *_ACTIVATIONS))
+
+
 def _modules(tensors: Tensors) -> list[str]:
     """The modules that have a tensor which only quantized ones have."""
     found = [module for leaf in _LEAVES for module in modules_with(tensors, leaf)]
@@ -85,5 +92,6 @@ _FORMATS: dict[str, Callable[[Tensors, str, Scheme], QuantizedWeights]] = {
     "int-quantized": _byte_integers,
     "mxfp4-pack-quantized": _microscaled_fours,
     "naive-quantized": _naive,
+    "nvfp4-pack-quantized": _scaled_fours,
     "pack-quantized": _packed_integers,
 }
