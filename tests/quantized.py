@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,27 +40,33 @@ class Format:
 
 
 def is_linear(name: str) -> bool:
-    return name.endswith(".weight") and ("_proj" in name or "experts" in name)
+    return name.endswith((".fc1.weight", ".fc2.weight")) or bool(re.search(r"(_proj|experts.*)\.weight$", name))
 
 
 def quantized_checkpoint(
-    own: Format, root: Path, family: str = "llama", *, only: Callable[[str], bool] = is_linear, **shape: Any
+    own: Format | Callable[[str], Format],
+    root: Path,
+    family: str = "llama",
+    *,
+    only: Callable[[str], bool] = is_linear,
+    **shape: Any,
 ) -> tuple[Path, Path]:
-    """(a checkpoint whose linear weights are quantized, the plain one that it means)."""
+    """(a checkpoint whose linear weights are quantized, the plain one that it means); `own` may depend on a name."""
+    formed = (lambda _: own) if isinstance(own, Format) else own
     plain = tiny_checkpoint(family, root / "plain", seed=4, **shape)[1]
     tensors = load_file(plain / MODEL)
     stored: Tensors = {}
     generator = torch.Generator().manual_seed(9)
     for name, values in tensors.items():
-        if only(name):
-            made, tensors[name] = own.encode(values.shape, generator)
+        if is_linear(name):
+            made, tensors[name] = formed(name).encode(values.shape, generator)
             stored |= {f"{name.removesuffix('.weight')}.{leaf}": tensor for leaf, tensor in made.items()}
         else:
             stored[name] = values
     save_file({k: v.contiguous() for k, v in tensors.items()}, plain / MODEL)
     path = Path(shutil.copytree(plain, root / "quantized"))
     save_file({k: v.contiguous() for k, v in stored.items()}, path / MODEL)
-    configure(path, own.config)
+    configure(path, formed("").config)
     return path, plain
 
 
@@ -222,7 +229,7 @@ def signed_bytes(strategy: str, dtype: torch.dtype, *, zeros: bool = False) -> A
 
 
 def gptq(bits: int, group: int | None, *, sym: bool, order: bool | None = None, version: int = 1) -> Any:
-    """order: None for no g_idx, False for one in order. Zero points of the first version are stored less one."""
+    """order: None for no g_idx, False for one in order."""
 
     def encode(shape: torch.Size, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         rows, columns = shape
@@ -231,11 +238,14 @@ def gptq(bits: int, group: int | None, *, sym: bool, order: bool | None = None, 
         scales = scales_of(rows, groups, bits, torch.float16, generator)
         shift = torch.full((rows, groups), most // 2)
         if not sym:
-            shift = torch.randint(1 if version == 1 else 0, most, shift.shape, generator=generator)
+            shift = torch.randint(0, most, shift.shape, generator=generator)
         index = torch.arange(columns) // (group or columns)
+        zeros = words(shift.T, bits).long()
+        if version == 1:  # of each code one less, which a zero borrows from the next
+            zeros = (zeros - sum(1 << at for at in range(0, 32, bits)) + (1 << 31)) % (1 << 32) - (1 << 31)
         made = {
             "qweight": words(codes.T, bits, 0),
-            "qzeros": words(shift.T - int(version == 1), bits),
+            "qzeros": zeros.to(torch.int32),
             "scales": scales.T.contiguous(),
         }
         if order is not None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from flashrt.checkpoints.pack_job import pack_checkpoint
 from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.storage.kept import kept_of
 from flashrt.storage.sources import Checkpoint, open_checkpoint, tensors
-from tests.quantized import FORMATS, MODEL, Format, changed, configure, fp8_blocks, quantized_checkpoint
+from tests.quantized import BLOCKS, FORMATS, MODEL, Format, changed, configure, fp8_blocks, quantized_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -159,3 +161,222 @@ def test_blocks_of_fp8_are_those_of_transformers(tmp_path: Path) -> None:
             expected = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32).numpy()
             found = checkpoint.neuron_rows(0, 0, 5, 77)[("gate", "up", "down").index(part)]
             assert same(found, expected[5:77] if part != "down" else expected[:, 5:77].T)
+
+
+# --- what configurations say ---
+
+
+def weights_of(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A configuration of compressed-tensors with other options of its weights."""
+    group = config["config_groups"]["group_0"]
+    return {**config, "config_groups": {"group_0": {**group, "weights": {**group["weights"], **changes}}}}
+
+
+def group_of(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**config, "config_groups": {"group_0": {**config["config_groups"]["group_0"], **changes}}}
+
+
+INT4, FP8, GPTQ, AWQ = (FORMATS[name].config for name in ("int4", "fp8", "gptq", "awq"))
+REFUSED = {
+    "fp8-e5m2": ("fp8", {**FP8, "fmt": "e5m2"}, "fmt='e5m2' is not supported"),
+    "fp8-fp4": ("fp8", {**FP8, "expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported"),
+    "fp8-block": (
+        "fp8",
+        {**FP8, "weight_block_size": [128]},
+        "weight_block_size is [128], expected two positive numbers",
+    ),
+    "fp8-other": (
+        "fp8",
+        {**FP8, "weight_block_size": [24, 24]},
+        "_scale_inv has shape [3, 2], expected [3, 5]",
+    ),
+    "fp8-exempt": ("fp8", {**FP8, "modules_to_not_convert": ["model.layers.0.mlp"]}, "modules_to_not_convert names it"),
+    "fp8-end": ("fp8", {**FP8, "ignored_layers": ["up_proj"], "modules_to_not_convert": None}, "names it (up_proj)"),
+    "fp8-pattern": ("fp8", {**FP8, "modules_to_not_convert": ["("]}, "no regular expression: missing )"),
+    "gptq-3": ("gptq", {**GPTQ, "bits": 3}, "gptq quantization with bits=3 is not supported"),
+    "gptq-marlin": ("gptq", {**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not supported"),
+    "gptq-dynamic": ("gptq", {**GPTQ, "dynamic": {"-:.*": {}}}, "gptq quantization with dynamic="),
+    "gptq-bits": ("gptq", {**GPTQ, "bits": None}, "bits is None, expected an integer"),
+    "gptq-words": ("gptq", {**GPTQ, "pack_dtype": "int16"}, "pack_dtype='int16' is not supported"),
+    "gptq-group": ("gptq", {**GPTQ, "group_size": 64}, ".scales has shape [6, 96], expected [3, 96]"),
+    "gptq-size": ("gptq", {**GPTQ, "group_size": 0}, "group_size is 0, expected an integer of at least 1"),
+    "awq-gemv": ("awq", {**AWQ, "version": "gemv"}, "version='gemv' is not supported"),
+    "awq-backend": ("awq", {**AWQ, "backend": "llm-awq"}, "backend='llm-awq' is not supported"),
+    "awq-bits": ("awq", {**AWQ, "bits": 8}, "bits=8 is not supported"),
+    "ct-format": ("int4", {**INT4, "format": "marlin-24"}, "format 'marlin-24' is not supported; known: "),
+    "ct-sparse": ("int4", {**INT4, "sparsity_config": {"format": "sparse-24"}}, "format='sparse-24' is not supported"),
+    "ct-rotated": ("int4", {**INT4, "transform_config": {"config_groups": {"R1": {}}}}, "with transform_config="),
+    "ct-status": ("int4", {**INT4, "quantization_status": "calibration"}, "quantization_status='calibration' is not"),
+    "ct-bits": ("int4", weights_of(INT4, num_bits=3), "3-bit int weights by group is not supported"),
+    "ct-type": ("int4", weights_of(INT4, type="float"), "4-bit float weights by group is not supported"),
+    "ct-dynamic": ("int4", weights_of(INT4, dynamic=True), "dynamic=True is not supported"),
+    "ct-zeros": ("int4", weights_of(INT4, symmetric=False), "_proj.weight_zero_point is missing"),
+    "ct-order": ("int4", weights_of(INT4, actorder="random"), "actorder='random' is not supported"),
+    "ct-option": ("int4", weights_of(INT4, codebook=[1]), "group_0 quantization with codebook=[1] is not supported"),
+    "ct-group": ("int4", weights_of(INT4, group_size=48), "has shape [96, 24], expected [96, 36]"),
+    "ct-named": ("int4", {**INT4, "config_groups": {"W4A16": ["Linear"]}}, "W4A16=['Linear'] is not supported"),
+    "ct-target": ("int4", group_of(INT4, targets=["re:.*mlp.*"]), "self_attn.k_proj is stored quantized, and no group"),
+    "ct-ignored": ("int4", {**INT4, "ignore": ["re:.*down_proj"]}, "down_proj is stored quantized, and the quant"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    own, config, message = REFUSED[name]
+    path, _ = quantized_checkpoint(FORMATS[own], tmp_path, num_hidden_layers=1, **FORMATS[own].extra)
+    configure(path, config)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(message)):
+        open_checkpoint(path)
+
+
+def test_what_an_order_may_not_say(tmp_path: Path) -> None:
+    for own, leaf, message in (
+        ("gptq-order", "g_idx", r"g_idx says groups 0 to 9, expected 0 to 3"),
+        ("int4-order", "weight_g_idx", r"weight_g_idx does not say 4 groups of 24 columns"),
+    ):
+        path, _ = quantized_checkpoint(FORMATS[own], tmp_path / own, num_hidden_layers=1, **BLOCKS)
+        order = load_file(path / MODEL)[f"{Q0}.{leaf}"].clone()
+        order[5] = 9
+        with changed(path, {f"{Q0}.{leaf}": order}), pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path)
+
+
+def test_an_order_of_nothing_is_no_order(tmp_path: Path) -> None:
+    """-1 is what compressed-tensors fills it with before it is known."""
+    path, plain = quantized_checkpoint(FORMATS["int4"], tmp_path, num_hidden_layers=1, **BLOCKS)
+    unfilled = {f"{Q0}.weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}
+    with changed(path, unfilled), open_checkpoint(path) as found, open_checkpoint(plain) as expected:
+        found.validate()
+        assert same(found.matrix_rows("0.qkv", 0, 9), expected.matrix_rows("0.qkv", 0, 9))
+        assert found.part_dtypes("0.qkv") == ("Q4_0",) * 3
+
+
+def test_a_shape_that_is_told_twice(tmp_path: Path) -> None:
+    path, _ = quantized_checkpoint(FORMATS["int4"], tmp_path, num_hidden_layers=1, **BLOCKS)
+    shape = {f"{Q0}.weight_shape": torch.tensor([96, 95])}
+    with (
+        changed(path, shape),
+        pytest.raises(CheckpointError, match=r"weight_shape says \[96, 95\], expected \[96, 96"),
+    ):
+        open_checkpoint(path)
+
+
+def test_groups_of_modules_have_schemes_of_their_own(tmp_path: Path) -> None:
+    """Names before patterns, patterns before classes; formats of their own in mixed precision."""
+    kinds = {"o_proj": FORMATS["bytes"], "q_proj": FORMATS["float-channel"]}
+
+    def encode(name: str) -> Format:
+        return next((own for end, own in kinds.items() if name.endswith(f"{end}.weight")), FORMATS["int4"])
+
+    path, plain = quantized_checkpoint(encode, tmp_path, num_hidden_layers=2, **BLOCKS)
+    groups = {
+        "group_0": {**FORMATS["int4"].config["config_groups"]["group_0"], "format": "pack-quantized"},
+        "group_1": {
+            **FORMATS["bytes"].config["config_groups"]["group_0"],
+            "format": "int-quantized",
+            "targets": ["re:model.layers.*o_proj$"],
+        },
+        "group_2": {
+            **FORMATS["float-channel"].config["config_groups"]["group_0"],
+            "format": "float-quantized",
+            "targets": [Q0, "re:.*layers.1.*q_proj"],
+        },
+    }
+    configure(path, {**INT4, "format": "mixed-precision", "config_groups": groups})
+    with open_checkpoint(path) as found, open_checkpoint(plain) as expected:
+        found.validate()
+        for key, (rows, _) in every_matrix(expected).items():
+            assert same(found.matrix_rows(key, 0, rows), expected.matrix_rows(key, 0, rows))
+        assert found.part_dtypes("1.out") == ("Q8_0",)
+        assert found.part_dtypes("0.qkv") == ("FP8 by row", "Q4_0", "Q4_0")
+
+
+# --- what surrounds weights ---
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_of_zeros_are_no_biases(value: float, tmp_path: Path) -> None:
+    path, _ = quantized_checkpoint(FORMATS["gptq"], tmp_path, num_hidden_layers=1, **BLOCKS)
+    with changed(path, {f"{Q0}.bias": torch.full((96,), value, dtype=torch.float16)}), open_checkpoint(path) as found:
+        if value:
+            with pytest.raises(UnsupportedModelError, match=rf"does not use 1 of its tensors.*{Q0}\.bias"):
+                found.validate()
+        else:
+            found.validate()
+
+
+def test_scales_of_keys_and_values_are_left_unread(tmp_path: Path) -> None:
+    path, _ = quantized_checkpoint(FORMATS["float-channel"], tmp_path, num_hidden_layers=1)
+    names = [f"model.layers.0.self_attn.{kind}_scale" for kind in "qkv"]
+    with changed(path, {name: torch.ones(1) for name in names}), open_checkpoint(path) as found:
+        found.validate()
+
+
+@pytest.mark.parametrize("name", ["int4-wide", "gptq", "float-channel"])
+def test_scales_that_are_not_finite_are_refused(name: str, tmp_path: Path) -> None:
+    path, _ = quantized_checkpoint(FORMATS[name], tmp_path, num_hidden_layers=1, **BLOCKS)
+    leaf = "scales" if name == "gptq" else "weight_scale"
+    scales = load_file(path / MODEL)[f"{Q0}.{leaf}"].clone()
+    scales.view(-1)[-1] = torch.inf
+    for dtype in ("auto", "int4"):
+        with changed(path, {f"{Q0}.{leaf}": scales}), pytest.raises(CheckpointError, match=r"0\.q\w* .*not finite"):
+            pack_checkpoint(path, tmp_path / dtype, dtype, tmp_path, lambda *_: None)
+
+
+def test_scales_that_float16_does_not_hold_are_decoded(tmp_path: Path) -> None:
+    """Of one matrix of all: the others are kept."""
+    path, _ = quantized_checkpoint(FORMATS["int4-wide"], tmp_path, num_hidden_layers=1, **BLOCKS)
+    scales = load_file(path / MODEL)[f"{Q0}.weight_scale"].clone()
+    for value in (1e-6, 1e5):
+        scales.view(-1)[-1] = value
+        with changed(path, {f"{Q0}.weight_scale": scales}), open_checkpoint(path) as found:
+            assert found.part_dtypes("0.qkv") == ("int4 by row", "Q4_0", "Q4_0")
+            kept = kept_of(found)
+            assert kept is not None
+            assert set(kept.requantized) == {"embed", "head", "0.q"}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "mixtral": {**BLOCKS, "intermediate_size": 96},
+    "qwen3_moe": {**BLOCKS, "moe_intermediate_size": 96},
+    "glm4": {**BLOCKS, "num_attention_heads": 12, "head_dim": 40},
+    "gemma3": {**BLOCKS, "num_key_value_heads": 3},
+    "opt": {"hidden_size": 96, "ffn_dim": 192, "word_embed_proj_dim": 96},
+}
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4", "gptq-order", "awq-middle", "mxfp4"])
+@pytest.mark.parametrize("family", WAYS)
+def test_every_way_of_storing_blocks(name: str, family: str, tmp_path: Path) -> None:
+    """Experts, rows that are fused, and other names."""
+    path, plain = quantized_checkpoint(FORMATS[name], tmp_path, family, **WAYS[family])
+    with open_checkpoint(path) as found, open_checkpoint(plain) as expected:
+        found.validate()
+        for key, (rows, _) in every_matrix(expected).items():
+            assert same(found.matrix_rows(key, 0, rows), expected.matrix_rows(key, 0, rows))
+        for i, layer in enumerate(expected.spec.layers):
+            for expert in {0, layer.ffn.runs - 1}:
+                own, wanted = (c.neuron_rows(i, expert, 3, layer.ffn.neurons - 2) for c in (found, expected))
+                assert all(a is b if a is None else same(a, b) for a, b in zip(own, wanted, strict=True))
+
+
+def test_stacks_of_experts_in_fp8(tmp_path: Path) -> None:
+    """As transformers names the tensors of a stack: the scale of each of its matrices in one tensor."""
+    path, plain = quantized_checkpoint(FORMATS["fp8"], tmp_path, "mixtral")
+    stored, weights, generator = load_file(path / MODEL), load_file(plain / MODEL), torch.Generator().manual_seed(1)
+    stored = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
+    weights = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    for i in range(3):
+        for name, shape in (("gate_up_proj", (80, 72)), ("down_proj", (72, 40))):
+            made = [FORMATS["fp8"].encode(torch.Size(shape), generator) for _ in range(5)]
+            stack = f"model.layers.{i}.mlp.experts.{name}"
+            stored[stack] = torch.stack([own["weight"].view(torch.uint8) for own, _ in made]).view(torch.float8_e4m3fn)
+            stored[f"{stack}_scale_inv"] = torch.stack([own["weight_scale_inv"] for own, _ in made])
+            weights[stack] = torch.stack([own for _, own in made])
+    save_file(stored, path / MODEL)
+    save_file(weights, plain / MODEL)
+    with open_checkpoint(path) as found, open_checkpoint(plain) as expected:
+        found.validate()
+        for expert in range(5):
+            own, wanted = (c.neuron_rows(1, expert, 3, 31) for c in (found, expected))
+            assert all(a is not None and same(a, b) for a, b in zip(own, wanted, strict=True))

@@ -194,12 +194,20 @@ class Checkpoint:
         read = {expected.part.tensor for expected in self._expected()}
         if self.spec.tied:
             read.add(self.names.head)  # equal to the embedding: see `sources.huggingface`
-        unread = [name for name in self.reader.tensors if name not in read and not self.names.is_harmless(name)]
+        unread = [name for name in self.reader.tensors if name not in read and not self.is_harmless(name)]
         if unread:
             raise UnsupportedModelError(
                 f"{self.source} is not supported: flashrt does not use {len(unread)} of its tensors, without which "
                 f"results would be wrong: {_first(unread)}"
             )
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether no logit depends on a tensor that no part names; biases of zeros, as GPTQ adds them, are read."""
+        if self.names.is_harmless(name):
+            return True
+        tensor = self.reader.tensors[name]
+        is_bias = name.endswith(".bias") and len(tensor.shape) == 1 and tensor.codec is not None
+        return is_bias and not self.reader.vector(name).any()
 
     def _problem(self, expected: _Expected) -> str | None:
         part = expected.part

@@ -74,7 +74,7 @@ def save(checkpoint: Checkpoint, where: Path, out: Path) -> None:
         "kept": {t.name: t.kept for t in reader.tensors.values() if isinstance(t, QuantizedTensor) and t.kept},
         "parts": {key: [_saved(part) for part in parts] for key, parts in checkpoint.all_parts()},
         "head": names.head,
-        "harmless": [name for name in reader.tensors if names.is_harmless(name)],
+        "harmless": [name for name in reader.tensors if checkpoint.is_harmless(name)],
     }
     write_atomically(out / RECORD, json.dumps(record).encode())
 

@@ -87,7 +87,8 @@ class IntegerWeights:
         span = int(groups.min()), int(groups.max()) + 1
         zeros = layout.zeros(read, region.rows, span)
         weights -= _MIDDLE[layout.bits] if zeros is None else _spread(zeros, groups - span[0])
-        weights *= _spread(layout.scales(read, region.rows, span), groups - span[0])
+        with np.errstate(invalid="ignore"):  # scales that are not finite; whoever asks for the weights refuses them
+            weights *= _spread(layout.scales(read, region.rows, span), groups - span[0])
         return weights
 
     def keeps(self, read: Read) -> str | None:
