@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,36 @@ def test_stacks_of_experts_in_fp8(tmp_path: Path) -> None:
         for expert in range(5):
             own, wanted = (c.neuron_rows(1, expert, 3, 31) for c in (found, expected))
             assert all(a is not None and same(a, b) for a, b in zip(own, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fp8", "gptq", "int4", "float-channel"])
+def test_a_config_that_says_nothing_is_named(name: str, tmp_path: Path) -> None:
+    path, _ = quantized_checkpoint(FORMATS[name], tmp_path, num_hidden_layers=1, **FORMATS[name].extra)
+    configure(path, None)
+    with pytest.raises(CheckpointError, match=r"of a quantized checkpoint, and config.json has no quant"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["fp8", "gptq", "awq", "int4", "mxfp4"])
+def test_plain_weights_that_are_said_to_be_quantized_are_refused(name: str, tmp_path: Path) -> None:
+    _, plain = quantized_checkpoint(FORMATS[name], tmp_path, num_hidden_layers=1, **FORMATS[name].extra)
+    configure(plain, FORMATS[name].config)
+    with pytest.raises(CheckpointError, match=r"says that weights are quantized by .*, and no tensor is stored so"):
+        open_checkpoint(plain)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_text_model_inside_another(inside: bool, tmp_path: Path) -> None:
+    """The configuration of either may say how weights are quantized; those that see are not read."""
+    path, plain = quantized_checkpoint(FORMATS["fp8"], tmp_path, num_hidden_layers=1)
+    config = json.loads((path / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    wrapper: dict[str, Any] = {"model_type": "llava", "text_config": config, "tie_word_embeddings": False}
+    (config if inside else wrapper)["quantization_config"] = quantization
+    (path / "config.json").write_text(json.dumps(wrapper))
+    stored = {f"language_model.{name}": tensor for name, tensor in load_file(path / MODEL).items()}
+    stored["vision_tower.blocks.0.proj.weight"] = torch.ones(3, 3)
+    save_file(stored, path / MODEL)
+    with open_checkpoint(path) as found, open_checkpoint(plain) as expected:
+        found.validate()
+        assert same(found.matrix_rows("0.qkv", 3, 99), expected.matrix_rows("0.qkv", 3, 99))

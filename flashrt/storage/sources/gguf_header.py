@@ -52,8 +52,8 @@ class GgufHeader:
 class _Cursor:
     """Reads the file front to back; counts are checked against what it can still hold before anything is built."""
 
-    def __init__(self, path: Path):
-        self.path, self.size = path, path.stat().st_size
+    def __init__(self, path: Path, size: int | None):
+        self.path, self.size = path, path.stat().st_size if size is None else size
         self.limit = min(self.size, MAX_HEADER)
         self.file = path.open("rb")
         self.buffer, self.position, self.base = b"", 0, 0
@@ -168,11 +168,14 @@ def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
     return GgufHeader(parts[0].metadata, tensors, digest)
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Metadata and tensors of one file. Raises CheckpointError when it is damaged, cut short or of another version."""
+def read_gguf_header(path: Path, size: int | None = None) -> GgufHeader:
+    """Metadata and tensors of one file; `size` is what the whole has where `path` is only its beginning.
+
+    Raises CheckpointError when it is damaged, cut short or of another version.
+    """
     refuse_pointer(path)
     try:
-        cursor = _Cursor(path)
+        cursor = _Cursor(path, size)
         with cursor.file:
             return _read(cursor)
     except OSError as error:

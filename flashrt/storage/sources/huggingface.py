@@ -33,8 +33,13 @@ ADAPTER = "adapter_config.json"
 _SHOWN = 3
 
 
-def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
-    """Open a directory; see `open_checkpoint` for what is read. Raises CheckpointError."""
+def open_directory(
+    directory: Path, name: str | None = None, source: str | None = None, headers_only: bool = False
+) -> Checkpoint:
+    """Open a directory; see `open_checkpoint` for what is read, and `model_tensors` for `headers_only`.
+
+    Raises CheckpointError.
+    """
     _refuse_adapter(directory)
     config = read_json(directory / "config.json")
     if "model_type" not in config:
@@ -46,7 +51,7 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
     spec = family.spec(model).ending(_end_tokens(text, generation))
     stored, digest = _tensors(directory)
     quantization = _quantization(config, model)
-    tensors = model_tensors(quantization, stored)
+    tensors = model_tensors(quantization, stored, headers_only=headers_only)
     reader = TensorReader(tensors)
     spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
     return Checkpoint(

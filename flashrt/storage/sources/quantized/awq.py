@@ -73,6 +73,10 @@ class AwqLayout:
     def half_scales(self) -> bool:
         return self.scales_in.dtype == "F16"
 
+    @property
+    def says_symmetric(self) -> bool:
+        return False
+
     def check(self, read: Read) -> None:
         """Nothing here is told twice."""
 

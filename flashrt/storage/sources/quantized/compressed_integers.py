@@ -51,6 +51,10 @@ class CompressedLayout:
     def half_scales(self) -> bool:
         return self.scales_in.dtype == "F16"
 
+    @property
+    def says_symmetric(self) -> bool:
+        return self.zeros_in is None and self.order_in is None
+
     def check(self, read: Read) -> None:
         if self.shape_in is not None:
             says = read_integers(read, self.shape_in)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,8 +73,17 @@ _HARMLESS = (  # how weights were quantized, and by which kernels they are to be
     "meta",
 )
 _BITS = (4, 8)
-_ONES = {4: 0x11111111, 8: 0x01010101}
 _LEAVES = ("qweight", "qzeros", "scales")
+_ONES = {4: 0x11111111, 8: 0x01010101}
+
+
+class _Form(NamedTuple):
+    """What a config says of all matrices; see `GptqLayout`. `group` is None for a whole row."""
+
+    bits: int
+    group: int | None
+    zero_add: int
+    says_symmetric: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,7 @@ class GptqLayout:
     bits: int
     group: int
     zero_add: int
+    says_symmetric: bool
     codes_in: StoredTensor
     zeros_in: StoredTensor
     scales_in: StoredTensor
@@ -135,20 +145,33 @@ def gptq_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[IntegerW
     config.refuse("checkpoint_format", "gptq", "gptq_v2")
     config.refuse("format", "gptq", "gptq_v2")
     add = _ONES[bits] if form == "gptq" else 0
+    one = _Form(bits, group, add, config.flag("sym", True) and not config.flag("desc_act"))
     for module in dict.fromkeys(module for leaf in _LEAVES for module in modules_with(tensors, leaf)):
-        yield IntegerWeights(_layout(tensors, module, bits, group, add))
+        yield IntegerWeights(_layout(tensors, module, one))
 
 
-def _layout(tensors: Tensors, module: str, bits: int, group: int | None, add: int) -> GptqLayout:
+def _layout(tensors: Tensors, module: str, form: _Form) -> GptqLayout:
     codes, zeros = member(tensors, module, "qweight", "I32"), member(tensors, module, "qzeros", "I32")
     scales, order = member(tensors, module, "scales", *PLAIN_CODECS), next(iter(found(tensors, module, "g_idx")), None)
     words, rows = need_matrix(codes)
-    columns = words * 32 // bits
-    size = group or columns
+    columns = words * 32 // form.bits
+    size = form.group or columns
     need_shape(scales, (-(-columns // size), rows))
-    need_shape(zeros, (-(-columns // size), words_of(rows, bits)))
+    need_shape(zeros, (-(-columns // size), words_of(rows, form.bits)))
     if order is not None:
         need_dtype(order, "I32", "I64")
         need_shape(order, (columns,))
     members = codes, zeros, scales, *found(tensors, module, "g_idx")
-    return GptqLayout(f"{module}.weight", (rows, columns), bits, size, add, codes, zeros, scales, order, members)
+    return GptqLayout(
+        f"{module}.weight",
+        (rows, columns),
+        form.bits,
+        size,
+        form.zero_add,
+        form.says_symmetric,
+        codes,
+        zeros,
+        scales,
+        order,
+        members,
+    )

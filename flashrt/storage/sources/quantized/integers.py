@@ -41,6 +41,10 @@ class Layout(Protocol):
     def half_scales(self) -> bool:
         """Whether scales are stored as float16."""
 
+    @property
+    def says_symmetric(self) -> bool:
+        """Whether the config and the names of tensors let expect zero points in the middle, and columns in order."""
+
     def check(self, read: Read) -> None:
         """Raises CheckpointError where small tensors contradict the shapes of large ones."""
 
@@ -91,16 +95,24 @@ class IntegerWeights:
             weights *= _spread(layout.scales(read, region.rows, span), groups - span[0])
         return weights
 
-    def keeps(self, read: Read) -> str | None:
-        layout, (rows, columns) = self.layout, self.layout.shape
+    def keeps(self, read: Read | None) -> str | None:
+        layout, columns = self.layout, self.layout.shape[1]
+        fits = columns % BLOCK == 0 == layout.group % BLOCK
+        if read is None:
+            return _KEPT[layout.bits] if fits and layout.says_symmetric else None
         layout.check(read)
-        if columns % BLOCK or layout.group % BLOCK or layout.order(read) is not None:
-            return None
+        return _KEPT[layout.bits] if fits and self._is_symmetric(read) else None
+
+    def _is_symmetric(self, read: Read) -> bool:
+        """Whether columns are in order, zero points in the middle, and scales numbers of float16."""
+        layout, (rows, columns) = self.layout, self.layout.shape
+        if layout.order(read) is not None:
+            return False
         every = (0, rows), (0, -(-columns // layout.group))
         zeros = layout.zeros(read, *every)
         if zeros is not None and (zeros != _MIDDLE[layout.bits]).any():
-            return None
-        return _KEPT[layout.bits] if layout.half_scales or _fit_half(layout.scales(read, *every)) else None
+            return False
+        return layout.half_scales or _fit_half(layout.scales(read, *every))
 
     def blocks(self, read: Read, region: Region) -> Raw:
         layout, (start, stop) = self.layout, region.columns

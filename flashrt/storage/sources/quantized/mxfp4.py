@@ -37,7 +37,7 @@ class MicroscaledFours:
     members: tuple[StoredTensor, ...]
     label: str = "MXFP4"
 
-    def keeps(self, read: Read) -> str | None:
+    def keeps(self, read: Read | None) -> str | None:
         return "MXFP4"
 
     def blocks(self, read: Read, region: Region) -> Raw:

@@ -27,19 +27,25 @@ METHODS: dict[str, Method] = {
     "mxfp4": mxfp4_weights,
 }
 """quant_method → what finds the quantized matrices among the tensors of a checkpoint."""
+_TELLING = (".qweight", ".weight_packed", "_scale_inv", ".weight_scale")
 
 
 def model_tensors(
-    quantization: object, stored: dict[str, StoredTensor], kept: Mapping[str, str] | None = None
+    quantization: object,
+    stored: dict[str, StoredTensor],
+    kept: Mapping[str, str] | None = None,
+    headers_only: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors that a model names: quantized matrices in place of all that they are computed from.
 
     quantization: the `quantization_config` of a checkpoint; None for one that has none
     kept: which matrices are stored in which blocks of GGUF; without it they are asked, which reads their scales
+    headers_only: nothing is read, and it is guessed what is kept
     Raises UnsupportedModelError for a method or an option that is not read, CheckpointError for tensors that are
     missing or do not fit.
     """
     if quantization is None:
+        _refuse_quantized(stored)
         return {**stored}
     weights = _weights(quantization, stored)
     members = {member.name for own in weights for member in own.members}
@@ -48,9 +54,19 @@ def model_tensors(
         for own in weights:
             if own.name in tensors:
                 raise CheckpointError(f"tensor {own.name} is stored twice: quantized, and as it is")
-            keeps = own.keeps(reader.read) if kept is None else kept.get(own.name)
+            keeps = own.keeps(None if headers_only else reader.read) if kept is None else kept.get(own.name)
             tensors[own.name] = QuantizedTensor(own, keeps)
     return tensors
+
+
+def _refuse_quantized(stored: Tensors) -> None:
+    """Raises CheckpointError for tensors that only a quantized checkpoint has."""
+    name = next((name for name in stored if name.endswith(_TELLING)), None)
+    if name is not None:
+        raise CheckpointError(
+            f"tensor {name} is of a quantized checkpoint, and config.json has no quantization_config: take the "
+            "config.json that belongs to these weights"
+        )
 
 
 def _weights(quantization: object, stored: Tensors) -> list[QuantizedWeights]:
@@ -62,4 +78,7 @@ def _weights(quantization: object, stored: Tensors) -> list[QuantizedWeights]:
         raise UnsupportedModelError(
             f"quantization by {name!r:.80} is not supported; known: {known}. Take the original, or a GGUF file"
         )
-    return list(METHODS[name](quantization, stored))
+    found = list(METHODS[name](quantization, stored))
+    if not found:
+        raise CheckpointError(f"config.json says that weights are quantized by {name!r}, and no tensor is stored so")
+    return found

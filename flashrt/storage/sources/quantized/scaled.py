@@ -40,7 +40,7 @@ class ScaledFloats:
             scales = scales if scales.shape[axis] == 1 else scales.take(index, axis)
         return np.multiply(weights, scales, out=weights)
 
-    def keeps(self, read: Read) -> str | None:
+    def keeps(self, read: Read | None) -> str | None:
         return None
 
     def blocks(self, read: Read, region: Region) -> Raw:

@@ -45,10 +45,11 @@ class QuantizedWeights(Protocol):
     def floats(self, read: Read, region: Region) -> F32:
         """The weights of a region, float32 [rows, columns]."""
 
-    def keeps(self, read: Read) -> str | None:
+    def keeps(self, read: Read | None) -> str | None:
         """The format of GGUF in whose blocks these weights are stored bit for bit; None where there is none.
 
-        Scales are read for it: those that a block cannot hold exactly rule it out.
+        Scales are read for it: those that a block cannot hold exactly rule it out. With None in place of `read` it is
+        what headers let expect.
         """
 
     def blocks(self, read: Read, region: Region) -> Raw:
