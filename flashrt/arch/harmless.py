@@ -14,6 +14,7 @@ HF_HARMLESS = (
     r"(model\.)?(image_tower|video_tower)\..*",
     r"(model\.)?image_newline",
     r"(model\.)?(mtp|mtp_layers)\..*",  # layers that predict further tokens, beside the model itself
+    r"(.*\.)?self_attn\.[qkv]_(scale|zero_point)",  # by which other engines store keys and values in fewer bits
 )
 GGUF_HARMLESS = (
     r"rope_(freqs|factors_short|factors_long)\.weight",  # rotary factors, which are read into the spec

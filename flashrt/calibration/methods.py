@@ -43,7 +43,7 @@ class Method(Protocol):
 
 def method_for(base: Pack, kernels: Ops[Any]) -> Method:
     """By row where neurons are zero, else by channel. Raises UnsupportedModelError where neither will do."""
-    if base.manifest.kept is not None:
+    if base.manifest.kept is not None and base.manifest.kept.codecs:
         raise UnsupportedModelError(
             f"sparse mode is not built for packs that keep the formats of their file, as this one does "
             f"({base.manifest.weights}): pack the checkpoint with --dtype int4, or int8 for an activation like relu"

@@ -34,12 +34,17 @@ def locked(target: Path) -> IO[str]:
     """The lock of a pack in the cache, held; waits while another process holds it. Raises DiskError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return lock(target.with_name(target.name + ".lock"))
+        return lock(lock_file(target))
     except OSError as error:
         raise DiskError(
             f"the cache directory {target.parent} cannot be written ({error.strerror}): "
             "name another with --cache-dir (in Python: cache_dir=...)"
         ) from None
+
+
+def lock_file(target: Path) -> Path:
+    """What a process holds while it makes a pack in the cache."""
+    return target.with_name(target.name + ".lock")
 
 
 def _target(cache: Path, name: str, *distinctions: str) -> Path:

@@ -2,25 +2,21 @@
 
     python -m flashrt.checkpoints.pack_job CHECKPOINT DTYPE CACHE [CONTEXT]
 
-Prints one JSON object a line: {"stage", "done", "total"} while it works, {"note"} where something has to be said,
-{"pack"} with the place of the pack at the end, {"error", "message"} when it fails.
+Says what `flashrt.checkpoints.job` does.
 """
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
-import time
-import warnings
 from pathlib import Path
 
 from flashrt.checkpoints.cache import content_target, locked, named_target
 from flashrt.checkpoints.content import content_of
+from flashrt.checkpoints.job import run
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
-from flashrt.errors import CheckpointWarning, FlashrtError, UsageError
-from flashrt.storage.kept import kept_of
+from flashrt.errors import UsageError
+from flashrt.storage.kept import Kept, kept_of
 from flashrt.storage.kept_rows import KeptEncoder
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.moving import Move
@@ -32,8 +28,6 @@ from flashrt.storage.sources.demo import fetch_demo
 from flashrt.storage.sources.hub import fetch_repository
 from flashrt.storage.sources.moved import RECORD, reopen
 from flashrt_kernels.rows import Codec
-
-INTERVAL_S = 0.1
 
 
 def fetch_checkpoint(name: str, cache: Path, out: Path | None, progress: Progress) -> Path:
@@ -104,10 +98,14 @@ def _check(source: Checkpoint, context: int | None) -> None:
     checked_context(source.spec, context, 1)
 
 
+def how_to_pack(source: Checkpoint, dtype: str) -> tuple[Codec, Kept | None]:
+    """What weights are quantized to, and which are kept, where a pack has the `dtype` of that name."""
+    return (Codec.INT8, kept_of(source)) if dtype == AUTO else (Codec(dtype), None)
+
+
 def _write(source: Checkpoint, out: Path, dtype: str, progress: Progress, move: Move | None = None) -> Manifest:
-    kept = kept_of(source) if dtype == AUTO else None
+    codec, kept = how_to_pack(source, dtype)
     encoder = None if kept is None else KeptEncoder(source, kept)
-    codec = Codec.INT8 if dtype == AUTO else Codec(dtype)
 
     def report(file: str, done: int, total: int) -> None:
         progress("packing", done, total)
@@ -120,36 +118,9 @@ def _fetching(progress: Progress) -> Progress:
 
 
 def main() -> int:
-    # Ctrl-C and a terminated parent end the packer the same way: it removes the file that it was writing.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     checkpoint, dtype, cache, *asked = sys.argv[1:]
-    reported = 0.0
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal reported
-        now = time.monotonic()
-        if now - reported >= INTERVAL_S or done == total:
-            reported = now
-            print(json.dumps({"stage": stage, "done": done, "total": total}), flush=True)
-
-    def note(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if issubclass(category, CheckpointWarning):
-            print(json.dumps({"note": str(message)}), flush=True)
-
-    warnings.showwarning = note
-    warnings.simplefilter("always", CheckpointWarning)
-    try:
-        made = cached_pack(checkpoint, dtype, Path(cache), report, int(asked[0]) if asked else None)
-        print(json.dumps({"pack": str(made)}), flush=True)
-    except FlashrtError as error:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever asked for the pack is gone
-        sys.stdout = None
-        return 1
-    return 0
+    context = int(asked[0]) if asked else None
+    return run(lambda progress: {"pack": str(cached_pack(checkpoint, dtype, Path(cache), progress, context))})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,22 @@ def _holds_pack(path: Path) -> bool:
 
 def _pack_in_child(checkpoint: str, job: _Job) -> Path:
     """Where the pack is that the child made, or found to be there already."""
-    arguments = [checkpoint, job.dtype, str(job.cache)]
-    arguments += [] if job.context is None else [str(job.context)]
-    made: Path | None = None
+    arguments = (checkpoint, job.dtype, str(job.cache), *([] if job.context is None else [str(job.context)]))
+    said = in_child("flashrt.checkpoints.pack_job", arguments, f"packing {checkpoint}", job.progress)
+    return Path(said["pack"])
+
+
+def in_child(module: str, arguments: Sequence[str], what: str, progress: Progress) -> dict[str, Any]:
+    """Run a module as a child process (see `flashrt.checkpoints.job`); what it says at the end.
+
+    `what` it does is named where it fails without a word. Raises the error that the child names.
+    """
+    made: dict[str, Any] | None = None
     failure: FlashrtError | None = None
     stray = ""  # what a library printed among the messages
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         packer = subprocess.Popen(
-            child.command("flashrt.checkpoints.pack_job", *arguments),
+            child.command(module, *arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -100,13 +109,13 @@ def _pack_in_child(checkpoint: str, job: _Job) -> Path:
                 if message is None:
                     stray = line.strip() or stray
                 elif "pack" in message:
-                    made = Path(message["pack"])
+                    made = message
                 elif "note" in message:
                     warnings.warn(str(message["note"]), CheckpointWarning, stacklevel=2)
                 elif "error" in message:
                     failure = _error(message["error"], message["message"])
                 else:
-                    job.progress(message["stage"], message["done"], message["total"])
+                    progress(message["stage"], message["done"], message["total"])
             code = packer.wait()
         except BaseException:
             packer.terminate()
@@ -119,7 +128,7 @@ def _pack_in_child(checkpoint: str, job: _Job) -> Path:
     if code or made is None:
         reason = complaint.splitlines()[-1] if complaint else f"it ended with status {code}"
         hint = "; it may have run out of memory" if code == -signal.SIGKILL else ""
-        raise CheckpointError(f"packing {checkpoint} failed: {reason}{hint}")
+        raise CheckpointError(f"{what} failed: {reason}{hint}")
     return made
 
 

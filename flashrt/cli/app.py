@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": "chat",
     "eval": "evaluate",
     "bench": "bench",
+    "models": "models",
+    "remove": "remove",
     "inspect": "inspect",
     "verify": "verify",
     "doctor": "doctor",

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashrt.cli import options
-from flashrt.cli.console import BAR_MODULES, emit, rate, say, show, size, table
+from flashrt.cli.console import BAR_MODULES, Progress, emit, rate, say, show, size, table
 from flashrt.engine.options import LoadOptions
 
 if TYPE_CHECKING:
     from flashrt.budget.plan import Plan
+    from flashrt.checkpoints.outlines import Outline
     from flashrt.engine.loaded_pack import LoadedPack
 
 BAR = 24  # characters of the longest bar
@@ -34,15 +35,26 @@ def plan(
 
     One row per owner: what it takes, its share of the budget, and for weights the part that stays resident. Then what
     a token reads from disk, the speed that the disk allows for (measured by `flashrt doctor`), and the smallest budget.
+    Of a hub repository that is not packed yet, only headers are read: nothing is downloaded.
 
     Example: flashrt plan demo --budget-gb 1 --context 4096
+    Example: flashrt plan org/name --budget-gb 8
     """
+    from flashrt.checkpoints.outlines import outlined
+    from flashrt.cli import session
+
+    with Progress() as progress, outlined(pack, load.cache, load.dtype, progress) as outline:
+        progress.stop()
+        # Bars are counted, so that `run` accepts the smallest budget even where it draws them.
+        model = session.open_model(pack if outline is None else str(outline.path), load, BAR_MODULES)
+        _show(model, load, json, outline)
+
+
+def _show(model: LoadedPack, load: LoadOptions, json: bool, outline: Outline | None) -> None:
     from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.machine.disk import load_disk_profile
 
-    # Bars are counted, so that `run` accepts the smallest budget even where it draws them.
-    model = session.open_model(pack, load, BAR_MODULES)
     workload = Workload(model.context)
     the_plan = model.plan(workload)
     disk = load_disk_profile(model.cache, model.disk_number)
@@ -53,6 +65,8 @@ def plan(
         "resident_share": the_plan.pinned_bytes / the_plan.weight_bytes,
         "disk_bytes_per_s": speed,
         "expected_tok_per_s": speed / streamed if speed and streamed else None,
+        "pack_bytes": model.pack.layout.nbytes,
+        "download_bytes": None if outline is None else outline.download_bytes,
     }
     warning = session.slower(model, workload, the_plan)
     if json:
@@ -126,7 +140,10 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     from flashrt.storage.layout import PAGE
 
     weights = f"{size(the_plan.pinned_bytes)} of {size(the_plan.weight_bytes)}"
+    download = extra["download_bytes"]
     lines = [
+        *([] if download is None else [f"download          {size(download)}, of which only headers were read"]),
+        f"pack              {size(extra['pack_bytes'])} on disk",
         f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
         f"keys and values   {_kv(the_plan)}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",

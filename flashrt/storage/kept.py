@@ -17,6 +17,7 @@ STORED = {codec.value.upper(): codec for codec in KEPT}  # by the names of ggml'
 SMALL_GROUP = (
     128  # neurons of a bundle where blocks are shorter, if the neurons of a layer are as many as that, or half
 )
+PLAIN = {"F64", "F32", "F16", "BF16"}  # of which nobody expects that a pack keeps them
 DOWN = Codec.INT8  # of down where it has to be quantized again: what that costs cannot be measured
 
 
@@ -120,7 +121,7 @@ def parts_of(matrix: str) -> list[str]:
 
 
 def kept_of(source: Stored) -> Kept | None:
-    """What of a checkpoint can be kept; None where nothing can."""
+    """What of a checkpoint can be kept, and what of a quantized one cannot; None where there is nothing of either."""
     spec = source.spec
     names = [*spec.shared_matrices()]
     for i in range(len(spec.layers)):
@@ -130,7 +131,8 @@ def kept_of(source: Stored) -> Kept | None:
         _keep_matrix(kept, name, source.part_dtypes(name))
     for i, layer in enumerate(spec.layers):
         _keep_neurons(kept, i, layer.ffn, source.neuron_dtypes(i))
-    return kept if kept.matrices or kept.neurons else None
+    quantized = any(set(stored.split("/")) - PLAIN for stored in kept.requantized.values())
+    return kept if kept.matrices or kept.neurons or quantized else None
 
 
 def _keep_matrix(kept: Kept, name: str, stored: tuple[str, ...]) -> None:

@@ -81,7 +81,8 @@ class Manifest:
     @property
     def weights(self) -> str:
         """How weights are stored, for people: the dtype, or the codecs of the file."""
-        return self.dtype.value if self.kept is None else "/".join(codec.value for codec in self.kept.codecs)
+        kept = [] if self.kept is None else self.kept.codecs
+        return "/".join(codec.value for codec in kept or [self.dtype])
 
     @functools.cached_property
     def layout(self) -> PackLayout:

@@ -27,7 +27,7 @@ class Pack:
 
     def __init__(self, path: Path | str, scaling: RopeScaling | None = None) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         stored = self.manifest.spec
         self.spec: ModelSpec = stored if scaling is None else stored.scaled(scaling)
         self.layout: PackLayout = self.manifest.layout
@@ -87,7 +87,8 @@ def is_pack(path: Path) -> bool:
     return (path / MANIFEST_FILE).is_file()
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a pack. Raises PackError where there is none, or it is damaged."""
     if not path.exists():
         raise PackError(f"{path} does not exist")
     if not path.is_dir():

@@ -129,7 +129,7 @@ def _write_all(
     """
     with _source_errors(source):
         texts = source.text_files()
-    text_files = {name: _write_text(out, name, data) for name, data in texts.items()}
+    text_files = {name: write_text(out, name, data) for name, data in texts.items()}
     files = _finished_files(out, layout)
     done = 0
     for file in layout.file_bytes:
@@ -240,6 +240,15 @@ def _finished(out: Path, file: str, layout: PackLayout) -> FileEntry | None:
     return entry if size == entry.nbytes == layout.file_bytes[file] else None
 
 
+def file_header(layout: PackLayout, file: str) -> bytes:
+    """The safetensors header of one file of a pack."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        tensor.name: ("U8", (tensor.bundles, tensor.stride)) for tensor in layout.tensors_of(file)
+    }
+    shapes |= {vector.name: ("F32", (vector.length,)) for vector in layout.vectors_of(file)}
+    return build_header(shapes)
+
+
 class _FileWriter:
     """Writes one data file and gathers its checksums on the way."""
 
@@ -266,15 +275,11 @@ class _FileWriter:
 
     def _contents(self, sink: Sink) -> tuple[int, dict[str, tuple[int, ...]], int]:
         """Put everything; the checksums of the header, of each tensor's blocks, and of the vectors."""
-        tensors = list(self.layout.tensors_of(self.file))
-        vectors = list(self.layout.vectors_of(self.file))
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in tensors}
-        shapes |= {v.name: ("F32", (v.length,)) for v in vectors}
-        header = build_header(shapes)
+        header = file_header(self.layout, self.file)
         self._put(sink, header)
-        blocks = {tensor.name: tuple(self._tensor(sink, tensor)) for tensor in tensors}
+        blocks = {tensor.name: tuple(self._tensor(sink, tensor)) for tensor in self.layout.tensors_of(self.file)}
         vectors_crc = 0
-        for layout in vectors:
+        for layout in self.layout.vectors_of(self.file):
             data = self._vector(layout.name, layout.length).tobytes()
             vectors_crc = zlib.crc32(data, vectors_crc)
             self._put(sink, data)
@@ -376,7 +381,7 @@ def _check_finite(name: str, values: Array) -> None:
         raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity): the checkpoint is damaged")
 
 
-def _write_text(out: Path, name: str, data: bytes) -> str:
+def write_text(out: Path, name: str, data: bytes) -> str:
     write_atomically(out / name, data)
     return hashlib.sha256(data).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from tests.cli.conftest import Cli, Launch, check_failure
 from tests.families import tiny_checkpoint
 from tests.kept import CASES
+from tests.quantized import FORMATS, quantized_checkpoint
 
 
 def checksums(pack: Path) -> dict[str, str]:
@@ -152,3 +154,20 @@ def test_a_quantized_file_is_packed_as_it_is(cli: Cli, tmp_path: Path) -> None:
     for pack in ("kept", "int4"):
         found = cli("run", tmp_path / pack, "-p", "hello", "-n", 3, "--ignore-eos")
         assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("name", ["fp8", "gptq", "nvfp4"])
+def test_quantized_checkpoints_of_hugging_face(cli: Cli, name: str, tmp_path: Path) -> None:
+    own = FORMATS[name]
+    path, _ = quantized_checkpoint(own, tmp_path, **own.extra)
+    made = cli("pack", path, tmp_path / "p")
+    assert made.returncode == 0, made.stderr
+    label = {"fp8": "FP8 in blocks of 24x56, 3 of them", "gptq": "embed (F32, 1 of them)", "nvfp4": "NVFP4, 3 of them"}
+    assert re.search(r"\nnot kept, but quantized again to int8: .*\n$", made.stdout), made.stdout
+    assert label[name] in made.stdout
+    assert f" as {'q4_0' if own.kept else 'int8'}, " in made.stdout
+    result = cli("run", path, "--prompt", "hello", "--max-new-tokens", 5, "--ignore-eos")
+    assert result.returncode == 0, result.stderr
+    assert (
+        result.stdout == cli("run", tmp_path / "p", "--prompt", "hello", "--max-new-tokens", 5, "--ignore-eos").stdout
+    )

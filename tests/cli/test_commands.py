@@ -173,6 +173,8 @@ def test_help_shows_an_example_of_every_command(cli: Cli) -> None:
         "run",
         "chat",
         "bench",
+        "models",
+        "remove",
         "inspect",
         "verify",
         "doctor",

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from flashrt.storage.sources import open_checkpoint, tensors
+from flashrt.storage.sources.decoding import Codec
 from flashrt.storage.sources.gguf_header import gguf_codec
-from flashrt.storage.sources.tensors import PLAIN_CODECS, Codec, TensorReader, stored_tensor
+from flashrt.storage.sources.stored import PLAIN_CODECS, stored_tensor
+from flashrt.storage.sources.tensors import TensorReader
 from tests.families import tiny_gguf
 
 QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_S")
@@ -68,12 +70,13 @@ def test_quantized_gguf(family: str, quant: str, tmp_path: Path) -> None:
             assert 0 < np.square(x - y).mean() ** 0.5 / np.square(x).mean() ** 0.5 < 0.01
 
 
-def test_one_tensor_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [1, 3])
+def test_what_is_kept_is_bounded(room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 72 * 40 * 4
+    monkeypatch.setattr(tensors, "CACHE_BYTES", room * size + 5)
     path = tiny_gguf("mixtral", tmp_path / "tiny.gguf")[1]
     with open_checkpoint(path) as checkpoint:
         for layer in range(3):
             for expert in range(5):
                 checkpoint.neuron_rows(layer, expert, 0, 3)
-        kept = checkpoint.reader._kept
-        assert kept is not None
-        assert kept.raw.nbytes == 72 * 40 * 4
+        assert [stripe.raw.nbytes for stripe in checkpoint.reader._stripes] == [size] * room

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from flashrt.arch import Part
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
-from flashrt.storage.sources.tensors import F32, Raw, TensorReader
+from flashrt.storage.sources.decoding import F32, Raw
+from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.files import TextFiles
 
 _SHOWN = 5
@@ -62,9 +63,11 @@ class Checkpoint:
         reader: TensorReader,
         tensor_map: NameMap,
         text: Callable[[], TextFiles],
+        quantization: Any = None,
     ):
         self.spec, self.name, self.source, self.fingerprint = spec, name, source, fingerprint
         self.reader, self.names, self._text = reader, tensor_map, text
+        self.quantization = quantization  # as config.json has it
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -134,7 +137,7 @@ class Checkpoint:
     def files_behind(self, layer: int | None) -> set[Path]:
         """The files that a layer's tensors lie in, or with None those of no layer."""
         names = [part.tensor for _, parts in self._parts_of(layer) for part in parts if part is not None]
-        return {self.reader.tensors[name].path for name in names}
+        return {path for name in names for path in self.reader.tensors[name].paths}
 
     def _parts_of(self, layer: int | None) -> Iterator[tuple[str, tuple[Part | None, ...]]]:
         prefix, spec = "" if layer is None else f"{layer}.", self.spec
@@ -191,12 +194,20 @@ class Checkpoint:
         read = {expected.part.tensor for expected in self._expected()}
         if self.spec.tied:
             read.add(self.names.head)  # equal to the embedding: see `sources.huggingface`
-        unread = [name for name in self.reader.tensors if name not in read and not self.names.is_harmless(name)]
+        unread = [name for name in self.reader.tensors if name not in read and not self.is_harmless(name)]
         if unread:
             raise UnsupportedModelError(
                 f"{self.source} is not supported: flashrt does not use {len(unread)} of its tensors, without which "
                 f"results would be wrong: {_first(unread)}"
             )
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether no logit depends on a tensor that no part names; biases of zeros, as GPTQ adds them, are read."""
+        if self.names.is_harmless(name):
+            return True
+        tensor = self.reader.tensors[name]
+        is_bias = name.endswith(".bias") and len(tensor.shape) == 1 and tensor.codec is not None
+        return is_bias and not self.reader.vector(name).any()
 
     def _problem(self, expected: _Expected) -> str | None:
         part = expected.part

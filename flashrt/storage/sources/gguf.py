@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashrt.arch import family_of
@@ -14,6 +14,7 @@ from flashrt.storage.gguf_files import part_names, part_of, refuse_piece
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import MERGE_ADAPTER
 from flashrt.storage.sources.gguf_header import read_gguf
+from flashrt.storage.sources.stored import StoredTensor
 from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.gguf import gguf_ends, text_from_gguf
 from flashrt_kernels.limits import WIDEST_HEAD
@@ -31,7 +32,7 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
         return header.tensors[tensor].shape if tensor in header.tensors else None
 
     try:
-        factors = _rope_factors(reader)
+        factors = _rope_factors(header.tensors, reader)
         config = gguf_config(header.metadata, shape, factors)
         family = family_of(config["model_type"])
         spec = with_biases(family.spec(config), header.tensors.__contains__).ending(gguf_ends(header.metadata))
@@ -50,10 +51,10 @@ def open_gguf(path: Path, name: str | None = None, source: str | None = None) ->
     )
 
 
-def _rope_factors(reader: TensorReader) -> dict[str, list[float]]:
+def _rope_factors(tensors: Mapping[str, StoredTensor], reader: TensorReader) -> dict[str, list[float]]:
     result = {}
     for name in ROPE_FACTORS:
-        tensor = reader.tensors.get(name)
+        tensor = tensors.get(name)
         if tensor is None:
             continue
         if len(tensor.shape) != 1 or tensor.shape[0] > WIDEST_HEAD // 2:

@@ -22,8 +22,9 @@ import numpy as np
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError
 from flashrt.storage.gguf_files import part_names, part_of
+from flashrt.storage.sources.decoding import F32, Codec, Raw
 from flashrt.storage.sources.files import refuse_pointer
-from flashrt.storage.sources.tensors import F32, PLAIN_CODECS, Codec, Raw, StoredTensor, stored_tensor
+from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor, stored_tensor
 
 MAGIC = b"GGUF"
 MAX_HEADER = 1 << 27  # bytes; a vocabulary of 262144 with its merges takes 16 MB
@@ -51,8 +52,8 @@ class GgufHeader:
 class _Cursor:
     """Reads the file front to back; counts are checked against what it can still hold before anything is built."""
 
-    def __init__(self, path: Path):
-        self.path, self.size = path, path.stat().st_size
+    def __init__(self, path: Path, size: int | None):
+        self.path, self.size = path, path.stat().st_size if size is None else size
         self.limit = min(self.size, MAX_HEADER)
         self.file = path.open("rb")
         self.buffer, self.position, self.base = b"", 0, 0
@@ -167,11 +168,14 @@ def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
     return GgufHeader(parts[0].metadata, tensors, digest)
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Metadata and tensors of one file. Raises CheckpointError when it is damaged, cut short or of another version."""
+def read_gguf_header(path: Path, size: int | None = None) -> GgufHeader:
+    """Metadata and tensors of one file; `size` is what the whole has where `path` is only its beginning.
+
+    Raises CheckpointError when it is damaged, cut short or of another version.
+    """
     refuse_pointer(path)
     try:
-        cursor = _Cursor(path)
+        cursor = _Cursor(path, size)
         with cursor.file:
             return _read(cursor)
     except OSError as error:

@@ -46,23 +46,33 @@ def fetch_repository(name: str, out: Path | None = None) -> Path:
 def _fetched(name: str, cache: Path | None, out: Path | None = None) -> Path:
     """The directory of a repository, or the GGUF file that is meant in it, downloaded unless it is there."""
     repository, tag = repository_of(name)
-    files = _listing(repository)
+    files = listing(repository)
     if files is None:  # nobody to ask: what was downloaded before is there
         directory = _download(repository, PATTERNS, cache, out)
         gguf = only_gguf(directory, tag)
         return directory if gguf is None else directory / gguf
+    gguf = meant(files, tag, name)
+    if gguf is None:
+        return _download(repository, PATTERNS, cache, out)
+    return _download(repository, tuple(part_names(gguf)), cache, out) / gguf
+
+
+def meant(files: list[str], tag: str | None, name: str) -> str | None:
+    """The GGUF file that is meant among a repository's files; None where its safetensors are.
+
+    Raises CheckpointError.
+    """
     if tag is None and (any(map(_is_weights, files)) or not models_among(files)):
         refuse_pickles(files, name)
-        return _download(repository, PATTERNS, cache, out)
-    gguf = pick(files, tag, name)
-    return _download(repository, tuple(part_names(gguf)), cache, out) / gguf
+        return None
+    return pick(files, tag, name)
 
 
 def _is_weights(file: str) -> bool:
     return any(fnmatch.fnmatchcase(file, pattern) for pattern in WEIGHTS)
 
 
-def _listing(repository: str) -> list[str] | None:
+def listing(repository: str) -> list[str] | None:
     """The names of a repository's files; None when the hub does not say."""
     try:
         from huggingface_hub import HfApi

@@ -14,12 +14,14 @@ from typing import Any
 from flashrt.arch import TensorMap, family_of
 from flashrt.arch.config import Config
 from flashrt.arch.wrappers import text_config
-from flashrt.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
+from flashrt.errors import CheckpointError, CheckpointWarning
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import MERGE_ADAPTER, read_json, refuse_pickles
+from flashrt.storage.sources.quantized.registry import model_tensors
 from flashrt.storage.sources.safetensors_header import read_header
-from flashrt.storage.sources.tensors import StoredTensor, TensorReader
+from flashrt.storage.sources.stored import StoredTensor
+from flashrt.storage.sources.tensors import TensorReader
 from flashrt.storage.sources.text import directory_text
 from flashrt.text.added import vocabulary
 from flashrt.text.ends import end_ids
@@ -31,22 +33,25 @@ ADAPTER = "adapter_config.json"
 _SHOWN = 3
 
 
-def open_directory(directory: Path, name: str | None = None, source: str | None = None) -> Checkpoint:
-    """Open a directory; see `open_checkpoint` for what is read. Raises CheckpointError."""
+def open_directory(
+    directory: Path, name: str | None = None, source: str | None = None, headers_only: bool = False
+) -> Checkpoint:
+    """Open a directory; see `open_checkpoint` for what is read, and `model_tensors` for `headers_only`.
+
+    Raises CheckpointError.
+    """
     _refuse_adapter(directory)
     config = read_json(directory / "config.json")
     if "model_type" not in config:
         raise CheckpointError(f"{directory / 'config.json'} names no model_type")
     model = text_config(config)
     family = family_of(model["model_type"])
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UnsupportedModelError(f"{directory} is quantized ({method}): use the original checkpoint, or a GGUF file")
     generation = read_json(directory / "generation_config.json", required=False)
     text = directory_text(directory, family.name, generation)
     spec = family.spec(model).ending(_end_tokens(text, generation))
-    tensors, digest = _tensors(directory)
+    stored, digest = _tensors(directory)
+    quantization = _quantization(config, model)
+    tensors = model_tensors(quantization, stored, headers_only=headers_only)
     reader = TensorReader(tensors)
     spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
     return Checkpoint(
@@ -55,9 +60,16 @@ def open_directory(directory: Path, name: str | None = None, source: str | None 
         source=source or f"Hugging Face checkpoint {directory}",
         fingerprint=_fingerprint(config, generation, digest),
         reader=reader,
+        quantization=quantization,
         tensor_map=family.tensors(spec, tensors.__contains__),
         text=lambda: text,
     )
+
+
+def _quantization(config: Mapping[str, Any], model: Mapping[str, Any]) -> Any:
+    """What says how the checkpoint is quantized: the model around a text model, or else the text model."""
+    own = config.get("quantization_config")
+    return model.get("quantization_config") if own is None else own
 
 
 def _refuse_adapter(directory: Path) -> None:

@@ -17,7 +17,11 @@ from flashrt.errors import CheckpointError, UsageError
 from flashrt.spec import ModelSpec
 from flashrt.storage.atomic import write_atomically
 from flashrt.storage.sources.checkpoint import Checkpoint
-from flashrt.storage.sources.tensors import PLAIN_CODECS, Codec, StoredTensor, TensorReader, stored_tensor
+from flashrt.storage.sources.decoding import Codec
+from flashrt.storage.sources.quantized.registry import model_tensors
+from flashrt.storage.sources.quantized.weights import QuantizedTensor
+from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor, stored_tensor
+from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.files import TextFiles
 
 RECORD = "moving.json"
@@ -65,10 +69,12 @@ def save(checkpoint: Checkpoint, where: Path, out: Path) -> None:
         "source": checkpoint.source,
         "fingerprint": checkpoint.fingerprint,
         "files": files,
-        "tensors": {t.name: [t.shape, t.dtype, str(t.path), t.offset, t.nbytes] for t in reader.tensors.values()},
+        "tensors": {t.name: [t.shape, t.dtype, str(t.path), t.offset, t.nbytes] for t in _stored(reader)},
+        "quantization": checkpoint.quantization,
+        "kept": {t.name: t.kept for t in reader.tensors.values() if isinstance(t, QuantizedTensor) and t.kept},
         "parts": {key: [_saved(part) for part in parts] for key, parts in checkpoint.all_parts()},
         "head": names.head,
-        "harmless": [name for name in reader.tensors if names.is_harmless(name)],
+        "harmless": [name for name in reader.tensors if checkpoint.is_harmless(name)],
     }
     write_atomically(out / RECORD, json.dumps(record).encode())
 
@@ -92,15 +98,23 @@ def _reopened(record: dict[str, Any], out: Path, where: Path) -> Checkpoint:
     for name, identity in record["files"].items():
         if (path := Path(name)).exists() and _identity(path) != identity:
             raise CheckpointError(f"{path} has changed since it was begun to be packed into {out}")
+    stored = {name: _tensor(name, *entry) for name, entry in record["tensors"].items()}
     return Checkpoint(
         spec=ModelSpec.from_json(record["spec"]),
         name=record["name"],
         source=record["source"],
         fingerprint=record["fingerprint"],
-        reader=TensorReader({name: _tensor(name, *entry) for name, entry in record["tensors"].items()}),
+        reader=TensorReader(model_tensors(record["quantization"], stored, record["kept"])),
+        quantization=record["quantization"],
         tensor_map=SavedMap(record["parts"], record["head"], frozenset(record["harmless"])),
         text=lambda: TextFiles.from_files(out),
     )
+
+
+def _stored(reader: TensorReader) -> Iterator[StoredTensor]:
+    """Every tensor of the files, those that a quantized matrix is computed from included."""
+    for tensor in reader.tensors.values():
+        yield from tensor.weights.members if isinstance(tensor, QuantizedTensor) else (tensor,)
 
 
 def _saved(part: Part | None) -> dict[str, Any] | None:

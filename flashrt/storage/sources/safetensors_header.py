@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.files import refuse_pointer
-from flashrt.storage.sources.tensors import PLAIN_CODECS, StoredTensor, stored_tensor
+from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor, stored_tensor
 
 MAX_HEADER = 32 << 20  # bytes; 140,000 tensors take 17 MB
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,45 +11,15 @@ import numpy as np
 
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.decoding import F32, Codec, Raw, decode_columns, decode_rows
+from flashrt.storage.sources.quantized.weights import QuantizedTensor, Region
+from flashrt.storage.sources.stored import StoredTensor
 
 COMPARED_NUMBERS = 4 << 20  # at a time
-CACHE_BYTES = 256 << 20  # of a matrix whose columns are read: so much of it is kept, as stored
+CACHE_BYTES = 256 << 20  # of matrices whose columns are read: so much of them is kept, as stored
+STRIPE_BYTES = 192 << 20  # of one of them: the scales of a quantized one are kept beside its codes
 AHEAD_BYTES = 16 << 20  # that the system is asked to read behind what was read
 
-
-def _decode_f32(raw: Raw) -> F32:
-    return raw.view("<f4").astype(np.float32, copy=False)
-
-
-def _decode_bf16(raw: Raw) -> F32:
-    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-PLAIN_CODECS = {
-    "F32": Codec("F32", 1, 4, _decode_f32),
-    "F16": Codec("F16", 1, 2, lambda raw: raw.view("<f2").astype(np.float32)),
-    "BF16": Codec("BF16", 1, 2, _decode_bf16),
-    "F64": Codec("F64", 1, 8, lambda raw: raw.view("<f8").astype(np.float32)),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where one tensor lies. The last dimension is contiguous; `codec` is None for a type that cannot be read."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    codec: Codec | None
-    path: Path
-    offset: int
-    nbytes: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one run along the last dimension."""
-        assert self.codec is not None
-        return self.shape[-1] // self.codec.block * self.codec.bytes
+Tensor = StoredTensor | QuantizedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +31,28 @@ class _Stripe:
     end: int
     raw: Raw
 
+    def holds(self, of: tuple[str, int], begin: int, end: int) -> bool:
+        return self.of == of and self.begin <= begin and end <= self.end
+
 
 class TensorReader:
-    """Reads tensors by name; keeps files open and at most one tensor's stored bytes."""
+    """Reads tensors by name; keeps files open and at most CACHE_BYTES of what is stored."""
 
-    def __init__(self, tensors: dict[str, StoredTensor]):
+    def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
         self._files: dict[Path, int] = {}
-        self._kept: _Stripe | None = None
+        self._stripes: list[_Stripe] = []  # the one that was used last comes last
 
     def close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        self._kept = None
+        self._stripes.clear()
 
     @property
     def paths(self) -> set[Path]:
         """The files that tensors lie in."""
-        return {tensor.path for tensor in self.tensors.values()}
+        return set().union(*(tensor.paths for tensor in self.tensors.values()))
 
     def close_file(self, path: Path) -> None:
         """Let go of a file, until something is read from it again."""
@@ -93,12 +66,12 @@ class TensorReader:
     def stored_rows(self, name: str, start: int, stop: int, expert: int | None = None) -> Raw:
         """The same rows as they are stored, uint8 [stop - start, bytes of a row]."""
         tensor, _ = self._tensor(name)
-        first = start + self._first_row(tensor, expert)
-        raw = self._read(tensor, first * tensor.row_bytes, (stop - start) * tensor.row_bytes)
-        return raw.reshape(stop - start, tensor.row_bytes)
+        return self._raw(tensor, Region((start, stop), (0, tensor.shape[-1]), expert))
 
     def vector(self, name: str) -> F32:
         tensor, codec = self._tensor(name)
+        if isinstance(tensor, QuantizedTensor):
+            raise CheckpointError(f"tensor {name} is quantized ({tensor.dtype}), expected plain numbers")
         return decode_rows(codec, self._read(tensor, 0, tensor.nbytes).reshape(1, -1)).reshape(-1)
 
     def equal(self, a: str, b: str) -> bool:
@@ -113,32 +86,52 @@ class TensorReader:
     def columns(self, name: str, start: int, stop: int, expert: int | None = None) -> F32:
         """Columns start:stop of a matrix, transposed: float32 [stop - start, rows]."""
         tensor, codec = self._tensor(name)
-        begin, end = start // codec.block * codec.bytes, -(-stop // codec.block) * codec.bytes
-        stripe = self._stripe(tensor, self._first_row(tensor, expert), begin, end)
-        shift = stripe.begin // codec.bytes * codec.block
-        return decode_columns(codec, stripe.raw, start - shift, stop - shift)
+        first, last = start // codec.block * codec.block, -(-stop // codec.block) * codec.block
+        raw = self._raw(tensor, Region((0, tensor.shape[-2]), (first, last), expert))
+        return decode_columns(codec, raw, start - first, stop - first)
 
     def stored_columns(self, name: str, start: int, stop: int, expert: int | None = None) -> Raw:
         """Columns start:stop of a matrix, whole blocks, as they are stored: uint8 [rows, bytes]."""
         tensor, codec = self._tensor(name)
         if start % codec.block or stop % codec.block:
             raise CheckpointError(f"tensor {name}: columns {start}:{stop} are not whole blocks of {codec.block}")
-        begin, end = start // codec.block * codec.bytes, stop // codec.block * codec.bytes
-        stripe = self._stripe(tensor, self._first_row(tensor, expert), begin, end)
-        return np.ascontiguousarray(stripe.raw[:, begin - stripe.begin : end - stripe.begin])
+        return np.ascontiguousarray(self._raw(tensor, Region((0, tensor.shape[-2]), (start, stop), expert)))
+
+    def read(self, tensor: StoredTensor, region: Region) -> Raw:
+        """A region of a stored tensor, whole blocks: uint8 [rows, bytes], which may be a part of what is kept."""
+        (start, stop), first = region.rows, self._first_row(tensor, region.expert)
+        elements, nbytes = tensor.unit
+        begin, end = (column // elements * nbytes for column in region.columns)
+        if (begin, end) == (0, tensor.row_bytes):
+            raw = self._read(tensor, (first + start) * end, (stop - start) * end)
+            return raw.reshape(stop - start, end)
+        stripe = self._stripe(tensor, first, begin, end)
+        return stripe.raw[start:stop, begin - stripe.begin : end - stripe.begin]
+
+    def _raw(self, tensor: Tensor, region: Region) -> Raw:
+        return tensor.raw(self.read, region) if isinstance(tensor, QuantizedTensor) else self.read(tensor, region)
 
     def _stripe(self, tensor: StoredTensor, first: int, begin: int, end: int) -> _Stripe:
-        """Bytes begin:end of the rows of a matrix, at least: as many as CACHE_BYTES hold, and kept for the next."""
-        kept, self._kept = self._kept, None  # before the next one is read, so that only one is held
-        if kept is None or kept.of != (tensor.name, first) or begin < kept.begin or end > kept.end:
-            del kept
-            rows, unit = tensor.shape[-2], tensor.codec.bytes if tensor.codec else 1
-            end = min(max(begin + CACHE_BYTES // rows // unit * unit, end), tensor.row_bytes)
-            if end == tensor.row_bytes and rows * end <= CACHE_BYTES:
+        """Bytes begin:end of the rows of a matrix, at least: as many as STRIPE_BYTES hold, and kept for the next."""
+        of = tensor.name, first
+        found = next((stripe for stripe in self._stripes if stripe.holds(of, begin, end)), None)
+        if found is None:
+            rows, unit, limit = tensor.shape[-2], tensor.unit[1], min(STRIPE_BYTES, CACHE_BYTES)
+            end = min(max(begin + limit // rows // unit * unit, end), tensor.row_bytes)
+            if end == tensor.row_bytes and rows * end <= limit:
                 begin = 0
-            kept = _Stripe((tensor.name, first), begin, end, self._read_stripe(tensor, first, begin, end))
-        self._kept = kept
-        return kept
+            self._make_room(rows * (end - begin), of)  # before it is read
+            found = _Stripe(of, begin, end, self._read_stripe(tensor, first, begin, end))
+        else:
+            self._stripes.remove(found)
+        self._stripes.append(found)
+        return found
+
+    def _make_room(self, size: int, of: tuple[str, int]) -> None:
+        """Let go of other stripes of the same matrix, and of those that were not used for longest."""
+        self._stripes = [stripe for stripe in self._stripes if stripe.of != of]
+        while self._stripes and sum(stripe.raw.nbytes for stripe in self._stripes) + size > CACHE_BYTES:
+            self._stripes.pop(0)
 
     def _read_stripe(self, tensor: StoredTensor, first: int, begin: int, end: int) -> Raw:
         rows = tensor.shape[-2]
@@ -150,7 +143,7 @@ class TensorReader:
             self._read_into(tensor, (first + row) * tensor.row_bytes + begin, raw[row])
         return raw
 
-    def _tensor(self, name: str) -> tuple[StoredTensor, Codec]:
+    def _tensor(self, name: str) -> tuple[Tensor, Codec]:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"tensor {name} is missing")
@@ -190,16 +183,3 @@ class TensorReader:
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
-
-
-def stored_tensor(
-    name: str, shape: tuple[int, ...], dtype: str, codec: Codec | None, path: Path, offset: int, nbytes: int
-) -> StoredTensor:
-    """A StoredTensor whose size is checked against its shape. Raises CheckpointError."""
-    if codec is not None:
-        numbers = math.prod(shape)
-        if shape and shape[-1] % codec.block:
-            raise CheckpointError(f"{path}: tensor {name} has rows of {shape[-1]} {dtype} numbers, not whole blocks")
-        if numbers // codec.block * codec.bytes != nbytes:
-            raise CheckpointError(f"{path}: tensor {name} {dtype} {list(shape)} does not take {nbytes} bytes")
-    return StoredTensor(name, shape, dtype, codec, path, offset, nbytes)

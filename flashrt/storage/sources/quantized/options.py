@@ -1,0 +1,35 @@
+"""A `quantization_config`, of which every option is read, known to change no weight, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flashrt.arch.config import Config
+from flashrt.errors import CheckpointError, UnsupportedModelError
+
+
+def options(data: Mapping[str, Any], what: str, read: Iterable[str], harmless: Iterable[str] = ()) -> Config:
+    """The options of one method or scheme. Raises UnsupportedModelError for those that are not known."""
+    known = {*read, *harmless}
+    for key, value in data.items():
+        if key not in known and value not in (None, {}, []):
+            raise UnsupportedModelError(f"{what} quantization with {key}={value!r:.80} is not supported")
+    return Config(data, f"{what} quantization")
+
+
+def strings(config: Config, key: str) -> list[str]:
+    """A list of strings; none where the option is absent or null."""
+    value = config.data.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise CheckpointError(f"{config.family} config: {key} is {value!r:.80}, expected a list of names")
+    return value
+
+
+def group_size(config: Config, key: str = "group_size", default: int | None = None) -> int | None:
+    """A number of columns; None for -1, where a group is a whole row."""
+    if config.data.get(key, default) == -1:
+        return None
+    return config.integer(key, default)
