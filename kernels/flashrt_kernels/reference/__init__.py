@@ -20,6 +20,12 @@ from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope, so
 from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
 from flashrt_kernels.reference.quantize import dequantize, quantize
+from flashrt_kernels.reference.recurrent import (
+    delta_rule,
+    delta_rule_scratch_bytes,
+    rms_norm_gated,
+    sigmoid_gate,
+)
 from flashrt_kernels.reference.sparse import (
     attention_list,
     attention_list_scratch_bytes,
@@ -35,6 +41,8 @@ __all__ = [
     "attention_list_scratch_bytes",
     "attention_scratch_bytes",
     "attention_state_width",
+    "delta_rule",
+    "delta_rule_scratch_bytes",
     "dequantize",
     "down",
     "gate_up",
@@ -54,10 +62,12 @@ __all__ = [
     "reserve",
     "reserve_groups",
     "rms_norm",
+    "rms_norm_gated",
     "rope",
     "select",
     "select_scratch_bytes",
     "set_threads",
+    "sigmoid_gate",
     "softcap",
     "threads",
 ]
