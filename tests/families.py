@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests import hybrids
+
 VOCAB = 131
 BOS, EOS, USER = 0, 1, 2
 FATRELU_THRESHOLD = 0.4  # large enough to show: a third of the positive gates lie below
@@ -226,6 +228,7 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         {**_LLAMA, "intermediate_size": 40, "num_local_experts": 5, "num_experts_per_tok": 2},
     ),
+    "qwen3_5_text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**_COMMON, **hybrids.SHAPE}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
@@ -248,6 +251,7 @@ GGUF_FAMILIES = (
     "llama-llama3",
     "qwen2",
     "qwen3",
+    "qwen3_5_text",
     "gemma2",
     "gemma3",
     "mixtral",
@@ -298,6 +302,8 @@ def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -
         # Unit gain, so that activations neither vanish nor explode and every weight shows in the logits.
         scale = 0.5 if "embed" in name else parameter.shape[-1] ** -0.5
         parameter.copy_(noise * scale)
+    elif name.endswith("A_log"):
+        parameter.copy_(noise - 2)  # states are kept for some tokens
     elif name.endswith("bias"):
         parameter.copy_(noise * 0.3)
     else:
@@ -381,8 +387,10 @@ _GGUF_ARCH = {
     "qwen3_moe": "qwen3moe",
     "ministral3": "mistral3",
     "olmo3": "olmo2",
+    "qwen3_5_text": "qwen35",
     "cohere": "command-r",
 }  # where it is not the family's name
+HYBRIDS = {"qwen3_5_text": True}  # and whether heads of values are tiled in GGUF
 _PERMUTED = ("llama", "mixtral", "granite", "smollm3", "ministral3")
 _GGUF_LEAVES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -411,6 +419,7 @@ _OTHER_LEAVES = {
     "gemma3": _SANDWICH,
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
+    "qwen3_5_text": hybrids.LEAVES,
     "seed_oss": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
     "glm4": {
         "post_self_attn_layernorm.weight": "post_attention_norm.weight",
@@ -582,6 +591,7 @@ _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "mistral3": _write_ministral3_metadata,
     "command-r": _write_cohere_metadata,
     "cohere2": _write_cohere_metadata,
+    "qwen35": hybrids.write_metadata,
 }
 
 
@@ -624,6 +634,8 @@ def _gguf_values(name: str, values: np.ndarray, config: Any, family: str) -> np.
     """What llama.cpp's converter changes: Gemma's norms hold 1 + w, Llama's query and key rows are permuted."""
     if family in ("gemma2", "gemma3") and "norm" in name:
         return values + 1
+    if family in HYBRIDS:
+        return hybrids.gguf_values(name, values, config, HYBRIDS[family])
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kind = name.split(".")[-2]
     if family.partition("-")[0] in _PERMUTED and kind in heads:

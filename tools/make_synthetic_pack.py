@@ -213,9 +213,10 @@ def random_labels(pack: Pack, seed: int) -> KvLabels:
     """Labels of keys for sparse attention, by random products: as fast as fitted ones, and as wide."""
     random = np.random.default_rng(seed)
     layers: list[LayerLabels | None] = []
-    for layer in pack.spec.layers:
-        attention, channels = layer.attention, most_channels(layer.attention)
-        if channels is None:
+    for i in range(len(pack.spec.layers)):
+        attention = pack.spec.attentions.get(i)
+        channels = None if attention is None else most_channels(attention)
+        if attention is None or channels is None:
             layers.append(None)
             continue
         keys = random.normal(size=(attention.kv_heads, channels, attention.head_dim)).astype(np.float32)

@@ -21,6 +21,7 @@ from flashrt.arch import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
     qwen3_moe,
     seed_oss,
     smollm3,
@@ -50,7 +51,7 @@ class Family:
         spec = self.spec_of(Config(config, self.name))
         if problem := spec.unsupported():
             raise UnsupportedModelError(f"this {self.name} model is not supported: {problem}")
-        for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
+        for rope, head_dim in {(a.rope, a.head_dim) for a in spec.attentions.values()}:
             if rope is not None and (problem := rope.problem(head_dim, spec.context)):
                 raise CheckpointError(f"{self.name} config: {problem}")
         return spec
@@ -75,6 +76,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("mixtral", mixtral.spec, mixtral.NAMES, GGUF_PERMUTED),
     "qwen2": Family("qwen2", qwen2.spec, qwen2.NAMES),
     "qwen3": Family("qwen3", qwen3.spec, qwen3.NAMES),
+    "qwen3_5_text": Family("qwen3_5_text", qwen3_5.spec, qwen3_5.NAMES, qwen3_5.GGUF),
     "qwen3_moe": Family("qwen3_moe", qwen3_moe.spec, qwen3_moe.NAMES),
     "gemma2": Family("gemma2", gemma2.spec, gemma2.NAMES),
     "gemma3": _GEMMA3,

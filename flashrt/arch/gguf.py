@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, olmo2, phi3, qwen3_moe
+from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, olmo2, phi3, qwen3_5, qwen3_moe
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
-from flashrt.spec import ModelSpec
+from flashrt.spec import Attention, ModelSpec
 
 _PATTERN = "attention.sliding_window_pattern"
 
@@ -46,6 +46,7 @@ ARCHITECTURES = {
     "mistral": _Architecture("mistral", _mistral),
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),
+    "qwen35": _Architecture("qwen3_5_text", qwen3_5.gguf, qwen3_5.GGUF_KEYS, partial=True),
     "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
     "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),
     "gemma3": _Architecture("gemma3_text", gemma3.gguf, (_PATTERN,)),
@@ -145,10 +146,13 @@ def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
     """The spec with the attention biases that the file holds: GGUF says by their presence which there are."""
     layers = []
     for i, layer in enumerate(spec.layers):
-        attention = layer.attention
+        attention = layer.mixer
+        if not isinstance(attention, Attention) or attention.output_gate:  # beside which llama.cpp adds none
+            layers.append(layer)
+            continue
         qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in ("q", "k", "v", "qkv"))
         out = attention.out_bias or has(f"blk.{i}.attn_output.bias")
-        layers.append(replace(layer, attention=replace(attention, qkv_bias=qkv, out_bias=out)))
+        layers.append(replace(layer, mixer=replace(attention, qkv_bias=qkv, out_bias=out)))
     return replace(spec, layers=tuple(layers))
 
 

@@ -7,11 +7,12 @@ is found under several ('model.', 'language_model.model.' in multimodal checkpoi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from flashrt.arch.harmless import GGUF_HARMLESS, HF_HARMLESS
-from flashrt.spec import ModelSpec
+from flashrt.spec import Attention, DeltaNet, ModelSpec
 
 Has = Callable[[str], bool]
 
@@ -21,9 +22,12 @@ class Part:
     """Consecutive rows of a logical tensor: all rows, or `rows` of them, of one checkpoint tensor.
 
     expert: the slice of a stacked tensor [experts, rows, columns]
+    groups: `rows` are those of each of so many groups, of so many rows each
     heads: the rows are stored permuted for interleaved rotary embedding, this many heads; reading undoes it
     rotary: the first rows of each head that are permuted
     add: added to every value (Gemma's norms are stored as w, and multiply by 1 + w)
+    columns: a vector is stored as rows of so many numbers, and read column by column
+    log: stored as the logarithm of its negative
     """
 
     tensor: str
@@ -32,6 +36,16 @@ class Part:
     heads: int = 0
     rotary: int = 0
     add: float = 0.0
+    groups: tuple[int, int] | None = None
+    columns: int = 0
+    log: bool = False
+
+
+class Share(NamedTuple):
+    """Rows of each of so many groups of so many rows."""
+
+    groups: tuple[int, int]
+    rows: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,9 @@ class Names:
     """Templates for one family in one kind of checkpoint.
 
     permuted: query and key rows are stored for interleaved rotary embedding
+    recurrent: templates that take the place of those of `layer` in recurrent layers
+    shares: of these, the rows of each part that is not all of its tensor
+    log_rate: the rates at which states decay are stored as logarithms
     """
 
     prefixes: tuple[str, ...]
@@ -65,6 +82,9 @@ class Names:
     permuted: bool = False
     layer_prefix: str = "layers.{i}."
     harmless: tuple[str, ...] = HF_HARMLESS
+    recurrent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shares: Mapping[str, Callable[[DeltaNet], Sequence[Share]]] = field(default_factory=dict)
+    log_rate: bool = False
 
     def resolve(self, spec: ModelSpec, has: Has) -> TensorMap:
         """The names as one checkpoint spells them; `has` tells whether it holds a tensor of that name."""
@@ -95,7 +115,13 @@ class TensorMap:
                 name = self.head  # tied weights may be stored under either name
             return (self._adjust(key, Part(name)),)
         layer, _, name = key.partition(".")
+        mixer = self.spec.layers[int(layer)].mixer
+        if isinstance(mixer, DeltaNet) and name in self.names.recurrent:
+            return self._recurrent(int(layer), name, mixer)
         parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
+        if isinstance(mixer, Attention) and mixer.output_gate and name in ("qkv", "gate"):  # beside the queries
+            first, groups = (0 if name == "qkv" else mixer.head_dim), (mixer.heads, 2 * mixer.head_dim)
+            parts[0] = replace(parts[0], groups=groups, rows=(first, first + mixer.head_dim))
         if name in ("qkv", "qkv.bias") and self.names.permuted:
             attention = self.spec.layers[int(layer)].attention
             rope, dim = attention.rope, attention.head_dim
@@ -103,6 +129,17 @@ class TensorMap:
             parts[0] = replace(parts[0], heads=attention.heads, rotary=rotary)
             parts[1] = replace(parts[1], heads=attention.kv_heads, rotary=rotary)
         return tuple(self._adjust(name, part) for part in parts)
+
+    def _recurrent(self, layer: int, name: str, net: DeltaNet) -> tuple[Part, ...]:
+        parts = [Part(self._layer(layer, template)) for template in self.names.recurrent[name]]
+        if name in self.names.shares:
+            shares = self.names.shares[name](net)
+            parts = [replace(part, groups=s.groups, rows=s.rows) for part, s in zip(parts, shares, strict=True)]
+        if name == "taps":
+            parts = [replace(part, columns=net.taps) for part in parts]
+        if name == "decay.rate":
+            parts = [replace(part, log=self.names.log_rate) for part in parts]
+        return tuple(parts)
 
     def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
         """(gate, up, down) of a layer's dense block or one of its experts."""
@@ -140,6 +177,7 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
     "out": ("self_attn.o_proj.weight",),
     "out.bias": ("self_attn.o_proj.bias",),
     "router": ("mlp.gate.weight",),
+    "gate": ("self_attn.q_proj.weight",),
 }
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
 HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -166,6 +204,7 @@ GGUF_NAMES = Names(
         "k_norm": ("attn_k_norm.weight",),
         "qkv": tuple(f"attn_{name}.weight" for name in "qkv"),
         "qkv.bias": tuple(f"attn_{name}.bias" for name in "qkv"),
+        "gate": ("attn_q.weight",),
         "out": ("attn_output.weight",),
         "out.bias": ("attn_output.bias",),
         "router": ("ffn_gate_inp.weight",),

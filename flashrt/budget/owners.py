@@ -7,7 +7,7 @@ from flashrt.storage.layout import PREDICTOR, PackLayout, TensorLayout
 from flashrt_kernels.rows import align
 
 OWNERS = {  # by kind
-    **dict.fromkeys(("qkv", "q", "k", "v", "out"), "attention"),
+    **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", "out"), "attention"),
     "router": "router",
     "channels": "FFN",
     "down": "FFN",

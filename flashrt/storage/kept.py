@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashrt.errors import PackError
-from flashrt.spec import Ffn, ModelSpec
+from flashrt.spec import GATES, Ffn, ModelSpec
 from flashrt_kernels.limits import LARGEST_GROUP
 from flashrt_kernels.rows import KEPT, Codec, NeuronCodecs
 
@@ -127,7 +127,9 @@ def kept_of(source: Stored) -> Kept | None:
         names += [name for name in spec.layer_matrices(i) if not name.endswith(".router")]
     kept = Kept({}, {}, {})
     for name in names:
-        _keep_matrix(kept, name, source.part_dtypes(name))
+        stored = source.part_dtypes(name)
+        if not name.endswith(GATES) or stored[0] in STORED:  # else these are as routers are
+            _keep_matrix(kept, name, stored)
     for i, layer in enumerate(spec.layers):
         _keep_neurons(kept, i, layer.ffn, source.neuron_dtypes(i))
     return kept if kept.matrices or kept.neurons else None

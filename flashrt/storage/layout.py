@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
-from flashrt.spec import Attention, ModelSpec
+from flashrt.spec import GATES, Attention, ModelSpec
 from flashrt.storage.kept import Kept, parts_of, whole_of
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
@@ -145,10 +145,11 @@ class PackLayout:
 def codec_of(name: str, dtype: Codec) -> Codec:
     """The codec of a tensor in a pack of `dtype`.
 
-    The router decides which experts run: an error there changes everything, and its bytes are negligible. Predictors
-    have 4 bits whatever the pack has: see `flashrt.model.predictors.low_rank`.
+    The router decides which experts run, and gates of a delta net what its state keeps: an error there changes
+    everything, and their bytes are negligible. Predictors have 4 bits whatever the pack has: see
+    `flashrt.model.predictors.low_rank`.
     """
-    if name.endswith(".router") and dtype is not Codec.F32:
+    if name.endswith((".router", *GATES)) and dtype is not Codec.F32:
         return Codec.BF16
     if PREDICTOR in name:
         return Codec.INT4
@@ -211,11 +212,10 @@ def _kept_matrices(matrices: dict[str, tuple[int, int]], dtype: Codec, kept: Kep
         if name in kept.matrices or not any(part in kept.matrices for part in parts):
             yield _matrix(name, kept.matrices.get(name, codec_of(name, dtype)), rows, columns)
             continue
-        attention = spec.layers[int(name.partition(".")[0])].attention
         row0 = 0
-        for part, heads in zip(parts, (attention.heads, attention.kv_heads, attention.kv_heads), strict=True):
-            yield _matrix(part, kept.matrices.get(part, dtype), heads * attention.head_dim, columns, row0)
-            row0 += heads * attention.head_dim
+        for part, rows in zip(parts, spec.layers[int(name.partition(".")[0])].mixer.qkv_parts, strict=True):
+            yield _matrix(part, kept.matrices.get(part, dtype), rows, columns, row0)
+            row0 += rows
 
 
 def _kept_ffn(spec: ModelSpec, codecs: NeuronCodecs, i: int) -> _Shape:
@@ -247,7 +247,7 @@ def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> It
 
 def heads_apart(attention: Attention) -> bool:
     """Whether a head can be computed alone: its queries are whole bundles, its keys and values no other's."""
-    apart = attention.kv_heads == attention.heads and not attention.qk_norm_whole
+    apart = attention.kv_heads == attention.heads and not (attention.qk_norm_whole or attention.output_gate)
     return apart and attention.head_dim % MATRIX_ROWS == 0
 
 

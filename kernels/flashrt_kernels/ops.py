@@ -190,10 +190,10 @@ class Ops(Protocol[Array]):
         Channels x [N, C] are queries and keys of the key heads (D each), then values of H heads (V each). Each becomes
         silu of the sum of `taps` [n, C] times itself in the last n rows; tail [n - 1, C] has those before the first.
         Queries and keys are divided by their lengths, queries by sqrt(D) too. gates [N, 2 H] are b and a of each head:
-        S = exp(rate * softplus(a + bias)) S, then S += k (sigmoid(b) (v - k · S)) and out = q · S, of states S [H, D, V].
-        Head h reads key head h % key heads where they are `tiled`, or neighbours share one. out [M, H * V] takes the
-        last M rows. parents int32 [N - advance], at most 16, makes the rows behind `advance` a tree, as in `attention`.
-        x and gates are used up. scratch uint8 [delta_rule_scratch_bytes(C, n, D)].
+        state [H, D, V] is multiplied by exp(rate * softplus(a + bias)), then k * sigmoid(b) * (v - k · state) is added
+        to it, and out is q · state. Head h reads key head h % key heads where they are `tiled`, or neighbours share
+        one. out [M, H * V] takes the last M rows. parents int32 [N - advance], at most 16, makes the rows behind
+        `advance` a tree, as in `attention`. x and gates are used up. scratch uint8 [delta_rule_scratch_bytes(C, n, D)].
         """
 
     def delta_rule_scratch_bytes(self, channels: int, taps: int, dim: int) -> int:

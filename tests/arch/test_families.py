@@ -13,7 +13,7 @@ import pytest
 from flashrt.arch import FAMILIES, family_of
 from flashrt.arch.gguf import ARCHITECTURES, gguf_config
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import ModelSpec
+from flashrt.spec import DeltaNet, ModelSpec
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from tests.fake_source import DENSE
 from tests.families import GGUF_FIELDS, SHAPE, tiny_gguf
@@ -101,7 +101,7 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
     """A pack made before a block keeps its hash; what a block says survives."""
     written = DENSE.to_json()
     attention = written["layers"][0]["layer"]["attention"]
-    assert not {"softcap", "qk_norm_whole", "temperature"} & set(attention)
+    assert not {"softcap", "qk_norm_whole", "temperature", "output_gate"} & set(attention)
     assert not {"pre_norms", "parallel", "logit_scale", "logit_softcap", "norm_bias", "residual_scale"} & set(written)
     assert "dims" not in attention["rope"]
     own = DENSE.layers[0]
@@ -112,9 +112,10 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
         qk_norm_whole=True,
         temperature=0.1,
         temperature_span=7,
+        output_gate=True,
         rope=replace(own.attention.rope, dims=4),
     )
-    layers = (replace(own, attention=changed), own)
+    layers = (replace(own, mixer=changed), replace(own, mixer=DeltaNet(2, 4, 8, 10, taps=3, tiled=True)), own)
     spec = replace(DENSE, layers=layers, pre_norms=False, residual_scale=0.5, logit_scale=2.0, logit_softcap=3.0)
     spec = replace(spec, parallel=True, norm="layer", norm_bias=False)
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec

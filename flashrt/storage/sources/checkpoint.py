@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,11 +207,18 @@ class Checkpoint:
         if tensor.codec is None:
             return f"tensor {part.tensor} is stored as {tensor.dtype}, which is not supported"
         wanted = expected.shape
-        if part.rows is not None:
+        if part.columns:
+            wanted = (wanted[0] // part.columns, part.columns)
+        if part.groups is not None:
+            wanted = (math.prod(part.groups), *wanted[1:])
+        elif part.rows is not None:
             wanted = (2 * wanted[0], *wanted[1:])  # gate and up share the tensor
         if part.expert is not None:
             wanted = (expected.experts, *wanted)
-        if tensor.shape != wanted:
+        found = tensor.shape
+        if part.columns and len(found) == 3 and found[1] == 1:  # a convolution of one channel each
+            found = (found[0], found[2])
+        if found != wanted:
             return f"tensor {part.tensor} has shape {list(tensor.shape)}, expected {list(wanted)}"
         return None
 
@@ -239,9 +247,7 @@ class Checkpoint:
         rows = self._rows_of(key)
         layer, _, name = key.partition(".")
         if name in ("qkv", "qkv.bias") and len(self.names.parts(key)) > 1:  # one part: stored as one tensor
-            attention = self.spec.layers[int(layer)].attention
-            q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-            return q, kv, kv
+            return self.spec.layers[int(layer)].mixer.qkv_parts
         return (rows,)
 
     def _rows_of(self, key: str) -> int:
@@ -264,6 +270,10 @@ class Checkpoint:
 
     def _part_vector(self, part: Part) -> F32:
         values = self.reader.vector(part.tensor)
+        if part.columns:
+            values = values.reshape(-1, part.columns).T.ravel()
+        if part.log:
+            values = -np.exp(values)
         if part.heads:
             values = _unpermute(values[:, None], part.heads, part.rotary)[:, 0]
         return values + np.float32(part.add) if part.add else values
@@ -276,6 +286,12 @@ class Checkpoint:
             first, last = start // head, -(-stop // head)
             values = read(part.tensor, first * head, last * head, part.expert)
             return _unpermute(values, last - first, part.rotary)[start - first * head : stop - first * head]
+        if part.groups is not None and part.rows is not None:
+            each, (begin, end) = part.groups[1], part.rows
+            first, last = start // (end - begin), -(-stop // (end - begin))
+            values = read(part.tensor, first * each, last * each, part.expert)
+            own = values.reshape(last - first, each, -1)[:, begin:end].reshape(-1, values.shape[1])
+            return own[start - first * (end - begin) : stop - first * (end - begin)]
         shift = part.rows[0] if part.rows else 0
         return read(part.tensor, start + shift, stop + shift, part.expert)
 

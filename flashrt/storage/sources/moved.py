@@ -50,8 +50,8 @@ class SavedMap:
             if saved is None:
                 yield None
             else:
-                rows = saved["rows"]
-                yield Part(**{**saved, "rows": None if rows is None else tuple(rows)})
+                pairs = {name: tuple(saved[name]) for name in ("rows", "groups") if saved.get(name) is not None}
+                yield Part(**{**saved, **pairs})
 
 
 def save(checkpoint: Checkpoint, where: Path, out: Path) -> None:

@@ -191,8 +191,6 @@ struct SelectJob {
     void* scratch;
 };
 
-constexpr int MOST_TAPS = 8;
-
 struct DeltaJob {  // rows of a gated delta net: the first `advance` move the state on, the others leave no trace in it
     float* x;          // [rows, channels]: queries and keys of the key heads, values of the heads; used up
     size_t x_step;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt_kernels.cpu import _cpu
+import flashrt_kernels.cpu._cpu as _cpu
 
 Floats = NDArray[np.float32]
 

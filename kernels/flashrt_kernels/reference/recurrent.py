@@ -21,7 +21,7 @@ def delta_rule(
     parents: Tensor | None = None,
     scratch: Tensor | None = None,
 ) -> None:
-    """A gated delta net over rows x [N, C], the first `advance` of which move state [H, D, V] and tail [n - 1, C] on."""
+    """A gated delta net over rows x [N, C]; the first `advance` move state [H, D, V] and tail [n - 1, C] on."""
     rows, heads, (before, dim, values) = len(x), len(state), (len(taps) - 1, *state.shape[1:])
     key_heads = (x.shape[1] - heads * values) // (2 * dim)
     follows = list(range(-1, rows - 1))
