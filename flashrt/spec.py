@@ -9,14 +9,16 @@ family. `{i}` is the layer:
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
         {i}.qkv.bias  {i}.out.bias  {i}.up.bias  {i}.down.bias
+        {i}.router.bias  {i}.router.correction         [experts]
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
         {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows
         {i}.gate [heads * head_dim, hidden]                               of what the heads give
         {i}.out [hidden, heads * head_dim]
-        {i}.router [experts, hidden]
+        {i}.router [experts, hidden]   {i}.shared_gate [1, hidden]
     neurons   (packed bundles: gate row, up row, down column)
         {i}.ffn   [experts * neurons] bundles; expert e is the run starting at e * neurons
+        {i}.shared  [shared] bundles: an expert that every token goes to
 
 Of a gated delta net, {i}.qkv has the rows of queries, keys and values, {i}.beta and {i}.decay a row for each head; its
 vectors are {i}.taps [taps, channels] (the oldest row's first), {i}.decay.rate and {i}.decay.bias [heads], and
@@ -37,6 +39,8 @@ from flashrt_kernels.limits import LONGEST_ROW, MOST_TAPS, WIDEST_HEAD
 
 MAX_LAYERS = 4096
 GATES = (".beta", ".decay")  # ends of the names of matrices that say what the state of a delta net keeps
+SCORES = ("softmax", "sigmoid")  # of a router's logits
+ROUTING = (".router", ".shared_gate")  # ends of the names of matrices that weigh experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,12 @@ Mixer = Attention | DeltaNet
 
 @dataclass(frozen=True, slots=True)
 class Ffn:
-    """Feed-forward block of one layer: dense, or a mixture of `experts` of `neurons` neurons each."""
+    """Feed-forward block of one layer: dense, or a mixture of `experts` of `neurons` neurons each.
+
+    A router scores the experts: `router_scores` of logits, softmax over all or each one's sigmoid. Those of the highest
+    scores are chosen, plus a correction that counts for the choice alone. Of `router_groups` groups of neighbours, only
+    the experts in the `router_groups_used` whose two best have the highest sum take part.
+    """
 
     neurons: int
     activation: str  # a name of flashrt_kernels.activations
@@ -179,7 +188,15 @@ class Ffn:
     bias: bool = False
     experts: int = 0
     experts_per_token: int = 0
-    normalize_router: bool = False  # the chosen experts' softmax weights are rescaled to sum to one
+    normalize_router: bool = False  # the chosen experts' scores are rescaled to sum to one
+    router_scores: str = "softmax"  # a name of SCORES
+    router_bias: bool = False  # of the logits
+    router_correction: bool = False
+    router_groups: int = 1
+    router_groups_used: int = 1
+    router_scale: float = 1.0  # of the chosen experts' scores, once rescaled
+    shared: int = 0  # neurons of an expert that every token goes to; 0: there is none
+    shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a row of its own
 
     @property
     def bundle_rows(self) -> int:
@@ -189,6 +206,25 @@ class Ffn:
     def runs(self) -> int:
         """Runs of neurons: one per expert, one for a dense block."""
         return max(self.experts, 1)
+
+    def unsupported(self) -> str | None:
+        """Why the router cannot choose, as one clause; None when it can."""
+        if self.router_scores not in SCORES:
+            return f"a router with scores by {self.router_scores!r}"
+        if not self.experts and (self.shared or self.router_bias or self.router_correction or self.router_groups != 1):
+            return "what belongs to a router without one"
+        if self.shared_gate and not self.shared:
+            return "a gate of a shared expert without one"
+        if self.shared and self.bias:
+            return "biases of experts beside a shared one"
+        if self.router_groups == 1:
+            return None
+        each, rest = divmod(self.experts, self.router_groups)
+        if rest or each < 2 or not 0 < self.router_groups_used <= self.router_groups:
+            return f"{self.router_groups_used} of {self.router_groups} groups of {self.experts} experts"
+        if each * self.router_groups_used < self.experts_per_token:
+            return f"{self.experts_per_token} experts of {self.router_groups_used} groups of {each}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +273,9 @@ class ModelSpec:
             return "a negative soft cap"
         for mixer in {layer.mixer for layer in self.layers}:
             if problem := mixer.unsupported():
+                return problem
+        for ffn in {layer.ffn for layer in self.layers}:
+            if problem := ffn.unsupported():
                 return problem
         if self.positions and self.positions < self.context + self.position_offset:
             return (
@@ -306,6 +345,10 @@ class ModelSpec:
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
             if ffn.bias:
                 result |= {f"{i}.up.bias": ffn.neurons, f"{i}.down.bias": self.hidden}
+            if ffn.router_bias:
+                result[f"{i}.router.bias"] = ffn.experts
+            if ffn.router_correction:
+                result[f"{i}.router.correction"] = ffn.experts
         return result
 
     def input_norm(self, i: int, block: str) -> str | None:
@@ -329,7 +372,15 @@ class ModelSpec:
         result = {f"{i}.{name}": shape for name, shape in mixer.matrices(self.hidden).items()}
         if ffn.experts:
             result[f"{i}.router"] = (ffn.experts, self.hidden)
+        if ffn.shared_gate:
+            result[f"{i}.shared_gate"] = (1, self.hidden)
         return result
+
+    def layer_neurons(self, i: int) -> dict[str, tuple[int, int]]:
+        """Logical name → (runs, neurons of each) of layer `i`'s neurons, in execution order."""
+        ffn = self.layers[i].ffn
+        result = {f"{i}.shared": (1, ffn.shared)} if ffn.shared else {}
+        return result | {f"{i}.ffn": (ffn.runs, ffn.neurons)}
 
     @property
     def head(self) -> str:
@@ -342,7 +393,8 @@ class ModelSpec:
         total = sum(rows * columns for rows, columns in self.shared_matrices().values())
         for i, layer in enumerate(self.layers):
             total += sum(rows * columns for rows, columns in self.layer_matrices(i).values())
-            total += layer.ffn.runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
+            neurons = sum(runs * each for runs, each in self.layer_neurons(i).values())
+            total += neurons * layer.ffn.bundle_rows * self.hidden
         return total
 
     def kv_bytes_per_token(self, element: int) -> int:
@@ -354,7 +406,8 @@ class ModelSpec:
         data = _without_additions(self)
         runs: list[dict[str, Any]] = []
         for layer, own in zip(data["layers"], self.layers, strict=True):
-            layer = {_MIXERS[type(own.mixer)]: mixer_json(own.mixer), "ffn": layer["ffn"]}
+            ffn = _without_additions(own.ffn)
+            layer = {_MIXERS[type(own.mixer)]: mixer_json(own.mixer), "ffn": ffn}
             if runs and runs[-1]["layer"] == layer:
                 runs[-1]["count"] += 1
             else:
@@ -384,6 +437,16 @@ _ADDITIONS = {
     ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
     Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span", "output_gate"),
     DeltaNet: (),
+    Ffn: (
+        "router_scores",
+        "router_bias",
+        "router_correction",
+        "router_groups",
+        "router_groups_used",
+        "router_scale",
+        "shared",
+        "shared_gate",
+    ),
 }
 _MIXERS: dict[type, str] = {Attention: "attention", DeltaNet: "delta_net"}
 
@@ -406,7 +469,7 @@ def _mixer_from_json(layer: dict[str, Any]) -> Mixer:
     return Attention(**attention)
 
 
-def _without_additions(part: ModelSpec | Mixer) -> dict[str, Any]:
+def _without_additions(part: ModelSpec | Mixer | Ffn) -> dict[str, Any]:
     """The fields of a part of a spec, without those of _ADDITIONS that hold their defaults."""
     defaults = {item.name: item.default for item in fields(part)}
     added = _ADDITIONS[type(part)]

@@ -70,6 +70,7 @@ class Names:
     recurrent: templates that take the place of those of `layer` in recurrent layers
     shares: of these, the rows of each part that is not all of its tensor
     log_rate: the rates at which states decay are stored as logarithms
+    beyond: a tensor that only layers behind the last have, which predict further tokens and are not run
     """
 
     prefixes: tuple[str, ...]
@@ -77,10 +78,12 @@ class Names:
     layer: Mapping[str, tuple[str, ...]]
     dense: tuple[FfnNames, ...]
     experts: tuple[FfnNames, ...] = ()
+    shared_expert: tuple[FfnNames, ...] = ()
     head: tuple[str, ...] = ("lm_head.weight",)  # absolute
     norm_add: float = 0.0
     permuted: bool = False
     layer_prefix: str = "layers.{i}."
+    beyond: str | None = None
     harmless: tuple[str, ...] = HF_HARMLESS
     recurrent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shares: Mapping[str, Callable[[DeltaNet], Sequence[Share]]] = field(default_factory=dict)
@@ -141,23 +144,35 @@ class TensorMap:
             parts = [replace(part, log=self.names.log_rate) for part in parts]
         return tuple(parts)
 
-    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
-        """(gate, up, down) of a layer's dense block or one of its experts."""
-        ffn = self.spec.layers[layer].ffn
-        ways = self.names.experts if ffn.experts else self.names.dense
-        index = expert if ffn.experts else None
-        way = next((w for w in ways if self.has(self._layer(layer, w.down, index))), ways[0])
+    def neurons(self, key: str, run: int) -> tuple[Part | None, Part, Part]:
+        """(gate, up, down) of one run of a layer's neurons."""
+        prefix, _, block = key.partition(".")
+        layer = int(prefix)
+        mixture = block == "ffn" and self.spec.layers[layer].ffn.experts > 0
+        ways = self.names.shared_expert if block == "shared" else self.names.experts if mixture else self.names.dense
+        index = run if mixture else None
+        stored = (w for w in ways if all(self.has(self._layer(layer, name, index)) for name in (w.up, w.down)))
+        way = next(stored, ways[0])
         part = index if way.stacked else None
         down = Part(self._layer(layer, way.down, index), part)
         if way.fused:
-            fused = Part(self._layer(layer, way.up, index), part)
-            return replace(fused, rows=(0, ffn.neurons)), replace(fused, rows=(ffn.neurons, 2 * ffn.neurons)), down
+            neurons, fused = self.spec.layer_neurons(layer)[key][1], Part(self._layer(layer, way.up, index), part)
+            return replace(fused, rows=(0, neurons)), replace(fused, rows=(neurons, 2 * neurons)), down
         gate = None if way.gate is None else Part(self._layer(layer, way.gate, index), part)
         return gate, Part(self._layer(layer, way.up, index), part), down
 
     def is_harmless(self, tensor: str) -> bool:
         """Whether no logit depends on a tensor that no part names."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless)
+        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless) or self._is_beyond(tensor)
+
+    def _is_beyond(self, tensor: str) -> bool:
+        """Whether a tensor belongs to a layer behind the last that only predicts further tokens."""
+        if self.names.beyond is None:
+            return False
+        before, after = map(re.escape, (self.prefix + self.names.layer_prefix).split("{i}"))
+        found = re.match(f"{before}(\\d+){after}", tensor)
+        layer = -1 if found is None else int(found[1])
+        return layer >= len(self.spec.layers) and self.has(self._layer(layer, self.names.beyond))
 
     def _layer(self, layer: int, template: str, expert: int | None = None) -> str:
         return self.prefix + (self.names.layer_prefix + template).format(i=layer, e=expert)
@@ -208,12 +223,17 @@ GGUF_NAMES = Names(
         "out": ("attn_output.weight",),
         "out.bias": ("attn_output.bias",),
         "router": ("ffn_gate_inp.weight",),
+        "router.bias": ("ffn_gate_inp.bias",),
+        "router.correction": ("exp_probs_b.bias",),
+        "shared_gate": ("ffn_gate_inp_shexp.weight",),
     },
     dense=(FfnNames("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),),
     experts=(
         FfnNames("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight", stacked=True),
+        FfnNames("ffn_gate_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight", True, True),
         FfnNames("ffn_gate.{e}.weight", "ffn_up.{e}.weight", "ffn_down.{e}.weight"),
     ),
+    shared_expert=(FfnNames("ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"),),
     head=("output.weight",),
     layer_prefix="blk.{i}.",
     harmless=GGUF_HARMLESS,

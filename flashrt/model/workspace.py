@@ -97,7 +97,7 @@ def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) ->
     if layout.channel_columns:
         sizes.append(ops.gate_up_scratch_bytes(tokens, channel_groups(spec.hidden)))
     for layer in set(spec.layers):
-        neurons = min(layer.ffn.neurons, WIDE_NEURONS)
+        neurons = min(max(layer.ffn.neurons, layer.ffn.shared), WIDE_NEURONS)
         sizes += [
             ops.gemm_scratch_bytes(tokens, layer.mixer.width),
             ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),

@@ -216,6 +216,9 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         bounded("neurons", ffn.neurons, 1, 1 << 22)
         bounded("experts", ffn.experts, 0, 1 << 14)
         bounded("experts_per_token", ffn.experts_per_token, 1 if ffn.experts else 0, ffn.experts)
+        bounded("router_groups", ffn.router_groups, 1, 1 << 14)
+        bounded("router_groups_used", ffn.router_groups_used, 1, ffn.router_groups)
+        bounded("shared", ffn.shared, 0, 1 << 22)
         try:
             activations.parse(ffn.activation)
         except ValueError as error:

@@ -116,17 +116,32 @@ class PlainModel:
     def ffn(self, i: int, x: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
         if not ffn.experts:
-            return self.block(i, None, x)
-        weights = (x @ self.matrix(f"{i}.router", ffn.experts).T).softmax(-1)
-        weights, chosen = weights.topk(ffn.experts_per_token)
+            return self.block(i, f"{i}.ffn", 0, x)
+        weights, chosen = self.route(i, x)
+        outputs = torch.stack([self.block(i, f"{i}.ffn", e, x) for e in range(ffn.experts)], 1)
+        y = (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        if not ffn.shared:
+            return y
+        weight = (x @ self.matrix(f"{i}.shared_gate", 1).T).sigmoid() if ffn.shared_gate else 1.0
+        return y + weight * self.block(i, f"{i}.shared", 0, x)
+
+    def route(self, i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ffn = self.spec.layers[i].ffn
+        logits = x @ self.matrix(f"{i}.router", ffn.experts).T + self.bias(f"{i}.router.bias")
+        scores = logits.sigmoid() if ffn.router_scores == "sigmoid" else logits.softmax(-1)
+        worth = scores + self.bias(f"{i}.router.correction")
+        groups = worth.unflatten(1, (ffn.router_groups, -1))
+        best = groups.topk(2).values.sum(-1).topk(ffn.router_groups_used).indices
+        used = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter(1, best, True)
+        chosen = groups.masked_fill(~used[..., None], -torch.inf).flatten(1).topk(ffn.experts_per_token).indices
+        weights = scores.gather(1, chosen)
         if ffn.normalize_router:
             weights = weights / weights.sum(-1, keepdim=True)
-        outputs = torch.stack([self.block(i, e, x) for e in range(ffn.experts)], 1)
-        return (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        return weights * ffn.router_scale, chosen
 
-    def block(self, i: int, expert: int | None, x: torch.Tensor) -> torch.Tensor:
+    def block(self, i: int, key: str, run: int, x: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
-        gate, up, down = self.checkpoint.neuron_rows(i, expert, 0, ffn.neurons)
+        gate, up, down = self.checkpoint.neuron_rows(key, run, 0, self.spec.layer_neurons(i)[key][1])
         activate = _ACTIVATIONS[ffn.activation]
         y = x @ torch.from_numpy(up).double().T + self.bias(f"{i}.up.bias")
         y = activate(y) if gate is None else activate(x @ torch.from_numpy(gate).double().T) * y

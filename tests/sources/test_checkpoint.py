@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashrt.storage.sources import Checkpoint, open_checkpoint
-from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, HYBRIDS, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, HYBRIDS, stored_buffers, tiny_checkpoint, tiny_gguf
 from tests.hybrids import expected_mixer
 
 _ATTENTION = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.{out}"}
@@ -73,7 +73,7 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
         fused = hasattr(attention, "qkv_proj")
         projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
         out = attention.out_proj if family == "opt" else attention.o_proj
-        share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0}.get(family, 0.0)
+        share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0}.get(family, 0.0)
         rotary = round(share * attention.head_dim)
         result |= {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
         if projections[0].bias is not None:
@@ -89,17 +89,46 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
                 result[f"{i}.{name}"] = getattr(attention, name).weight + add
         if family == "opt":
             result |= {f"{i}.up.bias": layer.fc1.bias, f"{i}.down.bias": layer.fc2.bias}
-        elif hasattr(layer.mlp, "experts"):
-            result[f"{i}.router"] = layer.mlp.gate.weight
+        elif (mixture := _mixture(layer)) is not None:
+            result |= _routing(i, mixture)
     return {key: _array(value) for key, value in result.items()}
+
+
+def _mixture(layer: Any) -> Any:
+    """The module of a layer that holds experts, None in dense layers."""
+    block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    return block if hasattr(block, "experts") else None
+
+
+def _routing(i: int, mixture: Any) -> dict[str, torch.Tensor]:
+    router = mixture.router if hasattr(mixture, "router") else mixture.gate
+    result = {f"{i}.router": router.weight}
+    if hasattr(mixture, "shared_expert_gate"):
+        result[f"{i}.shared_gate"] = mixture.shared_expert_gate.weight
+    holder = getattr(router, "moe_statics", router)
+    if hasattr(holder, "e_score_correction_bias"):
+        result[f"{i}.router.correction"] = holder.e_score_correction_bias.flatten()
+    return result
+
+
+def expected_shared(layer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    if hasattr(layer, "shared_mlp"):
+        gate, up = _array(layer.shared_mlp.input_linear.weight).reshape(2, -1, layer.hidden_size)
+        return gate, up, _array(layer.shared_mlp.output_linear.weight).T
+    mlp = getattr(layer, "mlp", None)
+    shared = getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
+    if shared is None:
+        return None
+    return _array(shared.gate_proj.weight), _array(shared.up_proj.weight), _array(shared.down_proj.weight).T
 
 
 def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     if family == "opt":
         layer = model.model.decoder.layers[i]
         return None, _array(layer.fc1.weight), _array(layer.fc2.weight).T
-    mlp = model.model.layers[i].mlp
-    if hasattr(mlp, "experts"):
+    mixture = _mixture(model.model.layers[i])
+    mlp = model.model.layers[i].mlp if mixture is None else mixture
+    if mixture is not None:
         gate, up = _array(mlp.experts.gate_up_proj[expert]).reshape(2, -1, model.config.hidden_size)
         return gate, up, _array(mlp.experts.down_proj[expert]).T
     if hasattr(mlp, "gate_up_proj"):
@@ -121,24 +150,28 @@ def check_equal(checkpoint: Checkpoint, family: str, model: Any) -> None:
     for i in range(len(spec.layers)):
         matrices |= spec.layer_matrices(i)
     for key, (rows, columns) in matrices.items():
-        cuts = [0, 1, rows // 3 + 1, rows - 1, rows]
+        cuts = sorted({0, 1, min(rows // 3 + 1, rows), rows - 1, rows})
         pieces = [checkpoint.matrix_rows(key, a, b) for a, b in itertools.pairwise(cuts) if a < b]
         assert all(piece.shape[1] == columns and piece.dtype == np.float32 for piece in pieces)
         np.testing.assert_array_equal(np.concatenate(pieces), expected.pop(key), err_msg=key)
     assert set(expected) <= {"head"}
     for i, layer in enumerate(spec.layers):
         for expert in range(layer.ffn.runs):
-            check_neurons(checkpoint, expected_neurons(family, model, i, expert), i, expert)
+            check_neurons(checkpoint, expected_neurons(family, model, i, expert), f"{i}.ffn", expert)
+        shared = None if family == "opt" else expected_shared(model.model.layers[i])
+        assert (shared is None) == (layer.ffn.shared == 0)
+        if shared is not None:
+            check_neurons(checkpoint, shared, f"{i}.shared", 0)
 
 
-def check_neurons(checkpoint: Checkpoint, expected: tuple[np.ndarray | None, ...], i: int, expert: int) -> None:
-    neurons = checkpoint.spec.layers[i].ffn.neurons
+def check_neurons(checkpoint: Checkpoint, expected: tuple[np.ndarray | None, ...], key: str, run: int) -> None:
+    neurons = checkpoint.spec.layer_neurons(int(key.partition(".")[0]))[key][1]
     for start, stop in ((0, 1), (1, neurons - 3), (neurons - 3, neurons)):
-        found = checkpoint.neuron_rows(i, expert, start, stop)
+        found = checkpoint.neuron_rows(key, run, start, stop)
         for a, b in zip(found, expected, strict=True):
             assert (a is None) == (b is None)
             if a is not None and b is not None:
-                np.testing.assert_array_equal(a, b[start:stop], err_msg=f"layer {i} expert {expert}")
+                np.testing.assert_array_equal(a, b[start:stop], err_msg=f"{key} {run}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +182,8 @@ def test_directory_holds_the_models_tensors(family: str, dtype: torch.dtype, tmp
         checkpoint.validate()
         check_equal(checkpoint, family, model)
         assert checkpoint.weight_bytes_source == sum(
-            p.numel() * dtype.itemsize for p in {id(p): p for p in model.parameters()}.values()
+            p.numel() * dtype.itemsize
+            for p in {id(p): p for p in (*model.parameters(), *stored_buffers(model))}.values()
         )
 
 

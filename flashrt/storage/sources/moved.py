@@ -36,8 +36,8 @@ class SavedMap:
     def parts(self, key: str) -> tuple[Part, ...]:
         return tuple(part for part in self._of(key) if part is not None)
 
-    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
-        gate, up, down = self._of(f"{layer}.ffn.{expert or 0}")
+    def neurons(self, key: str, run: int) -> tuple[Part | None, Part, Part]:
+        gate, up, down = self._of(f"{key}.{run}")
         assert up is not None
         assert down is not None
         return gate, up, down
