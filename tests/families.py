@@ -239,6 +239,16 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_LLAMA, "intermediate_size": 40, "num_local_experts": 5, "num_experts_per_tok": 2},
     ),
     "qwen3_5_text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**_COMMON, **hybrids.SHAPE}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**_COMMON, **hybrids.SHAPE, **hybrids.MIXTURE, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextConfig",
+        "Qwen3_5MoeForCausalLM",
+        {**_COMMON, **hybrids.SHAPE, **hybrids.MIXTURE},
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
@@ -347,6 +357,8 @@ GGUF_FAMILIES = (
     "qwen2",
     "qwen3",
     "qwen3_5_text",
+    "qwen3_next",
+    "qwen3_5_moe_text",
     "gemma2",
     "gemma3",
     "mixtral",
@@ -375,6 +387,7 @@ GGUF_FIELDS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 20},
     "gemma3": {"query_pre_attn_scalar": 20},
     "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_next": {"mlp_only_layers": []},
     "qwen2_moe": {"mlp_only_layers": []},
     "dots1": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
 }
@@ -501,13 +514,19 @@ _GGUF_ARCH = {
     "ministral3": "mistral3",
     "olmo3": "olmo2",
     "qwen3_5_text": "qwen35",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe_text": "qwen35moe",
     "cohere": "command-r",
     "qwen2_moe": "qwen2moe",
     "granitemoeshared": "granitemoe",
     "glm4_moe": "glm4moe",
     "ernie4_5_moe": "ernie4_5-moe",
 }  # where it is not the family's name
-HYBRIDS = {"qwen3_5_text": True}  # and whether heads of values are tiled in GGUF
+HYBRIDS = {
+    "qwen3_5_text": True,
+    "qwen3_5_moe_text": True,
+    "qwen3_next": False,
+}  # and whether heads of values are tiled in GGUF
 _PERMUTED = ("llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "smollm3", "ministral3")
 _SHARED = ("shared_expert", "shared_experts")
 _GGUF_LEAVES = {
@@ -544,7 +563,7 @@ _OTHER_LEAVES = {
     "gemma3": _SANDWICH,
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
-    "qwen3_5_text": hybrids.LEAVES,
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), hybrids.LEAVES),
     "seed_oss": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
     "glm4": {
         "post_self_attn_layernorm.weight": "post_attention_norm.weight",
@@ -680,6 +699,11 @@ def _write_granite_metadata(writer: Any, config: Any) -> None:
     writer.add_logit_scale(config.logits_scaling)
 
 
+def _write_hybrid_mixture_metadata(writer: Any, config: Any) -> None:
+    hybrids.write_metadata(writer, config)
+    _write_qwen2_moe_metadata(writer, config)
+
+
 def _write_qwen2_moe_metadata(writer: Any, config: Any) -> None:
     writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
@@ -759,12 +783,16 @@ _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "command-r": _write_cohere_metadata,
     "cohere2": _write_cohere_metadata,
     "qwen35": hybrids.write_metadata,
+    "qwen35moe": _write_hybrid_mixture_metadata,
+    "qwen3next": _write_hybrid_mixture_metadata,
 }
 
 
 _EXPERT_COUNTS = {  # variant → the field of its config
     "qwen2_moe": "num_experts",
     "qwen3_moe": "num_experts",
+    "qwen3_next": "num_experts",
+    "qwen3_5_moe_text": "num_experts",
     "olmoe": "num_experts",
     "granitemoe": "num_local_experts",
     "granitemoeshared": "num_local_experts",
@@ -787,6 +815,9 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
             result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])
+        elif name.endswith("in_proj_qkvz.weight"):
+            layer, (qkv, gate) = name.split(".")[2], hybrids.split_projection(values, config)
+            result |= {f"blk.{layer}.attn_qkv.weight": qkv, f"blk.{layer}.attn_gate.weight": gate}
         elif name.endswith("shared_mlp.input_linear.weight"):
             layer, half = name.split(".")[2], len(values) // 2
             result[f"blk.{layer}.ffn_gate_shexp.weight"] = values[:half]

@@ -22,9 +22,16 @@ SHAPE: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
+MIXTURE: dict[str, Any] = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 LEAVES = {
     "post_attention_layernorm.weight": "post_attention_norm.weight",
     "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_ba": "ssm_ba",  # before those that begin alike
     "linear_attn.in_proj_z": "attn_gate",
     "linear_attn.in_proj_a": "ssm_alpha",
     "linear_attn.in_proj_b": "ssm_beta",
@@ -105,4 +112,20 @@ def _projections(own: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarra
     names = {"qkv": "in_proj_qkv", "gate": "in_proj_z", "beta": "in_proj_b", "decay": "in_proj_a"}
     if "in_proj_qkv.weight" in own:
         return {ours: own[f"{theirs}.weight"] for ours, theirs in names.items()}
-    raise NotImplementedError
+    qkv, gate = split_projection(own["in_proj_qkvz.weight"], config)
+    beta, decay = _of_key_heads(own["in_proj_ba.weight"], config, 2)
+    return {"qkv": qkv, "gate": gate, "beta": beta, "decay": decay}
+
+
+def split_projection(rows: np.ndarray, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of queries, keys and values, and of gates, as the converter takes Qwen3-Next's apart."""
+    key, values = config.linear_key_head_dim, config.linear_num_value_heads * config.linear_value_head_dim
+    cuts = np.cumsum([key, key, values // config.linear_num_key_heads])
+    query, key, value, gate = _of_key_heads(rows, config, cuts)
+    return np.concatenate((query, key, value)), gate
+
+
+def _of_key_heads(rows: np.ndarray, config: Any, cuts: Any) -> list[np.ndarray]:
+    """Rows that lie together for each key head, taken apart."""
+    each = rows.reshape(config.linear_num_key_heads, -1, rows.shape[1])
+    return [part.reshape(-1, rows.shape[1]) for part in np.split(each, cuts, axis=1)]

@@ -28,6 +28,7 @@ from flashrt.arch import (
     qwen3,
     qwen3_5,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
 )
@@ -82,6 +83,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("qwen2", qwen2.spec, qwen2.NAMES),
     "qwen2_moe": Family("qwen2_moe", qwen2_moe.spec, qwen2_moe.NAMES),
     "qwen3": Family("qwen3", qwen3.spec, qwen3.NAMES),
+    "qwen3_next": Family("qwen3_next", qwen3_next.spec, qwen3_next.NAMES, qwen3_next.GGUF),
+    "qwen3_5_moe_text": Family("qwen3_5_moe_text", qwen3_next.moe_spec, qwen3_next.MOE_NAMES, qwen3_next.MOE_GGUF),
     "qwen3_5_text": Family("qwen3_5_text", qwen3_5.spec, qwen3_5.NAMES, qwen3_5.GGUF),
     "qwen3_moe": Family("qwen3_moe", qwen3_moe.spec, qwen3_moe.NAMES),
     "gemma2": Family("gemma2", gemma2.spec, gemma2.NAMES),

@@ -22,6 +22,7 @@ from flashrt.arch import (
     qwen2_moe,
     qwen3_5,
     qwen3_moe,
+    qwen3_next,
 )
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
@@ -62,6 +63,8 @@ ARCHITECTURES = {
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),
     "qwen35": _Architecture("qwen3_5_text", qwen3_5.gguf, qwen3_5.GGUF_KEYS, partial=True),
+    "qwen35moe": _Architecture("qwen3_5_moe_text", qwen3_next.moe_gguf, qwen3_next.GGUF_KEYS, partial=True),
+    "qwen3next": _Architecture("qwen3_next", qwen3_next.gguf, qwen3_next.GGUF_KEYS, partial=True),
     "qwen2moe": _Architecture("qwen2_moe", qwen2_moe.gguf, mixture.GGUF_KEYS),
     "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
     "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flashrt.arch.config import Config
-from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, recurrent_layers
+from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count, recurrent_layers
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import GGUF_NAMES, HF_DECODER
 from flashrt.errors import CheckpointError
@@ -32,7 +32,10 @@ _GGUF_RECURRENT = {
 # Of these, projections to rows differ between families: see `NAMES`.
 HYBRID = replace(HF_DECODER, norm_add=1.0, recurrent=_RECURRENT, log_rate=True)
 GGUF_HYBRID = replace(
-    GGUF_NAMES, layer={**GGUF_NAMES.layer, "norm.ffn": ("post_attention_norm.weight",)}, recurrent=_GGUF_RECURRENT
+    GGUF_NAMES,
+    layer={**GGUF_NAMES.layer, "norm.ffn": ("post_attention_norm.weight",)},
+    recurrent=_GGUF_RECURRENT,
+    beyond="nextn.eh_proj.weight",
 )
 NAMES = replace(
     HYBRID,
@@ -46,15 +49,15 @@ NAMES = replace(
 )
 GGUF = replace(GGUF_HYBRID, recurrent={**_GGUF_RECURRENT, "beta": ("ssm_beta.weight",), "decay": ("ssm_alpha.weight",)})
 _SECTIONS = "rope.dimension_sections"
-GGUF_KEYS = (_SECTIONS,)
+GGUF_KEYS = (_SECTIONS, "nextn_predict_layers")
 
 
 def spec(config: Config) -> ModelSpec:
-    return hybrid_spec(config, lambda own, i: gated_ffn(own))
+    return hybrid_spec(config, [gated_ffn(config)] * layer_count(config))
 
 
-def hybrid_spec(config: Config, ffn: Callable[[Config, int], Ffn]) -> ModelSpec:
-    """The spec of a hybrid with the feed-forward blocks that `ffn` gives of a config and a layer."""
+def hybrid_spec(config: Config, ffns: Sequence[Ffn]) -> ModelSpec:
+    """The spec of a hybrid of which layers have the feed-forward blocks `ffns`."""
     config = _without_sections(config)
     config.refuse("attention_bias", False)
     config.refuse("attn_output_gate", True)
@@ -63,7 +66,7 @@ def hybrid_spec(config: Config, ffn: Callable[[Config, int], Ffn]) -> ModelSpec:
     attends = attention(config, dim, config.partial_rope(dim, 0.25), qk_norm=True, output_gate=True)
     net = _delta_net(config)
     mixers: list[Mixer] = [net if recurrent else attends for recurrent in recurrent_layers(config)]
-    layers = [Layer(mixer, ffn(config, i)) for i, mixer in enumerate(mixers)]
+    layers = [Layer(mixer, ffn) for mixer, ffn in zip(mixers, ffns, strict=True)]
     return decoder_spec(config, layers, context=32768)
 
 

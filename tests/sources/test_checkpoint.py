@@ -64,34 +64,36 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
         result |= {"positions": decoder.embed_positions.weight, "norm.final.bias": final.bias}
     for i, layer in enumerate(decoder.layers):
         if family in HYBRIDS:
-            result |= {
-                f"{i}.{name}": torch.from_numpy(v) for name, v in expected_mixer(layer, model.config, tiled).items()
-            }
-            result |= {f"{i}.{ours}": getattr(layer, theirs).weight + 1 for ours, theirs in norms.items()}
-            continue
-        attention = layer.self_attn
-        fused = hasattr(attention, "qkv_proj")
-        projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
-        out = attention.out_proj if family == "opt" else attention.o_proj
-        share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0}.get(family, 0.0)
-        rotary = round(share * attention.head_dim)
-        result |= {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
-        if projections[0].bias is not None:
-            result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
-        if out.bias is not None:
-            result[f"{i}.out.bias"] = out.bias
+            mixer = expected_mixer(layer, model.config, tiled)
+            result |= {f"{i}.{name}": torch.from_numpy(values) for name, values in mixer.items()}
+        else:
+            result |= _attention_tensors(family, layer.self_attn, i, add)
         for ours, theirs in norms.items():
             result[f"{i}.{ours}"] = getattr(layer, theirs).weight + add
             if family == "opt":
                 result[f"{i}.{ours}.bias"] = getattr(layer, theirs).bias
-        for name in ("q_norm", "k_norm"):
-            if hasattr(attention, name):
-                result[f"{i}.{name}"] = getattr(attention, name).weight + add
         if family == "opt":
             result |= {f"{i}.up.bias": layer.fc1.bias, f"{i}.down.bias": layer.fc2.bias}
         elif (mixture := _mixture(layer)) is not None:
             result |= _routing(i, mixture)
     return {key: _array(value) for key, value in result.items()}
+
+
+def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[str, torch.Tensor]:
+    fused = hasattr(attention, "qkv_proj")
+    projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
+    out = attention.out_proj if family == "opt" else attention.o_proj
+    share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0}.get(family, 0.0)
+    rotary = round(share * attention.head_dim)
+    result = {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
+    if projections[0].bias is not None:
+        result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
+    if out.bias is not None:
+        result[f"{i}.out.bias"] = out.bias
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            result[f"{i}.{name}"] = getattr(attention, name).weight + add
+    return result
 
 
 def _mixture(layer: Any) -> Any:
