@@ -80,7 +80,8 @@ def write_metadata(writer: Any, config: Any) -> None:
     else:
         writer.add_array(f"{writer.arch}.attention.recurrent_layers", [kind == "linear_attention" for kind in types])
     if writer.arch != "qwen3next":
-        writer.add_rope_dimension_sections([2, 2, 2, 0])
+        third = rotary // 6
+        writer.add_rope_dimension_sections([rotary // 2 - 2 * third, third, third, 0])
 
 
 def regular(layers: int) -> list[str]:
