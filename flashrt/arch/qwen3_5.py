@@ -103,6 +103,7 @@ def gguf_hybrid(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     values, inner = fields.integer("ssm.time_step_rank"), fields.integer("ssm.inner_size")
     if not values or not inner or inner % values:
         raise CheckpointError(f"GGUF metadata: ssm.inner_size is {inner!r}, ssm.time_step_rank {values!r}")
+    layers = (config["num_hidden_layers"] or 0) - fields.integer("nextn_predict_layers", 0)
     return {
         "linear_num_key_heads": fields.integer("ssm.group_count"),
         "linear_num_value_heads": values,
@@ -110,14 +111,14 @@ def gguf_hybrid(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
         "linear_value_head_dim": inner // values,
         "linear_conv_kernel_dim": fields.integer("ssm.conv_kernel"),
         "full_attention_interval": fields.integer("full_attention_interval"),
-        "layer_types": _layer_types(fields),
-        "num_hidden_layers": (config["num_hidden_layers"] or 0) - fields.integer("nextn_predict_layers", 0),
+        "layer_types": _layer_types(fields, layers),
+        "num_hidden_layers": layers,  # without those that predict further tokens
     }
 
 
-def _layer_types(fields: Metadata) -> list[str] | None:
-    """Of each layer, where the file says it; None where every so many of them attend."""
+def _layer_types(fields: Metadata, layers: int) -> list[str] | None:
+    """Of the first layers, where the file says it; None where every so many of them attend."""
     recurrent = fields.per_layer("attention.recurrent_layers")
     if recurrent is None or isinstance(recurrent, int):
         return None
-    return ["linear_attention" if own else "full_attention" for own in recurrent]
+    return ["linear_attention" if own else "full_attention" for own in recurrent[: max(layers, 0)]]

@@ -19,6 +19,7 @@ from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import DeltaNet, ModelSpec
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
+from tests import hybrids
 from tests.fake_source import DENSE
 from tests.families import GGUF_FIELDS, SHAPE, tiny_checkpoint, tiny_gguf
 
@@ -179,3 +180,50 @@ def test_further_layers_of_a_gguf_file_are_not_read(tmp_path: Path) -> None:
     _, path = tiny_gguf("glm4_moe", tmp_path / "y.gguf", extra={"blk.3.attn_norm.weight": np.ones(72)})
     with open_checkpoint(path) as checkpoint, pytest.raises(UnsupportedModelError, match=r"blk\.3\.attn_norm"):
         checkpoint.validate()
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_further_layers_of_a_hybrid_are_not_read(tmp_path: Path, family: str, listed: bool) -> None:
+    further = {"blk.4.nextn.eh_proj.weight": np.ones((72, 144), np.float32), "blk.4.attn_norm.weight": np.ones(72)}
+    arch, recurrent = {"qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}[family], [True, True, False, True]
+    layers = [*recurrent, False] if listed else recurrent  # as llama.cpp counts them, or without
+    metadata = {f"{arch}.block_count": 5, f"{arch}.nextn_predict_layers": 1}
+    _, path = tiny_gguf(
+        family,
+        tmp_path / "x.gguf",
+        extra=further,
+        metadata={**metadata, f"{arch}.attention.recurrent_layers": layers},
+    )
+    with open_checkpoint(path) as checkpoint:
+        assert [i in checkpoint.spec.delta_nets for i in range(4)] == recurrent
+        assert len(checkpoint.spec.layers) == 4
+        checkpoint.validate()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attn_output_gate": False}, "attn_output_gate=False"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' layers"),
+        ({"layer_types": ["full_attention"]}, "expected 4 names"),
+        ({"linear_num_key_heads": 4}, "6 heads of a delta net do not share 4 key heads"),
+        ({"linear_conv_kernel_dim": 9}, "a convolution of 9 taps"),
+        ({"linear_value_head_dim": 512}, "heads of 512 numbers"),
+        ({"linear_key_head_dim": 0}, "linear_key_head_dim is 0"),
+        ({"partial_rotary_factor": 0.0, "rope_parameters": {}}, "partial_rotary_factor=0.0"),
+    ],
+)
+def test_hybrids_that_are_not_computed_are_refused(change: dict[str, Any], reason: str) -> None:
+    config = {**SHAPE, **hybrids.SHAPE, **change}
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=reason):
+        family_of("qwen3_5_text").spec(config)
+
+
+def test_a_hybrid_without_layer_types_attends_in_every_fourth_layer() -> None:
+    config = {key: value for key, value in {**SHAPE, **hybrids.SHAPE}.items() if key != "layer_types"}
+    assert list(family_of("qwen3_5_text").spec({**config, "num_hidden_layers": 9}).attentions) == [3, 7]
+    every = {**config, "num_hidden_layers": 9, "full_attention_interval": 3}
+    assert list(family_of("qwen3_5_text").spec(every).attentions) == [2, 5, 8]
