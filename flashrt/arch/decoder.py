@@ -43,19 +43,6 @@ def windows(config: Config, window: int | None, default: Sequence[str]) -> list[
     return [window if name == "sliding_attention" else None for name in types]
 
 
-def recurrent_layers(config: Config) -> list[bool]:
-    """Whether each layer is recurrent, from `layer_types` or, where the config has none, all but every fourth."""
-    count = layer_count(config)
-    every = config.integer("full_attention_interval", 4)
-    types = config.names("layer_types", count)
-    if types is None:
-        return [(i + 1) % every != 0 for i in range(count)]
-    for name in types:
-        if name not in ("full_attention", "linear_attention"):
-            raise UnsupportedModelError(f"{config.family} with {name!r} layers is not supported")
-    return [name == "linear_attention" for name in types]
-
-
 def decoder_spec(config: Config, layers: Sequence[Layer], **options: Any) -> ModelSpec:
     """The spec of an RMS-normed decoder; `options` override or add fields."""
     if "logit_softcap" not in options:

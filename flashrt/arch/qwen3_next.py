@@ -9,6 +9,7 @@ from typing import Any
 from flashrt.arch import qwen2_moe, qwen3_5
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import gated_ffn
+from flashrt.arch.hybrid import GGUF_HYBRID, GGUF_RECURRENT, HYBRID, RECURRENT, gguf_hybrid, hybrid_spec
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import GGUF_KEYS as MIXTURE_KEYS
 from flashrt.arch.mixture import experts
@@ -45,9 +46,9 @@ _GATE_SHARES = {"beta": lambda net: _gates(net)[:1], "decay": lambda net: _gates
 MOE_NAMES = _mixture(qwen3_5.NAMES)
 MOE_GGUF = qwen3_5.GGUF
 NAMES = replace(
-    _mixture(qwen3_5.HYBRID),
+    _mixture(HYBRID),
     recurrent={
-        **qwen3_5.HYBRID.recurrent,
+        **RECURRENT,
         "qkv": ("linear_attn.in_proj_qkvz.weight",) * 3,
         "gate": ("linear_attn.in_proj_qkvz.weight",),
         "beta": ("linear_attn.in_proj_ba.weight",),
@@ -56,8 +57,8 @@ NAMES = replace(
     shares={"qkv": lambda net: _projections(net)[:3], "gate": lambda net: _projections(net)[3:], **_GATE_SHARES},
 )
 GGUF = replace(
-    qwen3_5.GGUF_HYBRID,
-    recurrent={**qwen3_5.GGUF_HYBRID.recurrent, "beta": ("ssm_ba.weight",), "decay": ("ssm_ba.weight",)},
+    GGUF_HYBRID,
+    recurrent={**GGUF_RECURRENT, "beta": ("ssm_ba.weight",), "decay": ("ssm_ba.weight",)},
     shares=_GATE_SHARES,
 )
 GGUF_KEYS = (*qwen3_5.GGUF_KEYS, *MIXTURE_KEYS)
@@ -65,11 +66,11 @@ GGUF_KEYS = (*qwen3_5.GGUF_KEYS, *MIXTURE_KEYS)
 
 def spec(config: Config) -> ModelSpec:
     sparse, mixture = sparse_layers(config), _experts(config, 512, config.flag("norm_topk_prob", True))
-    return qwen3_5.hybrid_spec(config, [mixture if own else gated_ffn(config) for own in sparse])
+    return hybrid_spec(config, [mixture if own else gated_ffn(config) for own in sparse])
 
 
 def moe_spec(config: Config) -> ModelSpec:
-    return qwen3_5.hybrid_spec(config, [_experts(config, 256, True)] * len(sparse_layers(config)))
+    return hybrid_spec(config, [_experts(config, 256, True)] * len(sparse_layers(config)))
 
 
 def _experts(config: Config, default: int, normalize: bool) -> Ffn:
@@ -79,7 +80,7 @@ def _experts(config: Config, default: int, normalize: bool) -> Ffn:
 
 
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
-    return _experts_gguf(config, fields) | qwen3_5.gguf_hybrid(config, fields)
+    return _experts_gguf(config, fields) | gguf_hybrid(config, fields)
 
 
 def moe_gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def test_further_layers_of_a_hybrid_are_not_read(tmp_path: Path, family: str, li
     [
         ({"attn_output_gate": False}, "attn_output_gate=False"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type='sigmoid'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' layers"),
         ({"layer_types": ["full_attention"]}, "expected 4 names"),
