@@ -115,8 +115,11 @@ def check_description(data: Mapping[str, Any], spec: ModelSpec) -> None:
     for name in ("channels", "shares"):
         if not isinstance(data[name], list) or len(data[name]) != len(spec.layers):
             raise ValueError(f"its {name} are not those of {len(spec.layers)} layers")
-    for layer, channels, shares in zip(spec.layers, data["channels"], data["shares"], strict=True):
-        _check_layer(layer.attention, channels, shares)
+    for i, (channels, shares) in enumerate(zip(data["channels"], data["shares"], strict=True)):
+        if i in spec.attentions:
+            _check_layer(spec.attentions[i], channels, shares)
+        elif channels is not None or shares:
+            raise ValueError(f"labels of layer {i}, which does not attend")
     losses = data["losses"]
     if not isinstance(losses, Mapping) or len(losses) > MOST_LOSSES:
         raise ValueError("its losses are no figures by share kept")

@@ -9,13 +9,20 @@ family. `{i}` is the layer:
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
         {i}.qkv.bias  {i}.out.bias  {i}.up.bias  {i}.down.bias
+        {i}.router.bias  {i}.router.correction         [experts]
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
         {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows
+        {i}.gate [heads * head_dim, hidden]                               of what the heads give
         {i}.out [hidden, heads * head_dim]
-        {i}.router [experts, hidden]
+        {i}.router [experts, hidden]   {i}.shared_gate [1, hidden]
     neurons   (packed bundles: gate row, up row, down column)
         {i}.ffn   [experts * neurons] bundles; expert e is the run starting at e * neurons
+        {i}.shared  [shared] bundles: an expert that every token goes to
+
+Of a gated delta net, {i}.qkv has the rows of queries, keys and values, {i}.beta and {i}.decay a row for each head; its
+vectors are {i}.taps [taps, channels] (the oldest row's first), {i}.decay.rate and {i}.decay.bias [heads], and
+{i}.head_norm [value_dim].
 
 RMSNorm weights are stored as the factor that is multiplied (Gemma's `1 + w` is folded in when packing).
 """
@@ -29,9 +36,12 @@ from typing import Any
 from flashrt.errors import UsageError
 from flashrt.rope import MAX_CONTEXT, Rope, RopeScaling
 from flashrt_kernels.kv import KvCodec
-from flashrt_kernels.limits import LONGEST_ROW, WIDEST_HEAD
+from flashrt_kernels.limits import LONGEST_ROW, MOST_TAPS, WIDEST_HEAD
 
 MAX_LAYERS = 4096
+GATES = (".beta", ".decay")  # ends of the names of matrices that say what the state of a delta net keeps
+SCORES = ("softmax", "sigmoid")  # of a router's logits
+ROUTING = (".router", ".shared_gate")  # ends of the names of matrices that weigh experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +61,127 @@ class Attention:
     softcap: float = 0.0  # scores are bounded to this by tanh; 0: not bounded
     temperature: float = 0.0  # scores of a query at position p are multiplied by 1 + this * log(1 + p // span)
     temperature_span: int = 0
+    output_gate: bool = False  # what the heads give is multiplied by sigmoids of rows of their own
 
     @property
     def qkv_rows(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return sum(self.qkv_parts)
+
+    @property
+    def qkv_parts(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Numbers that the heads give for a token."""
+        return self.heads * self.head_dim
+
+    def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Name → (rows, columns), in execution order."""
+        gate = {"gate": (self.width, hidden)} if self.output_gate else {}
+        return {"qkv": (self.qkv_rows, hidden), **gate, "out": (hidden, self.width)}
+
+    def vectors(self, hidden: int) -> dict[str, int]:
+        """Name → length."""
+        result: dict[str, int] = {}
+        if self.qk_norm:
+            queries, keys = (self.heads, self.kv_heads) if self.qk_norm_whole else (1, 1)
+            result |= {"q_norm": queries * self.head_dim, "k_norm": keys * self.head_dim}
+        if self.qkv_bias:
+            result["qkv.bias"] = self.qkv_rows
+        if self.out_bias:
+            result["out.bias"] = hidden
+        return result
+
+    def unsupported(self) -> str | None:
+        """Why it cannot be computed, as one clause; None when it can."""
+        if self.head_dim > WIDEST_HEAD:
+            return f"heads of {self.head_dim} numbers are wider than the {WIDEST_HEAD} that kernels take"
+        if self.softcap < 0:
+            return "a negative soft cap"
+        if self.temperature < 0 or (self.temperature and self.temperature_span < 1):
+            return "an attention temperature without a span"
+        if self.width > LONGEST_ROW:
+            return f"{self.heads} heads of {self.head_dim} are more than the {LONGEST_ROW} that kernels take"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Gated delta net of one layer (Yang et al. 2024, arXiv 2412.06464): `heads` states of [key_dim, value_dim].
+
+    Queries and keys of `key_heads` serve several heads each: neighbours, or where they are `tiled` every key_heads-th.
+    All are mixed with those of the last rows by a convolution of `taps` taps.
+    """
+
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    taps: int = 4
+    tiled: bool = False
+
+    @property
+    def qkv_parts(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values."""
+        return self.key_heads * self.key_dim, self.key_heads * self.key_dim, self.width
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return sum(self.qkv_parts)
+
+    @property
+    def row_width(self) -> int:
+        """Numbers of a token that its state is moved on by."""
+        return self.channels + 2 * self.heads
+
+    @property
+    def width(self) -> int:
+        """Numbers that the heads give for a token."""
+        return self.heads * self.value_dim
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the state after a token, what the convolution needs of the rows before included."""
+        return self.heads * self.key_dim * self.value_dim + (self.taps - 1) * self.channels
+
+    def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Name → (rows, columns), in execution order."""
+        rows = {"qkv": self.channels, "gate": self.width, "beta": self.heads, "decay": self.heads}
+        return {**{name: (count, hidden) for name, count in rows.items()}, "out": (hidden, self.width)}
+
+    def vectors(self, hidden: int) -> dict[str, int]:
+        """Name → length."""
+        own = {"taps": self.taps * self.channels, "decay.rate": self.heads, "decay.bias": self.heads}
+        return {**own, "head_norm": self.value_dim}
+
+    def unsupported(self) -> str | None:
+        """Why it cannot be computed, as one clause; None when it can."""
+        if self.heads % self.key_heads:
+            return f"{self.heads} heads of a delta net do not share {self.key_heads} key heads evenly"
+        if not 2 <= self.taps <= MOST_TAPS:
+            return f"a convolution of {self.taps} taps, kernels take 2 to {MOST_TAPS}"
+        if max(self.key_dim, self.value_dim) > WIDEST_HEAD:
+            return f"heads of {max(self.key_dim, self.value_dim)} numbers are wider than the {WIDEST_HEAD} of kernels"
+        if self.width > LONGEST_ROW:
+            return f"{self.heads} heads of {self.value_dim} are more than the {LONGEST_ROW} that kernels take"
+        return None
+
+
+Mixer = Attention | DeltaNet
+"""What mixes the tokens of a sequence in one layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ffn:
-    """Feed-forward block of one layer: dense, or a mixture of `experts` of `neurons` neurons each."""
+    """Feed-forward block of one layer: dense, or a mixture of `experts` of `neurons` neurons each.
+
+    A router scores the experts: `router_scores` of logits, softmax over all or each one's sigmoid. Those of the highest
+    scores are chosen, plus a correction that counts for the choice alone. Of `router_groups` groups of neighbours, only
+    the experts in the `router_groups_used` whose two best have the highest sum take part.
+    """
 
     neurons: int
     activation: str  # a name of flashrt_kernels.activations
@@ -67,7 +189,15 @@ class Ffn:
     bias: bool = False
     experts: int = 0
     experts_per_token: int = 0
-    normalize_router: bool = False  # the chosen experts' softmax weights are rescaled to sum to one
+    normalize_router: bool = False  # the chosen experts' scores are rescaled to sum to one
+    router_scores: str = "softmax"  # a name of SCORES
+    router_bias: bool = False  # of the logits
+    router_correction: bool = False
+    router_groups: int = 1
+    router_groups_used: int = 1
+    router_scale: float = 1.0  # of the chosen experts' scores, once rescaled
+    shared: int = 0  # neurons of an expert that every token goes to; 0: there is none
+    shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a row of its own
 
     @property
     def bundle_rows(self) -> int:
@@ -78,11 +208,37 @@ class Ffn:
         """Runs of neurons: one per expert, one for a dense block."""
         return max(self.experts, 1)
 
+    def unsupported(self) -> str | None:
+        """Why the router cannot choose, as one clause; None when it can."""
+        if self.router_scores not in SCORES:
+            return f"a router with scores by {self.router_scores!r}"
+        if not self.experts and (self.shared or self.router_bias or self.router_correction or self.router_groups != 1):
+            return "what belongs to a router without one"
+        if self.shared_gate and not self.shared:
+            return "a gate of a shared expert without one"
+        if self.shared and self.bias:
+            return "biases of experts beside a shared one"
+        if self.router_groups == 1:
+            return None
+        each, rest = divmod(self.experts, self.router_groups)
+        if rest or each < 2 or not 0 < self.router_groups_used <= self.router_groups:
+            return f"{self.router_groups_used} of {self.router_groups} groups of {self.experts} experts"
+        if each * self.router_groups_used < self.experts_per_token:
+            return f"{self.experts_per_token} experts of {self.router_groups_used} groups of {each}"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    attention: Attention
+    mixer: Mixer
     ffn: Ffn
+
+    @property
+    def attention(self) -> Attention:
+        """The mixer of a layer that attends. Raises TypeError for one that does not."""
+        if not isinstance(self.mixer, Attention):
+            raise TypeError(f"a layer of kind {type(self.mixer).__name__} does not attend")
+        return self.mixer
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,24 +270,30 @@ class ModelSpec:
         """Why these shapes cannot be computed, as one clause; None when they can."""
         if self.hidden > LONGEST_ROW:
             return f"a hidden size of {self.hidden} is more than the {LONGEST_ROW} that kernels take"
-        for attention in {layer.attention for layer in self.layers}:
-            width = attention.heads * attention.head_dim
-            if attention.head_dim > WIDEST_HEAD:
-                return f"heads of {attention.head_dim} numbers are wider than the {WIDEST_HEAD} that kernels take"
-            if attention.softcap < 0 or self.logit_softcap < 0:
-                return "a negative soft cap"
-            if attention.temperature < 0 or (attention.temperature and attention.temperature_span < 1):
-                return "an attention temperature without a span"
-            if width > LONGEST_ROW:
-                return (
-                    f"{attention.heads} heads of {attention.head_dim} are more than the {LONGEST_ROW} that kernels take"
-                )
+        if self.logit_softcap < 0:
+            return "a negative soft cap"
+        for mixer in {layer.mixer for layer in self.layers}:
+            if problem := mixer.unsupported():
+                return problem
+        for ffn in {layer.ffn for layer in self.layers}:
+            if problem := ffn.unsupported():
+                return problem
         if self.positions and self.positions < self.context + self.position_offset:
             return (
                 f"a table of {self.positions} positions, the first {self.position_offset} of them unused, "
                 f"does not reach the end of a context of {self.context}"
             )
         return None
+
+    @property
+    def attentions(self) -> dict[int, Attention]:
+        """Of the layers that attend, by layer."""
+        return {i: layer.mixer for i, layer in enumerate(self.layers) if isinstance(layer.mixer, Attention)}
+
+    @property
+    def delta_nets(self) -> dict[int, DeltaNet]:
+        """Of the recurrent layers, by layer."""
+        return {i: layer.mixer for i, layer in enumerate(self.layers) if isinstance(layer.mixer, DeltaNet)}
 
     def ending(self, tokens: Iterable[int]) -> ModelSpec:
         """The spec with further tokens that end an answer; those that the vocabulary lacks are left out."""
@@ -156,13 +318,17 @@ class ModelSpec:
         if context > MAX_CONTEXT:
             raise UsageError(f"--rope-scaling {scaling} of {trained} tokens gives more than {MAX_CONTEXT}: lower it")
         layers = tuple(
-            replace(layer, attention=replace(a, rope=replace(scaling.rope(a.rope.theta, trained), dims=a.rope.dims)))
-            if (a := layer.attention).rope in ropes
+            replace(layer, mixer=replace(a, rope=replace(scaling.rope(a.rope.theta, trained), dims=a.rope.dims)))
+            if isinstance(a := layer.mixer, Attention) and a.rope is not None and a.rope in ropes
             else layer
             for layer in self.layers
         )
-        for attention in {layer.attention for layer in layers}:
-            if attention.rope is not None and (problem := attention.rope.problem(attention.head_dim, context)):
+        for attention in {layer.mixer for layer in layers}:
+            if (
+                isinstance(attention, Attention)
+                and attention.rope is not None
+                and (problem := attention.rope.problem(attention.head_dim, context))
+            ):
                 raise UsageError(f"--rope-scaling {scaling}: {problem}")
         return replace(self, layers=layers, context=context)
 
@@ -171,21 +337,19 @@ class ModelSpec:
         norms = ("", ".bias") if self.norm == "layer" and self.norm_bias else ("",)
         result = {f"norm.final{suffix}": self.hidden for suffix in norms}
         for i, layer in enumerate(self.layers):
-            attention, ffn = layer.attention, layer.ffn
+            ffn = layer.ffn
             for name in ("attention", "ffn"):
                 if self.input_norm(i, name) == f"{i}.norm.{name}":
                     result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
                 if self.post_norms:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
-            if attention.qk_norm:
-                queries, keys = (attention.heads, attention.kv_heads) if attention.qk_norm_whole else (1, 1)
-                result |= {f"{i}.q_norm": queries * attention.head_dim, f"{i}.k_norm": keys * attention.head_dim}
-            if attention.qkv_bias:
-                result[f"{i}.qkv.bias"] = attention.qkv_rows
-            if attention.out_bias:
-                result[f"{i}.out.bias"] = self.hidden
+            result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
             if ffn.bias:
                 result |= {f"{i}.up.bias": ffn.neurons, f"{i}.down.bias": self.hidden}
+            if ffn.router_bias:
+                result[f"{i}.router.bias"] = ffn.experts
+            if ffn.router_correction:
+                result[f"{i}.router.correction"] = ffn.experts
         return result
 
     def input_norm(self, i: int, block: str) -> str | None:
@@ -205,14 +369,19 @@ class ModelSpec:
 
     def layer_matrices(self, i: int) -> dict[str, tuple[int, int]]:
         """Logical name → (rows, columns) of layer `i`'s matrices, in execution order."""
-        attention, ffn = self.layers[i].attention, self.layers[i].ffn
-        result = {
-            f"{i}.qkv": (attention.qkv_rows, self.hidden),
-            f"{i}.out": (self.hidden, attention.heads * attention.head_dim),
-        }
+        mixer, ffn = self.layers[i].mixer, self.layers[i].ffn
+        result = {f"{i}.{name}": shape for name, shape in mixer.matrices(self.hidden).items()}
         if ffn.experts:
             result[f"{i}.router"] = (ffn.experts, self.hidden)
+        if ffn.shared_gate:
+            result[f"{i}.shared_gate"] = (1, self.hidden)
         return result
+
+    def layer_neurons(self, i: int) -> dict[str, tuple[int, int]]:
+        """Logical name → (runs, neurons of each) of layer `i`'s neurons, in execution order."""
+        ffn = self.layers[i].ffn
+        result = {f"{i}.shared": (1, ffn.shared)} if ffn.shared else {}
+        return result | {f"{i}.ffn": (ffn.runs, ffn.neurons)}
 
     @property
     def head(self) -> str:
@@ -225,21 +394,21 @@ class ModelSpec:
         total = sum(rows * columns for rows, columns in self.shared_matrices().values())
         for i, layer in enumerate(self.layers):
             total += sum(rows * columns for rows, columns in self.layer_matrices(i).values())
-            total += layer.ffn.runs * layer.ffn.neurons * layer.ffn.bundle_rows * self.hidden
+            neurons = sum(runs * each for runs, each in self.layer_neurons(i).values())
+            total += neurons * layer.ffn.bundle_rows * self.hidden
         return total
 
     def kv_bytes_per_token(self, codec: KvCodec) -> int:
         """Bytes of keys and values of one token over all layers."""
-        return sum(a.kv_heads * codec.nbytes(a.head_dim) for a in (layer.attention for layer in self.layers))
+        return sum(a.kv_heads * codec.nbytes(a.head_dim) for a in self.attentions.values())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; equal layers are written once, with a count."""
         data = _without_additions(self)
         runs: list[dict[str, Any]] = []
         for layer, own in zip(data["layers"], self.layers, strict=True):
-            rope = own.attention.rope
-            layer["attention"] = _without_additions(own.attention)
-            layer["attention"]["rope"] = None if rope is None else rope.to_json()
+            ffn = _without_additions(own.ffn)
+            layer = {_MIXERS[type(own.mixer)]: mixer_json(own.mixer), "ffn": ffn}
             if runs and runs[-1]["layer"] == layer:
                 runs[-1]["count"] += 1
             else:
@@ -254,13 +423,11 @@ class ModelSpec:
         values = dict(data)
         layers: list[Layer] = []
         for run in values["layers"]:
-            attention, ffn = dict(run["layer"]["attention"]), dict(run["layer"]["ffn"])
-            if attention["rope"] is not None:
-                attention["rope"] = Rope.from_json(attention["rope"])
+            mixer, ffn = _mixer_from_json(run["layer"]), Ffn(**run["layer"]["ffn"])
             count = run["count"]
             if not isinstance(count, int) or not 0 < count <= MAX_LAYERS - len(layers):
                 raise ValueError(f"a run of {count!r} layers after {len(layers)}, expected at most {MAX_LAYERS} in all")
-            layers += [Layer(Attention(**attention), Ffn(**ffn))] * count
+            layers += [Layer(mixer, ffn)] * count
         values["layers"] = tuple(layers)
         values["eos"] = tuple(values["eos"])
         return cls(**values)
@@ -269,11 +436,41 @@ class ModelSpec:
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
     ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
-    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span"),
+    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span", "output_gate"),
+    DeltaNet: (),
+    Ffn: (
+        "router_scores",
+        "router_bias",
+        "router_correction",
+        "router_groups",
+        "router_groups_used",
+        "router_scale",
+        "shared",
+        "shared_gate",
+    ),
 }
+_MIXERS: dict[type, str] = {Attention: "attention", DeltaNet: "delta_net"}
 
 
-def _without_additions(part: ModelSpec | Attention) -> dict[str, Any]:
+def mixer_json(mixer: Mixer) -> dict[str, Any]:
+    """A JSON object of a mixer's fields."""
+    data = _without_additions(mixer)
+    if isinstance(mixer, Attention):
+        data["rope"] = None if mixer.rope is None else mixer.rope.to_json()
+    return data
+
+
+def _mixer_from_json(layer: dict[str, Any]) -> Mixer:
+    """The mixer of a layer, which has one of _MIXERS beside "ffn"."""
+    if set(layer) == {"delta_net", "ffn"}:
+        return DeltaNet(**layer["delta_net"])
+    attention = dict(layer["attention"])
+    if attention["rope"] is not None:
+        attention["rope"] = Rope.from_json(attention["rope"])
+    return Attention(**attention)
+
+
+def _without_additions(part: ModelSpec | Mixer | Ffn) -> dict[str, Any]:
     """The fields of a part of a spec, without those of _ADDITIONS that hold their defaults."""
     defaults = {item.name: item.default for item in fields(part)}
     added = _ADDITIONS[type(part)]
@@ -282,6 +479,6 @@ def _without_additions(part: ModelSpec | Attention) -> dict[str, Any]:
 
 def full_ropes(layers: Iterable[Layer]) -> set[Rope]:
     """The ropes of the layers that see every token; of all layers where each sees a window."""
-    attentions = [layer.attention for layer in layers]
+    attentions = [layer.mixer for layer in layers if isinstance(layer.mixer, Attention)]
     full = [attention for attention in attentions if attention.window is None] or attentions
     return {attention.rope for attention in full if attention.rope is not None}

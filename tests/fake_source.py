@@ -77,13 +77,13 @@ class FakeSource:
         return pattern(key, stop - start, columns, start)
 
     def neuron_rows(
-        self, layer: int, expert: int, start: int, stop: int
+        self, key: str, run: int, start: int, stop: int
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        layer, prefix = _layer(key), key.removesuffix(".ffn")
         ffn = self.spec.layers[layer].ffn
-        assert 0 <= start < stop <= ffn.neurons
+        assert 0 <= start < stop <= self.spec.layer_neurons(layer)[key][1]
         gate, up, down = (
-            pattern(f"{layer}.{expert}.{part}", stop - start, self.spec.hidden, start)
-            for part in ("gate", "up", "down")
+            pattern(f"{prefix}.{run}.{part}", stop - start, self.spec.hidden, start) for part in ("gate", "up", "down")
         )
         return (gate if ffn.gated else None), up, down
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests import hybrids
+
 VOCAB = 131
 BOS, EOS, USER = 0, 1, 2
 FATRELU_THRESHOLD = 0.4  # large enough to show: a third of the positive gates lie below
@@ -45,6 +47,16 @@ def _two_ropes(full: float, sliding: float) -> dict[str, Any]:
 def _rope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **fields}}
 
+
+_SIGMOID_ROUTER = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+}
 
 # Variant → (config class, model class, config fields).
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -226,6 +238,17 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         {**_LLAMA, "intermediate_size": 40, "num_local_experts": 5, "num_experts_per_tok": 2},
     ),
+    "qwen3_5_text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**_COMMON, **hybrids.SHAPE}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**_COMMON, **hybrids.SHAPE, **hybrids.MIXTURE, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextConfig",
+        "Qwen3_5MoeForCausalLM",
+        {**_COMMON, **hybrids.SHAPE, **hybrids.MIXTURE},
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
@@ -239,6 +262,91 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            **_COMMON,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 56,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        {**_COMMON, "intermediate_size": 40, "num_experts": 7, "num_experts_per_tok": 3},
+    ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {
+            **_COMMON,
+            "intermediate_size": 40,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 3.5,
+            "residual_multiplier": 0.37,
+            "attention_multiplier": 0.21,
+            "logits_scaling": 1.9,
+        },
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        "GraniteMoeSharedForCausalLM",
+        {
+            **_COMMON,
+            "intermediate_size": 40,
+            "shared_intermediate_size": 56,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "dots1": (
+        "Dots1Config",
+        "Dots1ForCausalLM",
+        {
+            **_COMMON,
+            **_SIGMOID_ROUTER,
+            "head_dim": 20,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {
+            **_COMMON,
+            **_SIGMOID_ROUTER,
+            "head_dim": 20,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_nextn_predict_layers": 1,
+        }
+        | _rope("default", partial_rotary_factor=0.6),
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **_COMMON,
+            "num_hidden_layers": 4,
+            "moe_intermediate_size": 24,
+            "moe_num_experts": 7,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "moe_layer_interval": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 FAMILIES = tuple(_VARIANTS)
@@ -248,6 +356,9 @@ GGUF_FAMILIES = (
     "llama-llama3",
     "qwen2",
     "qwen3",
+    "qwen3_5_text",
+    "qwen3_next",
+    "qwen3_5_moe_text",
     "gemma2",
     "gemma3",
     "mixtral",
@@ -263,12 +374,22 @@ GGUF_FAMILIES = (
     "ministral3",
     "cohere",
     "cohere2",
+    "qwen2_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "dots1",
+    "glm4_moe",
+    "ernie4_5_moe",
 )
 # Fields that GGUF does not hold, as llama.cpp takes them.
 GGUF_FIELDS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 20},
     "gemma3": {"query_pre_attn_scalar": 20},
     "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_next": {"mlp_only_layers": []},
+    "qwen2_moe": {"mlp_only_layers": []},
+    "dots1": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
 }
 
 
@@ -289,15 +410,21 @@ def tiny_model(family: str, seed: int = 0, config: Any = None, **overrides: Any)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _randomise(name, parameter, generator)
+        for buffer in stored_buffers(model):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model
 
 
 def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
     noise = torch.randn(parameter.shape, generator=generator)
-    if parameter.ndim > 1:
+    if "correction" in name:
+        parameter.copy_(noise * 0.1)
+    elif parameter.ndim > 1:
         # Unit gain, so that activations neither vanish nor explode and every weight shows in the logits.
         scale = 0.5 if "embed" in name else parameter.shape[-1] ** -0.5
         parameter.copy_(noise * scale)
+    elif name.endswith("A_log"):
+        parameter.copy_(noise - 2)  # states are kept for some tokens
     elif name.endswith("bias"):
         parameter.copy_(noise * 0.3)
     else:
@@ -317,13 +444,18 @@ def tiny_checkpoint(
     copy.deepcopy(model).to(dtype).save_pretrained(directory)
     write_tokenizer(directory)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+        for values in (*model.parameters(), *stored_buffers(model)):
+            values.copy_(values.to(dtype))
     if family in ("gemma2", "gemma3"):
         # transformers rounds the scale to the type of the weights; the float32 model has to follow the saved one.
         embed = model.model.embed_tokens
         embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
     return model, directory
+
+
+def stored_buffers(model: Any) -> list[torch.Tensor]:
+    """Weights of a model that are no parameters."""
+    return [buffer for name, buffer in model.named_buffers() if "correction" in name]
 
 
 def tiny_tokens() -> tuple[list[str], list[tuple[str, str]]]:
@@ -381,9 +513,22 @@ _GGUF_ARCH = {
     "qwen3_moe": "qwen3moe",
     "ministral3": "mistral3",
     "olmo3": "olmo2",
+    "qwen3_5_text": "qwen35",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe_text": "qwen35moe",
     "cohere": "command-r",
+    "qwen2_moe": "qwen2moe",
+    "granitemoeshared": "granitemoe",
+    "glm4_moe": "glm4moe",
+    "ernie4_5_moe": "ernie4_5-moe",
 }  # where it is not the family's name
-_PERMUTED = ("llama", "mixtral", "granite", "smollm3", "ministral3")
+HYBRIDS = {
+    "qwen3_5_text": True,
+    "qwen3_5_moe_text": True,
+    "qwen3_next": False,
+}  # and whether heads of values are tiled in GGUF
+_PERMUTED = ("llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "smollm3", "ministral3")
+_SHARED = ("shared_expert", "shared_experts")
 _GGUF_LEAVES = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -400,6 +545,13 @@ _GGUF_LEAVES = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate.weight": "ffn_gate_inp.weight",
     "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.gate.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
+    "block_sparse_moe.experts.down_proj": "ffn_down_exps.weight",
+    "shared_mlp.output_linear": "ffn_down_shexp",
+    **{f"mlp.{name}.{part}_proj": f"ffn_{part}_shexp" for name in _SHARED for part in ("gate", "up", "down")},
 }
 _SANDWICH = {
     "post_attention_layernorm.weight": "post_attention_norm.weight",
@@ -411,11 +563,13 @@ _OTHER_LEAVES = {
     "gemma3": _SANDWICH,
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), hybrids.LEAVES),
     "seed_oss": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
     "glm4": {
         "post_self_attn_layernorm.weight": "post_attention_norm.weight",
         "post_mlp_layernorm.weight": "post_ffw_norm.weight",
     },
+    "glm4_moe": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
 }
 
 
@@ -471,7 +625,7 @@ def tiny_gguf(
 def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers + getattr(config, "num_nextn_predict_layers", 0))
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -490,10 +644,11 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     if family == "mixtral":
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if family == "qwen3_moe":
-        writer.add_expert_count(config.num_experts)
+    if family in _EXPERT_COUNTS:
+        writer.add_expert_count(getattr(config, _EXPERT_COUNTS[family]))
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     tokens, merges = tiny_tokens()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -544,6 +699,46 @@ def _write_granite_metadata(writer: Any, config: Any) -> None:
     writer.add_logit_scale(config.logits_scaling)
 
 
+def _write_hybrid_mixture_metadata(writer: Any, config: Any) -> None:
+    hybrids.write_metadata(writer, config)
+    _write_qwen2_moe_metadata(writer, config)
+
+
+def _write_qwen2_moe_metadata(writer: Any, config: Any) -> None:
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _write_granitemoe_metadata(writer: Any, config: Any) -> None:
+    _write_granite_metadata(writer, config)
+    if shared := getattr(config, "shared_intermediate_size", 0):
+        writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _write_sigmoid_metadata(writer: Any, config: Any) -> None:
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+
+
+def _write_glm4_moe_metadata(writer: Any, config: Any) -> None:
+    import gguf
+
+    _write_sigmoid_metadata(writer, config)
+    _write_glm4_metadata(writer, config)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_nextn_predict_layers(config.num_nextn_predict_layers)
+
+
+def _write_ernie_metadata(writer: Any, config: Any) -> None:
+    writer.add_interleave_moe_layer_step(config.moe_layer_interval)
+    writer.add_leading_dense_block_count(config.moe_layer_start_index)
+    writer.add_expert_shared_count(config.moe_num_shared_experts)
+    writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
+
+
 def _write_glm4_metadata(writer: Any, config: Any) -> None:
     writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
 
@@ -579,9 +774,31 @@ _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "phi3": _write_phi3_metadata,
     "granite": _write_granite_metadata,
     "glm4": _write_glm4_metadata,
+    "qwen2moe": _write_qwen2_moe_metadata,
+    "granitemoe": _write_granitemoe_metadata,
+    "dots1": _write_sigmoid_metadata,
+    "glm4moe": _write_glm4_moe_metadata,
+    "ernie4_5-moe": _write_ernie_metadata,
     "mistral3": _write_ministral3_metadata,
     "command-r": _write_cohere_metadata,
     "cohere2": _write_cohere_metadata,
+    "qwen35": hybrids.write_metadata,
+    "qwen35moe": _write_hybrid_mixture_metadata,
+    "qwen3next": _write_hybrid_mixture_metadata,
+}
+
+
+_EXPERT_COUNTS = {  # variant → the field of its config
+    "qwen2_moe": "num_experts",
+    "qwen3_moe": "num_experts",
+    "qwen3_next": "num_experts",
+    "qwen3_5_moe_text": "num_experts",
+    "olmoe": "num_experts",
+    "granitemoe": "num_local_experts",
+    "granitemoeshared": "num_local_experts",
+    "dots1": "n_routed_experts",
+    "glm4_moe": "n_routed_experts",
+    "ernie4_5_moe": "moe_num_experts",
 }
 
 
@@ -590,6 +807,7 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
     leaves = _GGUF_LEAVES | _OTHER_LEAVES.get(family, {})
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
+        values = values.squeeze(0) if len(values) == 1 else values  # as the converter does
         if name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 result["output.weight"] = values
@@ -597,6 +815,13 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
             result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])
+        elif name.endswith("in_proj_qkvz.weight"):
+            layer, (qkv, gate) = name.split(".")[2], hybrids.split_projection(values, config)
+            result |= {f"blk.{layer}.attn_qkv.weight": qkv, f"blk.{layer}.attn_gate.weight": gate}
+        elif name.endswith("shared_mlp.input_linear.weight"):
+            layer, half = name.split(".")[2], len(values) // 2
+            result[f"blk.{layer}.ffn_gate_shexp.weight"] = values[:half]
+            result[f"blk.{layer}.ffn_up_shexp.weight"] = values[half:]
         else:
             result[_gguf_name(name, leaves)] = _gguf_values(name, values, config, family)
     if family == "phi3-longrope":
@@ -624,6 +849,8 @@ def _gguf_values(name: str, values: np.ndarray, config: Any, family: str) -> np.
     """What llama.cpp's converter changes: Gemma's norms hold 1 + w, Llama's query and key rows are permuted."""
     if family in ("gemma2", "gemma3") and "norm" in name:
         return values + 1
+    if family in HYBRIDS:
+        return hybrids.gguf_values(name, values, config, HYBRIDS[family])
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kind = name.split(".")[-2]
     if family.partition("-")[0] in _PERMUTED and kind in heads:

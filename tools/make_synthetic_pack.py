@@ -118,8 +118,8 @@ class SyntheticSource:
         ranks = self._rng.permutation(experts) + 1.0
         return self.matrix_rows(f"{layer}.router", 0, experts) * np.float32(ranks[:, None] ** -self.router_skew)
 
-    def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]:
-        ffn = self.spec.layers[layer].ffn
+    def neuron_rows(self, key: str, run: int, start: int, stop: int) -> tuple[Array | None, Array, Array]:
+        ffn = self.spec.layers[int(key.partition(".")[0])].ffn
         shape = (stop - start, self.spec.hidden)
         gate = self._normal(shape, self.spec.hidden**-0.5) if ffn.gated else None
         return gate, self._normal(shape, self.spec.hidden**-0.5), self._normal(shape, ffn.neurons**-0.5)
@@ -166,8 +166,7 @@ class TiledEncoder:
             rows = self.source.matrix_rows(tensor.name, 0, bundles * MATRIX_ROWS)
             parts = [rows[r::MATRIX_ROWS] for r in range(MATRIX_ROWS)]
         else:
-            layer = int(tensor.name.partition(".")[0])
-            parts = [p for p in self.source.neuron_rows(layer, 0, 0, bundles) if p is not None]
+            parts = [p for p in self.source.neuron_rows(tensor.name, 0, 0, bundles) if p is not None]
         return self._encode(tensor, parts)
 
     def _encode_router(self, tensor: TensorLayout) -> Array:
@@ -213,9 +212,10 @@ def random_labels(pack: Pack, seed: int) -> KvLabels:
     """Labels of keys for sparse attention, by random products: as fast as fitted ones, and as wide."""
     random = np.random.default_rng(seed)
     layers: list[LayerLabels | None] = []
-    for layer in pack.spec.layers:
-        attention, channels = layer.attention, most_channels(layer.attention)
-        if channels is None:
+    for i in range(len(pack.spec.layers)):
+        attention = pack.spec.attentions.get(i)
+        channels = None if attention is None else most_channels(attention)
+        if attention is None or channels is None:
             layers.append(None)
             continue
         keys = random.normal(size=(attention.kv_heads, channels, attention.head_dim)).astype(np.float32)

@@ -8,20 +8,27 @@ from typing import Any
 
 from flashrt.arch import (
     cohere,
+    dots1,
+    ernie4_5_moe,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     granite,
     llama,
     ministral3,
     mistral,
     mixtral,
     olmo2,
+    olmoe,
     opt,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
 )
@@ -50,7 +57,7 @@ class Family:
         spec = self.spec_of(Config(config, self.name))
         if problem := spec.unsupported():
             raise UnsupportedModelError(f"this {self.name} model is not supported: {problem}")
-        for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
+        for rope, head_dim in {(a.rope, a.head_dim) for a in spec.attentions.values()}:
             if rope is not None and (problem := rope.problem(head_dim, spec.context)):
                 raise CheckpointError(f"{self.name} config: {problem}")
         return spec
@@ -74,7 +81,11 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("mistral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),
     "mixtral": Family("mixtral", mixtral.spec, mixtral.NAMES, GGUF_PERMUTED),
     "qwen2": Family("qwen2", qwen2.spec, qwen2.NAMES),
+    "qwen2_moe": Family("qwen2_moe", qwen2_moe.spec, qwen2_moe.NAMES),
     "qwen3": Family("qwen3", qwen3.spec, qwen3.NAMES),
+    "qwen3_next": Family("qwen3_next", qwen3_next.spec, qwen3_next.NAMES, qwen3_next.GGUF),
+    "qwen3_5_moe_text": Family("qwen3_5_moe_text", qwen3_next.moe_spec, qwen3_next.MOE_NAMES, qwen3_next.MOE_GGUF),
+    "qwen3_5_text": Family("qwen3_5_text", qwen3_5.spec, qwen3_5.NAMES, qwen3_5.GGUF),
     "qwen3_moe": Family("qwen3_moe", qwen3_moe.spec, qwen3_moe.NAMES),
     "gemma2": Family("gemma2", gemma2.spec, gemma2.NAMES),
     "gemma3": _GEMMA3,
@@ -84,6 +95,12 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("olmo2", olmo2.spec, olmo2.NAMES),
     "olmo3": Family("olmo3", olmo2.spec3, olmo2.NAMES),
     "granite": Family("granite", granite.spec, granite.NAMES, GGUF_PERMUTED),
+    "granitemoe": Family("granitemoe", granite.moe_spec, granite.MOE_NAMES, GGUF_PERMUTED),
+    "granitemoeshared": Family("granitemoeshared", granite.moe_spec, granite.MOE_NAMES, GGUF_PERMUTED),
+    "olmoe": Family("olmoe", olmoe.spec, olmoe.NAMES),
+    "dots1": Family("dots1", dots1.spec, dots1.NAMES),
+    "ernie4_5_moe": Family("ernie4_5_moe", ernie4_5_moe.spec, ernie4_5_moe.NAMES, ernie4_5_moe.GGUF),
+    "glm4_moe": Family("glm4_moe", glm4_moe.spec, glm4_moe.NAMES, glm4_moe.GGUF),
     "smollm3": Family("smollm3", smollm3.spec, smollm3.NAMES, GGUF_PERMUTED),
     "glm4": Family("glm4", glm4.spec, glm4.NAMES, glm4.GGUF),
     "ministral": Family("ministral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),

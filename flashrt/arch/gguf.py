@@ -7,11 +7,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashrt.arch import cohere, gemma2, gemma3, granite, ministral3, olmo2, phi3, qwen3_moe
+from flashrt.arch import (
+    cohere,
+    ernie4_5_moe,
+    gemma2,
+    gemma3,
+    glm4_moe,
+    granite,
+    ministral3,
+    mixture,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2_moe,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
-from flashrt.spec import ModelSpec
+from flashrt.spec import Attention, ModelSpec
 
 _PATTERN = "attention.sliding_window_pattern"
 
@@ -46,12 +62,21 @@ ARCHITECTURES = {
     "mistral": _Architecture("mistral", _mistral),
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),
+    "qwen35": _Architecture("qwen3_5_text", qwen3_5.gguf, qwen3_5.GGUF_KEYS, partial=True),
+    "qwen35moe": _Architecture("qwen3_5_moe_text", qwen3_next.moe_gguf, qwen3_next.GGUF_KEYS, partial=True),
+    "qwen3next": _Architecture("qwen3_next", qwen3_next.gguf, qwen3_next.GGUF_KEYS, partial=True),
+    "qwen2moe": _Architecture("qwen2_moe", qwen2_moe.gguf, mixture.GGUF_KEYS),
     "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
     "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),
     "gemma3": _Architecture("gemma3_text", gemma3.gguf, (_PATTERN,)),
     "phi3": _Architecture("phi3", phi3.gguf, partial=True),
     "olmo2": _Architecture("olmo2", olmo2.gguf, (_PATTERN,)),
     "granite": _Architecture("granite", granite.gguf, granite.GGUF_KEYS),
+    "granitemoe": _Architecture("granitemoe", granite.moe_gguf, granite.MOE_GGUF_KEYS),
+    "olmoe": _Architecture("olmoe", olmoe.gguf),
+    "dots1": _Architecture("dots1", mixture.sigmoid_gguf, mixture.GGUF_ROUTER_KEYS),
+    "ernie4_5-moe": _Architecture("ernie4_5_moe", ernie4_5_moe.gguf, ernie4_5_moe.GGUF_KEYS),
+    "glm4moe": _Architecture("glm4_moe", glm4_moe.gguf, glm4_moe.GGUF_KEYS, partial=True),
     "smollm3": _Architecture("smollm3"),
     "glm4": _Architecture("glm4", partial=True),
     "seed_oss": _Architecture("seed_oss"),
@@ -79,6 +104,9 @@ _REFUSED = (
     "attn_logit_softcapping",
     "expert_shared_count",
     "expert_group_count",
+    "leading_dense_block_count",
+    "interleave_moe_layer_step",
+    "nextn_predict_layers",
     "logit_scale",
     "residual_scale",
     "embedding_scale",
@@ -95,8 +123,10 @@ _REFUSED = (
 ROPE_FREQS = "rope_freqs.weight"
 LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 ROPE_FACTORS = (ROPE_FREQS, *LONGROPE_FACTORS)
-# Numbers that change frequencies or attention in ways that are not computed here, with the value that changes nothing.
-_NEUTRAL_ROPE = {
+# Numbers that change results in ways that few families or none compute, with the value that changes nothing.
+_NEUTRAL = {
+    "expert_gating_func": 1,  # softmax
+    "expert_weights_scale": 1.0,
     "rope.scaling.alpha": 0.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
     "rope.scaling.yarn_ext_factor": 1.0,
@@ -132,9 +162,10 @@ def gguf_config(
         "tie_word_embeddings": shape("output.weight") is None,
         "bos_token_id": values.integer("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos(values.below("tokenizer.ggml.")),
+        "use_qk_norm": shape("blk.0.attn_q_norm.weight") is not None,
     }
     rotary = _check_heads(config, fields, own.partial)
-    for key, neutral in _NEUTRAL_ROPE.items():
+    for key, neutral in _NEUTRAL.items():
         if key not in own.keys and (found := fields.number(key, neutral)) != neutral:
             raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")
     config["rope_parameters"] = _rope(config, fields, rope_factors, rotary)
@@ -145,10 +176,13 @@ def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
     """The spec with the attention biases that the file holds: GGUF says by their presence which there are."""
     layers = []
     for i, layer in enumerate(spec.layers):
-        attention = layer.attention
+        attention = layer.mixer
+        if not isinstance(attention, Attention) or attention.output_gate:  # beside which llama.cpp adds none
+            layers.append(layer)
+            continue
         qkv = attention.qkv_bias or any(has(f"blk.{i}.attn_{name}.bias") for name in ("q", "k", "v", "qkv"))
         out = attention.out_bias or has(f"blk.{i}.attn_output.bias")
-        layers.append(replace(layer, attention=replace(attention, qkv_bias=qkv, out_bias=out)))
+        layers.append(replace(layer, mixer=replace(attention, qkv_bias=qkv, out_bias=out)))
     return replace(spec, layers=tuple(layers))
 
 
@@ -182,8 +216,9 @@ def _check_heads(config: dict[str, Any], fields: Metadata, partial: bool) -> int
         config["head_dim"] = hidden // heads
     dim = config["head_dim"]
     rotary = fields.integer("rope.dimension_count", dim)
-    if partial and rotary != dim and 0 < rotary <= dim:
-        config["partial_rotary_factor"] = (rotary + 0.5) / dim  # so that int() of its product with dim is exact
+    if partial and 0 < rotary <= dim:
+        # Half a number more, so that int() of its product with dim is exact.
+        config["partial_rotary_factor"] = 1.0 if rotary == dim else (rotary + 0.5) / dim
         dims = {"attention.value_length": fields.integer("attention.value_length", dim)}
     else:
         dims = {key: fields.integer(key, dim) for key in ("attention.value_length", "rope.dimension_count")}

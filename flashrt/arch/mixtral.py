@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import attention, decoder_spec, layer_count, windows
+from flashrt.arch.mixture import EXPERT_NAMES
 from flashrt.arch.names import HF_DECODER, HF_LAYER, FfnNames
-from flashrt.arch.qwen3_moe import EXPERT_NAMES
 from flashrt.spec import Ffn, Layer, ModelSpec
 
 _EXPERT = "block_sparse_moe.experts.{e}."

@@ -7,11 +7,12 @@ is found under several ('model.', 'language_model.model.' in multimodal checkpoi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from flashrt.arch.harmless import GGUF_HARMLESS, HF_HARMLESS
-from flashrt.spec import ModelSpec
+from flashrt.spec import Attention, DeltaNet, ModelSpec
 
 Has = Callable[[str], bool]
 
@@ -21,9 +22,12 @@ class Part:
     """Consecutive rows of a logical tensor: all rows, or `rows` of them, of one checkpoint tensor.
 
     expert: the slice of a stacked tensor [experts, rows, columns]
+    groups: `rows` are those of each of so many groups, of so many rows each
     heads: the rows are stored permuted for interleaved rotary embedding, this many heads; reading undoes it
     rotary: the first rows of each head that are permuted
     add: added to every value (Gemma's norms are stored as w, and multiply by 1 + w)
+    columns: a vector is stored as rows of so many numbers, and read column by column
+    log: stored as the logarithm of its negative
     """
 
     tensor: str
@@ -32,6 +36,16 @@ class Part:
     heads: int = 0
     rotary: int = 0
     add: float = 0.0
+    groups: tuple[int, int] | None = None
+    columns: int = 0
+    log: bool = False
+
+
+class Share(NamedTuple):
+    """Rows of each of so many groups of so many rows."""
+
+    groups: tuple[int, int]
+    rows: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,10 @@ class Names:
     """Templates for one family in one kind of checkpoint.
 
     permuted: query and key rows are stored for interleaved rotary embedding
+    recurrent: templates that take the place of those of `layer` in recurrent layers
+    shares: of these, the rows of each part that is not all of its tensor
+    log_rate: the rates at which states decay are stored as logarithms
+    beyond: a tensor that only layers behind the last have, which predict further tokens and are not run
     """
 
     prefixes: tuple[str, ...]
@@ -60,11 +78,16 @@ class Names:
     layer: Mapping[str, tuple[str, ...]]
     dense: tuple[FfnNames, ...]
     experts: tuple[FfnNames, ...] = ()
+    shared_expert: tuple[FfnNames, ...] = ()
     head: tuple[str, ...] = ("lm_head.weight",)  # absolute
     norm_add: float = 0.0
     permuted: bool = False
     layer_prefix: str = "layers.{i}."
+    beyond: str | None = None
     harmless: tuple[str, ...] = HF_HARMLESS
+    recurrent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shares: Mapping[str, Callable[[DeltaNet], Sequence[Share]]] = field(default_factory=dict)
+    log_rate: bool = False
 
     def resolve(self, spec: ModelSpec, has: Has) -> TensorMap:
         """The names as one checkpoint spells them; `has` tells whether it holds a tensor of that name."""
@@ -95,7 +118,13 @@ class TensorMap:
                 name = self.head  # tied weights may be stored under either name
             return (self._adjust(key, Part(name)),)
         layer, _, name = key.partition(".")
+        mixer = self.spec.layers[int(layer)].mixer
+        if isinstance(mixer, DeltaNet) and name in self.names.recurrent:
+            return self._recurrent(int(layer), name, mixer)
         parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
+        if isinstance(mixer, Attention) and mixer.output_gate and name in ("qkv", "gate"):  # beside the queries
+            first, groups = (0 if name == "qkv" else mixer.head_dim), (mixer.heads, 2 * mixer.head_dim)
+            parts[0] = replace(parts[0], groups=groups, rows=(first, first + mixer.head_dim))
         if name in ("qkv", "qkv.bias") and self.names.permuted:
             attention = self.spec.layers[int(layer)].attention
             rope, dim = attention.rope, attention.head_dim
@@ -104,23 +133,46 @@ class TensorMap:
             parts[1] = replace(parts[1], heads=attention.kv_heads, rotary=rotary)
         return tuple(self._adjust(name, part) for part in parts)
 
-    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
-        """(gate, up, down) of a layer's dense block or one of its experts."""
-        ffn = self.spec.layers[layer].ffn
-        ways = self.names.experts if ffn.experts else self.names.dense
-        index = expert if ffn.experts else None
-        way = next((w for w in ways if self.has(self._layer(layer, w.down, index))), ways[0])
+    def _recurrent(self, layer: int, name: str, net: DeltaNet) -> tuple[Part, ...]:
+        parts = [Part(self._layer(layer, template)) for template in self.names.recurrent[name]]
+        if name in self.names.shares:
+            shares = self.names.shares[name](net)
+            parts = [replace(part, groups=s.groups, rows=s.rows) for part, s in zip(parts, shares, strict=True)]
+        if name == "taps":
+            parts = [replace(part, columns=net.taps) for part in parts]
+        if name == "decay.rate":
+            parts = [replace(part, log=self.names.log_rate) for part in parts]
+        return tuple(parts)
+
+    def neurons(self, key: str, run: int) -> tuple[Part | None, Part, Part]:
+        """(gate, up, down) of one run of a layer's neurons."""
+        prefix, _, block = key.partition(".")
+        layer = int(prefix)
+        mixture = block == "ffn" and self.spec.layers[layer].ffn.experts > 0
+        ways = self.names.shared_expert if block == "shared" else self.names.experts if mixture else self.names.dense
+        index = run if mixture else None
+        stored = (w for w in ways if all(self.has(self._layer(layer, name, index)) for name in (w.up, w.down)))
+        way = next(stored, ways[0])
         part = index if way.stacked else None
         down = Part(self._layer(layer, way.down, index), part)
         if way.fused:
-            fused = Part(self._layer(layer, way.up, index), part)
-            return replace(fused, rows=(0, ffn.neurons)), replace(fused, rows=(ffn.neurons, 2 * ffn.neurons)), down
+            neurons, fused = self.spec.layer_neurons(layer)[key][1], Part(self._layer(layer, way.up, index), part)
+            return replace(fused, rows=(0, neurons)), replace(fused, rows=(neurons, 2 * neurons)), down
         gate = None if way.gate is None else Part(self._layer(layer, way.gate, index), part)
         return gate, Part(self._layer(layer, way.up, index), part), down
 
     def is_harmless(self, tensor: str) -> bool:
         """Whether no logit depends on a tensor that no part names."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless)
+        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless) or self._is_beyond(tensor)
+
+    def _is_beyond(self, tensor: str) -> bool:
+        """Whether a tensor belongs to a layer behind the last that only predicts further tokens."""
+        if self.names.beyond is None:
+            return False
+        before, after = map(re.escape, (self.prefix + self.names.layer_prefix).split("{i}"))
+        found = re.match(f"{before}(\\d+){after}", tensor)
+        layer = -1 if found is None else int(found[1])
+        return layer >= len(self.spec.layers) and self.has(self._layer(layer, self.names.beyond))
 
     def _layer(self, layer: int, template: str, expert: int | None = None) -> str:
         return self.prefix + (self.names.layer_prefix + template).format(i=layer, e=expert)
@@ -140,6 +192,7 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
     "out": ("self_attn.o_proj.weight",),
     "out.bias": ("self_attn.o_proj.bias",),
     "router": ("mlp.gate.weight",),
+    "gate": ("self_attn.q_proj.weight",),
 }
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
 HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -166,15 +219,21 @@ GGUF_NAMES = Names(
         "k_norm": ("attn_k_norm.weight",),
         "qkv": tuple(f"attn_{name}.weight" for name in "qkv"),
         "qkv.bias": tuple(f"attn_{name}.bias" for name in "qkv"),
+        "gate": ("attn_q.weight",),
         "out": ("attn_output.weight",),
         "out.bias": ("attn_output.bias",),
         "router": ("ffn_gate_inp.weight",),
+        "router.bias": ("ffn_gate_inp.bias",),
+        "router.correction": ("exp_probs_b.bias",),
+        "shared_gate": ("ffn_gate_inp_shexp.weight",),
     },
     dense=(FfnNames("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),),
     experts=(
         FfnNames("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight", stacked=True),
+        FfnNames("ffn_gate_up_exps.weight", "ffn_gate_up_exps.weight", "ffn_down_exps.weight", True, True),
         FfnNames("ffn_gate.{e}.weight", "ffn_up.{e}.weight", "ffn_down.{e}.weight"),
     ),
+    shared_expert=(FfnNames("ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"),),
     head=("output.weight",),
     layer_prefix="blk.{i}.",
     harmless=GGUF_HARMLESS,

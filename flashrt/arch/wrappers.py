@@ -21,6 +21,8 @@ WRAPPERS = (
     "mistral3",
     "qwen2_5_vl",
     "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_vl",
     "smolvlm",
     "video_llava",
@@ -29,7 +31,7 @@ WRAPPERS = (
 """model_type of configurations that hold a `text_config`."""
 
 _TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-_TEXT_OF = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}
+_TEXT_OF = {kind: f"{kind}_text" for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")}
 # What published text_configs leave out: the defaults of transformers' configuration classes.
 _QWEN = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
 _QWEN_VL = {
@@ -60,6 +62,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 5e5,
         "max_position_embeddings": 128000,
     },
+}
+_DEFAULTS["qwen3_5_text"] = {
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+_DEFAULTS["qwen3_5_moe_text"] = {
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "num_experts_per_tok": 8,
 }
 _INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id")
 

@@ -7,12 +7,15 @@ from flashrt.storage.layout import PREDICTOR, PackLayout, TensorLayout
 from flashrt_kernels.rows import align
 
 OWNERS = {  # by kind
-    **dict.fromkeys(("qkv", "q", "k", "v", "out"), "attention"),
+    **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", "out"), "attention"),
     "router": "router",
+    "shared_gate": "router",
+    "shared": "shared experts",
     "channels": "FFN",
     "down": "FFN",
 }
-WEIGHTS = ("router", "attention", "head", "FFN", "experts", "embeddings")  # owners of weights, in order of claim
+# Owners of weights, in order of claim.
+WEIGHTS = ("router", "attention", "head", "shared experts", "FFN", "experts", "embeddings")
 VECTOR_STEP = 16  # float32 numbers in a cache line
 
 

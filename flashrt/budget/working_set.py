@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from flashrt.rope import Rope
-from flashrt.spec import ModelSpec
+from flashrt.spec import Attention, Mixer, ModelSpec
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import Codec, row_bytes
 
 SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted
@@ -28,8 +29,13 @@ class BufferShape:
 
 def ropes(spec: ModelSpec) -> list[tuple[Rope, int]]:
     """The distinct (rope, head_dim) pairs of a model, in order of appearance."""
-    pairs = ((layer.attention.rope, layer.attention.head_dim) for layer in spec.layers)
+    pairs = ((attention.rope, attention.head_dim) for attention in spec.attentions.values())
     return list(dict.fromkeys((rope, dim) for rope, dim in pairs if rope is not None))
+
+
+def _row_width(mixer: Mixer) -> int:
+    """Numbers of a token that a mixer projects, beside its gate."""
+    return mixer.qkv_rows if isinstance(mixer, Attention) else mixer.row_width
 
 
 def working_set(
@@ -39,19 +45,25 @@ def working_set(
 
     With `scoring`, strips of the head's output for all tokens are added; `columns` are those of channel groups.
     """
-    attentions = [layer.attention for layer in spec.layers]
+    mixers = {layer.mixer for layer in spec.layers}
+    nets = set(spec.delta_nets.values())
+    gates = [mixer.width for mixer in mixers if "gate" in mixer.matrices(spec.hidden)]
     experts = max(layer.ffn.experts for layer in spec.layers)
     shapes = {
         "x": BufferShape((tokens, spec.hidden)),
         "normed": BufferShape((tokens, spec.hidden)),
         "y": BufferShape((tokens, spec.hidden)),
-        "qkv": BufferShape((tokens, max(a.qkv_rows for a in attentions))),
-        "attended": BufferShape((tokens, max(a.heads * a.head_dim for a in attentions))),
+        "qkv": BufferShape((tokens, max(_row_width(mixer) for mixer in mixers))),
+        "attended": BufferShape((tokens, max(mixer.width for mixer in mixers))),
         "encoded": BufferShape((tokens, row_bytes(embed_codec, spec.hidden)), 1),
         "logits": BufferShape((logit_rows, spec.vocab)),
     }
     for i, (rope, head_dim) in enumerate(ropes(spec)):
         shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, rope.width(head_dim) // 2))
+    if gates:
+        shapes["gate"] = BufferShape((tokens, max(gates)))
+    if nets:
+        shapes["rows"] = BufferShape((2 * NARROW_TOKENS, max(net.row_width for net in nets)))
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))

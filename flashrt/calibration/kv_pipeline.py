@@ -153,7 +153,7 @@ class _Calibration:
 
 def labelled_layers(spec: ModelSpec) -> list[int]:
     """The layers that can have labels. Raises UnsupportedModelError for a model that has none."""
-    layers = [i for i, layer in enumerate(spec.layers) if most_channels(layer.attention) is not None]
+    layers = [i for i, attention in spec.attentions.items() if most_channels(attention) is not None]
     for attention in (spec.layers[i].attention for i in layers):
         partial = attention.rope is not None and attention.rope.dims
         if attention.softcap or attention.temperature or partial:

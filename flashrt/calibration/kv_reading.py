@@ -66,7 +66,7 @@ class Reading:
         for done, window in enumerate(windows):
             positions = np.unique(np.linspace(len(window) // 2, len(window) - 1, SAMPLED).astype(np.int64))
             sampled = _Sampled(positions, labels)
-            with self._engine.runner.decoder.attention.observing(sampled.observe):
+            with self._engine.runner.decoder.mixers.attention.observing(sampled.observe):
                 self._engine.runner.prefill(self._engine.sequence, window)
             for i, own in labels.items():
                 queries = rotations[i].turned(np.concatenate(sampled.queries[i]), positions, self._engine.plan.context)
@@ -77,7 +77,7 @@ class Reading:
         return {i: Errors.joined(own) for i, own in parts.items()}
 
     def _read(self, stage: str, windows: Windows, observe: HeadObserver) -> None:
-        with self._engine.runner.decoder.attention.observing(observe):
+        with self._engine.runner.decoder.mixers.attention.observing(observe):
             for done, window in enumerate(windows):
                 self._engine.runner.prefill(self._engine.sequence, window)
                 self._engine.sequence.rewind(0)
@@ -85,7 +85,7 @@ class Reading:
 
     def _stored(self, i: int, count: int, head: int) -> tuple[Array, Array]:
         """Keys and values of the first positions of a KV head, float32 [count, head_dim]."""
-        store, dim = self._engine.sequence.kv.stores[i], self._attentions[i].head_dim
+        store, dim = self._engine.sequence.kv.keys_of(i), self._attentions[i].head_dim
         found = np.empty((2, count, dim), np.float32)
         codec, ops = self._engine.plan.kv_codec, self._engine.runner.decoder.work.ops
         for begin in range(0, count, ATTENTION_SEGMENT):

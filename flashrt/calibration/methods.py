@@ -48,6 +48,8 @@ def method_for(base: Pack, kernels: Ops[Any]) -> Method:
             f"sparse mode is not built for packs that keep the formats of their file, as this one does "
             f"({base.manifest.weights}): pack the checkpoint with --dtype int4, or int8 for an activation like relu"
         )
+    if base.spec.delta_nets:
+        raise UnsupportedModelError("sparse mode is not built for models with recurrent layers: use --mode exact")
     if all(gives_zeros(layer.ffn.activation) for layer in base.spec.layers):
         return _Rows(base, kernels)
     if base.manifest.dtype is not Codec.INT4:

@@ -45,13 +45,15 @@ def inspect(
 def _facts(pack: Pack) -> dict[str, Any]:
     from flashrt.budget.planner import owner_of
     from flashrt.engine.runtime import kv_codec
+    from flashrt.kv.base import KvLimits
+    from flashrt.kv.recurrent import RecurrentStore
 
     spec, layout, manifest = pack.spec, pack.layout, pack.manifest
     owners: dict[str, int] = {}
     for tensor in layout.tensors.values():
         owner = owner_of(spec, tensor)
         owners[owner] = owners.get(owner, 0) + tensor.nbytes
-    layer = spec.layers[0]
+    layer, attention = spec.layers[0], next(iter(spec.attentions.values()), None)
     return {
         "path": str(pack.path),
         "name": manifest.name,
@@ -65,12 +67,12 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "vocab": spec.vocab,
         "hidden": spec.hidden,
         "layers": len(spec.layers),
-        "heads": layer.attention.heads,
-        "kv_heads": layer.attention.kv_heads,
-        "head_dim": layer.attention.head_dim,
+        "attending_layers": len(spec.attentions),
+        **{name: getattr(attention, name, 0) for name in ("heads", "kv_heads", "head_dim")},
         "neurons": layer.ffn.neurons,
         "experts": layer.ffn.experts,
         "experts_per_token": layer.ffn.experts_per_token,
+        "state_bytes": sum(RecurrentStore.beside(net, KvLimits(1, 1)) for net in spec.delta_nets.values()),
         "kv_bytes_per_token": spec.kv_bytes_per_token(kv_codec(pack)),
         "weight_bytes": owners,
         "kv_labels": _labels(pack),
@@ -103,6 +105,12 @@ def _of_labels(labels: dict[str, Any] | None) -> str:
     return f"{size(labels['bytes'])}, of {labels['layers']} layers; perplexity {losses or 'not measured'}"
 
 
+def _states(facts: dict[str, Any]) -> dict[str, str]:
+    """A line on recurrent layers, where there are any."""
+    recurrent = facts["layers"] - facts["attending_layers"]
+    return {"states": f"{size(facts['state_bytes'])} of {recurrent} recurrent layers"} if recurrent else {}
+
+
 def _print(facts: dict[str, Any]) -> None:
     experts = f", {facts['experts']} experts ({facts['experts_per_token']} per token)" if facts["experts"] else ""
     bits = f"{facts['bits_per_weight']:.2f} bits each"
@@ -113,6 +121,7 @@ def _print(facts: dict[str, Any]) -> None:
         "layers": f"{facts['layers']} of {facts['neurons']} neurons{experts}, hidden size {facts['hidden']}",
         "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}",
         "KV": f"{size(facts['kv_bytes_per_token'])} per token",
+        **_states(facts),
         "labels": _of_labels(facts["kv_labels"]),
         "vocabulary": str(facts["vocab"]),
         "context": f"{facts['context']} tokens",

@@ -236,8 +236,9 @@ class Engine:
             with sessions.open(checked_path("the session", path)) as file:
                 if file.session.extent.begin:
                     raise SessionError(f"{path} is a part of a session, kept by --session-dir: name that directory")
-                tokens = resumable(self.sequence, file.session, prompt)
-                sessions.restore(self.sequence, [file], tokens, file.session.extent.top)
+                tokens, extent = resumable(self.sequence, file.session, prompt), file.session.extent
+                marks = [mark for mark in extent.marks if mark <= len(tokens)]
+                sessions.restore(self.sequence, [file], tokens, extent.top, marks)
                 return file.session.messages
 
     @functools.cached_property

@@ -42,7 +42,7 @@ class Link:
     """A file whose tokens are those of a text up to `length`. Its keys and values stand from position `begin` on.
 
     It has `whole` tokens, and was saved by a sequence that has had `top`: of a layer that sees a window, it may hold
-    nothing.
+    nothing. Of recurrent layers it holds `states`, after so many tokens each.
     """
 
     path: Path
@@ -50,6 +50,7 @@ class Link:
     length: int
     whole: int
     top: int
+    states: tuple[int, ...]
 
     def serves(self, window: int | None, top: int) -> bool:
         """Whether it holds what such a layer needs of it in a sequence that has had `top` tokens."""
@@ -68,7 +69,7 @@ class Prefixes:
         self._folder, self._limit, self._sessions = folder, limit, sessions
         form = sessions.form
         self._seed = hashlib.sha256(json.dumps([VERSION, form.pack, form.shapes]).encode())
-        self._windows = {layer.attention.window for layer in form.spec.layers}
+        self._windows = {attention.window for attention in form.spec.attentions.values()}
         self._dropped: set[Path] = set()  # not to be opened again, should they not let themselves be removed
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -109,17 +110,18 @@ class Prefixes:
         """Holds the lock."""
         for left in self._folder.glob("*.tmp"):  # of a process that was killed: whoever writes holds the lock
             left.unlink(missing_ok=True)
-        tokens, top = np.array(sequence.tokens, np.int32), sequence.kv.top
+        tokens, kv = np.array(sequence.tokens, np.int32), sequence.kv
         held = {link.begin: link for link in self._chain(tokens)}
         paths: list[Path] = []
         new: dict[Path, Extent] = {}
         for begin, length, path in self._files(tokens):
-            link = held.get(begin)
-            if link and link.length == length and all(link.serves(window, top) for window in self._windows):
+            link, marks = held.get(begin), [mark for mark in kv.marks() if begin < mark <= length]
+            extent = Extent(begin, length, kv.top, tuple(marks), bool(kv.recurrent) and length == kv.length)
+            if link and self._holds(link, extent):
                 paths.append(link.path)
             else:
                 paths.append(path)
-                new[path] = Extent(begin, length, top)
+                new[path] = extent
         self._make_room(paths, new)
         for path, extent in new.items():
             self._sessions.save(sequence, path, extent)
@@ -128,6 +130,11 @@ class Prefixes:
             if link and link.path != path and link.length == link.whole:  # the new file begins with all that it holds
                 link.path.unlink(missing_ok=True)
         _touch([path for path in paths if path.exists()])
+
+    def _holds(self, link: Link, extent: Extent) -> bool:
+        """Whether a file need not be written again for an extent."""
+        serves = all(link.serves(window, extent.top) for window in self._windows)
+        return link.length == extent.length and serves and set(extent.states) <= set(link.states)
 
     def _make_room(self, paths: Items[Path], new: dict[Path, Extent]) -> None:
         """Remove what was used least recently until `new` fits, and of `new` what does not fit at all.
@@ -177,7 +184,8 @@ class Prefixes:
                 continue
             length = common(session.tokens, tokens)
             if session.extent.begin == begin < length:
-                found.append(Link(path, begin, length, len(session.tokens), session.extent.top))
+                states = tuple(position for position in session.extent.states if position <= length)
+                found.append(Link(path, begin, length, len(session.tokens), session.extent.top, states))
         return found
 
     def _files(self, tokens: Array) -> Iterator[tuple[int, int, Path]]:
@@ -194,9 +202,10 @@ class Prefixes:
 
         It is taken for the sequence that was saved, or for one that has never had more.
         """
+        states = [position for link in links for position in link.states]
         for link in reversed(links):
             for top in (link.top, link.length):
-                length = kv.reach(link.length, top)
+                length = kv.reach(link.length, top, states)
                 used = [each for each in links if each.begin < length]
                 if length and all(each.serves(window, top) for each in used for window in self._windows):
                     return length, top

@@ -11,6 +11,7 @@ import numpy as np
 from flashrt.budget.plan import Plan
 from flashrt.engine.sequence import Sequence
 from flashrt.errors import UsageError
+from flashrt.kv.marks import prompt_mark
 from flashrt.model.batch import Batch, Rows
 from flashrt.model.decoder import Decoder, Tensor
 from flashrt.model.schedule import PassKind
@@ -39,6 +40,7 @@ class Runner:
         """
         new, chunk = ids[sequence.keep_shared(ids) :], self.plan.prefill_chunk
         wide = len(new) > NARROW_TOKENS
+        sequence.kv.mark(prompt_mark(len(ids)))
         with self._pass_or_nothing():
             for begin in range(0, len(new), chunk):
                 last = begin + chunk >= len(new)

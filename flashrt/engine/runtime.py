@@ -22,7 +22,7 @@ from flashrt.machine.process import (
     usable_cores,
 )
 from flashrt.model.workspace import reserve, scratch_bytes
-from flashrt.spec import ModelSpec
+from flashrt.spec import DeltaNet, ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
@@ -198,17 +198,21 @@ def kv_codec(pack: Pack) -> KvCodec:
 def torch_scratch_bytes(pack: Pack, tokens: int, context: int) -> int:
     """A bound on what torch's operations hold at once beside their results.
 
-    The largest of: a block decoded to float32 with its intermediate forms, next to its product; and attention over the
-    whole context, with keys and values in float32 and the scores of a slice of queries.
+    The largest of: a block decoded to float32 with its intermediate forms, next to its product; attention over the
+    whole context, with keys and values in float32 and the scores of a slice of queries; and a delta net's rows and
+    states.
     """
     decoded = max(t.max_block_bytes // t.stride * t.bundle_rows * t.columns for t in pack.layout.tensors.values())
     widest = max(t.max_block_bytes // t.stride * t.bundle_rows for t in pack.layout.tensors.values())
-    attention = 0
+    mixing = 0
     for layer in set(pack.spec.layers):
-        a = layer.attention
+        a = layer.mixer
+        if isinstance(a, DeltaNet):
+            mixing = max(mixing, (4 * a.state_size + 3 * tokens * a.row_width) * 4)
+            continue
         scores = min(tokens, TORCH_QUERIES) * a.heads
-        attention = max(attention, context * (4 * a.kv_heads * a.head_dim + 3 * scores) * 4)
-    return max((6 * decoded + 3 * tokens * widest) * 4, attention)
+        mixing = max(mixing, context * (4 * a.kv_heads * a.head_dim + 3 * scores) * 4)
+    return max((6 * decoded + 3 * tokens * widest) * 4, mixing)
 
 
 def _gpu_used_bytes() -> int:

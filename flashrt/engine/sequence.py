@@ -63,9 +63,12 @@ class Sequence:
         del self.tokens[kept:]
         return kept
 
-    def restored(self, tokens: Items[int], top: int) -> None:
-        """Take in tokens whose keys and values the stores were given, of a sequence that has had `top`."""
-        self.kv.restored(len(tokens), top)
+    def restored(self, tokens: Items[int], top: int, marks: Items[int] = ()) -> None:
+        """Take in tokens whose keys and values the stores were given, of a sequence that has had `top`.
+
+        marks: as in `KvCache.restored`
+        """
+        self.kv.restored(len(tokens), top, marks)
         self.tokens = list(tokens)
 
     def keep_shared(self, ids: Items[int]) -> int:

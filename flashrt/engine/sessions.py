@@ -10,10 +10,9 @@ import numpy as np
 
 from flashrt.engine.sequence import Sequence
 from flashrt.errors import SessionError, UsageError
-from flashrt.kv.pages import Extent, Page
-from flashrt.kv.reach import needed
+from flashrt.kv.pages import Extent, StatePage, firsts
 from flashrt.storage.reader import Reader
-from flashrt.storage.session_file import KvForm, Messages, Session, SessionFile, write_session
+from flashrt.storage.session_file import AnyPage, KvForm, Messages, Session, SessionFile, write_session
 from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
@@ -30,11 +29,14 @@ class Sessions:
     ) -> None:
         """Write `extent` of `sequence`, or all of it. Raises DiskError."""
         kv = sequence.kv
-        extent = extent or Extent(0, kv.length, kv.top)
+        extent = extent or Extent(0, kv.length, kv.top, kv.marks(), bool(kv.recurrent))
         session = Session(np.array(sequence.tokens[: extent.length], np.int32), extent, messages)
 
-        def fill(page: Page, out: Array) -> None:
-            kv.stores[page.layer].read_page(page.begin, page.heads, out)
+        def fill(page: AnyPage, out: Array) -> None:
+            if isinstance(page, StatePage):
+                kv.recurrent[page.layer].read_state(page.position, page.part, out)
+            else:
+                kv.keys_of(page.layer).read_page(page.begin, page.heads, out)
 
         self._reader.settle()
         write_session(path, self.form, session, fill, self._reader.staging)
@@ -43,29 +45,35 @@ class Sessions:
         """Raises SessionError."""
         return SessionFile(path, self.form)
 
-    def restore(self, sequence: Sequence, files: Iterable[SessionFile], tokens: Array, top: int) -> None:
+    def restore(
+        self, sequence: Sequence, files: Iterable[SessionFile], tokens: Array, top: int, marks: Items[int] = ()
+    ) -> None:
         """Make `sequence` hold `tokens`, of which there had been `top`, from files that follow one another.
 
+        marks: after how many of them recurrent layers can be gone on from besides
         Raises SessionError or DiskError, and leaves an empty sequence.
         """
-        kv, extent = sequence.kv, Extent(0, len(tokens), top)
-        windows = [layer.attention.window for layer in self.form.spec.layers]
+        kv, extent = sequence.kv, Extent(0, len(tokens), top, tuple(marks), ends=True)
         sequence.rewind(0)
         missing = len(self.form.pages(extent))
         if missing == 0:
             return
         try:
-            kv.restart([needed(window, top) for window in windows])
+            kv.restart(firsts(self.form.mixers, len(tokens), top))
             for file in files:
                 for page, values in file.read(self._reader, extent):
-                    kv.stores[page.layer].write_page(page.begin, page.heads, values[:, : extent.length - page.begin])
+                    if isinstance(page, StatePage):
+                        kv.recurrent[page.layer].write_state(page.position, page.part, values)
+                    else:
+                        part = values[:, : extent.length - page.begin]
+                        kv.keys_of(page.layer).write_page(page.begin, page.heads, part)
                     missing -= 1
             if missing:
                 raise SessionError(f"{file.path} and those before lack pages of {len(tokens)} tokens: delete them")
         except BaseException:
             sequence.rewind(0)
             raise
-        sequence.restored(tokens.tolist(), top)
+        sequence.restored(tokens.tolist(), top, marks)
 
 
 def resumable(sequence: Sequence, session: Session, prompt: Items[int] | None) -> Array:
@@ -81,7 +89,7 @@ def resumable(sequence: Sequence, session: Session, prompt: Items[int] | None) -
             f"the session has {length} tokens, the context is {kv.capacity}: use a --context of {length + 1} or more"
         )
     sequence.rewind(0)
-    return session.tokens[: kv.reach(length, session.extent.top)]
+    return session.tokens[: kv.reach(length, session.extent.top, session.extent.states)]
 
 
 def beginning(prompt: Items[int]) -> Array:

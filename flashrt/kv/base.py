@@ -1,4 +1,4 @@
-"""What keys and values are kept in: a store for each layer of a sequence, of a kind chosen by what it takes."""
+"""What a sequence is kept in: a store for each of its layers, of a kind chosen by what it takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from flashrt.kv.choice import Choice
-from flashrt.spec import Attention
+from flashrt.spec import Attention, Mixer
 from flashrt_kernels.kv import KvCodec
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
@@ -54,43 +54,81 @@ class KvRows(NamedTuple):
     draft: bool = False  # whether they are guesses, for which nothing is read: older positions may be left out
 
 
-class KvStore(ABC):
-    """Keys and values of one layer of one sequence.
+class LayerStore(ABC):
+    """What one layer of one sequence keeps of its tokens.
 
     Positions are those of the sequence. The store is told where rows stand, and need not know how long the sequence is.
-    Rows are appended, then attended to, before the next are appended.
     """
 
-    whole: ClassVar[bool] = False  # whether all heads must be attended to in one call
+    holds: ClassVar[type[Mixer]]  # what mixes the tokens of the layers that it is for
 
     @classmethod
     @abstractmethod
-    def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
+    def claim(cls, mixer: Any, limits: KvLimits) -> int | None:
         """Bytes that keys and values take of a store's `allocate`; None for a layer it cannot hold."""
 
     @classmethod
-    def beside(cls, attention: Attention, limits: KvLimits) -> int:
+    def beside(cls, mixer: Any, limits: KvLimits) -> int:
         """Bytes that it takes of its `allocate` beside these."""
         return 0
 
     @classmethod
-    def scratch_bytes(cls, attention: Attention, limits: KvLimits, ops: Any) -> int:
+    def scratch_bytes(cls, mixer: Any, limits: KvLimits, ops: Any) -> int:
         """Bytes of scratch that it needs beside what attention over all positions does."""
         return 0
 
     @classmethod
-    def far_pages(cls, attention: Attention, limits: KvLimits) -> int:
+    def far_pages(cls, mixer: Any, limits: KvLimits) -> int:
         """Pages of a segment that it lets go of at the end of the context, to memory or disk."""
         return 0
 
     @classmethod
-    def cells(cls, attention: Attention, limits: KvLimits) -> int:
+    def cells(cls, mixer: Any, limits: KvLimits) -> int:
         """Cells of these pages that a row attends to at the end of the context; 0 where it attends to whole pages."""
         return 0
 
     @abstractmethod
-    def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
+    def __init__(self, mixer: Any, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
         """An empty store, of which `claim` said what it takes."""
+
+    @abstractmethod
+    def commit(self, start: int, path: Sequence[int]) -> None:
+        """Keep the rows `path`, ascending, of those that came from `start` on: one after the other from there."""
+
+    @abstractmethod
+    def restart(self, first: int = 0) -> None:
+        """Begin again: nothing is held any more.
+
+        The next rows, or pages, stand from position `first` on, a multiple of a segment; no row sees what lies before.
+        """
+
+    @abstractmethod
+    def truncate(self, length: int, top: int) -> int:
+        """How many of the first `length` tokens can be gone on from: all, or fewer where what they see is gone.
+
+        The sequence has had `top` tokens since it began. The answer depends on lengths alone, never on how large the
+        memory is (see `flashrt.kv.reach`), or less where an interrupt has spoilt the memory. Nothing is changed.
+        """
+
+    def far(self, start: int, rows: int) -> int:
+        """Pages that lie before what is in memory once `rows` rows from position `start` on are appended."""
+        return 0
+
+    def cut(self, length: int) -> None:
+        """Go on from the first `length` tokens, as `truncate` has allowed. Raises DiskError."""
+
+    def mark(self, position: int) -> None:
+        """Note that the sequence will probably be cut back to its first `position` tokens."""
+
+    def close(self) -> None:
+        """Give up what is not memory. Closing again does nothing."""
+
+
+class KvStore(LayerStore):
+    """Keys and values of one layer of one sequence. Rows are appended, then attended to, before the next are."""
+
+    holds = Attention
+    whole: ClassVar[bool] = False  # whether all heads must be attended to in one call
 
     @abstractmethod
     def append(self, key: Tensor, value: Tensor, start: int) -> None:
@@ -107,17 +145,6 @@ class KvStore(ABC):
         """
 
     @abstractmethod
-    def commit(self, start: int, path: Sequence[int]) -> None:
-        """Keep the rows `path`, ascending, of a tree that was appended at `start`: one after the other from there."""
-
-    @abstractmethod
-    def restart(self, first: int = 0) -> None:
-        """Begin again: nothing is held any more.
-
-        The next rows, or pages, stand from position `first` on, a multiple of a segment; no row sees what lies before.
-        """
-
-    @abstractmethod
     def read_page(self, begin: int, heads: slice, out: Tensor) -> None:
         """Copy the positions of one segment, from its first, `begin`, on, of some KV heads.
 
@@ -129,14 +156,6 @@ class KvStore(ABC):
     def write_page(self, begin: int, heads: slice, page: Tensor) -> None:
         """Take back what `read_page` gave: after a `restart`, all heads of a segment, then of the next."""
 
-    @abstractmethod
-    def truncate(self, length: int, top: int) -> int:
-        """How many of the first `length` tokens can be gone on from: all, or fewer where what they see is gone.
-
-        The sequence has had `top` tokens since it began. The answer depends on lengths alone, never on how large the
-        memory is (see `flashrt.kv.reach`), or less where an interrupt has spoilt the memory. Nothing is changed.
-        """
-
     @property
     def looks_ahead(self) -> bool:
         """Whether `look_ahead` is of use."""
@@ -147,13 +166,3 @@ class KvStore(ABC):
 
         query: a guess of their queries, float32 [T, heads, head_dim], which took `seconds` to make
         """
-
-    def far(self, start: int, rows: int) -> int:
-        """Pages that lie before what is in memory once `rows` rows from position `start` on are appended."""
-        return 0
-
-    def cut(self, length: int) -> None:
-        """Go on from the first `length` tokens, as `truncate` has allowed. Raises DiskError."""
-
-    def close(self) -> None:
-        """Give up what is not memory. Closing again does nothing."""

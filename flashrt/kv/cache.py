@@ -1,4 +1,4 @@
-"""Keys and values of one sequence: a store for each layer, of the kind that takes least."""
+"""What is kept of one sequence: a store for each layer, of the kind that takes least."""
 
 from __future__ import annotations
 
@@ -8,42 +8,50 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flashrt.kv.base import Allocate, Kernels, KvLimits, KvStore
+from flashrt.kv.base import Allocate, Kernels, KvLimits, KvStore, LayerStore
 from flashrt.kv.choice import Choice
 from flashrt.kv.chosen import ChosenStore
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.far_layout import FarLayout, cell_bytes, page_bytes
+from flashrt.kv.recurrent import RecurrentStore
 from flashrt.kv.sparse import SparseStore
 from flashrt.kv.streamed import StreamedStore
 from flashrt.kv.window import WindowStore
-from flashrt.spec import Attention, ModelSpec
+from flashrt.spec import Mixer, ModelSpec
 from flashrt_kernels.kv import KvCodec
 
-KvKinds = Sequence[type[KvStore]]
+KvKinds = Sequence[type[LayerStore]]
 Choices = Sequence[Choice | None]
 
-RESIDENT_KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore)
+RESIDENT_KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore, RecurrentStore)
 KINDS: KvKinds = (*RESIDENT_KINDS, StreamedStore, ChosenStore)
 
 
 class KvCache:
     """`stores` by layer. Behind `length` they hold garbage, or the rows of a pass that are yet to be committed."""
 
-    def __init__(self, stores: Sequence[KvStore], capacity: int) -> None:
+    def __init__(self, stores: Sequence[LayerStore], capacity: int) -> None:
         self.stores, self.capacity = stores, capacity
+        self.recurrent = {i: store for i, store in enumerate(stores) if isinstance(store, RecurrentStore)}
         self.length = 0
         self.top = 0  # the most tokens since it began
 
+    def keys_of(self, layer: int) -> KvStore:
+        """The store of a layer that attends."""
+        store = self.stores[layer]
+        assert isinstance(store, KvStore)
+        return store
+
     def append(self, count: int) -> None:
         """Make the `count` rows that were written behind the sequence part of it."""
-        self.length += count
-        self.top = max(self.top, self.length)
+        self.commit(range(count))
 
     def commit(self, path: Sequence[int]) -> None:
         """Make the rows `path`, ascending, of those written behind the sequence part of it; forget the others."""
         for store in self.stores:
             store.commit(self.length, path)
-        self.append(len(path))
+        self.length += len(path)
+        self.top = max(self.top, self.length)
 
     def truncate(self, length: int) -> int:
         """Cut the sequence back to its first `length` tokens, or to as many of these as can be gone on from.
@@ -59,14 +67,37 @@ class KvCache:
             store.cut(self.length)
         return self.length
 
-    def reach(self, length: int, top: int) -> int:
-        """How many of the first `length` tokens can be gone on from, in a sequence that has had `top`."""
-        while (least := min((store.truncate(length, top) for store in self.stores), default=length)) < length:
+    def reach(self, length: int, top: int, states: Sequence[int] | None = None) -> int:
+        """How many of the first `length` tokens can be gone on from, in a sequence that has had `top`.
+
+        states: after how many tokens states of recurrent layers are there, elsewhere; None: those that are held
+        """
+        while (least := self._reach(length, top, states)) < length:
             length = least
         return length
 
+    def _reach(self, length: int, top: int, states: Sequence[int] | None) -> int:
+        asked = [store for i, store in enumerate(self.stores) if states is None or i not in self.recurrent]
+        least = min((store.truncate(length, top) for store in asked), default=length)
+        if states is None or not self.recurrent:
+            return least
+        return max((position for position in states if position <= least), default=0)
+
+    def mark(self, position: int) -> None:
+        """Note that the sequence will probably be cut back to its first `position` tokens."""
+        for store in self.stores:
+            store.mark(position)
+
+    def marks(self) -> tuple[int, ...]:
+        """After how many tokens, ascending, recurrent layers can be gone on from, the end left out."""
+        held = [set(store.marks()) for store in self.recurrent.values()]
+        return tuple(sorted(set.intersection(*held))) if held else ()
+
     def restart(self, firsts: Sequence[int]) -> None:
-        """Begin again with nothing; what each store is given next stands from its place in `firsts` on."""
+        """Begin again with nothing; what each store is given next stands from its place in `firsts` on.
+
+        Of a recurrent layer that is where the sequence ends.
+        """
         self.length = self.top = 0
         for store, first in zip(self.stores, firsts, strict=True):
             store.restart(first)
@@ -80,8 +111,13 @@ class KvCache:
         for store in self.stores:
             store.close()
 
-    def restored(self, length: int, top: int) -> None:
-        """The stores were given what is needed of the first `length` tokens of a sequence that has had `top`."""
+    def restored(self, length: int, top: int, marks: Sequence[int] = ()) -> None:
+        """The stores were given what is needed of the first `length` tokens of a sequence that has had `top`.
+
+        marks: after how many tokens recurrent layers can be gone on from besides
+        """
+        for store in self.recurrent.values():
+            store.restored(marks)
         self.length, self.top = length, top
 
 
@@ -95,26 +131,26 @@ def open_cache(
 ) -> KvCache:
     """An empty cache for a sequence of `spec`; `choices` by layer, none: all attend to everything."""
     stores = []
-    for layer, (attention, own) in enumerate(_layers(spec, limits, choices)):
+    for layer, (mixer, own) in enumerate(_layers(spec, limits, choices)):
         pages = None if kernels.pages is None else partial(kernels.pages, layer)
-        stores.append(choose(attention, own, kinds)[0](attention, own, kernels._replace(pages=pages), allocate))
+        stores.append(choose(mixer, own, kinds)[0](mixer, own, kernels._replace(pages=pages), allocate))
     return KvCache(stores, limits.context)
 
 
 def kv_bytes(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> int:
     """Bytes that `open_cache` allocates."""
     total = 0
-    for attention, own in _layers(spec, limits, choices):
-        kind, nbytes = choose(attention, own, kinds)
-        total += nbytes + kind.beside(attention, own)
+    for mixer, own in _layers(spec, limits, choices):
+        kind, nbytes = choose(mixer, own, kinds)
+        total += nbytes + kind.beside(mixer, own)
     return total
 
 
 def kv_scratch_bytes(spec: ModelSpec, limits: KvLimits, ops: Any, kinds: KvKinds = KINDS, choices: Choices = ()) -> int:
     """Bytes of scratch that the stores of `open_cache` need, beside what attention over all positions does."""
     needs = (
-        choose(attention, own, kinds)[0].scratch_bytes(attention, own, ops)
-        for attention, own in set(_layers(spec, limits, choices))
+        choose(mixer, own, kinds)[0].scratch_bytes(mixer, own, ops)
+        for mixer, own in set(_layers(spec, limits, choices))
     )
     return max(needs, default=0)
 
@@ -122,18 +158,19 @@ def kv_scratch_bytes(spec: ModelSpec, limits: KvLimits, ops: Any, kinds: KvKinds
 def far_layout(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> FarLayout | None:
     """The pages of older positions of the stores of `open_cache`; None where all are in memory."""
     nbytes, heads, count = {}, {}, 0
-    for layer, (attention, own) in enumerate(_layers(spec, limits, choices)):
-        kind = choose(attention, own, kinds)[0]
-        if pages := kind.far_pages(attention, own):
+    for layer, (mixer, own) in enumerate(_layers(spec, limits, choices)):
+        kind = choose(mixer, own, kinds)[0]
+        if pages := kind.far_pages(mixer, own):
+            attention = spec.attentions[layer]
             nbytes[layer], count = page_bytes(attention, limits.codec), max(count, pages)
-            if kind.cells(attention, own):
+            if kind.cells(mixer, own):
                 heads[layer] = attention.kv_heads
     return FarLayout(nbytes, limits.held or 0, count, heads, limits.cell_bytes) if nbytes else None
 
 
 def cells_chosen(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> list[int]:
     """Cells that a token chooses in each layer at the end of the context."""
-    return [choose(attention, own, kinds)[0].cells(attention, own) for attention, own in _layers(spec, limits, choices)]
+    return [choose(mixer, own, kinds)[0].cells(mixer, own) for mixer, own in _layers(spec, limits, choices)]
 
 
 def kv_cell_bytes(spec: ModelSpec, codec: KvCodec, choices: Choices) -> int:
@@ -145,15 +182,16 @@ def kv_cell_bytes(spec: ModelSpec, codec: KvCodec, choices: Choices) -> int:
     return cell_bytes([attention for attention, _ in pairs], blocks.pop(), codec)
 
 
-def choose(attention: Attention, limits: KvLimits, kinds: KvKinds) -> tuple[type[KvStore], int]:
+def choose(mixer: Mixer, limits: KvLimits, kinds: KvKinds) -> tuple[type[LayerStore], int]:
     """The kind that takes least, the first of those equal, and the bytes that it takes."""
-    claims = [(kind, claim) for kind in kinds if (claim := kind.claim(attention, limits)) is not None]
+    able = [kind for kind in kinds if isinstance(mixer, kind.holds)]
+    claims = [(kind, claim) for kind in able if (claim := kind.claim(mixer, limits)) is not None]
     if not claims:
-        raise ValueError(f"none of {[kind.__name__ for kind in kinds]} holds keys and values of {attention}")
+        raise ValueError(f"none of {[kind.__name__ for kind in kinds]} holds what {mixer} needs")
     return min(claims, key=lambda pair: pair[1])
 
 
-def _layers(spec: ModelSpec, limits: KvLimits, choices: Choices) -> Iterator[tuple[Attention, KvLimits]]:
+def _layers(spec: ModelSpec, limits: KvLimits, choices: Choices) -> Iterator[tuple[Mixer, KvLimits]]:
     """What each layer's store must hold."""
     for layer, choice in itertools.zip_longest(spec.layers, choices):
-        yield layer.attention, replace(limits, choice=choice)
+        yield layer.mixer, replace(limits, choice=choice)

@@ -1,4 +1,4 @@
-"""Keys and values of a sequence in pages: which there are, and in which order. Lengths decide, never a store."""
+"""What is kept of a sequence in pages: which there are, and in which order. Lengths decide, never a store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flashrt.kv.reach import needed
-from flashrt.spec import Attention
+from flashrt.spec import Attention, DeltaNet, Mixer
 from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import ATTENTION_SEGMENT
 
@@ -21,6 +21,14 @@ class Extent:
     begin: int
     length: int
     top: int
+    marks: tuple[int, ...] = ()  # after how many tokens, ascending, recurrent layers can be gone on from besides
+    ends: bool = False  # whether states of recurrent layers at its end are part of it
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """After how many tokens, ascending, states of recurrent layers are part of it."""
+        end = {self.length} if self.ends else set()
+        return tuple(sorted(end | {mark for mark in self.marks if self.begin < mark <= self.length}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +46,59 @@ class Page:
         return math.prod(self.shape)
 
 
-def pages(attentions: Sequence[Attention], extent: Extent, codec: KvCodec) -> Iterator[Page]:
-    """All that is held for certain of an extent, whatever the stores: segment by segment, then by layer and head.
+@dataclass(frozen=True, slots=True)
+class StatePage:
+    """Some numbers, float32, of the state of a recurrent layer after `position` tokens."""
 
-    attentions: of the layers. Of a layer that sees a window these are its last segments only (`reach.needed`).
+    layer: int
+    position: int
+    part: slice
+
+    @property
+    def items(self) -> int:
+        """Numbers in it."""
+        return self.part.stop - self.part.start
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.items,)
+
+
+def firsts(mixers: Sequence[Mixer], length: int, top: int) -> list[int]:
+    """Where what each layer keeps of a sequence of `length` tokens, that has had `top`, begins.
+
+    Of a layer that attends that is the first position which is needed; of a recurrent one, the end.
+    """
+    return [needed(mixer.window, top) if isinstance(mixer, Attention) else length for mixer in mixers]
+
+
+def pages(mixers: Sequence[Mixer], extent: Extent, codec: KvCodec) -> Iterator[Page | StatePage]:
+    """All that is held for certain of an extent, whatever the stores.
+
+    Segment by segment, then by layer and head; states behind the keys and values of the segment that they end in. Of a
+    layer that sees a window these are its last segments only (`reach.needed`).
     """
     for begin in range(extent.begin, extent.length, ATTENTION_SEGMENT):
-        count = min(ATTENTION_SEGMENT, extent.length - begin)
-        for layer, attention in enumerate(attentions):
-            if begin < needed(attention.window, extent.top):
-                continue
-            group = max(PAGE_BYTES // (ATTENTION_SEGMENT * codec.nbytes(attention.head_dim)), 1)
-            for head in range(0, attention.kv_heads, group):
-                heads = slice(head, min(head + group, attention.kv_heads))
-                yield Page(layer, begin, heads, (heads.stop - head, count, *codec.pair(attention.head_dim)))
+        yield from _segment(mixers, extent, codec, begin)
+        for position in extent.states:
+            if begin < position <= begin + ATTENTION_SEGMENT:
+                yield from _states(mixers, position)
+
+
+def _segment(mixers: Sequence[Mixer], extent: Extent, codec: KvCodec, begin: int) -> Iterator[Page]:
+    count = min(ATTENTION_SEGMENT, extent.length - begin)
+    for layer, attention in enumerate(mixers):
+        if not isinstance(attention, Attention) or begin < needed(attention.window, extent.top):
+            continue
+        group = max(PAGE_BYTES // (ATTENTION_SEGMENT * codec.nbytes(attention.head_dim)), 1)
+        for head in range(0, attention.kv_heads, group):
+            heads = slice(head, min(head + group, attention.kv_heads))
+            yield Page(layer, begin, heads, (heads.stop - head, count, *codec.pair(attention.head_dim)))
+
+
+def _states(mixers: Sequence[Mixer], position: int) -> Iterator[StatePage]:
+    step = PAGE_BYTES // 4
+    for layer, net in enumerate(mixers):
+        if isinstance(net, DeltaNet):
+            for first in range(0, net.state_size, step):
+                yield StatePage(layer, position, slice(first, min(first + step, net.state_size)))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from flashrt.budget.working_set import ropes
-from flashrt.kv.base import KvRows
-from flashrt.kv.cache import KvCache
 from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen, computed_rows
+from flashrt.model.mixer import MixedRows, MixerBlocks
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt.spec import Attention
 from flashrt_kernels.limits import NARROW_TOKENS
@@ -22,19 +21,20 @@ from flashrt_kernels.rows import MATRIX_ROWS, align
 HeadObserver = Callable[[int, Tensor, Tensor], None]
 
 
-class AttentionBlocks:
+class AttentionBlocks(MixerBlocks):
     """Computes the block of a layer for the rows of a pass, whose keys and values go to their sequences."""
 
+    mixer = Attention
+
     def __init__(self, work: Workspace) -> None:
-        self.work, self.ops = work, work.ops
+        super().__init__(work)
         pairs = ropes(work.spec)
         self._rope_index = {pair: i for i, pair in enumerate(pairs)}
         planned = work.weights.plan.context
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
-        attentions = (layer.attention for layer in work.spec.layers)
+        attentions = work.spec.attentions.values()
         self._temperatures = {(a.temperature, a.temperature_span) for a in attentions if a.temperature}
         self._scales: dict[tuple[float, int], Tensor] = {}  # of the queries of a pass, where they are not all one
-        self._parts: list[tuple[slice, KvCache, KvRows]] = []
         self._observe: HeadObserver | None = None
 
     @contextlib.contextmanager
@@ -46,8 +46,9 @@ class AttentionBlocks:
         finally:
             self._observe = None
 
-    def begin(self, batch: Batch) -> None:
-        """Prepare what all layers need of a pass: cosines and sines of its positions for every rope, and its trees."""
+    def begin(self, batch: Batch, parts: Sequence[MixedRows]) -> None:
+        """Prepare what all layers need of a pass: cosines and sines of its positions for every rope."""
+        super().begin(batch, parts)
         count, make = len(batch), self.work.device.make
         for (rope, dim), i in self._rope_index.items():
             angles = batch.positions[:, None].astype(np.float64) * self._frequencies[i]
@@ -58,10 +59,16 @@ class AttentionBlocks:
         for by, span in self._temperatures:
             if (steps := batch.positions // span).any():
                 self._scales[by, span] = make((1 + by * np.log1p(steps)).astype(np.float32)[:, None, None])
-        self._parts = []
-        for own, part in batch.parts:
-            parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
-            self._parts.append((own, part.kv, KvRows(part.start, parents, batch.wide, batch.draft)))
+
+    def mix(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+        qkv, attention = self.project(i, normed, wide, chosen), self.work.spec.layers[i].attention
+        if not attention.output_gate:
+            return self.attend(i, qkv, chosen)
+        gate = self.work.view("gate", len(normed), attention.width)
+        self.work.linear(f"{i}.gate", normed, gate, wide)
+        out = self.attend(i, qkv, chosen)
+        self.ops.sigmoid_gate(out, gate)
+        return out
 
     def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
         """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""
@@ -88,8 +95,8 @@ class AttentionBlocks:
         self._rotate(attention, split[:, : heads + kv_heads])
         self._scale(attention, query)
         group = heads // kv_heads
-        for own, kv, rows in self._parts:
-            store = kv.stores[i]
+        for own, kv, rows in self.parts:
+            store = kv.keys_of(i)
             store.append(key[own], value[own], rows.start)
             for first, end in [(0, heads)] if chosen is None or store.whole else chosen.spans:
                 part = out[own, first * dim : end * dim]
@@ -106,9 +113,9 @@ class AttentionBlocks:
         """
         work, spec, began = self.work, self.work.spec, time.perf_counter()
         parts = [
-            (own, kv.stores[i], rows)
-            for own, kv, rows in self._parts
-            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.stores[i].looks_ahead
+            (own, kv.keys_of(i), rows)
+            for own, kv, rows in self.parts
+            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.keys_of(i).looks_ahead
         ]
         if not parts or not work.weights.resident(f"{i}.qkv"):
             return
@@ -124,14 +131,6 @@ class AttentionBlocks:
         self._scale(attention, query)
         for own, store, rows in parts:
             store.look_ahead(query[own], rows, time.perf_counter() - began)
-
-    def output(self, i: int, attended: Tensor, wide: bool) -> Tensor:
-        """What the block adds to the residual stream, float32 [T, hidden]."""
-        work, attention = self.work, self.work.spec.layers[i].attention
-        y = work.view("y", len(attended), work.spec.hidden)
-        work.linear(f"{i}.out", attended, y, wide, f"{i}.out.bias" if attention.out_bias else None)
-        work.block_output(i, "attention", y)
-        return y
 
     def _rotate(self, attention: Attention, heads: Tensor) -> None:
         """Rotate [T, heads, head_dim] in place, by the positions of the pass."""

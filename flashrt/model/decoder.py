@@ -14,11 +14,11 @@ import numpy as np
 
 from flashrt.budget.working_set import SCORE_ROWS
 from flashrt.cache.pages import RingPages
-from flashrt.model.attention import AttentionBlocks
 from flashrt.model.batch import Batch
 from flashrt.model.ffn.base import Tokens
 from flashrt.model.ffn.choose import Ffns
 from flashrt.model.ffn.sparse import SparseKind
+from flashrt.model.mixers import Mixers
 from flashrt.model.schedule import PassKind, Schedule
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt_kernels.rows import MATRIX_ROWS
@@ -35,7 +35,7 @@ class Decoder:
         self.work, self.ffns = work, ffns
         self.spec, self.layout = work.spec, work.layout
         self.weights, self.device = work.weights, work.device
-        self.attention = AttentionBlocks(work)
+        self.mixers = Mixers(work)
         self.pages = pages
         self._schedule = Schedule(work.weights, ffns, pages)
         self._observe: Observer | None = None
@@ -76,10 +76,10 @@ class Decoder:
         """
         x = self.work.view("x", len(batch), self.spec.hidden)
         self._embed(batch, x)
-        self.attention.begin(batch)
+        self.mixers.begin(batch)
         tokens = Tokens(batch.positions, x)
         for i in range(len(self.spec.layers)):
-            self._attention(i, tokens, batch.wide)
+            self._mix(i, tokens, batch.wide)
             self._ffn(i, tokens, batch)
         normed = self.work.view("normed", len(batch), self.spec.hidden)
         self.work.norm("norm.final", x, normed)
@@ -137,20 +137,20 @@ class Decoder:
             self.work.lookup("positions", (batch.positions + self.spec.position_offset).tolist(), y)
             x += y
 
-    def _attention(self, i: int, tokens: Tokens, wide: bool) -> None:
-        work, attention, x = self.work, self.attention, tokens.residual
+    def _mix(self, i: int, tokens: Tokens, wide: bool) -> None:
+        work, blocks, x = self.work, self.mixers.blocks, tokens.residual
         before = None if wide else self.ffns.blocks[i].before_attention
         if before is not None:
             before.look_ahead(x)
         normed = work.block_input(i, "attention", x, work.view("normed", len(x), self.spec.hidden))
         chosen = None if before is None else before.choose_heads(normed, tokens.positions)
-        attended = attention.attend(i, attention.project(i, normed, wide, chosen), chosen)
+        mixed = blocks[i].mix(i, normed, wide, chosen)
         if self._observe is not None:
             self._observe("attention", i, x, normed)
-            self._observe("heads", i, x, attended)
-        x += attention.output(i, attended, wide)
-        if i + 1 < len(self.spec.layers):
-            attention.look_ahead(i + 1, x)
+            self._observe("heads", i, x, mixed)
+        x += blocks[i].output(i, mixed, wide)
+        if i + 1 < len(blocks):
+            blocks[i + 1].look_ahead(i + 1, x)
 
     def _ffn(self, i: int, tokens: Tokens, batch: Batch) -> None:
         block, x = self.ffns.blocks[i], tokens.residual

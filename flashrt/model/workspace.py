@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashrt.cache.weights import Weights
-from flashrt.spec import ModelSpec
+from flashrt.spec import DeltaNet, Mixer, ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt_kernels.channels import channel_groups
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
@@ -97,23 +97,27 @@ def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) ->
     if layout.channel_columns:
         sizes.append(ops.gate_up_scratch_bytes(tokens, channel_groups(spec.hidden)))
     for layer in set(spec.layers):
-        attention, neurons = layer.attention, min(layer.ffn.neurons, WIDE_NEURONS)
-        width = attention.heads * attention.head_dim
+        neurons = min(max(layer.ffn.neurons, layer.ffn.shared), WIDE_NEURONS)
         sizes += [
-            ops.gemm_scratch_bytes(tokens, width),
+            ops.gemm_scratch_bytes(tokens, layer.mixer.width),
             ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),
-            # A few tokens may take more than many, which are cut into tiles.
-            *(
-                ops.attention_scratch_bytes(count, attention.heads, attention.kv_heads, attention.head_dim)
-                for count in range(1, tokens + 1)
-            ),
+            *_mixer_scratch(layer.mixer, ops, tokens),
         ]
     return int(max(sizes))
 
 
+def _mixer_scratch(mixer: Mixer, ops: Any, tokens: int) -> list[int]:
+    """Bytes of scratch that a mixer takes for passes of 1 to `tokens` tokens."""
+    if isinstance(mixer, DeltaNet):
+        return [ops.delta_rule_scratch_bytes(mixer.channels, mixer.taps, mixer.key_dim)]
+    heads, kv_heads, dim = mixer.heads, mixer.kv_heads, mixer.head_dim
+    # A few tokens may take more than many, which are cut into tiles.
+    return [ops.attention_scratch_bytes(count, heads, kv_heads, dim) for count in range(1, tokens + 1)]
+
+
 def reserve(spec: ModelSpec, layout: PackLayout, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
-    widest = max(max(layer.attention.heads * layer.attention.head_dim for layer in spec.layers), spec.hidden)
+    widest = max(max(layer.mixer.width for layer in spec.layers), spec.hidden)
     ops.reserve(widest)
     if any(tensor.group > 1 for tensor in layout.tensors.values()):
         ops.reserve_groups()

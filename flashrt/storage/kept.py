@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashrt.errors import PackError
-from flashrt.spec import Ffn, ModelSpec
+from flashrt.spec import GATES, ROUTING, ModelSpec
 from flashrt_kernels.limits import LARGEST_GROUP
 from flashrt_kernels.rows import KEPT, Codec, NeuronCodecs
 
@@ -27,7 +27,7 @@ class Stored(Protocol):
     spec: ModelSpec
 
     def part_dtypes(self, key: str) -> tuple[str, ...]: ...
-    def neuron_dtypes(self, layer: int) -> tuple[str, str, str]: ...
+    def neuron_dtypes(self, key: str) -> tuple[str, str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +101,13 @@ class Kept:
             if problem := _blocks_problem(name, codec, shape[1]):
                 return problem
         for name, codecs in self.neurons.items():
-            layer = name.removesuffix(".ffn")
-            if name == layer or not layer.isdecimal() or int(layer) >= len(spec.layers):
+            layer = name.partition(".")[0]
+            known_layer = layer.isdecimal() and int(layer) < len(spec.layers)
+            found = spec.layer_neurons(int(layer)).get(name) if known_layer else None
+            if found is None:
                 return f"{name} is no feed-forward block of this model"
-            if problem := _neurons_problem(name, codecs, spec.layers[int(layer)].ffn, spec.hidden):
+            gated = spec.layers[int(layer)].ffn.gated
+            if problem := _neurons_problem(name, codecs, gated, found[1], spec.hidden):
                 return problem
         return None
 
@@ -125,12 +128,15 @@ def kept_of(source: Stored) -> Kept | None:
     spec = source.spec
     names = [*spec.shared_matrices()]
     for i in range(len(spec.layers)):
-        names += [name for name in spec.layer_matrices(i) if not name.endswith(".router")]
+        names += [name for name in spec.layer_matrices(i) if not name.endswith(ROUTING)]
     kept = Kept({}, {}, {})
     for name in names:
-        _keep_matrix(kept, name, source.part_dtypes(name))
+        stored = source.part_dtypes(name)
+        if not name.endswith(GATES) or stored[0] in STORED:  # else these are as routers are
+            _keep_matrix(kept, name, stored)
     for i, layer in enumerate(spec.layers):
-        _keep_neurons(kept, i, layer.ffn, source.neuron_dtypes(i))
+        for name, (_, neurons) in spec.layer_neurons(i).items():
+            _keep_neurons(kept, name, neurons, layer.ffn.gated, source.neuron_dtypes(name))
     quantized = any(set(stored.split("/")) - PLAIN for stored in kept.requantized.values())
     return kept if kept.matrices or kept.neurons or quantized else None
 
@@ -144,16 +150,16 @@ def _keep_matrix(kept: Kept, name: str, stored: tuple[str, ...]) -> None:
             kept.requantized[part] = dtype
 
 
-def _keep_neurons(kept: Kept, layer: int, ffn: Ffn, stored: tuple[str, str, str]) -> None:
+def _keep_neurons(kept: Kept, name: str, neurons: int, gated: bool, stored: tuple[str, str, str]) -> None:
     gate, up, down = (STORED.get(dtype) for dtype in stored)
-    parts = {f"{layer}.ffn.{part}": dtype for part, dtype in zip(("gate", "up", "down"), stored, strict=True) if dtype}
-    if up is None or (ffn.gated and gate is None):
+    parts = {f"{name}.{part}": dtype for part, dtype in zip(("gate", "up", "down"), stored, strict=True) if dtype}
+    if up is None or (gated and gate is None):
         kept.requantized.update(parts)
         return
-    codec, group = _down(down, ffn.neurons)
-    kept.neurons[f"{layer}.ffn"] = NeuronCodecs(gate, up, codec, group)
+    codec, group = _down(down, neurons)
+    kept.neurons[name] = NeuronCodecs(gate, up, codec, group)
     if codec is not down:
-        kept.requantized[f"{layer}.ffn.down"] = stored[2]
+        kept.requantized[f"{name}.down"] = stored[2]
 
 
 def _down(codec: Codec | None, neurons: int) -> tuple[Codec, int]:
@@ -172,14 +178,14 @@ def _blocks_problem(name: str, codec: Codec, k: int) -> str | None:
     return None
 
 
-def _neurons_problem(name: str, codecs: NeuronCodecs, ffn: Ffn, hidden: int) -> str | None:
+def _neurons_problem(name: str, codecs: NeuronCodecs, gated: bool, neurons: int, hidden: int) -> str | None:
     rows = [codecs.up] if codecs.gate is None else [codecs.gate, codecs.up]
-    if (codecs.gate is not None) != ffn.gated:
+    if (codecs.gate is not None) != gated:
         return f"{name} has codecs of neurons of another kind"
     if not set(rows) <= set(KEPT) or (codecs.down in KEPT) == (codecs.group == 1):
         return f"{name} has codecs that do not go together"
-    if type(codecs.group) is not int or not 1 <= codecs.group <= ffn.neurons or ffn.neurons % codecs.group:
-        return f"{name} has bundles of {codecs.group!r} neurons, of {ffn.neurons}"
+    if type(codecs.group) is not int or not 1 <= codecs.group <= neurons or neurons % codecs.group:
+        return f"{name} has bundles of {codecs.group!r} neurons, of {neurons}"
     if codecs.group > 1 and (codecs.group % 64 or codecs.group > LARGEST_GROUP):
         return f"{name} has bundles of {codecs.group} neurons"
     problems = [_blocks_problem(name, codec, hidden) for codec in rows]

@@ -20,9 +20,9 @@ class StoredWeights(WeightSource, Protocol):
     """A checkpoint whose rows can be read as they are stored; see `flashrt.storage.sources`."""
 
     def stored_rows(self, key: str, start: int, stop: int) -> Array: ...
-    def stored_neurons(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array]: ...
-    def stored_down(self, layer: int, expert: int, start: int, stop: int) -> Array: ...
-    def down_rows(self, layer: int, expert: int, start: int, stop: int) -> Array: ...
+    def stored_neurons(self, key: str, run: int, start: int, stop: int) -> tuple[Array | None, Array]: ...
+    def stored_down(self, key: str, run: int, start: int, stop: int) -> Array: ...
+    def down_rows(self, key: str, run: int, start: int, stop: int) -> Array: ...
 
 
 class KeptEncoder(Encoder):
@@ -55,12 +55,12 @@ class KeptEncoder(Encoder):
             places[whole : whole + 1, : len(rows) % MATRIX_ROWS] = rows[whole * MATRIX_ROWS :]
 
     def _fill_neurons(self, tensor: TensorLayout, codecs: NeuronCodecs, run: int, first: int, bundles: Array) -> None:
-        layer, group, k = int(tensor.name.partition(".")[0]), codecs.group, tensor.columns
+        group, k = codecs.group, tensor.columns
         step = max(CHUNK_WEIGHTS // (k * group), 1)
         for begin in range(0, len(bundles), step):
             part = bundles[begin : begin + step]
             start, stop = (first + begin) * group, (first + begin + len(part)) * group
-            gate, up = self.source.stored_neurons(layer, run, start, stop)
+            gate, up = self.source.stored_neurons(tensor.name, run, start, stop)
             at = 0
             for codec, rows in ((codecs.gate, gate), (codecs.up, up)):
                 if codec is None or rows is None:
@@ -69,15 +69,15 @@ class KeptEncoder(Encoder):
                 _check(tensor.name, codec, rows, (stop - start, size))
                 part[:, at : at + group * size] = rows.reshape(len(part), group * size)
                 at += group * size
-            down = self._down(tensor.name, codecs, layer, run, start, stop, k)
+            down = self._down(tensor.name, codecs, run, start, stop, k)
             part[:, at : at + down.shape[1]] = down
 
-    def _down(self, name: str, codecs: NeuronCodecs, layer: int, run: int, start: int, stop: int, k: int) -> Array:
+    def _down(self, name: str, codecs: NeuronCodecs, run: int, start: int, stop: int, k: int) -> Array:
         """Down of the neurons of some bundles, uint8 [bundles, bytes]."""
         if codecs.group == 1:
-            return self._rest.encode(codecs.down, name, self.source.down_rows(layer, run, start, stop), stop - start, k)
+            return self._rest.encode(codecs.down, name, self.source.down_rows(name, run, start, stop), stop - start, k)
         count, size = (stop - start) // codecs.group, row_bytes(codecs.down, codecs.group)
-        rows = self.source.stored_down(layer, run, start, stop)
+        rows = self.source.stored_down(name, run, start, stop)
         _check(name, codecs.down, rows, (k, count * size))
         return rows.reshape(k, count, size).swapaxes(0, 1).reshape(count, k * size)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
-from flashrt.spec import Attention, ModelSpec
+from flashrt.spec import GATES, ROUTING, Attention, ModelSpec
 from flashrt.storage.kept import Kept, parts_of, whole_of
 from flashrt.storage.safetensors_file import PAGE, header_bytes
 from flashrt_kernels.channels import CHANNELS, channel_groups, group_bytes, padded_columns
@@ -145,10 +145,11 @@ class PackLayout:
 def codec_of(name: str, dtype: Codec) -> Codec:
     """The codec of a tensor in a pack of `dtype`.
 
-    The router decides which experts run: an error there changes everything, and its bytes are negligible. Predictors
-    have 4 bits whatever the pack has: see `flashrt.model.predictors.low_rank`.
+    Routers, and gates of shared experts, decide what runs, and gates of a delta net what its state keeps: an error
+    there changes everything, and their bytes are negligible. Predictors have 4 bits whatever the pack has: see
+    `flashrt.model.predictors.low_rank`.
     """
-    if name.endswith(".router") and dtype is not Codec.F32:
+    if name.endswith((*ROUTING, *GATES)) and dtype is not Codec.F32:
         return Codec.BF16
     if PREDICTOR in name:
         return Codec.INT4
@@ -211,25 +212,37 @@ def _kept_matrices(matrices: dict[str, tuple[int, int]], dtype: Codec, kept: Kep
         if name in kept.matrices or not any(part in kept.matrices for part in parts):
             yield _matrix(name, kept.matrices.get(name, codec_of(name, dtype)), rows, columns)
             continue
-        attention = spec.layers[int(name.partition(".")[0])].attention
         row0 = 0
-        for part, heads in zip(parts, (attention.heads, attention.kv_heads, attention.kv_heads), strict=True):
-            yield _matrix(part, kept.matrices.get(part, dtype), heads * attention.head_dim, columns, row0)
-            row0 += heads * attention.head_dim
+        for part, rows in zip(parts, spec.layers[int(name.partition(".")[0])].mixer.qkv_parts, strict=True):
+            yield _matrix(part, kept.matrices.get(part, dtype), rows, columns, row0)
+            row0 += rows
 
 
-def _kept_ffn(spec: ModelSpec, codecs: NeuronCodecs, i: int) -> _Shape:
+def _kept_neurons(spec: ModelSpec, codecs: NeuronCodecs, i: int, name: str) -> _Shape:
     """Neurons whose rows have several codecs; groups of them begin on pages, as they are large and read one by one."""
-    ffn, hidden, group = spec.layers[i].ffn, spec.hidden, codecs.group
+    hidden, group = spec.hidden, codecs.group
+    runs, neurons = spec.layer_neurons(i)[name]
     stride = align(neuron_bytes(codecs, hidden), 64 if group == 1 else PAGE)
-    step, rows = NEURON_STEP if group == 1 else 1, group * ffn.bundle_rows
-    return _Shape(f"{i}.ffn", codecs.up, hidden, rows, ffn.neurons // group, stride, step, ffn.runs, codecs=codecs)
+    step, rows = NEURON_STEP if group == 1 else 1, group * spec.layers[i].ffn.bundle_rows
+    return _Shape(name, codecs.up, hidden, rows, neurons // group, stride, step, runs, codecs=codecs)
 
 
-def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> Iterator[_Shape]:
-    """Neurons as bundles, in a calibrated pack behind their predictor; or gate and up by channel, and down by row."""
+def _layer_neurons(
+    spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None, kept: Kept | None
+) -> Iterator[_Shape]:
+    """The neurons of a layer, in execution order."""
+    if sparsity is not None:
+        yield from _calibrated_ffn(spec, dtype, i, sparsity)
+        return
+    for name in spec.layer_neurons(i):
+        codecs = None if kept is None else kept.neurons.get(name)
+        yield _neurons(spec, dtype, i, name) if codecs is None else _kept_neurons(spec, codecs, i, name)
+
+
+def _calibrated_ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity) -> Iterator[_Shape]:
+    """Neurons as bundles, behind their predictor; or gate and up by channel, and down by row."""
     ffn, hidden = spec.layers[i].ffn, spec.hidden
-    layer = None if sparsity is None else sparsity.layers[i]
+    layer = sparsity.layers[i]
     if isinstance(layer, ChannelSparsity):
         columns = channel_columns(spec, i)
         stride = group_bytes(columns, layer.fine)
@@ -241,13 +254,18 @@ def _ffn(spec: ModelSpec, dtype: Codec, i: int, sparsity: Sparsity | None) -> It
             yield from _matrices({f"{i}{PREDICTOR}heads": (spec.layers[i].attention.heads, hidden)}, dtype)
         factors = {f"{i}{PREDICTOR}down": (layer.rank, hidden), f"{i}{PREDICTOR}up": (ffn.neurons, layer.rank)}
         yield from _matrices(factors, dtype)
-    stride = bundle_stride(dtype, hidden, ffn.bundle_rows)
-    yield _Shape(f"{i}.ffn", dtype, hidden, ffn.bundle_rows, ffn.neurons, stride, NEURON_STEP, ffn.runs)
+    yield _neurons(spec, dtype, i, f"{i}.ffn")
+
+
+def _neurons(spec: ModelSpec, dtype: Codec, i: int, name: str) -> _Shape:
+    """Neurons of which all rows have one codec."""
+    rows, (runs, neurons) = spec.layers[i].ffn.bundle_rows, spec.layer_neurons(i)[name]
+    return _Shape(name, dtype, spec.hidden, rows, neurons, bundle_stride(dtype, spec.hidden, rows), NEURON_STEP, runs)
 
 
 def heads_apart(attention: Attention) -> bool:
     """Whether a head can be computed alone: its queries are whole bundles, its keys and values no other's."""
-    apart = attention.kv_heads == attention.heads and not attention.qk_norm_whole
+    apart = attention.kv_heads == attention.heads and not (attention.qk_norm_whole or attention.output_gate)
     return apart and attention.head_dim % MATRIX_ROWS == 0
 
 
@@ -297,8 +315,7 @@ def pack_layout(
         shapes_of = [*(_matrices(matrices, dtype) if kept is None else _kept_matrices(matrices, dtype, kept, spec))]
         own_vectors = {name: n for name, n in lengths.items() if name.startswith(prefix)}
         if layer is not None:
-            codecs = None if kept is None else kept.neurons.get(f"{layer}.ffn")
-            shapes_of += _ffn(spec, dtype, layer, sparsity) if codecs is None else [_kept_ffn(spec, codecs, layer)]
+            shapes_of += _layer_neurons(spec, dtype, layer, sparsity, kept)
             if sparsity is not None:
                 own_vectors |= sparse_vectors(spec, layer, sparsity)
         own = [shape.placed(file, block_bytes) for shape in shapes_of]

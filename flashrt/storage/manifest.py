@@ -18,7 +18,7 @@ from flashrt.errors import PackError
 from flashrt.rope import MAX_CONTEXT, Rope
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
-from flashrt.spec import MAX_LAYERS, ModelSpec
+from flashrt.spec import MAX_LAYERS, Attention, ModelSpec
 from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
@@ -193,10 +193,7 @@ def _checksum(body: dict[str, Any]) -> str:
 def _check_spec(spec: ModelSpec, where: str) -> None:
     """Refuse shapes that no model has, before anything is sized by them."""
 
-    def bounded(name: str, value: object, low: int, high: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise PackError(f"{where}: {name} is {value!r}, expected a whole number from {low} to {high}")
-
+    bounded = functools.partial(_bounded, where=where)
     _check_fields(spec, where)
     bounded("vocab", spec.vocab, 1, 1 << 24)
     bounded("hidden", spec.hidden, 1, 1 << 20)
@@ -209,28 +206,44 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     if spec.norm not in ("rms", "layer"):
         raise PackError(f"{where}: unknown norm {spec.norm!r}")
     for layer in set(spec.layers):
-        attention, ffn = layer.attention, layer.ffn
-        _check_fields(attention, where)
+        mixer, ffn = layer.mixer, layer.ffn
+        _check_fields(mixer, where)
         _check_fields(ffn, where)
-        bounded("heads", attention.heads, 1, 1 << 14)
-        bounded("kv_heads", attention.kv_heads, 1, attention.heads)
-        bounded("head_dim", attention.head_dim, 1, 1 << 14)
+        if isinstance(mixer, Attention):
+            _check_attention(mixer, where)
+        else:
+            for name in ("key_heads", "heads", "key_dim", "value_dim", "taps"):
+                _bounded(name, getattr(mixer, name), 1, 1 << 14, where)
         bounded("neurons", ffn.neurons, 1, 1 << 22)
         bounded("experts", ffn.experts, 0, 1 << 14)
         bounded("experts_per_token", ffn.experts_per_token, 1 if ffn.experts else 0, ffn.experts)
-        if attention.heads % attention.kv_heads:
-            raise PackError(f"{where}: {attention.heads} heads do not share {attention.kv_heads} KV heads evenly")
-        if attention.window is not None:
-            bounded("window", attention.window, 1, 1 << 31)
+        bounded("router_groups", ffn.router_groups, 1, 1 << 14)
+        bounded("router_groups_used", ffn.router_groups_used, 1, ffn.router_groups)
+        bounded("shared", ffn.shared, 0, 1 << 22)
         try:
             activations.parse(ffn.activation)
         except ValueError as error:
             raise PackError(f"{where}: {error}") from None
     if problem := spec.unsupported():
         raise PackError(f"{where}: {problem}")
-    for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in spec.layers}:
+    for rope, head_dim in {(attention.rope, attention.head_dim) for attention in spec.attentions.values()}:
         if rope is not None:
             _check_rope(rope, head_dim, spec.context, where)
+
+
+def _check_attention(attention: Attention, where: str) -> None:
+    _bounded("heads", attention.heads, 1, 1 << 14, where)
+    _bounded("kv_heads", attention.kv_heads, 1, attention.heads, where)
+    _bounded("head_dim", attention.head_dim, 1, 1 << 14, where)
+    if attention.heads % attention.kv_heads:
+        raise PackError(f"{where}: {attention.heads} heads do not share {attention.kv_heads} KV heads evenly")
+    if attention.window is not None:
+        _bounded("window", attention.window, 1, 1 << 31, where)
+
+
+def _bounded(name: str, value: object, low: int, high: int, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise PackError(f"{where}: {name} is {value!r}, expected a whole number from {low} to {high}")
 
 
 def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: str) -> None:
@@ -238,6 +251,8 @@ def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: st
         raise PackError(f"{where}: a calibration of {len(sparsity.layers)} layers, the model has {len(spec.layers)}")
     if any(layer.ffn.experts for layer in spec.layers):
         raise PackError(f"{where}: a calibrated mixture of experts; only dense models are calibrated")
+    if spec.delta_nets:
+        raise PackError(f"{where}: a calibrated model with recurrent layers, which are not calibrated")
     if sparsity.channels and dtype is not Codec.INT4:
         raise PackError(f"{where}: weights stored by channel in {dtype.value}, expected int4")
     if sparsity.rows and not all(gives_zeros(layer.ffn.activation) for layer in spec.layers):

@@ -60,7 +60,7 @@ class WeightSource(Contents, Protocol):
     """A checkpoint, whose weights are encoded; see `flashrt.storage.sources`."""
 
     def matrix_rows(self, key: str, start: int, stop: int) -> Array: ...
-    def neuron_rows(self, layer: int, expert: int, start: int, stop: int) -> tuple[Array | None, Array, Array]: ...
+    def neuron_rows(self, key: str, run: int, start: int, stop: int) -> tuple[Array | None, Array, Array]: ...
 
 
 class Encoder(Protocol):
@@ -340,8 +340,7 @@ class RowEncoder:
             bundles[: len(share), r * size : (r + 1) * size] = share
 
     def _fill_neurons(self, tensor: TensorLayout, run: int, first: int, bundles: Array) -> None:
-        layer = int(tensor.name.partition(".")[0])
-        gate, up, down = self.source.neuron_rows(layer, run, first, first + len(bundles))
+        gate, up, down = self.source.neuron_rows(tensor.name, run, first, first + len(bundles))
         rows = [up, down] if gate is None else [gate, up, down]
         if len(rows) != tensor.bundle_rows:
             raise CheckpointError(f"{tensor.name} has {len(rows)} rows per neuron, expected {tensor.bundle_rows}")

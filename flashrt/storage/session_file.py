@@ -19,7 +19,7 @@ import stat
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import get_native_id
 from types import TracebackType
@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from flashrt.errors import DiskError, SessionError
-from flashrt.kv.pages import Extent, Page, pages
-from flashrt.kv.reach import needed
-from flashrt.spec import ModelSpec
+from flashrt.kv.marks import MARKS
+from flashrt.kv.pages import Extent, Page, StatePage, firsts, pages
+from flashrt.spec import Mixer, ModelSpec
 from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, remove_leftovers, replacing
 from flashrt.storage.direct import open_direct
@@ -44,6 +44,7 @@ VERSION = 1
 MAX_JSON_BYTES = 16 << 20  # of messages: more than a conversation of a million tokens
 
 Array = np.ndarray
+AnyPage = Page | StatePage
 Messages = Sequence[Mapping[str, str]]
 
 FORM_OPTIONS = {  # parts of `KvForm.shapes`, and what they come from
@@ -75,23 +76,35 @@ class KvForm:
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
         """As the file says it: what attention of each layer is, equal neighbours once with a count."""
-        runs = [{"count": run["count"], **run["layer"]["attention"]} for run in self.spec.to_json()["layers"]]
-        ropes = [layer.attention.rope for layer in self.spec.layers]
+        runs = []
+        for run in self.spec.to_json()["layers"]:
+            (mixer,) = (value for part, value in run["layer"].items() if part != "ffn")
+            runs.append({"count": run["count"], **mixer})
+        ropes = [attention.rope for attention in self.spec.attentions.values()]
         rotations = sorted({rope.variant(self.context) for rope in ropes if rope is not None})
         return {"item": self.codec.value, "layers": runs, "rotations": rotations, "choice": self.choice}
 
     @functools.cached_property
     def largest_header(self) -> int:
         """Bytes of the header of a session that fills the context."""
-        whole = Extent(0, self.spec.context, 0)
+        whole = Extent(0, self.spec.context, 0, tuple(range(1, MARKS + 1)), True)
         return MAX_JSON_BYTES + 4 * (whole.length + len(self.pages(whole)))
 
-    def pages(self, extent: Extent) -> list[Page]:
-        return list(pages([layer.attention for layer in self.spec.layers], extent, self.codec))
+    @functools.cached_property
+    def mixers(self) -> list[Mixer]:
+        """Of the layers."""
+        return [layer.mixer for layer in self.spec.layers]
 
-    def nbytes(self, page: Page) -> int:
+    def pages(self, extent: Extent) -> list[AnyPage]:
+        return list(pages(self.mixers, extent, self.codec))
+
+    def nbytes(self, page: AnyPage) -> int:
         """Of a page in memory; on disk it goes on to a multiple of 4 KiB."""
-        return page.items * self.dtype.itemsize
+        return page.items * self.dtype_of(page).itemsize
+
+    def dtype_of(self, page: AnyPage) -> np.dtype:
+        """Of its numbers."""
+        return np.dtype(np.float32) if isinstance(page, StatePage) else self.dtype
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Session:
 
 
 def write_session(
-    path: Path, form: KvForm, session: Session, fill: Callable[[Page, Array], None], memory: Array
+    path: Path, form: KvForm, session: Session, fill: Callable[[AnyPage, Array], None], memory: Array
 ) -> None:
     """Write a session in place of what was at `path`, which stays as it is should that fail.
 
@@ -125,7 +138,7 @@ def write_session(
             nbytes = form.nbytes(page)
             out = memory[: align(nbytes, PAGE)]
             out[nbytes:] = 0
-            fill(page, out[:nbytes].view(form.dtype).reshape(page.shape))
+            fill(page, out[:nbytes].view(form.dtype_of(page)).reshape(page.shape))
             checksums[i] = _io.crc32(out)
             file.write(out.data)
         file.seek(0)
@@ -141,7 +154,7 @@ def session_bytes(form: KvForm, extent: Extent) -> int:
 
 def page_bytes(form: KvForm) -> int:
     """What the largest page takes on disk."""
-    last = Extent(0, ATTENTION_SEGMENT, 0)
+    last = Extent(0, ATTENTION_SEGMENT, 0, ends=True)
     return max(align(form.nbytes(page), PAGE) for page in form.pages(last))
 
 
@@ -158,7 +171,7 @@ class SessionFile:
         self._handle, self._direct = open_direct(path)
         try:
             self.session, checksums, start = self._read_header()
-            self._places: list[tuple[Page, int, int]] = []  # page, offset, CRC-32
+            self._places: list[tuple[AnyPage, int, int]] = []  # page, offset, CRC-32
             for page, checksum in zip(form.pages(self.session.extent), checksums.tolist(), strict=True):
                 self._places.append((page, start, checksum))
                 start += align(form.nbytes(page), PAGE)
@@ -179,27 +192,32 @@ class SessionFile:
     def close(self) -> None:
         os.close(self._handle)
 
-    def read(self, reader: Reader, extent: Extent) -> Iterator[tuple[Page, Array]]:
+    def read(self, reader: Reader, extent: Extent) -> Iterator[tuple[AnyPage, Array]]:
         """The pages that `extent` needs of this file, many reads in flight; each array is valid until the next page.
 
         `reader` reads nothing else meanwhile: its staging memory takes the pages.
         """
         form = self._form
-        firsts = [needed(layer.attention.window, extent.top) for layer in form.spec.layers]
+        begins = firsts(form.mixers, extent.length, extent.top)
         reader.settle()
         size = page_bytes(form)
         free = deque(reader.staging[at : at + size] for at in range(0, len(reader.staging) - size + 1, size))
-        flying: deque[tuple[Page, Ticket, Array]] = deque()
+        flying: deque[tuple[AnyPage, Ticket, Array]] = deque()
 
-        def finish() -> tuple[Page, Array]:
+        def wanted(page: AnyPage) -> bool:
+            if isinstance(page, StatePage):
+                return page.position in extent.states
+            return begins[page.layer] <= page.begin < extent.length
+
+        def finish() -> tuple[AnyPage, Array]:
             page, ticket, buffer = flying.popleft()
             ticket.wait()
             free.append(buffer)
-            return page, buffer[: form.nbytes(page)].view(form.dtype).reshape(page.shape)
+            return page, buffer[: form.nbytes(page)].view(form.dtype_of(page)).reshape(page.shape)
 
         try:
             for page, offset, checksum in self._places:
-                if not firsts[page.layer] <= page.begin < extent.length:
+                if not wanted(page):
                     continue
                 if not free or len(flying) == DEPTH:
                     yield finish()
@@ -255,13 +273,15 @@ class SessionFile:
                         f"use the {options} that it was saved with, or name another file"
                     )
             extent = Extent(*(body[name] for name in ("begin", "length", "top")))
+            if form.spec.delta_nets:
+                extent = replace(extent, marks=tuple(body["marks"]), ends=body["ends"])
             messages = body["messages"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
         known = all(type(value) is int for value in (extent.begin, extent.length, extent.top))
         if not known or not 0 <= extent.begin < extent.length <= extent.top <= form.spec.context:
             raise self._damaged(f"it goes from {extent.begin} to {extent.length}, of {extent.top} tokens")
-        if extent.begin % ATTENTION_SEGMENT or not _are_messages(messages):
+        if extent.begin % ATTENTION_SEGMENT or not _are_marks(extent) or not _are_messages(messages):
             raise self._damaged("its header says what no session has")
         return extent, messages
 
@@ -301,6 +321,8 @@ def _header(form: KvForm, session: Session, checksums: Array) -> bytes:
         "top": extent.top,
         "messages": session.messages,
     }
+    if form.spec.delta_nets:
+        body |= {"marks": extent.marks, "ends": extent.ends}
     text = json.dumps(body, separators=(",", ":")).encode()
     data = text + session.tokens.astype("<i4").tobytes() + checksums.astype("<u4").tobytes()
     data = data.ljust(align(_HEAD.size + len(data), PAGE) - _HEAD.size, b"\0")
@@ -318,6 +340,13 @@ def _check_file(path: Path) -> None:
         raise SessionError(f"{path} cannot be opened: {error}") from None
     if not stat.S_ISREG(mode):
         raise SessionError(f"{path} is no file: a session is one")
+
+
+def _are_marks(extent: Extent) -> bool:
+    """Whether its marks are some that a sequence can have."""
+    marks = extent.marks
+    whole = all(type(mark) is int and extent.begin < mark <= extent.length for mark in marks)
+    return whole and len(marks) <= MARKS and list(marks) == sorted(set(marks)) and type(extent.ends) is bool
 
 
 def _are_messages(value: Any) -> bool:

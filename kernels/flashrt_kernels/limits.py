@@ -11,3 +11,4 @@ ATTENTION_SEGMENT = 256  # positions that attention sums by themselves, from mul
 LARGEST_GROUP = 2048  # neurons of one bundle
 LONGEST_ROW = 65536  # weights: longer rows no kernel takes
 WIDEST_HEAD = 256  # numbers of one attention head, likewise
+MOST_TAPS = 8  # rows that the convolution of a delta net takes together, likewise

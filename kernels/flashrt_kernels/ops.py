@@ -164,6 +164,41 @@ class Ops(Protocol[Array]):
     def softcap(self, x: Array, cap: float) -> None:
         """x = cap * tanh(x / cap) in place, x [B, K]."""
 
+    def rms_norm_gated(self, x: Array, gate: Array, weight: Array, eps: float, out: Array) -> None:
+        """out = x / sqrt(mean(x²) + eps) * weight * silu(gate) over rows; x, gate, out [B, K], weight [K]."""
+
+    def sigmoid_gate(self, x: Array, gate: Array) -> None:
+        """x *= sigmoid(gate) in place, x and gate [B, K]."""
+
+    def delta_rule(
+        self,
+        x: Array,
+        gates: Array,
+        taps: Array,
+        rate: Array,
+        bias: Array,
+        tiled: bool,
+        state: Array,
+        tail: Array,
+        out: Array,
+        advance: int,
+        parents: Array | None = None,
+        scratch: Array | None = None,
+    ) -> None:
+        """A gated delta net over rows; the first `advance` of them move its state on, the others leave no trace in it.
+
+        Channels x [N, C] are queries and keys of the key heads (D each), then values of H heads (V each). Each becomes
+        silu of the sum of `taps` [n, C] times itself in the last n rows; tail [n - 1, C] has those before the first.
+        Queries and keys are divided by their lengths, queries by sqrt(D) too. gates [N, 2 H] are b and a of each head:
+        state [H, D, V] is multiplied by exp(rate * softplus(a + bias)), then k * sigmoid(b) * (v - k · state) is added
+        to it, and out is q · state. Head h reads key head h % key heads where they are `tiled`, or neighbours share
+        one. out [M, H * V] takes the last M rows. parents int32 [N - advance], at most 16, makes the rows behind
+        `advance` a tree, as in `attention`. x and gates are used up. scratch uint8 [delta_rule_scratch_bytes(C, n, D)].
+        """
+
+    def delta_rule_scratch_bytes(self, channels: int, taps: int, dim: int) -> int:
+        """Bytes of scratch of `delta_rule`, for any number of rows."""
+
     def rope(self, x: Array, cos: Array, sin: Array) -> None:
         """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 

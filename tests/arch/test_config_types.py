@@ -71,9 +71,9 @@ def test_any_value_in_any_place_of_a_config(saved: dict[str, Path], family: str)
             for value in VALUES:
                 with contextlib.suppress(FlashrtError):
                     spec = model.spec(changed(document, place, value))
-                    for layer in set(spec.layers):  # what is accepted can be computed
-                        if layer.attention.rope is not None:
-                            layer.attention.rope.inverse_frequencies(layer.attention.head_dim)
+                    for attention in set(spec.attentions.values()):  # what is accepted can be computed
+                        if attention.rope is not None:
+                            attention.rope.inverse_frequencies(attention.head_dim)
 
 
 TEXT_FILES = {

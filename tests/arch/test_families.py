@@ -8,18 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from flashrt.arch import FAMILIES, family_of
 from flashrt.arch.gguf import ARCHITECTURES, gguf_config
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.spec import ModelSpec
+from flashrt.spec import DeltaNet, ModelSpec
+from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
+from tests import hybrids
 from tests.fake_source import DENSE
-from tests.families import GGUF_FIELDS, SHAPE, tiny_gguf
+from tests.families import GGUF_FIELDS, SHAPE, tiny_checkpoint, tiny_gguf
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {**SHAPE, "num_hidden_layers": 2, "head_dim": 20, "max_position_embeddings": 64}
+CONFIG = {
+    **SHAPE,
+    "num_hidden_layers": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+}
 
 
 def test_the_readme_names_every_family() -> None:
@@ -60,6 +73,11 @@ def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
         ("smollm3", {"layer_types": ["sliding_attention"] * 2}, "sliding layers without sliding_window"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("olmo3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters has"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
+        ("glm4_moe", {"topk_method": "greedy"}, "topk_method"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func"),
+        ("glm4_moe", {"n_group": 3, "topk_group": 1}, "1 of 3 groups of 8 experts"),
         ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "original_max_position_embeddings"),
     ],
 )
@@ -80,6 +98,12 @@ def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], re
         ("granite", {"granite.rope.scaling.finetuned": False}),
         ("glm4", {"glm4.rope.dimension_sections": [8, 12, 12, 0]}),
         ("glm4", {"glm4.rope.dimension_count": 22}),
+        ("glm4_moe", {"glm4moe.expert_gating_func": 1}),
+        ("qwen3_moe", {"qwen3moe.expert_gating_func": 2}),
+        ("qwen3_moe", {"qwen3moe.expert_weights_scale": 2.5}),
+        ("qwen3_moe", {"qwen3moe.expert_shared_count": 1}),
+        ("llama", {"llama.leading_dense_block_count": 1}),
+        ("llama", {"llama.nextn_predict_layers": 1}),
     ],
 )
 def test_metadata_that_is_not_computed_is_refused(family: str, change: dict[str, Any], tmp_path: Path) -> None:
@@ -101,7 +125,8 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
     """A pack made before a block keeps its hash; what a block says survives."""
     written = DENSE.to_json()
     attention = written["layers"][0]["layer"]["attention"]
-    assert not {"softcap", "qk_norm_whole", "temperature"} & set(attention)
+    assert not {"softcap", "qk_norm_whole", "temperature", "output_gate"} & set(attention)
+    assert not {"router_scores", "router_scale", "shared"} & set(written["layers"][0]["layer"]["ffn"])
     assert not {"pre_norms", "parallel", "logit_scale", "logit_softcap", "norm_bias", "residual_scale"} & set(written)
     assert "dims" not in attention["rope"]
     own = DENSE.layers[0]
@@ -112,9 +137,94 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
         qk_norm_whole=True,
         temperature=0.1,
         temperature_span=7,
+        output_gate=True,
         rope=replace(own.attention.rope, dims=4),
     )
-    layers = (replace(own, attention=changed), own)
+    mixture = replace(
+        own.ffn, experts=12, experts_per_token=3, router_scores="sigmoid", router_correction=True, shared=8
+    )
+    mixture = replace(
+        mixture, router_groups=4, router_groups_used=2, router_scale=2.5, router_bias=True, shared_gate=True
+    )
+    net = DeltaNet(2, 4, 8, 10, taps=3, tiled=True)
+    layers = (replace(own, mixer=changed), replace(own, mixer=net), replace(own, ffn=mixture))
     spec = replace(DENSE, layers=layers, pre_norms=False, residual_scale=0.5, logit_scale=2.0, logit_softcap=3.0)
     spec = replace(spec, parallel=True, norm="layer", norm_bias=False)
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_layers_that_only_predict_further_tokens_are_not_read(tmp_path: Path) -> None:
+    """Those behind the last of GLM-4.5, which say by a tensor of their own what they are; any others are refused."""
+    _, directory = tiny_checkpoint("glm4_moe", tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    further = {
+        name.replace("layers.2.", "layers.3."): value.clone() for name, value in weights.items() if ".layers.2." in name
+    }
+    for eh_proj in (True, False):
+        own = {"model.layers.3.eh_proj.weight": torch.randn(72, 144)} if eh_proj else {}
+        save_file({**weights, **further, **own}, directory / "model.safetensors", {"format": "pt"})
+        with open_checkpoint(directory) as checkpoint:
+            if eh_proj:
+                checkpoint.validate()
+                continue
+            with pytest.raises(UnsupportedModelError, match=r"model\.layers\.3\."):
+                checkpoint.validate()
+
+
+def test_further_layers_of_a_gguf_file_are_not_read(tmp_path: Path) -> None:
+    further = {"blk.3.nextn.eh_proj.weight": np.ones((72, 144), np.float32), "blk.3.attn_norm.weight": np.ones(72)}
+    _, path = tiny_gguf("glm4_moe", tmp_path / "x.gguf", extra=further)
+    with open_checkpoint(path) as checkpoint:
+        assert len(checkpoint.spec.layers) == 3
+        checkpoint.validate()
+    _, path = tiny_gguf("glm4_moe", tmp_path / "y.gguf", extra={"blk.3.attn_norm.weight": np.ones(72)})
+    with open_checkpoint(path) as checkpoint, pytest.raises(UnsupportedModelError, match=r"blk\.3\.attn_norm"):
+        checkpoint.validate()
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_further_layers_of_a_hybrid_are_not_read(tmp_path: Path, family: str, listed: bool) -> None:
+    further = {"blk.4.nextn.eh_proj.weight": np.ones((72, 144), np.float32), "blk.4.attn_norm.weight": np.ones(72)}
+    arch, recurrent = {"qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}[family], [True, True, False, True]
+    layers = [*recurrent, False] if listed else recurrent  # as llama.cpp counts them, or without
+    metadata = {f"{arch}.block_count": 5, f"{arch}.nextn_predict_layers": 1}
+    _, path = tiny_gguf(
+        family,
+        tmp_path / "x.gguf",
+        extra=further,
+        metadata={**metadata, f"{arch}.attention.recurrent_layers": layers},
+    )
+    with open_checkpoint(path) as checkpoint:
+        assert [i in checkpoint.spec.delta_nets for i in range(4)] == recurrent
+        assert len(checkpoint.spec.layers) == 4
+        checkpoint.validate()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attn_output_gate": False}, "attn_output_gate=False"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type='sigmoid'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' layers"),
+        ({"layer_types": ["full_attention"]}, "expected 4 names"),
+        ({"linear_num_key_heads": 4}, "6 heads of a delta net do not share 4 key heads"),
+        ({"linear_conv_kernel_dim": 9}, "a convolution of 9 taps"),
+        ({"linear_value_head_dim": 512}, "heads of 512 numbers"),
+        ({"linear_key_head_dim": 0}, "linear_key_head_dim is 0"),
+        ({"partial_rotary_factor": 0.0, "rope_parameters": {}}, "partial_rotary_factor=0.0"),
+    ],
+)
+def test_hybrids_that_are_not_computed_are_refused(change: dict[str, Any], reason: str) -> None:
+    config = {**SHAPE, **hybrids.SHAPE, **change}
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=reason):
+        family_of("qwen3_5_text").spec(config)
+
+
+def test_a_hybrid_without_layer_types_attends_in_every_fourth_layer() -> None:
+    config = {key: value for key, value in {**SHAPE, **hybrids.SHAPE}.items() if key != "layer_types"}
+    assert list(family_of("qwen3_5_text").spec({**config, "num_hidden_layers": 9}).attentions) == [3, 7]
+    every = {**config, "num_hidden_layers": 9, "full_attention_interval": 3}
+    assert list(family_of("qwen3_5_text").spec(every).attentions) == [2, 5, 8]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from flashrt.rope import Rope
 from flashrt.spec import Attention, ModelSpec
 from flashrt.storage.sources import Checkpoint, open_checkpoint
+from flashrt_kernels import reference
 from tests.families import FAMILIES, FATRELU_THRESHOLD, GGUF_FAMILIES, GGUF_FIELDS, VOCAB, tiny_checkpoint, tiny_gguf
 
 TOKENS = 40  # longer than every window
@@ -56,7 +57,8 @@ class PlainModel:
             x = x + self.matrix("positions", spec.positions)[torch.arange(len(tokens)) + spec.position_offset]
         for i in range(len(spec.layers)):
             before = x
-            y = self.attention(i, self.norm(x, f"{i}.norm.attention") if spec.pre_norms else x)
+            mix = self.attention if i in spec.attentions else self.delta_net
+            y = mix(i, self.norm(x, f"{i}.norm.attention") if spec.pre_norms else x)
             x = x + self.given(f"{i}.norm.attention_post", y)
             if spec.parallel:
                 y = self.ffn(i, self.norm(before, f"{i}.norm.attention"))
@@ -87,7 +89,25 @@ class PlainModel:
         scores = q @ k.transpose(1, 2) * a.scale
         scores = (scores / a.softcap).tanh() * a.softcap if a.softcap else scores
         joined = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)
+        if a.output_gate:
+            joined = joined * (x @ self.matrix(f"{i}.gate", a.width).T).sigmoid()
         return joined @ self.matrix(f"{i}.out", self.spec.hidden).T + self.bias(f"{i}.out.bias")
+
+    def delta_net(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        net = self.spec.delta_nets[i]
+        beta, decay = (x @ self.matrix(f"{i}.{name}", net.heads).T for name in ("beta", "decay"))
+        state = torch.zeros(net.heads, net.key_dim, net.value_dim).double()
+        tail = torch.zeros(net.taps - 1, net.channels).double()
+        joined = torch.empty(len(x), net.width).double()
+        taps = self.vector(f"{i}.taps").view(net.taps, net.channels)
+        rate, bias = self.vector(f"{i}.decay.rate"), self.vector(f"{i}.decay.bias")
+        rows, gates = x @ self.matrix(f"{i}.qkv", net.channels).T, torch.cat((beta, decay), 1)
+        reference.delta_rule(rows, gates, taps, rate, bias, net.tiled, state, tail, joined, len(x))
+        heads = joined.view(len(x), net.heads, net.value_dim)
+        normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + self.spec.norm_eps)
+        gate = F.silu(x @ self.matrix(f"{i}.gate", net.width).T)
+        joined = (normed * self.vector(f"{i}.head_norm")).flatten(1) * gate
+        return joined @ self.matrix(f"{i}.out", self.spec.hidden).T
 
     def norm_whole(self, heads: torch.Tensor, key: str) -> torch.Tensor:
         joined = heads.transpose(0, 1).flatten(1)
@@ -96,17 +116,32 @@ class PlainModel:
     def ffn(self, i: int, x: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
         if not ffn.experts:
-            return self.block(i, None, x)
-        weights = (x @ self.matrix(f"{i}.router", ffn.experts).T).softmax(-1)
-        weights, chosen = weights.topk(ffn.experts_per_token)
+            return self.block(i, f"{i}.ffn", 0, x)
+        weights, chosen = self.route(i, x)
+        outputs = torch.stack([self.block(i, f"{i}.ffn", e, x) for e in range(ffn.experts)], 1)
+        y = (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        if not ffn.shared:
+            return y
+        weight = (x @ self.matrix(f"{i}.shared_gate", 1).T).sigmoid() if ffn.shared_gate else 1.0
+        return y + weight * self.block(i, f"{i}.shared", 0, x)
+
+    def route(self, i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ffn = self.spec.layers[i].ffn
+        logits = x @ self.matrix(f"{i}.router", ffn.experts).T + self.bias(f"{i}.router.bias")
+        scores = logits.sigmoid() if ffn.router_scores == "sigmoid" else logits.softmax(-1)
+        worth = scores + self.bias(f"{i}.router.correction")
+        groups = worth.unflatten(1, (ffn.router_groups, -1))
+        best = groups.topk(2).values.sum(-1).topk(ffn.router_groups_used).indices
+        used = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter(1, best, True)
+        chosen = groups.masked_fill(~used[..., None], -torch.inf).flatten(1).topk(ffn.experts_per_token).indices
+        weights = scores.gather(1, chosen)
         if ffn.normalize_router:
             weights = weights / weights.sum(-1, keepdim=True)
-        outputs = torch.stack([self.block(i, e, x) for e in range(ffn.experts)], 1)
-        return (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        return weights * ffn.router_scale, chosen
 
-    def block(self, i: int, expert: int | None, x: torch.Tensor) -> torch.Tensor:
+    def block(self, i: int, key: str, run: int, x: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
-        gate, up, down = self.checkpoint.neuron_rows(i, expert, 0, ffn.neurons)
+        gate, up, down = self.checkpoint.neuron_rows(key, run, 0, self.spec.layer_neurons(i)[key][1])
         activate = _ACTIVATIONS[ffn.activation]
         y = x @ torch.from_numpy(up).double().T + self.bias(f"{i}.up.bias")
         y = activate(y) if gate is None else activate(x @ torch.from_numpy(gate).double().T) * y

@@ -18,6 +18,8 @@ from flashrt.storage.sources import open_checkpoint
 from flashrt_kernels.rows import Codec
 from tests.engine.support import logits_of, make_pack, relative_rms, tiny_engine
 from tests.families import SHAPE, write_tokenizer
+from tests.hybrids import MIXTURE
+from tests.hybrids import SHAPE as HYBRID
 
 TEXT = {**SHAPE, "pad_token_id": 3}
 EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -65,6 +67,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {**TEXT, "head_dim": 12, "rope_parameters": SECTIONS | {"mrope_interleaved": True}},
             "vision_config": QWEN25 | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            **IMAGES,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "text_config": {**TEXT, **HYBRID, "model_type": "qwen3_5_text"},
+            "vision_config": QWEN25 | {"num_position_embeddings": 16},
+            **IMAGES,
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "text_config": {**TEXT, **HYBRID, **MIXTURE, "model_type": "qwen3_5_moe_text"},
+            "vision_config": QWEN25 | {"num_position_embeddings": 16},
             **IMAGES,
         },
     ),

@@ -79,6 +79,24 @@ def tiny_engine(
     return build_engine(packed, the_plan, load_tokenizer(packed), runtime, kinds=kinds)
 
 
+def back_to(engine: Engine, prompt: list[int]) -> None:
+    """Cut the sequence back to `prompt`, or compute it again where a recurrent layer cannot be cut back so far."""
+    if engine.sequence.rewind(len(prompt)) < len(prompt):
+        engine.runner.prefill(engine.sequence, prompt)
+
+
+def held_of(engine: Engine) -> list[np.ndarray]:
+    """What each layer keeps of the sequence: keys and values, or the state at its end."""
+    kv, result = engine.sequence.kv, []
+    for i, store in enumerate(kv.stores):
+        if i in kv.recurrent:
+            result.append(np.empty(engine.spec.delta_nets[i].state_size, np.float32))
+            kv.recurrent[i].read_state(kv.length, slice(0, len(result[-1])), result[-1])
+        else:
+            result.append(store.memory[:, : kv.length].copy())  # type: ignore[attr-defined]
+    return result
+
+
 def logits_of(engine: Engine, prompt: list[int], tokens: list[int]) -> np.ndarray:
     """Logits after the prompt and after each of `tokens`, float32 [1 + len(tokens), vocab]."""
     engine.sequence.rewind(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashrt_kernels.rows import Codec
-from tests.engine.support import TorchRuntime, logits_of, make_pack, relative_rms, tiny_engine
+from tests.engine.support import TorchRuntime, back_to, logits_of, make_pack, relative_rms, tiny_engine
 from tests.families import FAMILIES, VOCAB, tiny_checkpoint
 
 STEPS = 32
@@ -69,7 +69,7 @@ def test_batch_equals_single_steps_and_rewind(case):
     with tiny_engine(packed, 0.35, logit_rows=16) as engine:
         single = logits_of(engine, prompt, tokens[:16])
         for size in (2, 5, 16):
-            engine.sequence.rewind(len(prompt))
+            back_to(engine, prompt)
             batch = engine.runner.step_batch(engine.sequence, tokens[:size])
             assert np.array_equal(batch, single[1 : 1 + size])
 

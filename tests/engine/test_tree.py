@@ -7,7 +7,7 @@ import pytest
 
 from flashrt.errors import UsageError
 from flashrt_kernels.rows import Codec
-from tests.engine.support import TorchRuntime, make_pack, relative_rms, tiny_engine
+from tests.engine.support import TorchRuntime, back_to, held_of, make_pack, relative_rms, tiny_engine
 from tests.families import FAMILIES, VOCAB, tiny_checkpoint
 
 # Longer than the windows of some families; the second node of a level does not lie beside its parent.
@@ -38,7 +38,7 @@ def along_paths(engine, prompt, tokens, parents):
     rows = []
     engine.runner.prefill(engine.sequence, prompt)
     for path in paths(parents):
-        engine.sequence.rewind(len(prompt))
+        back_to(engine, prompt)
         rows.append(engine.runner.step_batch(engine.sequence, [tokens[i] for i in path])[-1].copy())
     return np.stack(rows)
 
@@ -62,25 +62,27 @@ def test_keeping_a_path_is_decoding_it(case):
     path = paths(PARENTS)[-1]
     with tiny_engine(packed, 0.3, chunk=16, logit_rows=16) as engine:
         engine.runner.prefill(engine.sequence, prompt)
+        wanted = {0: held_of(engine)}
         for i in path:
             engine.runner.step(engine.sequence, tokens[i])
-        length = engine.sequence.length
-        wanted = [store.memory[:, :length].copy() for store in engine.sequence.kv.stores]
+            wanted[engine.sequence.length - PROMPT] = held_of(engine)
         logits = engine.runner.step(engine.sequence, 5)
         for kept in (path, path[:1], []):
-            engine.sequence.rewind(PROMPT)
+            back_to(engine, prompt)
             engine.runner.step_tree(engine.sequence, tokens, PARENTS)
             engine.sequence.commit(kept)
             assert engine.sequence.length == PROMPT + len(kept)
-            for store, expected in zip(engine.sequence.kv.stores, wanted, strict=True):
-                assert np.array_equal(store.memory[:, : engine.sequence.length], expected[:, : engine.sequence.length])
+            for found, expected in zip(held_of(engine), wanted[len(kept)], strict=True):
+                assert np.array_equal(found, expected)
         engine.runner.step_tree(engine.sequence, tokens, PARENTS)
         engine.sequence.commit(path)
         assert np.array_equal(engine.runner.step(engine.sequence, 5), logits)
-        assert np.array_equal(engine.runner.prefill(engine.sequence, [*prompt, *(tokens[i] for i in path), 5]), logits)
+        if not engine.sequence.kv.recurrent:  # which cannot be cut back by one token: a wide pass computes the last 17
+            again = engine.runner.prefill(engine.sequence, [*prompt, *(tokens[i] for i in path), 5])
+            assert np.array_equal(again, logits)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gemma3", "opt", "qwen3_moe", "qwen3_5_text"])
 def test_the_reference_agrees(tmp_path, family):
     _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3)
     packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flashrt.storage.sources import Checkpoint, open_checkpoint
-from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, HYBRIDS, stored_buffers, tiny_checkpoint, tiny_gguf
+from tests.hybrids import expected_mixer
 
 _ATTENTION = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "out": "self_attn.{out}"}
 _NORMS = {"norm.attention": "input_layernorm", "norm.ffn": "post_attention_layernorm"}
@@ -52,47 +53,84 @@ def _halves(parts: list[torch.Tensor], attention: Any, rotary: int) -> torch.Ten
     return torch.cat(result)
 
 
-def expected_tensors(family: str, model: Any) -> dict[str, np.ndarray]:
+def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarray]:
     """Logical vectors and matrices as the model itself holds them."""
     decoder = model.model.decoder if family == "opt" else model.model
     final = decoder.final_layer_norm if family == "opt" else decoder.norm
-    add = 1.0 if family in ("gemma2", "gemma3") else 0.0
+    add = 1.0 if family in ("gemma2", "gemma3", *HYBRIDS) else 0.0
     norms = _OPT_NORMS if family == "opt" else _OTHER_NORMS.get(family, _NORMS)
     result = {"embed": decoder.embed_tokens.weight, "norm.final": final.weight + add, "head": model.lm_head.weight}
     if family == "opt":
         result |= {"positions": decoder.embed_positions.weight, "norm.final.bias": final.bias}
     for i, layer in enumerate(decoder.layers):
-        attention = layer.self_attn
-        fused = hasattr(attention, "qkv_proj")
-        projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
-        out = attention.out_proj if family == "opt" else attention.o_proj
-        share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0}.get(family, 0.0)
-        rotary = round(share * attention.head_dim)
-        result |= {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
-        if projections[0].bias is not None:
-            result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
-        if out.bias is not None:
-            result[f"{i}.out.bias"] = out.bias
+        if family in HYBRIDS:
+            mixer = expected_mixer(layer, model.config, tiled)
+            result |= {f"{i}.{name}": torch.from_numpy(values) for name, values in mixer.items()}
+        else:
+            result |= _attention_tensors(family, layer.self_attn, i, add)
         for ours, theirs in norms.items():
             result[f"{i}.{ours}"] = getattr(layer, theirs).weight + add
             if family == "opt":
                 result[f"{i}.{ours}.bias"] = getattr(layer, theirs).bias
-        for name in ("q_norm", "k_norm"):
-            if hasattr(attention, name):
-                result[f"{i}.{name}"] = getattr(attention, name).weight + add
         if family == "opt":
             result |= {f"{i}.up.bias": layer.fc1.bias, f"{i}.down.bias": layer.fc2.bias}
-        elif hasattr(layer.mlp, "experts"):
-            result[f"{i}.router"] = layer.mlp.gate.weight
+        elif (mixture := _mixture(layer)) is not None:
+            result |= _routing(i, mixture)
     return {key: _array(value) for key, value in result.items()}
+
+
+def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[str, torch.Tensor]:
+    fused = hasattr(attention, "qkv_proj")
+    projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
+    out = attention.out_proj if family == "opt" else attention.o_proj
+    share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0}.get(family, 0.0)
+    rotary = round(share * attention.head_dim)
+    result = {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
+    if projections[0].bias is not None:
+        result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
+    if out.bias is not None:
+        result[f"{i}.out.bias"] = out.bias
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            result[f"{i}.{name}"] = getattr(attention, name).weight + add
+    return result
+
+
+def _mixture(layer: Any) -> Any:
+    """The module of a layer that holds experts, None in dense layers."""
+    block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    return block if hasattr(block, "experts") else None
+
+
+def _routing(i: int, mixture: Any) -> dict[str, torch.Tensor]:
+    router = mixture.router if hasattr(mixture, "router") else mixture.gate
+    result = {f"{i}.router": router.weight}
+    if hasattr(mixture, "shared_expert_gate"):
+        result[f"{i}.shared_gate"] = mixture.shared_expert_gate.weight
+    holder = getattr(router, "moe_statics", router)
+    if hasattr(holder, "e_score_correction_bias"):
+        result[f"{i}.router.correction"] = holder.e_score_correction_bias.flatten()
+    return result
+
+
+def expected_shared(layer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    if hasattr(layer, "shared_mlp"):
+        gate, up = _array(layer.shared_mlp.input_linear.weight).reshape(2, -1, layer.hidden_size)
+        return gate, up, _array(layer.shared_mlp.output_linear.weight).T
+    mlp = getattr(layer, "mlp", None)
+    shared = getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
+    if shared is None:
+        return None
+    return _array(shared.gate_proj.weight), _array(shared.up_proj.weight), _array(shared.down_proj.weight).T
 
 
 def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     if family == "opt":
         layer = model.model.decoder.layers[i]
         return None, _array(layer.fc1.weight), _array(layer.fc2.weight).T
-    mlp = model.model.layers[i].mlp
-    if hasattr(mlp, "experts"):
+    mixture = _mixture(model.model.layers[i])
+    mlp = model.model.layers[i].mlp if mixture is None else mixture
+    if mixture is not None:
         gate, up = _array(mlp.experts.gate_up_proj[expert]).reshape(2, -1, model.config.hidden_size)
         return gate, up, _array(mlp.experts.down_proj[expert]).T
     if hasattr(mlp, "gate_up_proj"):
@@ -103,7 +141,8 @@ def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.n
 
 def check_equal(checkpoint: Checkpoint, family: str, model: Any) -> None:
     """Every logical tensor, read in uneven pieces, is exactly the model's."""
-    spec, expected = checkpoint.spec, expected_tensors(family, model)
+    spec = checkpoint.spec
+    expected = expected_tensors(family, model, any(net.tiled for net in spec.delta_nets.values()))
     for key, length in spec.vectors().items():
         found = checkpoint.vector(key)
         assert found.dtype == np.float32
@@ -113,24 +152,28 @@ def check_equal(checkpoint: Checkpoint, family: str, model: Any) -> None:
     for i in range(len(spec.layers)):
         matrices |= spec.layer_matrices(i)
     for key, (rows, columns) in matrices.items():
-        cuts = [0, 1, rows // 3 + 1, rows - 1, rows]
+        cuts = sorted({0, 1, min(rows // 3 + 1, rows), rows - 1, rows})
         pieces = [checkpoint.matrix_rows(key, a, b) for a, b in itertools.pairwise(cuts) if a < b]
         assert all(piece.shape[1] == columns and piece.dtype == np.float32 for piece in pieces)
         np.testing.assert_array_equal(np.concatenate(pieces), expected.pop(key), err_msg=key)
     assert set(expected) <= {"head"}
     for i, layer in enumerate(spec.layers):
         for expert in range(layer.ffn.runs):
-            check_neurons(checkpoint, expected_neurons(family, model, i, expert), i, expert)
+            check_neurons(checkpoint, expected_neurons(family, model, i, expert), f"{i}.ffn", expert)
+        shared = None if family == "opt" else expected_shared(model.model.layers[i])
+        assert (shared is None) == (layer.ffn.shared == 0)
+        if shared is not None:
+            check_neurons(checkpoint, shared, f"{i}.shared", 0)
 
 
-def check_neurons(checkpoint: Checkpoint, expected: tuple[np.ndarray | None, ...], i: int, expert: int) -> None:
-    neurons = checkpoint.spec.layers[i].ffn.neurons
+def check_neurons(checkpoint: Checkpoint, expected: tuple[np.ndarray | None, ...], key: str, run: int) -> None:
+    neurons = checkpoint.spec.layer_neurons(int(key.partition(".")[0]))[key][1]
     for start, stop in ((0, 1), (1, neurons - 3), (neurons - 3, neurons)):
-        found = checkpoint.neuron_rows(i, expert, start, stop)
+        found = checkpoint.neuron_rows(key, run, start, stop)
         for a, b in zip(found, expected, strict=True):
             assert (a is None) == (b is None)
             if a is not None and b is not None:
-                np.testing.assert_array_equal(a, b[start:stop], err_msg=f"layer {i} expert {expert}")
+                np.testing.assert_array_equal(a, b[start:stop], err_msg=f"{key} {run}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,7 +184,8 @@ def test_directory_holds_the_models_tensors(family: str, dtype: torch.dtype, tmp
         checkpoint.validate()
         check_equal(checkpoint, family, model)
         assert checkpoint.weight_bytes_source == sum(
-            p.numel() * dtype.itemsize for p in {id(p): p for p in model.parameters()}.values()
+            p.numel() * dtype.itemsize
+            for p in {id(p): p for p in (*model.parameters(), *stored_buffers(model))}.values()
         )
 
 
@@ -161,7 +205,7 @@ def comparable(spec: Any) -> Any:
 
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: rounded(item) for key, item in value.items()}
+            return {key: rounded(item) for key, item in value.items() if key != "tiled"}  # as the converter orders them
         if isinstance(value, list | tuple):
             return [rounded(item) for item in value]
         return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -52,7 +52,7 @@ def use(where: Path) -> None:
     with open_checkpoint(where) as checkpoint:
         checkpoint.validate()
         checkpoint.matrix_rows("embed", 0, 5)
-        checkpoint.neuron_rows(0, None, 0, 5)
+        checkpoint.neuron_rows("0.ffn", 0, 0, 5)
         _ = checkpoint.text
 
 
@@ -239,7 +239,7 @@ def test_an_index_that_names_other_files_is_explained(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; known: cohere, cohere2, gemma2"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; known: cohere, cohere2, dots1"),
         ({"model_type": None}, "None is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization by 'bitsandbytes' is not supported"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -345,7 +345,7 @@ def test_out_of_range_reads(directory: Path) -> None:
             with pytest.raises(CheckpointError, match="asked for"):
                 checkpoint.matrix_rows("embed", start, stop)
         with pytest.raises(CheckpointError, match="asked for"):
-            checkpoint.neuron_rows(0, None, 100, 105)
+            checkpoint.neuron_rows("0.ffn", 0, 100, 105)
         with pytest.raises(CheckpointError, match="not a tensor"):
             checkpoint.matrix_rows("9.qkv", 0, 1)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
 from tests.arch.test_forward import check
-from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, tiny_checkpoint, tiny_gguf
+from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, HYBRIDS, tiny_checkpoint, tiny_gguf
 from tests.sources.test_checkpoint import check_equal
 
 UNKNOWN_HF = (
@@ -108,7 +108,7 @@ def test_the_first_of_many_are_named(saved: dict[str, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("projections", [("q_proj", "k_proj", "v_proj"), ("o_proj",)])
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
+@pytest.mark.parametrize("family", sorted({*GGUF_FAMILIES} - {*HYBRIDS}))
 def test_attention_biases_of_a_gguf_file_count(family: str, projections: tuple[str, ...], tmp_path: Path) -> None:
     """llama.cpp adds the biases that a file holds, whatever its family."""
 
@@ -126,6 +126,13 @@ def test_attention_biases_of_a_gguf_file_count(family: str, projections: tuple[s
         checkpoint.validate()
         check_equal(checkpoint, family, model)
         check(checkpoint, model)
+
+
+def test_biases_beside_an_output_gate_are_refused(tmp_path: Path) -> None:
+    """llama.cpp does not add them."""
+    path = tiny_gguf("qwen3_5_text", tmp_path / "x.gguf", extra={"blk.2.attn_output.bias": np.ones(72, np.float32)})[1]
+    with open_checkpoint(path) as checkpoint, pytest.raises(UnsupportedModelError, match=r"1 of its tensors.*attn_out"):
+        checkpoint.validate()
 
 
 def test_half_of_the_attention_biases_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ with open_checkpoint(sys.argv[1]) as c:
     for i, layer in enumerate(spec.layers):
         step = CHUNK // (12 * spec.hidden)
         for start in range(0, layer.ffn.neurons, step):
-            for values in c.neuron_rows(i, None, start, min(start + step, layer.ffn.neurons)):
+            for values in c.neuron_rows(f"{i}.ffn", 0, start, min(start + step, layer.ffn.neurons)):
                 assert np.isfinite(values).all() and 1e-3 < np.abs(values).max() < 100
                 total += values.size
     assert total == spec.parameters

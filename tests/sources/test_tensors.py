@@ -63,7 +63,7 @@ def test_quantized_gguf(family: str, quant: str, tmp_path: Path) -> None:
         b.validate()
         assert b.weight_bytes_source < a.weight_bytes_source * 0.6
         pairs = [(a.matrix_rows("1.qkv", 3, 150), b.matrix_rows("1.qkv", 3, 150))]
-        pairs += zip(a.neuron_rows(1, 1, 5, 77), b.neuron_rows(1, 1, 5, 77), strict=True)
+        pairs += zip(a.neuron_rows("1.ffn", 1, 5, 77), b.neuron_rows("1.ffn", 1, 5, 77), strict=True)
         for x, y in pairs:
             assert x is not None
             assert y is not None
@@ -78,5 +78,5 @@ def test_what_is_kept_is_bounded(room: int, tmp_path: Path, monkeypatch: pytest.
     with open_checkpoint(path) as checkpoint:
         for layer in range(3):
             for expert in range(5):
-                checkpoint.neuron_rows(layer, expert, 0, 3)
+                checkpoint.neuron_rows(f"{layer}.ffn", expert, 0, 3)
         assert [stripe.raw.nbytes for stripe in checkpoint.reader._stripes] == [size] * room

@@ -69,7 +69,7 @@ def test_every_weight_is_the_files(case):
         for name, tensor in packed.layout.tensors.items():
             if name.endswith(".ffn"):
                 for run in range(tensor.runs):
-                    expected = source.neuron_rows(int(name.split(".")[0]), run, 0, spec.layers[0].ffn.neurons)
+                    expected = source.neuron_rows(name, run, 0, spec.layers[0].ffn.neurons)
                     for part, a, b in zip(
                         ("gate", "up", "down"), neurons_of(packed, tensor, run), expected, strict=True
                     ):

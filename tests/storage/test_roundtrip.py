@@ -41,9 +41,8 @@ def expected(source: FakeSource, tensor: TensorLayout) -> np.ndarray:
         rows = shapes[tensor.name][0]
         result.reshape(-1, tensor.columns)[:rows] = source.matrix_rows(tensor.name, 0, rows)
         return result
-    layer = int(tensor.name.partition(".")[0])
     for run in range(tensor.runs):
-        parts = source.neuron_rows(layer, run, 0, tensor.run_bundles)
+        parts = source.neuron_rows(tensor.name, run, 0, tensor.run_bundles)
         first = run * tensor.run_stride
         stacked = np.stack([p for p in parts if p is not None], 1)
         result[first : first + tensor.run_bundles] = stacked

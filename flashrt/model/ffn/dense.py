@@ -12,21 +12,27 @@ from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 
 
 class DenseBlock(FfnBlock):
-    """All neurons, in their order."""
+    """All neurons, in their order; those of tensor `name` of the layer."""
 
-    def __init__(self, work: Workspace, i: int) -> None:
+    def __init__(self, work: Workspace, i: int, name: str = "ffn") -> None:
         super().__init__(work, i)
-        self.tensor = work.layout.tensors[f"{i}.ffn"]
+        self.tensor = work.layout.tensors[f"{i}.{name}"]
         codec = self.tensor.codecs or self.tensor.codec
         self.form = codec, self.ffn.activation, self.ffn.gated  # of a bundle, as kernels take it
 
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for first, bundles in self.weights.runs(self.tensor.name):
-            self.wide(x, y, first, bundles)
+        self.add(x, y, wide=True)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        self.add(x, y, wide=False)
+
+    def add(self, x: Tensor, y: Tensor, wide: bool, routed: RoutedTokens | None = None) -> None:
+        """y += block of x, for the tokens `routed` (None: all)."""
         for first, bundles in self.weights.runs(self.tensor.name):
-            self.work.ops.glu(x, self.neurons(first, bundles), y)
+            if wide:
+                self.wide(x, y, first, bundles, routed)
+            else:
+                self.work.ops.glu(x, self.neurons(first, bundles), y, routed)
 
     def draft(self, x: Tensor, y: Tensor) -> None:
         for first, bundles in self.weights.pinned_of(self.tensor):

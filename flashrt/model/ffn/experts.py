@@ -19,6 +19,7 @@ from flashrt.cache.weights import Weights
 from flashrt.model.ffn.base import FfnKind, Tokens
 from flashrt.model.ffn.dense import DenseBlock
 from flashrt.model.ffn.router import route
+from flashrt.model.ffn.shared import SharedExpert
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt.storage.layout import Block
 from flashrt_kernels.ffn import RoutedTokens
@@ -33,34 +34,44 @@ class MixtureBlock(DenseBlock):
         super().__init__(work, i)
         self._store, self._after = store, after
         self._alone = self.tensor.runs == 1  # a mixture of one expert streams like a dense block
+        self._shared = SharedExpert(work, i) if self.ffn.shared else None
+        self._router_bias = f"{i}.router.bias" if self.ffn.router_bias else None
+        corrected = self.ffn.router_correction
+        self._correction = work.device.get(self.weights.vector(f"{i}.router.correction")) if corrected else None
 
     @property
     def tensors(self) -> Sequence[str]:
-        return (f"{self.i}.router", f"{self.i}.ffn") if self._alone else (f"{self.i}.router",)
+        shared = () if self._shared is None else self._shared.tensors
+        return (f"{self.i}.router", *shared, *([f"{self.i}.ffn"] if self._alone else []))
 
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for expert, routed in self._routed(x, tokens, wide=True):
+        for expert, routed in self._routed(x, y, tokens, wide=True):
             for first, bundles in self._runs(expert):
                 self.wide(x, y, first, bundles, routed)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for expert, routed in self._routed(x, tokens, wide=False):
+        for expert, routed in self._routed(x, y, tokens, wide=False):
             for first, bundles in self._runs(expert):
                 self.work.ops.glu(x, self.neurons(first, bundles), y, routed)
 
     def route(self, x: Tensor, wide: bool) -> tuple[Array, Array]:
         """Experts int64 [T, k] for the normed input, and their weights float32 [T, k]."""
         logits = self.work.view("router", len(x), self.ffn.experts)
-        self.work.linear(f"{self.i}.router", x, logits, wide)
-        return route(self.work.device.get(logits), self.ffn)
+        self.work.linear(f"{self.i}.router", x, logits, wide, self._router_bias)
+        return route(self.work.device.get(logits), self.ffn, self._correction)
 
-    def _routed(self, x: Tensor, tokens: Tokens, wide: bool) -> Iterator[tuple[int, RoutedTokens]]:
-        """The experts that any token chose, in ascending order, and the tokens of each."""
+    def _routed(self, x: Tensor, y: Tensor, tokens: Tokens, wide: bool) -> Iterator[tuple[int, RoutedTokens]]:
+        """The experts that any token chose, in ascending order, and the tokens of each.
+
+        What all tokens share is added to y while these are read.
+        """
         chosen, weights = self.route(x, wide)
         if not self._alone:
             self._store.expect(self.i, chosen)
         if self._store.looks_ahead and self._after is not None:
             self._after.look_ahead(tokens.residual, wide)
+        if self._shared is not None:
+            self._shared.add(x, y, wide)
         make = self.work.device.make
         for expert in np.unique(chosen).tolist():
             who, rank = np.nonzero(chosen == expert)

@@ -8,17 +8,47 @@ from flashrt.spec import Ffn
 
 Array = np.ndarray
 
+GROUP_BEST = 2  # experts of a group whose sum says what the group is worth (DeepSeek-V3, arXiv:2412.19437)
 
-def route(logits: Array, ffn: Ffn) -> tuple[Array, Array]:
+
+def route(logits: Array, ffn: Ffn, correction: Array | None = None) -> tuple[Array, Array]:
     """Choose `ffn.experts_per_token` experts for each token.
 
-    logits: float32 [T, experts]. Returns (experts int64 [T, k], weights float32 [T, k]), softmax weights over all
-    experts, rescaled to sum to one where the model does so. Ties go to the lower index.
+    logits: float32 [T, experts]; correction: float32 [experts], added to scores for the choice alone. Returns (experts
+    int64 [T, k], weights float32 [T, k]). Ties go to the lower index.
     """
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : ffn.experts_per_token]
-    weights = np.take_along_axis(probabilities, chosen, axis=1)
+    scores = sigmoid(logits) if ffn.router_scores == "sigmoid" else _softmax(logits)
+    # Softmax keeps the order of logits, but not their differences where it rounds to zero.
+    worth = scores + correction if correction is not None else logits if ffn.router_scores == "softmax" else scores
+    if ffn.router_groups_used < ffn.router_groups:
+        worth = _in_best_groups(worth, ffn)
+    chosen = _best(worth, ffn.experts_per_token)
+    weights = np.take_along_axis(scores, chosen, axis=1)
     if ffn.normalize_router:
-        weights = weights / weights.sum(axis=1, keepdims=True)
-    return chosen, weights.astype(np.float32)
+        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-20))
+    return chosen, (weights * ffn.router_scale).astype(np.float32)
+
+
+def sigmoid(logits: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
+    small = np.exp(-np.abs(logits))
+    return np.where(logits < 0, small, np.float32(1)) / (1 + small)
+
+
+def _softmax(logits: Array) -> Array:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def _best(worth: Array, count: int) -> Array:
+    return np.argsort(-worth, axis=1, kind="stable")[:, :count]
+
+
+def _in_best_groups(worth: Array, ffn: Ffn) -> Array:
+    """What experts are worth, -inf outside of the groups that a token uses."""
+    tokens, groups = len(worth), ffn.router_groups
+    grouped = worth.reshape(tokens, groups, -1)
+    sums = -np.sort(-grouped, axis=2)[:, :, :GROUP_BEST].sum(axis=2)
+    used = np.zeros((tokens, groups, 1), bool)
+    np.put_along_axis(used, _best(sums, ffn.router_groups_used)[:, :, None], True, axis=1)
+    return np.where(used, grouped, -np.inf).reshape(tokens, -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,7 @@ class NameMap(Protocol):
     @property
     def head(self) -> str: ...
     def parts(self, key: str) -> tuple[Part, ...]: ...
-    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]: ...
+    def neurons(self, key: str, run: int) -> tuple[Part | None, Part, Part]: ...
     def is_harmless(self, tensor: str) -> bool: ...
 
 
@@ -114,15 +116,15 @@ class Checkpoint:
             raise CheckpointError(f"rows {start}:{stop} of {key} were asked for; it has {first}")
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def neuron_rows(self, layer: int, expert: int | None, start: int, stop: int) -> tuple[F32 | None, F32, F32]:
-        """(gate, up, down) of neurons start:stop, each float32 [stop - start, hidden]; gate is None without one.
+    def neuron_rows(self, key: str, run: int, start: int, stop: int) -> tuple[F32 | None, F32, F32]:
+        """(gate, up, down) of neurons start:stop of a run, each float32 [stop - start, hidden]; gate None without one.
 
-        `expert` is ignored for a dense block. `down` holds columns of the down matrix, transposed.
+        `down` holds columns of the down matrix, transposed.
         """
-        gate, up, down = self.names.neurons(layer, expert)
-        neurons = self.spec.layers[layer].ffn.neurons
+        gate, up, down = self.names.neurons(key, run)
+        neurons = self._neurons_of(key)
         if not 0 <= start < stop <= neurons:
-            raise CheckpointError(f"neurons {start}:{stop} of layer {layer} were asked for; it has {neurons}")
+            raise CheckpointError(f"neurons {start}:{stop} of {key} were asked for; it has {neurons}")
         return (
             None if gate is None else self._part_matrix(gate, neurons, start, stop, self.reader.rows),
             self._part_matrix(up, neurons, start, stop, self.reader.rows),
@@ -130,7 +132,7 @@ class Checkpoint:
         )
 
     def all_parts(self) -> Iterator[tuple[str, tuple[Part | None, ...]]]:
-        """Every logical key and its parts; (gate, up, down) of an expert `e` of layer `i` under '{i}.ffn.{e}'."""
+        """Every logical key and its parts; (gate, up, down) of run `r` of neurons '{i}.ffn' under '{i}.ffn.{r}'."""
         for layer in (None, *range(len(self.spec.layers))):
             yield from self._parts_of(layer)
 
@@ -146,19 +148,20 @@ class Checkpoint:
         for key in (*matrices, *vectors):
             yield key, self.names.parts(key)
         if layer is not None:
-            for expert in range(spec.layers[layer].ffn.runs):
-                yield f"{prefix}ffn.{expert}", self.names.neurons(layer, expert)
+            for key, (runs, _) in spec.layer_neurons(layer).items():
+                for run in range(runs):
+                    yield f"{key}.{run}", self.names.neurons(key, run)
 
     def part_dtypes(self, key: str) -> tuple[str, ...]:
         """What the parts of a matrix are stored as."""
         return tuple(self.reader.tensors[part.tensor].dtype for part in self.names.parts(key))
 
-    def neuron_dtypes(self, layer: int) -> tuple[str, str, str]:
-        """What gate, up and down are stored as: nothing ('') where there is no gate, 'A/B' where experts differ."""
-        experts = [self.names.neurons(layer, expert) for expert in range(self.spec.layers[layer].ffn.runs)]
+    def neuron_dtypes(self, key: str) -> tuple[str, str, str]:
+        """What gate, up and down are stored as: nothing ('') where there is no gate, 'A/B' where runs differ."""
+        runs = self.spec.layer_neurons(_layer_of(key))[key][0]
         gate, up, down = (
             "/".join(dict.fromkeys(self.reader.tensors[part.tensor].dtype for part in parts if part is not None))
-            for parts in zip(*experts, strict=True)
+            for parts in zip(*(self.names.neurons(key, run) for run in range(runs)), strict=True)
         )
         return gate, up, down
 
@@ -166,21 +169,21 @@ class Checkpoint:
         """Rows start:stop of a logical matrix of one codec as they are stored, uint8 [stop - start, bytes]."""
         return self._rows(key, start, stop, self.reader.stored_rows)
 
-    def stored_neurons(self, layer: int, expert: int | None, start: int, stop: int) -> tuple[Raw | None, Raw]:
+    def stored_neurons(self, key: str, run: int, start: int, stop: int) -> tuple[Raw | None, Raw]:
         """Gate and up of neurons start:stop as they are stored, uint8 [stop - start, bytes]; gate None without one."""
-        gate, up, _ = self.names.neurons(layer, expert)
-        neurons, read = self.spec.layers[layer].ffn.neurons, self.reader.stored_rows
+        gate, up, _ = self.names.neurons(key, run)
+        neurons, read = self._neurons_of(key), self.reader.stored_rows
         own = None if gate is None else self._part_matrix(gate, neurons, start, stop, read)
         return own, self._part_matrix(up, neurons, start, stop, read)
 
-    def stored_down(self, layer: int, expert: int | None, start: int, stop: int) -> Raw:
+    def stored_down(self, key: str, run: int, start: int, stop: int) -> Raw:
         """Down of neurons start:stop, which are whole blocks, as it is stored: uint8 [hidden, bytes]."""
-        down = self.names.neurons(layer, expert)[2]
+        down = self.names.neurons(key, run)[2]
         return self.reader.stored_columns(down.tensor, start, stop, down.expert)
 
-    def down_rows(self, layer: int, expert: int | None, start: int, stop: int) -> F32:
+    def down_rows(self, key: str, run: int, start: int, stop: int) -> F32:
         """Down of neurons start:stop, transposed: float32 [stop - start, hidden]."""
-        down = self.names.neurons(layer, expert)[2]
+        down = self.names.neurons(key, run)[2]
         return self.reader.columns(down.tensor, start, stop, down.expert)
 
     def validate(self) -> None:
@@ -217,11 +220,18 @@ class Checkpoint:
         if tensor.codec is None:
             return f"tensor {part.tensor} is stored as {tensor.dtype}, which is not supported"
         wanted = expected.shape
-        if part.rows is not None:
+        if part.columns:
+            wanted = (wanted[0] // part.columns, part.columns)
+        if part.groups is not None:
+            wanted = (math.prod(part.groups), *wanted[1:])
+        elif part.rows is not None:
             wanted = (2 * wanted[0], *wanted[1:])  # gate and up share the tensor
         if part.expert is not None:
             wanted = (expected.experts, *wanted)
-        if tensor.shape != wanted:
+        found = tensor.shape
+        if part.columns and len(found) == 3 and found[1] == 1:  # a convolution of one channel each
+            found = (found[0], found[2])
+        if _without_ones(found) != _without_ones(wanted):  # one row may be stored as a vector, or the reverse
             return f"tensor {part.tensor} has shape {list(tensor.shape)}, expected {list(wanted)}"
         return None
 
@@ -236,23 +246,21 @@ class Checkpoint:
         for key, (_, columns) in matrices.items():
             for part, rows in zip(self.names.parts(key), self._part_rows(key), strict=True):
                 yield _Expected(part, (rows, columns))
-        for i, layer in enumerate(spec.layers):
-            for expert in range(layer.ffn.runs):
-                gate, up, down = self.names.neurons(i, expert)
-                neurons, experts = layer.ffn.neurons, layer.ffn.experts
-                if gate is not None:
-                    yield _Expected(gate, (neurons, spec.hidden), experts)
-                yield _Expected(up, (neurons, spec.hidden), experts)
-                yield _Expected(down, (spec.hidden, neurons), experts)
+        for i in range(len(spec.layers)):
+            for key, (runs, neurons) in spec.layer_neurons(i).items():
+                for run in range(runs):
+                    gate, up, down = self.names.neurons(key, run)
+                    if gate is not None:
+                        yield _Expected(gate, (neurons, spec.hidden), runs)
+                    yield _Expected(up, (neurons, spec.hidden), runs)
+                    yield _Expected(down, (spec.hidden, neurons), runs)
 
     def _part_rows(self, key: str) -> tuple[int, ...]:
         """Rows of each part of a vector or matrix."""
         rows = self._rows_of(key)
         layer, _, name = key.partition(".")
         if name in ("qkv", "qkv.bias") and len(self.names.parts(key)) > 1:  # one part: stored as one tensor
-            attention = self.spec.layers[int(layer)].attention
-            q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-            return q, kv, kv
+            return self.spec.layers[int(layer)].mixer.qkv_parts
         return (rows,)
 
     def _rows_of(self, key: str) -> int:
@@ -269,12 +277,20 @@ class Checkpoint:
             raise CheckpointError(f"{key} is not a tensor of this model")
         return matrices[key][0]
 
+    def _neurons_of(self, key: str) -> int:
+        """Neurons of one run."""
+        return self.spec.layer_neurons(_layer_of(key))[key][1]
+
     @functools.cached_property
     def _vector_lengths(self) -> dict[str, int]:
         return self.spec.vectors()
 
     def _part_vector(self, part: Part) -> F32:
         values = self.reader.vector(part.tensor)
+        if part.columns:
+            values = values.reshape(-1, part.columns).T.ravel()
+        if part.log:
+            values = -np.exp(values)
         if part.heads:
             values = _unpermute(values[:, None], part.heads, part.rotary)[:, 0]
         return values + np.float32(part.add) if part.add else values
@@ -287,8 +303,23 @@ class Checkpoint:
             first, last = start // head, -(-stop // head)
             values = read(part.tensor, first * head, last * head, part.expert)
             return _unpermute(values, last - first, part.rotary)[start - first * head : stop - first * head]
+        if part.groups is not None and part.rows is not None:
+            each, (begin, end) = part.groups[1], part.rows
+            first, last = start // (end - begin), -(-stop // (end - begin))
+            values = read(part.tensor, first * each, last * each, part.expert)
+            own = values.reshape(last - first, each, -1)[:, begin:end].reshape(-1, values.shape[1])
+            return own[start - first * (end - begin) : stop - first * (end - begin)]
         shift = part.rows[0] if part.rows else 0
         return read(part.tensor, start + shift, stop + shift, part.expert)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape from its first dimension on that is not 1."""
+    return tuple(itertools.dropwhile(lambda length: length == 1, shape))
+
+
+def _layer_of(key: str) -> int:
+    return int(key.partition(".")[0])
 
 
 def _first(items: list[str]) -> str:

@@ -40,8 +40,8 @@ class SavedMap:
     def parts(self, key: str) -> tuple[Part, ...]:
         return tuple(part for part in self._of(key) if part is not None)
 
-    def neurons(self, layer: int, expert: int | None) -> tuple[Part | None, Part, Part]:
-        gate, up, down = self._of(f"{layer}.ffn.{expert or 0}")
+    def neurons(self, key: str, run: int) -> tuple[Part | None, Part, Part]:
+        gate, up, down = self._of(f"{key}.{run}")
         assert up is not None
         assert down is not None
         return gate, up, down
@@ -54,8 +54,8 @@ class SavedMap:
             if saved is None:
                 yield None
             else:
-                rows = saved["rows"]
-                yield Part(**{**saved, "rows": None if rows is None else tuple(rows)})
+                pairs = {name: tuple(saved[name]) for name in ("rows", "groups") if saved.get(name) is not None}
+                yield Part(**{**saved, **pairs})
 
 
 def save(checkpoint: Checkpoint, where: Path, out: Path) -> None:

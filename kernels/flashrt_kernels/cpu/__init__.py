@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flashrt_kernels.activations import parse
 from flashrt_kernels.cpu import _cpu
+from flashrt_kernels.cpu.recurrent import delta_rule, delta_rule_scratch_bytes, rms_norm_gated, sigmoid_gate
 from flashrt_kernels.cpu.sparse import (
     attention_list,
     attention_list_scratch_bytes,
@@ -36,6 +37,8 @@ __all__ = [
     "attention_scratch_bytes",
     "attention_state_width",
     "available_isas",
+    "delta_rule",
+    "delta_rule_scratch_bytes",
     "dequantize",
     "down",
     "force_isa",
@@ -57,10 +60,12 @@ __all__ = [
     "reserve",
     "reserve_groups",
     "rms_norm",
+    "rms_norm_gated",
     "rope",
     "select",
     "select_scratch_bytes",
     "set_threads",
+    "sigmoid_gate",
     "softcap",
     "threads",
 ]

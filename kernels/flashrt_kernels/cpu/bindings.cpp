@@ -364,6 +364,7 @@ void py_dequantize(handle rows_, int codec, int64_t k, handle out_) {
 
 }  // namespace
 
+void bind_delta(nb::module_&);
 void bind_sparse(nb::module_&);
 void bind_stored(nb::module_&);
 
@@ -476,6 +477,7 @@ NB_MODULE(_cpu, m) {
           nb::arg().none());
     m.def("attention_state_width", &attention_state_width);
     m.def("kv_append", &py_kv_append);
+    bind_delta(m);
     bind_sparse(m);
     bind_stored(m);
     m.def("rms_norm", [](handle x, handle weight, float eps, handle out) {

@@ -137,6 +137,16 @@ struct LabelScores {  // of all chunks of one KV head
     float* weights;       // out [chunks, LABEL_CHUNK / block]: softmax of each query, summed
 };
 
+struct DeltaStep {  // of one row, over 16 columns of a head's state
+    const float* from;  // [dim, 16]
+    float* to;          // [dim, 16], may be `from`
+    int dim, lanes;
+    const float *query, *key;  // [dim]
+    const float* value;        // [lanes]
+    float beta, decay;         // the share that is written, and the share that stays
+    float* out;                // [lanes]; may be null
+};
+
 struct Kernels {
     const char* name;
     bool half_gemm;  // wide multiplications of the coded weights run in bfloat16
@@ -187,6 +197,12 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, int k, float eps, float* out);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int k, float eps, float* out);
     void (*rope)(float* x, const float* cos, const float* sin, int half);
+    // x[0..n) = silu(sum of taps [count, tap_step] times rows [count], the newest row first and its tap last).
+    void (*convolve)(const float* const* rows, const float* taps, size_t tap_step, int count, int n, float* x);
+    void (*l2_norm)(float* x, int k, float scale);  // in place, times scale
+    void (*delta_step)(const DeltaStep&);
+    void (*rms_norm_gated)(const float* x, const float* gate, const float* weight, int k, float eps, float* out);
+    void (*sigmoid_gate)(float* x, const float* gate, int k);
     // Rows w [n, k] to rows that lie `stride` bytes apart.
     void (*quantize)(Codec, const float* w, int64_t n, int k, const float* importance, uint8_t* out, size_t stride);
     void (*dequantize)(Codec, const uint8_t* row, int k, float* out);

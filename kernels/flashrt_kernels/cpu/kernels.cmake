@@ -25,8 +25,8 @@ write_constants(${CONSTANTS_DIR}/constants.h
 
 function(add_kernels target)
   target_include_directories(${target} PRIVATE ${CONSTANTS_DIR})
-  foreach(source pool isa linear glu glu_groups channels gemm attention attention_list labels select elementwise quantize
-          stored)
+  foreach(source pool isa linear glu glu_groups channels gemm attention attention_list labels select elementwise delta
+          quantize stored)
     target_sources(${target} PRIVATE ${KERNELS_DIR}/${source}.cpp)
   endforeach()
   target_compile_options(${target} PRIVATE ${ARGN})

@@ -4,6 +4,7 @@
 #include "axpys.h"
 #include "blocks.h"
 #include "channels.h"
+#include "delta.h"
 #include "dots.h"
 #include "encode.h"
 #include "labels.h"
@@ -32,7 +33,8 @@ extern const Kernels table_of_kernels;
 const Kernels table_of_kernels = {
     NAME(FLASHRT_ISA), HALF_GEMM,    prepare, prepare_kept, dots,         axpys,        collect,  choose_channels, add_channels,
     activate,          to_half,      encode_kv,    pack_across,   pack_along,   pack_channels, tile,    attend,          merge,
-    encode_label,      encode_query, score_labels,  weigh_blocks, rms_norm,     layer_norm, rope,          encode,
+    encode_label,      encode_query, score_labels,  weigh_blocks, rms_norm,     layer_norm, rope,          convolve,
+    l2_norm,          delta_step,   rms_norm_gated, sigmoid_gate, encode,
     decode_row,        decode_stored, finite,      read,
 };
 

@@ -191,6 +191,26 @@ struct SelectJob {
     void* scratch;
 };
 
+struct DeltaJob {  // rows of a gated delta net: the first `advance` move the state on, the others leave no trace in it
+    float* x;          // [rows, channels]: queries and keys of the key heads, values of the heads; used up
+    size_t x_step;
+    int64_t channels;
+    int rows, heads, key_heads, dim, values, taps_count;
+    float* gates;  // [rows, 2 heads]: what is written, what stays; used up
+    size_t gates_step;
+    const float* taps;         // [taps_count, channels], the oldest row's first
+    const float *rate, *bias;  // [heads]
+    bool tiled;                // a head's keys are number head % key_heads, or neighbours share
+    float* state;              // [heads, dim, values]
+    float* tail;               // [taps_count - 1, channels]: the rows before
+    float* out;                // [rows - skipped, heads * values]
+    size_t out_step;
+    int skipped, advance;
+    const int32_t* parents;  // [rows - advance]; null: rows follow one another
+    void* scratch;
+    int crew;
+};
+
 void linear(const LinearJob&);
 void glu(const GluJob&);
 void glu_groups(const GluJob&);  // `glu` where bundles have more than one neuron
@@ -222,6 +242,11 @@ void layer_norm(const float* x, size_t x_step, int64_t n, int k, const float* we
                 float* out, size_t out_step);
 void rope(float* x, size_t token_step, size_t head_step, int tokens, int heads, int dim, const float* cos,
           const float* sin);
+size_t delta_rule_scratch_bytes(int64_t channels, int taps, int dim, int crew);
+void delta_rule(const DeltaJob&);
+void rms_norm_gated(const float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k,
+                    const float* weight, float eps, float* out, size_t out_step);
+void sigmoid_gate(float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k);
 void quantize(Codec, const float* w, int64_t n, int k, const float* importance, uint8_t* out, size_t stride);
 void dequantize(Codec, const uint8_t* rows, size_t stride, int64_t n, int k, float* out, size_t out_step);
 uint64_t read_all(const void* data, size_t bytes);

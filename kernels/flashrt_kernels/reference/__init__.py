@@ -21,6 +21,12 @@ from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.kv import kv_append
 from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
 from flashrt_kernels.reference.quantize import dequantize, quantize
+from flashrt_kernels.reference.recurrent import (
+    delta_rule,
+    delta_rule_scratch_bytes,
+    rms_norm_gated,
+    sigmoid_gate,
+)
 from flashrt_kernels.reference.sparse import (
     attention_list,
     attention_list_scratch_bytes,
@@ -36,6 +42,8 @@ __all__ = [
     "attention_list_scratch_bytes",
     "attention_scratch_bytes",
     "attention_state_width",
+    "delta_rule",
+    "delta_rule_scratch_bytes",
     "dequantize",
     "down",
     "gate_up",
@@ -55,10 +63,12 @@ __all__ = [
     "reserve",
     "reserve_groups",
     "rms_norm",
+    "rms_norm_gated",
     "rope",
     "select",
     "select_scratch_bytes",
     "set_threads",
+    "sigmoid_gate",
     "softcap",
     "threads",
 ]

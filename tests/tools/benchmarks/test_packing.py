@@ -30,7 +30,7 @@ def test_random_checkpoints_are_ones(tmp_path: Path) -> None:
     assert len(list((tmp_path / "tiny").glob("*.safetensors"))) == 4
     with open_checkpoint(tmp_path / "tiny") as checkpoint:
         checkpoint.validate()
-        gate, _, down = checkpoint.neuron_rows(1, None, 0, 320)
+        gate, _, down = checkpoint.neuron_rows("1.ffn", 0, 0, 320)
         assert gate is not None
         for rows, columns in ((gate, 256), (down, 320)):
             assert 0.8 < rows.std() * columns**0.5 < 2

@@ -1,0 +1,45 @@
+"""Qwen 1.5 and 2 mixtures: a shared expert behind a gate of its own, beside those that the router names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flashrt.arch.config import Config
+from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, windows
+from flashrt.arch.metadata import Metadata
+from flashrt.arch.mixture import experts
+from flashrt.arch.mixture import gguf as experts_gguf
+from flashrt.arch.names import HF_LAYER, FfnNames
+from flashrt.arch.qwen3_moe import NAMES as QWEN3_MOE
+from flashrt.arch.qwen3_moe import sparse_layers
+from flashrt.spec import Layer, ModelSpec
+
+_SHARED = "mlp.shared_expert."
+NAMES = replace(
+    QWEN3_MOE,
+    layer={**HF_LAYER, "shared_gate": ("mlp.shared_expert_gate.weight",)},
+    shared_expert=(FfnNames(_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight", _SHARED + "down_proj.weight"),),
+)
+
+
+def spec(config: Config) -> ModelSpec:
+    bias, rope, sparse = config.flag("qkv_bias", True), config.rope(), sparse_layers(config)
+    window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window") else None
+    first = config.integer("max_window_layers", 28, minimum=0)
+    slides = [window is not None and i % 2 == 0 and i < first for i in range(len(sparse))]
+    types = ["sliding_attention" if own else "full_attention" for own in slides]
+    count = config.integer("num_experts", config.data.get("num_local_experts", 60))
+    shared = config.integer("shared_expert_intermediate_size", 5632)
+    mixture, dense = experts(config, count, shared=shared, shared_gate=True), gated_ffn(config)
+    layers = [
+        Layer(attention(config, config.head_dim(), rope, window=size, qkv_bias=bias), mixture if own else dense)
+        for size, own in zip(windows(config, window, types), sparse, strict=True)
+    ]
+    return decoder_spec(config, layers, context=32768)
+
+
+def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    shared = fields.integer("expert_shared_feed_forward_length")
+    return experts_gguf(config, fields) | {"shared_expert_intermediate_size": shared}
