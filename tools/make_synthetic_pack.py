@@ -32,7 +32,7 @@ import numpy as np
 from flashrt.errors import FlashrtError
 from flashrt.labels import KvLabels, LayerLabels, most_channels
 from flashrt.rope import Rope
-from flashrt.spec import Attention, Ffn, Layer, ModelSpec
+from flashrt.spec import Attention, DeltaNet, Ffn, Layer, Mixer, ModelSpec
 from flashrt.storage.kv_labels import write_labels
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.manifest import Manifest
@@ -53,7 +53,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The numbers of a Llama-like model; `experts` of them make it a mixture."""
+    """The numbers of a Llama-like model; `experts` make it a mixture, `delta_heads` a hybrid of gated delta nets."""
 
     hidden: int
     layers: int
@@ -66,17 +66,29 @@ class Shape:
     experts: int = 0
     experts_per_token: int = 0
     rope_base: int = 10_000
+    shared: int = 0  # neurons of a shared expert
+    delta_heads: int = 0  # of the layers that are gated delta nets, three of four
+    delta_keys: int = 0
+    delta_dim: int = 128
 
     def spec(self) -> ModelSpec:
         attention = Attention(
             self.heads, self.kv_heads, self.head_dim, self.head_dim**-0.5, Rope(float(self.rope_base))
         )
         ffn = Ffn(self.neurons, "silu", experts=self.experts, experts_per_token=self.experts_per_token)
+        if self.shared:
+            ffn = replace(ffn, shared=self.shared, shared_gate=True, normalize_router=True)
+        mixers: list[Mixer] = [attention]
+        if self.delta_heads:
+            rope = Rope(float(self.rope_base), dims=self.head_dim // 4)
+            net = DeltaNet(self.delta_keys, self.delta_heads, self.delta_dim, self.delta_dim)
+            mixers = [net, net, net, replace(attention, rope=rope, qk_norm=True, output_gate=True)]
+        families = ("qwen3_5_text", "qwen3_5_moe_text") if self.delta_heads else ("llama", "mixtral")
         return ModelSpec(
-            family="mixtral" if self.experts else "llama",
+            family=families[self.experts > 0],
             vocab=self.vocab,
             hidden=self.hidden,
-            layers=(Layer(attention, ffn),) * self.layers,
+            layers=tuple(Layer(mixers[i % len(mixers)], ffn) for i in range(self.layers)),
             context=self.context,
             norm_eps=1e-5,
         )
@@ -88,6 +100,12 @@ PRESETS = {
     "llama-2-13b": Shape(5120, 40, 40, 40, 128, 13824, 32000, 4096),
     "llama-2-70b": Shape(8192, 80, 64, 8, 128, 28672, 32000, 4096),
     "llama-3-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, 8192, rope_base=500_000),
+    "qwen3.5-4b": Shape(
+        2560, 32, 16, 4, 256, 9216, 248320, 262144, rope_base=10_000_000, delta_heads=32, delta_keys=16
+    ),
+    "qwen3.5-35b-a3b": Shape(
+        2048, 40, 16, 2, 256, 512, 248320, 262144, 256, 8, 10_000_000, shared=512, delta_heads=32, delta_keys=16
+    ),
     "mixtral-8x7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, 32768, 8, 2),
 }
 
@@ -103,6 +121,8 @@ class SyntheticSource:
 
     def vector(self, key: str) -> Array:
         length = self.spec.vectors()[key]
+        if key.endswith("decay.rate"):
+            return np.full(length, -0.1, np.float32)
         return np.zeros(length, np.float32) if key.endswith("bias") else np.ones(length, np.float32)
 
     def matrix_rows(self, key: str, start: int, stop: int) -> Array:

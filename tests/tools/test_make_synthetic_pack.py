@@ -15,6 +15,7 @@ from flashrt.storage.pack import Pack
 from flashrt.text.tokenizer import Tokenizer
 from flashrt_kernels import ops
 from flashrt_kernels.rows import DTYPES, Codec, row_bytes
+from tests.engine.support import logits_of, tiny_engine
 from tools.make_synthetic_pack import PRESETS, make
 
 ROOT = Path(__file__).parents[2]
@@ -98,3 +99,17 @@ def test_without_the_compiled_kernels(tmp_path: Path) -> None:
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "p")], env=env, check=True)
     Pack(tmp_path / "p").verify()
+
+
+@pytest.mark.parametrize("experts", [0, 5])
+def test_a_hybrid_is_one_that_runs(tmp_path: Path, experts: int) -> None:
+    shape = replace(PRESETS["qwen3.5-35b-a3b" if experts else "qwen3.5-4b"], hidden=64, layers=5, heads=4, head_dim=16)
+    shape = replace(shape, neurons=96, vocab=259, context=300, experts=experts, shared=24 if experts else 0)
+    shape = replace(shape, experts_per_token=2 if experts else 0, delta_heads=4, delta_keys=2, delta_dim=8)
+    make(tmp_path / "p", "hybrid", shape, Codec.INT8)
+    pack = Pack(tmp_path / "p")
+    assert list(pack.spec.attentions) == [3]
+    with tiny_engine(pack, 0.5) as engine:
+        logits = logits_of(engine, list(range(3, 40)), [7, 8])
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.1
