@@ -8,7 +8,8 @@ family. `{i}` is the layer:
         {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
-        {i}.qkv.bias  {i}.out.bias  {i}.up.bias  {i}.down.bias
+        {i}.qkv.bias  {i}.out.bias  {i}.sinks [heads]
+        {i}.gate.bias  {i}.up.bias  {i}.down.bias      one after the other of all experts
         {i}.router.bias  {i}.router.correction         [experts]
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
@@ -30,6 +31,7 @@ from typing import Any
 
 from flashrt.errors import UsageError
 from flashrt.rope import MAX_CONTEXT, Rope, RopeScaling
+from flashrt_kernels.activations import parse
 from flashrt_kernels.limits import LONGEST_ROW, WIDEST_HEAD
 
 MAX_LAYERS = 4096
@@ -54,6 +56,7 @@ class Attention:
     softcap: float = 0.0  # scores are bounded to this by tanh; 0: not bounded
     temperature: float = 0.0  # scores of a query at position p are multiplied by 1 + this * log(1 + p // span)
     temperature_span: int = 0
+    sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
 
     @property
     def qkv_rows(self) -> int:
@@ -72,7 +75,7 @@ class Ffn:
     neurons: int
     activation: str  # a name of flashrt_kernels.activations
     gated: bool = True
-    bias: bool = False
+    bias: bool = False  # of all projections
     experts: int = 0
     experts_per_token: int = 0
     normalize_router: bool = False  # the chosen experts' scores are rescaled to sum to one
@@ -95,7 +98,9 @@ class Ffn:
         return max(self.experts, 1)
 
     def unsupported(self) -> str | None:
-        """Why the router cannot choose, as one clause; None when it can."""
+        """Why the block cannot be computed, as one clause; None when it can."""
+        if not (self.gated or parse(self.activation).gate_only):
+            return f"an activation {self.activation!r} without a gate"
         if self.router_scores not in SCORES:
             return f"a router with scores by {self.router_scores!r}"
         if not self.experts and (self.shared or self.router_bias or self.router_correction or self.router_groups != 1):
@@ -222,8 +227,11 @@ class ModelSpec:
                 result[f"{i}.qkv.bias"] = attention.qkv_rows
             if attention.out_bias:
                 result[f"{i}.out.bias"] = self.hidden
+            if attention.sinks:
+                result[f"{i}.sinks"] = attention.heads
             if ffn.bias:
-                result |= {f"{i}.up.bias": ffn.neurons, f"{i}.down.bias": self.hidden}
+                gate = {f"{i}.gate.bias": ffn.runs * ffn.neurons} if ffn.gated else {}
+                result |= gate | {f"{i}.up.bias": ffn.runs * ffn.neurons, f"{i}.down.bias": ffn.runs * self.hidden}
             if ffn.router_bias:
                 result[f"{i}.router.bias"] = ffn.experts
             if ffn.router_correction:
@@ -320,7 +328,7 @@ class ModelSpec:
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
     ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
-    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span"),
+    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span", "sinks"),
     Ffn: (
         "router_scores",
         "router_bias",
