@@ -209,6 +209,24 @@ class ModelSpec:
                 raise UsageError(f"--rope-scaling {scaling}: {problem}")
         return replace(self, layers=layers, context=context)
 
+    def naming(self, experts: int) -> ModelSpec:
+        """The spec whose routers name `experts` experts for each token, where that is fewer than they do.
+
+        Raises UsageError where there is no router, or none that names so many.
+        """
+        most = self.experts_per_token
+        if not 0 < experts <= most:
+            what = f"names {most} experts a token, expected 1 to {most}" if most else "is no mixture of experts"
+            raise UsageError(f"--experts-used {experts}: this {self.family} model {what}")
+        ffns = [replace(a.ffn, experts_per_token=min(experts, a.ffn.experts_per_token)) for a in self.layers]
+        layers = (replace(layer, ffn=ffn) for layer, ffn in zip(self.layers, ffns, strict=True))
+        return replace(self, layers=tuple(layers))
+
+    @property
+    def experts_per_token(self) -> int:
+        """The most experts that a router names for a token; 0 where there is none."""
+        return max(layer.ffn.experts_per_token for layer in self.layers)
+
     def vectors(self) -> dict[str, int]:
         """Logical name → length of every vector, in the order in which they are stored."""
         norms = ("", ".bias") if self.norm == "layer" and self.norm_bias else ("",)

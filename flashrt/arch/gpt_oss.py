@@ -27,7 +27,7 @@ NAMES = replace(
         "up.bias": (_EXPERTS + "gate_up_proj_bias",),
         "down.bias": (_EXPERTS + "down_proj_bias",),
     },
-    experts=(
+    experts=(  # published checkpoints have blocks and scales of MXFP4 instead
         FfnNames(
             _EXPERTS + "gate_up_proj",
             _EXPERTS + "gate_up_proj",

@@ -247,7 +247,8 @@ class Engine:
         pack = self.runner.decoder.weights.pack
         item = "f32" if kv_item_bytes(pack) == 4 else "bf16"
         choice = None if self.plan.kv is None else self.plan.kv.digest()
-        return Sessions(KvForm(pack.manifest.hash, self.spec, item, self.plan.context, choice), self.reader)
+        form = KvForm(pack.manifest.hash, self.spec, item, self.plan.context, choice, pack.fewer_experts)
+        return Sessions(form, self.reader)
 
     def prefill(self, ids: Items[int]) -> Array:
         """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.
