@@ -39,6 +39,7 @@ def load(
     kv_keep: str | float | None = None,
     kv_dir: str | Path | None = None,
     rope_scaling: str | None = None,
+    experts_used: int | None = None,
     session: str | Path | None = None,
     session_dir: str | Path | None = None,
     session_gb: float | None = None,
@@ -58,6 +59,8 @@ def load(
     speculate: 'off', 'auto', or the most tokens (2 to 16) that a pass verifies; what is generated is the same
     rope_scaling: 'linear:4', 'dynamic:2' or 'yarn:4': support contexts that many times as long as the model was trained
         for, in place of the model's own scaling
+    experts_used: of a mixture, experts that a token uses, fewer than the model was trained with: less is read, and
+        results are no longer the model's
     draft: the pack of a smaller model with the same tokens, all of which is held in memory to draft for this one
     kv: 'exact' or, after `flashrt calibrate --kv`, 'sparse': decode passes attend to the positions that labels choose
     kv_dtype: how keys and values are held: 'f32', 'bf16', 'int8' or 'int4', which take 53% and 41% of bf16's memory at
@@ -95,6 +98,7 @@ def load(
         kv_keep=kv_keep,
         kv_dir=kv_dir,
         rope_scaling=rope_scaling,
+        experts_used=experts_used,
         session=session,
         session_dir=session_dir,
         session_gb=session_gb,

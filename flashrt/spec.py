@@ -8,7 +8,8 @@ family. `{i}` is the layer:
         {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
-        {i}.qkv.bias  {i}.out.bias  {i}.up.bias  {i}.down.bias
+        {i}.qkv.bias  {i}.out.bias  {i}.sinks [heads]
+        {i}.gate.bias  {i}.up.bias  {i}.down.bias      one after the other of all experts
         {i}.router.bias  {i}.router.correction         [experts]
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
@@ -35,6 +36,7 @@ from typing import Any
 
 from flashrt.errors import UsageError
 from flashrt.rope import MAX_CONTEXT, Rope, RopeScaling
+from flashrt_kernels.activations import parse
 from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import LONGEST_ROW, MOST_TAPS, WIDEST_HEAD
 
@@ -62,6 +64,7 @@ class Attention:
     temperature: float = 0.0  # scores of a query at position p are multiplied by 1 + this * log(1 + p // span)
     temperature_span: int = 0
     output_gate: bool = False  # what the heads give is multiplied by sigmoids of rows of their own
+    sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
 
     @property
     def qkv_rows(self) -> int:
@@ -92,6 +95,8 @@ class Attention:
             result["qkv.bias"] = self.qkv_rows
         if self.out_bias:
             result["out.bias"] = hidden
+        if self.sinks:
+            result["sinks"] = self.heads
         return result
 
     def unsupported(self) -> str | None:
@@ -186,7 +191,7 @@ class Ffn:
     neurons: int
     activation: str  # a name of flashrt_kernels.activations
     gated: bool = True
-    bias: bool = False
+    bias: bool = False  # of all projections
     experts: int = 0
     experts_per_token: int = 0
     normalize_router: bool = False  # the chosen experts' scores are rescaled to sum to one
@@ -209,7 +214,9 @@ class Ffn:
         return max(self.experts, 1)
 
     def unsupported(self) -> str | None:
-        """Why the router cannot choose, as one clause; None when it can."""
+        """Why the block cannot be computed, as one clause; None when it can."""
+        if not (self.gated or parse(self.activation).gate_only):
+            return f"an activation {self.activation!r} without a gate"
         if self.router_scores not in SCORES:
             return f"a router with scores by {self.router_scores!r}"
         if not self.experts and (self.shared or self.router_bias or self.router_correction or self.router_groups != 1):
@@ -332,6 +339,24 @@ class ModelSpec:
                 raise UsageError(f"--rope-scaling {scaling}: {problem}")
         return replace(self, layers=layers, context=context)
 
+    def naming(self, experts: int) -> ModelSpec:
+        """The spec whose routers name `experts` experts for each token, where that is fewer than they do.
+
+        Raises UsageError where there is no router, or none that names so many.
+        """
+        most = self.experts_per_token
+        if not 0 < experts <= most:
+            what = f"names {most} experts a token, expected 1 to {most}" if most else "is no mixture of experts"
+            raise UsageError(f"--experts-used {experts}: this {self.family} model {what}")
+        ffns = [replace(a.ffn, experts_per_token=min(experts, a.ffn.experts_per_token)) for a in self.layers]
+        layers = (replace(layer, ffn=ffn) for layer, ffn in zip(self.layers, ffns, strict=True))
+        return replace(self, layers=tuple(layers))
+
+    @property
+    def experts_per_token(self) -> int:
+        """The most experts that a router names for a token; 0 where there is none."""
+        return max(layer.ffn.experts_per_token for layer in self.layers)
+
     def vectors(self) -> dict[str, int]:
         """Logical name → length of every vector, in the order in which they are stored."""
         norms = ("", ".bias") if self.norm == "layer" and self.norm_bias else ("",)
@@ -345,7 +370,8 @@ class ModelSpec:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
             if ffn.bias:
-                result |= {f"{i}.up.bias": ffn.neurons, f"{i}.down.bias": self.hidden}
+                gate = {f"{i}.gate.bias": ffn.runs * ffn.neurons} if ffn.gated else {}
+                result |= gate | {f"{i}.up.bias": ffn.runs * ffn.neurons, f"{i}.down.bias": ffn.runs * self.hidden}
             if ffn.router_bias:
                 result[f"{i}.router.bias"] = ffn.experts
             if ffn.router_correction:
@@ -436,7 +462,7 @@ class ModelSpec:
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
     ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
-    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span", "output_gate"),
+    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span", "output_gate", "sinks"),
     DeltaNet: (),
     Ffn: (
         "router_scores",

@@ -332,6 +332,29 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         }
         | _rope("default", partial_rotary_factor=0.6),
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            **_COMMON,
+            "num_hidden_layers": 4,
+            "intermediate_size": 40,
+            "head_dim": 20,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 1.3,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+    ),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
         "Ernie4_5_MoeForCausalLM",
@@ -381,6 +404,7 @@ GGUF_FAMILIES = (
     "dots1",
     "glm4_moe",
     "ernie4_5_moe",
+    "gpt_oss",
 )
 # Fields that GGUF does not hold, as llama.cpp takes them.
 GGUF_FIELDS: dict[str, dict[str, Any]] = {
@@ -389,6 +413,7 @@ GGUF_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": []},
     "qwen3_next": {"mlp_only_layers": []},
     "qwen2_moe": {"mlp_only_layers": []},
+    "gpt_oss": {"swiglu_limit": 7.0},
     "dots1": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
 }
 
@@ -419,6 +444,8 @@ def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -
     noise = torch.randn(parameter.shape, generator=generator)
     if "correction" in name:
         parameter.copy_(noise * 0.1)
+    elif name.endswith(("sinks", "_bias")):
+        parameter.copy_(noise)
     elif parameter.ndim > 1:
         # Unit gain, so that activations neither vanish nor explode and every weight shows in the logits.
         scale = 0.5 if "embed" in name else parameter.shape[-1] ** -0.5
@@ -520,6 +547,7 @@ _GGUF_ARCH = {
     "qwen2_moe": "qwen2moe",
     "granitemoeshared": "granitemoe",
     "glm4_moe": "glm4moe",
+    "gpt_oss": "gpt-oss",
     "ernie4_5_moe": "ernie4_5-moe",
 }  # where it is not the family's name
 HYBRIDS = {
@@ -570,6 +598,12 @@ _OTHER_LEAVES = {
         "post_mlp_layernorm.weight": "post_ffw_norm.weight",
     },
     "glm4_moe": {"post_attention_layernorm.weight": "post_attention_norm.weight"},
+    "gpt_oss": {
+        "post_attention_layernorm.weight": "post_attention_norm.weight",
+        "self_attn.sinks": "attn_sinks.weight",
+        "mlp.router": "ffn_gate_inp",
+        "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
+    },
 }
 
 
@@ -743,6 +777,15 @@ def _write_glm4_metadata(writer: Any, config: Any) -> None:
     writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
 
 
+def _write_gpt_oss_metadata(writer: Any, config: Any) -> None:
+    rope = config.rope_parameters
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_rope_scaling_type(gguf_type("YARN"))
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
 def _write_ministral3_metadata(writer: Any, config: Any) -> None:
     rope = config.rope_parameters
     writer.add_rope_scaling_type(gguf_type("YARN"))
@@ -779,6 +822,7 @@ _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "dots1": _write_sigmoid_metadata,
     "glm4moe": _write_glm4_moe_metadata,
     "ernie4_5-moe": _write_ernie_metadata,
+    "gpt-oss": _write_gpt_oss_metadata,
     "mistral3": _write_ministral3_metadata,
     "command-r": _write_cohere_metadata,
     "cohere2": _write_cohere_metadata,
@@ -799,6 +843,7 @@ _EXPERT_COUNTS = {  # variant → the field of its config
     "dots1": "n_routed_experts",
     "glm4_moe": "n_routed_experts",
     "ernie4_5_moe": "moe_num_experts",
+    "gpt_oss": "num_local_experts",
 }
 
 
@@ -811,6 +856,8 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
         if name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 result["output.weight"] = values
+        elif family == "gpt_oss" and "experts." in name:
+            result |= _gpt_oss_experts(name, values)
         elif name.endswith("experts.gate_up_proj"):
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
@@ -831,6 +878,16 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
     if family == "llama-llama3":
         result["rope_freqs.weight"] = _rope_factors(model)
     return result
+
+
+def _gpt_oss_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    _, _, layer, leaf = name.split(".", 3)
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    rows = values if kind == "bias" else np.ascontiguousarray(values.swapaxes(1, 2))
+    if "down" in leaf:
+        return {f"blk.{layer}.ffn_down_exps.{kind}": rows}
+    parts = {"gate": rows[:, 0::2], "up": rows[:, 1::2]}
+    return {f"blk.{layer}.ffn_{part}_exps.{kind}": np.ascontiguousarray(own) for part, own in parts.items()}
 
 
 def _gguf_name(name: str, leaves: dict[str, str]) -> str:

@@ -75,7 +75,14 @@ _PLAIN = {
 _EXPERTS = {"gate_exps.weight": "mxfp4", "up_exps.weight": "mxfp4", "down_exps.weight": "q4_0", **_PLAIN}
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 _NARROW = {".ffn_down.weight": "F16", **_PLAIN}
+_GPT_OSS = {
+    **{f"{part}_exps.weight": "mxfp4" for part in ("gate", "up", "down")},
+    **dict.fromkeys(("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"), "q8_0"),
+    "token_embd.weight": "q8_0",
+    "output.weight": "q8_0",
+}
 CASES = {
+    "gpt_oss": Case("gpt_oss", _GPT_OSS, {"hidden_size": 160, "intermediate_size": 192, "swiglu_limit": 7.0, **_HEADS}),
     "k": Case("qwen2", _K, {"hidden_size": 256, "intermediate_size": 1792, **_HEADS}),
     "plain": Case("llama", _PLAIN, {"hidden_size": 160, "head_dim": 20, "intermediate_size": 1088, **_HEADS}),
     "experts": Case("mixtral", _EXPERTS, {"hidden_size": 96, "head_dim": 24, "intermediate_size": 384, **_HEADS}),

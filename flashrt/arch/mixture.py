@@ -39,9 +39,10 @@ def experts(config: Config, count: int, width: str = "moe_intermediate_size", **
         "experts": count,
         "experts_per_token": config.integer("num_experts_per_tok", maximum=count),
         "normalize_router": config.flag("norm_topk_prob"),
+        "activation": config.activation("hidden_act", "silu"),
         **options,
     }
-    return Ffn(config.integer(width), config.activation("hidden_act", "silu"), **fields)
+    return Ffn(config.integer(width), **fields)
 
 
 def sigmoid_experts(config: Config) -> Ffn:

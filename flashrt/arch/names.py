@@ -25,6 +25,8 @@ class Part:
     groups: `rows` are those of each of so many groups, of so many rows each
     heads: the rows are stored permuted for interleaved rotary embedding, this many heads; reading undoes it
     rotary: the first rows of each head that are permuted
+    step: the rows are every step-th, from rows[0] on
+    transposed: the tensor is [experts, columns, rows]
     add: added to every value (Gemma's norms are stored as w, and multiply by 1 + w)
     columns: a vector is stored as rows of so many numbers, and read column by column
     log: stored as the logarithm of its negative
@@ -39,6 +41,8 @@ class Part:
     groups: tuple[int, int] | None = None
     columns: int = 0
     log: bool = False
+    step: int = 1
+    transposed: bool = False
 
 
 class Share(NamedTuple):
@@ -53,6 +57,7 @@ class FfnNames:
     """Templates of one way to store a feed-forward block; `gate` is None when it is not gated.
 
     stacked: the tensors are [experts, rows, columns]; fused: `gate` and `up` name one tensor, gate rows first.
+    interleaved: rows of gate and up follow each other there; transposed: the tensors are [experts, columns, rows].
     """
 
     gate: str | None
@@ -60,6 +65,8 @@ class FfnNames:
     down: str
     stacked: bool = False
     fused: bool = False
+    interleaved: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ class Names:
     recurrent: templates that take the place of those of `layer` in recurrent layers
     shares: of these, the rows of each part that is not all of its tensor
     log_rate: the rates at which states decay are stored as logarithms
+    interleaved_biases: those of gate and up are one tensor, in which they follow each other
     beyond: a tensor that only layers behind the last have, which predict further tokens and are not run
     """
 
@@ -84,6 +92,7 @@ class Names:
     permuted: bool = False
     layer_prefix: str = "layers.{i}."
     beyond: str | None = None
+    interleaved_biases: bool = False
     harmless: tuple[str, ...] = HF_HARMLESS
     recurrent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shares: Mapping[str, Callable[[DeltaNet], Sequence[Share]]] = field(default_factory=dict)
@@ -125,6 +134,9 @@ class TensorMap:
         if isinstance(mixer, Attention) and mixer.output_gate and name in ("qkv", "gate"):  # beside the queries
             first, groups = (0 if name == "qkv" else mixer.head_dim), (mixer.heads, 2 * mixer.head_dim)
             parts[0] = replace(parts[0], groups=groups, rows=(first, first + mixer.head_dim))
+        if name in ("gate.bias", "up.bias") and self.names.interleaved_biases:
+            length = 2 * self.spec.layers[int(layer)].ffn.neurons
+            parts = [replace(part, rows=(int(name == "up.bias"), length), step=2) for part in parts]
         if name in ("qkv", "qkv.bias") and self.names.permuted:
             attention = self.spec.layers[int(layer)].attention
             rope, dim = attention.rope, attention.head_dim
@@ -154,12 +166,16 @@ class TensorMap:
         stored = (w for w in ways if all(self.has(self._layer(layer, name, index)) for name in (w.up, w.down)))
         way = next(stored, ways[0])
         part = index if way.stacked else None
-        down = Part(self._layer(layer, way.down, index), part)
+        down = Part(self._layer(layer, way.down, index), part, transposed=way.transposed)
         if way.fused:
-            neurons, fused = self.spec.layer_neurons(layer)[key][1], Part(self._layer(layer, way.up, index), part)
+            neurons = self.spec.layer_neurons(layer)[key][1]
+            fused = Part(self._layer(layer, way.up, index), part, transposed=way.transposed)
+            if way.interleaved:
+                gate, up = (replace(fused, rows=(first, 2 * neurons), step=2) for first in (0, 1))
+                return gate, up, down
             return replace(fused, rows=(0, neurons)), replace(fused, rows=(neurons, 2 * neurons)), down
-        gate = None if way.gate is None else Part(self._layer(layer, way.gate, index), part)
-        return gate, Part(self._layer(layer, way.up, index), part), down
+        own = None if way.gate is None else Part(self._layer(layer, way.gate, index), part)
+        return own, Part(self._layer(layer, way.up, index), part), down
 
     def is_harmless(self, tensor: str) -> bool:
         """Whether no logit depends on a tensor that no part names."""

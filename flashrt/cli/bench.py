@@ -29,7 +29,9 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
     app.command(name)(guarded(bench))
 
 
-@options.loads("budget_gb", "dtype", "mode", "max_loss", *options.KV, *options.MACHINE, speculate="off")
+@options.loads(
+    *("budget_gb", "experts_used", "dtype", "mode", "max_loss", *options.KV, *options.MACHINE), speculate="off"
+)
 def bench(
     pack: options.Model,
     prompt_tokens: Annotated[

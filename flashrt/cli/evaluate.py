@@ -38,6 +38,7 @@ def _eval() -> None:
 @options.loads(
     "budget_gb",
     "rope_scaling",
+    "experts_used",
     "dtype",
     "mode",
     "max_loss",

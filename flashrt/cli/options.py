@@ -91,6 +91,17 @@ RopeScaling = Annotated[
         "Replaces the model's own scaling; the pack stays as it is.",
     ),
 ]
+ExpertsUsed = Annotated[
+    int | None,
+    typer.Option(
+        "--experts-used",
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="Use N experts of a mixture for a token, fewer than the model was trained with: less is read, and results "
+        "are no longer the model's. `flashrt eval ppl` says what that costs.",
+    ),
+]
 Dtype = Annotated[
     DtypeName,
     typer.Option("--dtype", help="How a checkpoint is packed on first use; see `flashrt pack`. A pack has its own."),
@@ -227,6 +238,7 @@ LOAD: dict[str, Any] = {
     "budget_gb": BudgetGb,
     "context": Context,
     "rope_scaling": RopeScaling,
+    "experts_used": ExpertsUsed,
     "dtype": Dtype,
     "mode": Mode,
     "max_loss": MaxLoss,

@@ -26,8 +26,9 @@ def open_model(where: str, options: LoadOptions, modules: Sequence[str] = ()) ->
     bars = BAR_MODULES if sys.stderr.isatty() else ()
     with Progress() as progress:
         model = loader.open_model(where, options, progress, (*bars, *modules))
-    if note := replaced(model):
-        say(note)
+    for note in (replaced(model), fewer(model)):
+        if note is not None:
+            say(note)
     return model
 
 
@@ -40,6 +41,17 @@ def replaced(model: LoadedPack) -> str | None:
     return (
         f"note: --rope-scaling {model.options.scaling} replaces the model's own scaling ({', '.join(kinds)}, up to "
         f"{stored.context} tokens): contexts up to {model.spec.context}"
+    )
+
+
+def fewer(model: LoadedPack) -> str | None:
+    """What --experts-used takes the place of, as one line; None where routers name as many as the model says."""
+    if model.exact.fewer_experts is None:
+        return None
+    trained = model.exact.manifest.spec.experts_per_token
+    return (
+        f"note: {model.exact.fewer_experts} experts a token, of the {trained} that the model was trained with: "
+        "its results change, and `flashrt eval ppl` says by how much"
     )
 
 

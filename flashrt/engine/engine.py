@@ -247,7 +247,8 @@ class Engine:
             raise UsageError("sessions are saved from the CPU only: use --device cpu")
         pack, plan = self.runner.decoder.weights.pack, self.plan
         choice = None if plan.kv is None else plan.kv.digest()
-        return Sessions(KvForm(pack.manifest.hash, self.spec, plan.kv_codec, plan.context, choice), self.reader)
+        form = KvForm(pack.manifest.hash, self.spec, plan.kv_codec, plan.context, choice, pack.fewer_experts)
+        return Sessions(form, self.reader)
 
     def prefill(self, ids: Items[int]) -> Array:
         """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.

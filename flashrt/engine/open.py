@@ -53,7 +53,7 @@ def open_model(
     draft = None if options.draft is None else Pack(options.draft)
     scaling = options.scaling
     unscaled = options.context if scaling is None else None  # a scaled context is checked once the pack is open
-    exact = Pack(resolve(path, options.cache, options.dtype, progress, unscaled), scaling)
+    exact = Pack(resolve(path, options.cache, options.dtype, progress, unscaled), scaling, options.experts_used)
     if exact.manifest.sparsity is not None:
         raise UsageError(
             f"{exact.path} is a calibrated pack, which leaves out: name {exact.path.parent} and --mode sparse"

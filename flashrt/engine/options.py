@@ -57,6 +57,7 @@ class LoadOptions:
     kv_keep: str | float | None = None
     kv_dir: str | Path | None = None
     rope_scaling: str | None = None
+    experts_used: int | None = None
     session: str | Path | None = None
     session_dir: str | Path | None = None
     session_gb: float | None = None
@@ -81,6 +82,8 @@ class LoadOptions:
         parse_speculate(self.speculate)
         if self.kv_keep is not None:
             parse_keep(self.kv_keep)
+        if self.experts_used is not None:
+            whole("--experts-used", self.experts_used, 1)
         if self.rope_scaling is not None:
             parse_rope_scaling(self.rope_scaling)
         self._check_together()
@@ -93,6 +96,8 @@ class LoadOptions:
             if self.mode == self.kv == "exact":
                 raise UsageError("--max-loss needs --mode sparse or --kv sparse: exact mode loses nothing")
             checked_loss(self.max_loss)
+            if self.experts_used is not None:
+                raise UsageError("--max-loss cannot be promised with --experts-used, whose loss was not measured")
         if self.kv_keep is not None and self.kv == "exact":
             raise UsageError("--kv-keep needs --kv sparse: exact attention keeps everything")
         if self.kv == "sparse" and self.device != "cpu":

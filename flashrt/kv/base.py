@@ -138,10 +138,11 @@ class KvStore(LayerStore):
         """
 
     @abstractmethod
-    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
+    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor, sinks: Tensor | None = None) -> None:
         """Attention of `rows`, whose keys and values were appended, over what they follow, into `out`.
 
         query: float32 [T, H, head_dim]; out: float32 [T, H * head_dim]; heads: the KV heads that these H belong to
+        sinks: float32 [H], a score of each beside those of its keys, whose value is zero; None for most models
         """
 
     @abstractmethod

@@ -71,11 +71,13 @@ class ChosenStore(ChoosingStore, StreamedStore):
             self._cells.prefetch(_distinct(self._far_cells(part), len(part.paths))[0])
         self._cells.guesses.made(seconds + time.perf_counter() - began)
 
-    def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
+    def _attend_to(
+        self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array, sinks: Array | None
+    ) -> None:
         done = 0
         for part in _parts(chosen, self._cells.slots):
             own = slice(done, done + len(part.paths))
-            self._attend_list(query[own], self._fetched, self._fetch(part, start), heads, out[own])
+            self._attend_list(query[own], self._fetched, self._fetch(part, start), heads, out[own], sinks)
             done = own.stop
 
     def _fetch(self, chosen: Chosen, start: int) -> Lists:

@@ -38,11 +38,11 @@ class ContiguousStore(KvStore):
     def append(self, key: Tensor, value: Tensor, start: int) -> None:
         self._kernels.ops.kv_append(key, value, self.memory, start - self.first)
 
-    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
+    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor, sinks: Tensor | None = None) -> None:
         kernels = self._kernels
         own = self._attention
         options = (rows.start - self.first, own.window, own.scale, own.softcap or None)
-        kernels.ops.attention(query, self.memory[heads], *options, out, kernels.scratch, rows.parents)
+        kernels.ops.attention(query, self.memory[heads], *options, out, kernels.scratch, rows.parents, sinks=sinks)
 
     def commit(self, start: int, path: Sequence[int]) -> None:
         base = start - self.first

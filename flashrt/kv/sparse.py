@@ -46,36 +46,40 @@ class ChoosingStore(ContiguousStore):
         super().restart(first)
         self._chooser.index.restart()
 
-    def attend(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
+    def attend(self, query: Array, rows: KvRows, heads: slice, out: Array, sinks: Array | None = None) -> None:
         if rows.wide or self.attends_to_all(rows):
-            super().attend(query, rows, heads, out)
+            super().attend(query, rows, heads, out, sinks)
             return
         for begin in range(0, len(query), NARROW_TOKENS):  # a text may be scored in longer passes
             own, part = slice(begin, begin + NARROW_TOKENS), rows._replace(start=rows.start + begin)
             if begin > 0:
                 self._label(part.start)
-            self._attend_few(query[own], part, heads, out[own])
+            self._attend_few(query[own], part, heads, out[own], sinks)
 
     def attends_to_all(self, rows: KvRows) -> bool:
         """Whether these narrow rows choose nothing."""
         return False
 
-    def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array) -> None:
+    def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array, sinks: Array | None) -> None:
         if self.first == 0 and not self._chooser.leaves_out(rows, len(query), heads):
-            ContiguousStore.attend(self, query, rows, heads, out)  # all are in memory
+            ContiguousStore.attend(self, query, rows, heads, out, sinks)  # all are in memory
             return
         chosen = self._chooser.choose(query, rows, heads, self._kernels.scratch)
-        self._attend_to(query, chosen, rows.start, heads, out)
+        self._attend_to(query, chosen, rows.start, heads, out, sinks)
 
     @abstractmethod
-    def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
+    def _attend_to(
+        self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array, sinks: Array | None
+    ) -> None:
         """Attention of rows, whose pass starts at `start`, to what they chose, into `out`."""
 
-    def _attend_list(self, query: Array, far: Array | None, lists: Lists, heads: slice, out: Array) -> None:
+    def _attend_list(
+        self, query: Array, far: Array | None, lists: Lists, heads: slice, out: Array, sinks: Array | None
+    ) -> None:
         """Attention over lists of what is in memory, and in `far` (see `Ops.attention_list`)."""
         scale, softcap = self._attention.scale, self._attention.softcap or None
         near, (places, counts, rest) = self.memory[heads], lists
-        self._kernels.ops.attention_list(query, near, far, places, counts, scale, softcap, out, rest)
+        self._kernels.ops.attention_list(query, near, far, places, counts, scale, softcap, out, rest, sinks)
 
     def _label(self, start: int) -> None:
         """Label what rows from position `start` on may choose."""
@@ -94,8 +98,10 @@ class SparseStore(ChoosingStore):
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
         return None if limits.choice is None else super().claim(attention, limits)
 
-    def _attend_to(self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array) -> None:
-        self._attend_list(query, None, self._chooser.lists(chosen, start, 0, self._places), heads, out)
+    def _attend_to(
+        self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array, sinks: Array | None
+    ) -> None:
+        self._attend_list(query, None, self._chooser.lists(chosen, start, 0, self._places), heads, out, sinks)
 
     def _places(self, which: int, blocks: Array) -> tuple[Array, int]:
         return blocks * np.int32(self._chooser.block), 0

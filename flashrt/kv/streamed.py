@@ -63,9 +63,9 @@ class StreamedStore(ContiguousStore):
         self._make_room(start, len(key))
         super().append(key, value, start)
 
-    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor) -> None:
+    def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor, sinks: Tensor | None = None) -> None:
         if self.first == 0 or rows.draft:
-            super().attend(query, rows, heads, out)
+            super().attend(query, rows, heads, out, sinks)
             return
         ops, scale, softcap = self._kernels.ops, self._attention.scale, self._attention.softcap or None
         tokens, count, dim = query.shape
@@ -74,7 +74,7 @@ class StreamedStore(ContiguousStore):
         state, scratch = self._kernels.scratch[:end].view(np.float32).reshape(shape), self._kernels.scratch[end:]
         for segment in range(self.first // SEGMENT):
             page = self._pages.take(segment)
-            ops.attend_page(query, page[heads], scale, softcap, state, segment == 0, scratch)
+            ops.attend_page(query, page[heads], scale, softcap, state, segment == 0, scratch, sinks)
         self._pages.release()
         start = rows.start - self.first
         ops.attention(query, self.memory[heads], start, None, scale, softcap, out, scratch, rows.parents, state)

@@ -94,13 +94,14 @@ class AttentionBlocks(MixerBlocks):
             self._observe(i, query, key)
         self._rotate(attention, split[:, : heads + kv_heads])
         self._scale(attention, query)
-        group = heads // kv_heads
+        group, sinks = heads // kv_heads, self.work.weights.vector(f"{i}.sinks") if attention.sinks else None
         for own, kv, rows in self.parts:
             store = kv.keys_of(i)
             store.append(key[own], value[own], rows.start)
             for first, end in [(0, heads)] if chosen is None or store.whole else chosen.spans:
                 part = out[own, first * dim : end * dim]
-                store.attend(query[own, first:end], rows, slice(first // group, end // group), part)
+                beside = None if sinks is None else sinks[first:end]
+                store.attend(query[own, first:end], rows, slice(first // group, end // group), part, beside)
         if chosen is not None:
             out.reshape(count, -1, dim)[~chosen.each] = 0
         return out

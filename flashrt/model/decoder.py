@@ -167,7 +167,7 @@ class Decoder:
             block.prefill(normed, y, tokens)
         else:
             block.decode(normed, y, tokens)
-        if block.ffn.bias:
-            y += self.weights.vector(f"{i}.down.bias")
+        if block.output_bias is not None:
+            y += block.output_bias
         self.work.block_output(i, "ffn", y)
         x += y

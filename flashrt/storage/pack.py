@@ -20,22 +20,29 @@ TEXT_CHUNK_BYTES = 256 << 10  # small: this happens while the process is being m
 class Pack:
     """An opened pack: its manifest and layout. Opening checks everything but the data itself.
 
-    `spec` is the manifest's, with `scaling` in place of its own rope scaling where one is given.
-    Raises PackError when the directory, the manifest, a file or a header is missing, damaged or of the wrong size, and
-    UsageError when the model cannot be scaled so.
+    `spec` is the manifest's, with `scaling` in place of its own rope scaling where one is given, and with routers that
+    name as many as `experts` where that is given. Raises PackError when the directory, the manifest, a file or a header
+    is missing, damaged or of the wrong size, and UsageError when the model cannot be changed so.
     """
 
-    def __init__(self, path: Path | str, scaling: RopeScaling | None = None) -> None:
+    def __init__(self, path: Path | str, scaling: RopeScaling | None = None, experts: int | None = None) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         stored = self.manifest.spec
-        self.spec: ModelSpec = stored if scaling is None else stored.scaled(scaling)
+        scaled = stored if scaling is None else stored.scaled(scaling)
+        self.spec: ModelSpec = scaled if experts is None else scaled.naming(experts)
         self.layout: PackLayout = self.manifest.layout
         for name, entry in self.manifest.files.items():
             _check_file(self.path / name, entry, self._header_bytes(name))
         for name in self.manifest.text_files:
             if not (self.path / name).is_file():
                 raise PackError(f"{self.path / name} is missing: pack the checkpoint again")
+
+    @property
+    def fewer_experts(self) -> int | None:
+        """Experts that routers name for a token, where that is fewer than the model was trained with; else None."""
+        named = self.spec.experts_per_token
+        return None if named == self.manifest.spec.experts_per_token else named
 
     @property
     def largest_file(self) -> Path:

@@ -52,6 +52,7 @@ FORM_OPTIONS = {  # parts of `KvForm.shapes`, and what they come from
     "layers": "--rope-scaling",
     "rotations": "--context, on which this model's rotation depends,",
     "choice": "--kv, --kv-keep and labels",
+    "experts": "--experts-used",
 }
 
 _MAGIC = b"flashrt session\n"
@@ -67,6 +68,7 @@ class KvForm:
     codec: KvCodec
     context: int  # that was planned for: some kinds of rotation depend on it
     choice: str | None  # `SparseKv.digest` of what decode passes chose by; None: they attended to everything
+    experts: int | None = None  # that routers name, where that is fewer than the pack says
 
     @property
     def dtype(self) -> np.dtype:
@@ -82,7 +84,8 @@ class KvForm:
             runs.append({"count": run["count"], **mixer})
         ropes = [attention.rope for attention in self.spec.attentions.values()]
         rotations = sorted({rope.variant(self.context) for rope in ropes if rope is not None})
-        return {"item": self.codec.value, "layers": runs, "rotations": rotations, "choice": self.choice}
+        fewer = {} if self.experts is None else {"experts": self.experts}
+        return {"item": self.codec.value, "layers": runs, "rotations": rotations, "choice": self.choice} | fewer
 
     @functools.cached_property
     def largest_header(self) -> int:
@@ -267,7 +270,7 @@ class SessionFile:
                     f"{form.pack[:12]}): load that one, or name another file"
                 )
             for part, options in FORM_OPTIONS.items():
-                if body["kv"][part] != form.shapes[part]:
+                if body["kv"].get(part) != form.shapes.get(part):
                     raise SessionError(
                         f"{self.path} was saved with keys and values of another form: "
                         f"use the {options} that it was saved with, or name another file"
@@ -276,7 +279,7 @@ class SessionFile:
             if form.spec.delta_nets:
                 extent = replace(extent, marks=tuple(body["marks"]), ends=body["ends"])
             messages = body["messages"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
         known = all(type(value) is int for value in (extent.begin, extent.length, extent.top))
         if not known or not 0 <= extent.begin < extent.length <= extent.top <= form.spec.context:

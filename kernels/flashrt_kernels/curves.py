@@ -33,5 +33,5 @@ _ON_ARRAYS: dict[str, Callable[[Array], Array]] = {
 
 def function(activation: str) -> Callable[[Array], Array]:
     """What a name stands for, on arrays of float32."""
-    name, threshold = parse(activation)
+    name, threshold, _ = parse(activation)
     return (lambda x: np.where(x <= threshold, 0, x)) if name == "relu" else _ON_ARRAYS[name]

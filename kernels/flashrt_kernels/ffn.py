@@ -15,7 +15,7 @@ Array = TypeVar("Array")
 
 @dataclass(frozen=True, slots=True)
 class FfnWeights(Generic[Array]):
-    """Neurons of a feed-forward block: h = act(gate·x) * (up·x), or act(up·x + up_bias) when it is not gated.
+    """Neurons of a feed-forward block: h = act(gate·x + gate_bias) * (up·x + up_bias), or act(up·x + up_bias) ungated.
 
     Nothing is checked here: the operations check what they are given.
     """
@@ -24,7 +24,8 @@ class FfnWeights(Generic[Array]):
     codec: Codec | NeuronCodecs  # of all rows, or of each
     activation: str  # a name of `flashrt_kernels.activations`
     gated: bool
-    up_bias: Array | None = None  # float32, of the neurons that take part, in their order; only when not gated
+    up_bias: Array | None = None  # float32, of the neurons that take part, in their order
+    gate_bias: Array | None = None  # likewise, only when gated
 
     @property
     def codecs(self) -> NeuronCodecs:

@@ -217,12 +217,14 @@ class Ops(Protocol[Array]):
         scratch: Array | None = None,
         parents: Array | None = None,
         state: Array | None = None,
+        sinks: Array | None = None,
     ) -> None:
         """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, *pair]; out [B, H * D].
 
         window: positions that a query sees, its own included; None: all before it. scale multiplies scores, softcap
         bounds them (None: not). parents int32 [B] makes the tokens a tree: each follows the one that is named, or with
-        -1 the sequence. state: what `attend_page` has gathered of positions before those of kv (None: nothing).
+        -1 the sequence. state: what `attend_page` has gathered of positions before those of kv (None: nothing). sinks
+        [H]: scores that each head has beside those of its keys, and whose values are zero; not beside a state.
         """
 
     def attend_page(
@@ -234,12 +236,13 @@ class Ops(Protocol[Array]):
         state: Array,
         first: bool,
         scratch: Array | None = None,
+        sinks: Array | None = None,
     ) -> None:
         """Takes positions that all of q [B, H, D] sees, page [KVH, n, *pair], into state [B, H, state width].
 
         In the order of positions, all pages but the last a multiple of 256 long; before the `first` nothing is in
-        state. `attention` that begins from state then gives the bits of one over everything. scratch is that of
-        `attention`.
+        state, or the sinks. `attention` that begins from state then gives the bits of one over everything. scratch is
+        that of `attention`.
         """
 
     def attention_state_width(self, dim: int) -> int:
@@ -259,12 +262,13 @@ class Ops(Protocol[Array]):
         softcap: float | None,
         out: Array,
         scratch: Array | None = None,
+        sinks: Array | None = None,
     ) -> None:
         """Attention of q [T, H, D] over lists of tokens, one for each row and KV head; out [T, H * D].
 
         lists int32 [T, KVH, most], of which counts int32 [T, KVH] are there, attended to in their order: i >= 0 is
         near[head, i] of [KVH, slots, *pair], -1 - i is far[i] of [tokens, *pair] (None: none). An empty list gives
-        zeros; 0, 1, .. p gives the bits of `attention` at position p.
+        zeros; 0, 1, .. p gives the bits of `attention` at position p. sinks [H]: those of `attention`.
         """
 
     def attention_list_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:

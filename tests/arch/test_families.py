@@ -74,6 +74,8 @@ def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("olmo3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters has"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0.0"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
         ("glm4_moe", {"topk_method": "greedy"}, "topk_method"),
         ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func"),
@@ -99,6 +101,7 @@ def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], re
         ("glm4", {"glm4.rope.dimension_sections": [8, 12, 12, 0]}),
         ("glm4", {"glm4.rope.dimension_count": 22}),
         ("glm4_moe", {"glm4moe.expert_gating_func": 1}),
+        ("qwen3_moe", {"qwen3moe.swiglu_clamp_exp": 7.0}),
         ("qwen3_moe", {"qwen3moe.expert_gating_func": 2}),
         ("qwen3_moe", {"qwen3moe.expert_weights_scale": 2.5}),
         ("qwen3_moe", {"qwen3moe.expert_shared_count": 1}),
@@ -125,7 +128,7 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
     """A pack made before a block keeps its hash; what a block says survives."""
     written = DENSE.to_json()
     attention = written["layers"][0]["layer"]["attention"]
-    assert not {"softcap", "qk_norm_whole", "temperature", "output_gate"} & set(attention)
+    assert not {"softcap", "qk_norm_whole", "temperature", "output_gate", "sinks"} & set(attention)
     assert not {"router_scores", "router_scale", "shared"} & set(written["layers"][0]["layer"]["ffn"])
     assert not {"pre_norms", "parallel", "logit_scale", "logit_softcap", "norm_bias", "residual_scale"} & set(written)
     assert "dims" not in attention["rope"]
@@ -138,6 +141,7 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
         temperature=0.1,
         temperature_span=7,
         output_gate=True,
+        sinks=True,
         rope=replace(own.attention.rope, dims=4),
     )
     mixture = replace(

@@ -88,7 +88,13 @@ class PlainModel:
             q = q * (1 + a.temperature * torch.log1p(torch.arange(len(x)) // a.temperature_span))[:, None]
         scores = q @ k.transpose(1, 2) * a.scale
         scores = (scores / a.softcap).tanh() * a.softcap if a.softcap else scores
-        joined = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if a.sinks:
+            sinks = self.vector(f"{i}.sinks")[:, None, None].expand(-1, len(x), 1)
+            weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        joined = (weights @ v).transpose(0, 1).reshape(len(x), -1)
         if a.output_gate:
             joined = joined * (x @ self.matrix(f"{i}.gate", a.width).T).sigmoid()
         return joined @ self.matrix(f"{i}.out", self.spec.hidden).T + self.bias(f"{i}.out.bias")
@@ -142,10 +148,26 @@ class PlainModel:
     def block(self, i: int, key: str, run: int, x: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
         gate, up, down = self.checkpoint.neuron_rows(key, run, 0, self.spec.layer_neurons(i)[key][1])
-        activate = _ACTIVATIONS[ffn.activation]
-        y = x @ torch.from_numpy(up).double().T + self.bias(f"{i}.up.bias")
-        y = activate(y) if gate is None else activate(x @ torch.from_numpy(gate).double().T) * y
-        return y @ torch.from_numpy(down).double() + self.bias(f"{i}.down.bias")
+        y = x @ torch.from_numpy(up).double().T + self.bias_of(f"{i}.up.bias", run, len(up))
+        if gate is None:
+            y = _ACTIVATIONS[ffn.activation](y)
+        else:
+            g = x @ torch.from_numpy(gate).double().T + self.bias_of(f"{i}.gate.bias", run, len(gate))
+            y = glu(g, y, ffn.activation)
+        return y @ torch.from_numpy(down).double() + self.bias_of(f"{i}.down.bias", run, self.spec.hidden)
+
+    def bias_of(self, key: str, run: int, width: int) -> torch.Tensor | float:
+        """That of one expert."""
+        return self.vector(key)[run * width : (run + 1) * width] if key in self.lengths else 0.0
+
+
+def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation in _ACTIVATIONS:
+        return _ACTIVATIONS[activation](gate) * up
+    name, alpha, limit = activation.split(":")
+    assert name == "clamped_swiglu"
+    gate, up = gate.clamp(max=float(limit)), up.clamp(-float(limit), float(limit))
+    return gate * torch.sigmoid(gate * float(alpha)) * (up + 1)
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:

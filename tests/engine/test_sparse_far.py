@@ -46,7 +46,9 @@ def engines(packed: Pack, share: float, **options: object) -> tuple[Engine, Engi
     return whole, far
 
 
-@pytest.mark.parametrize(("family", "share", "draft"), [("llama", 0.1, 1), ("gemma3", 0.3, 12), ("qwen3", 1.4, 12)])
+@pytest.mark.parametrize(
+    ("family", "share", "draft"), [("llama", 0.1, 1), ("gemma3", 0.3, 12), ("qwen3", 1.4, 12), ("gpt_oss", 0.3, 12)]
+)
 def test_texts_are_those_of_an_engine_that_holds_everything(family, share, draft, tmp_path):
     packed = make(family, tmp_path)
     repeated = PROMPT[:50] * 20  # which drafts copy from

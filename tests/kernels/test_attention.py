@@ -66,6 +66,26 @@ def test_attention_matches_reference(isa, codec, heads, kv_heads, dim, window, s
         expected = torch.empty(tokens, heads * dim)
         reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected)
         assert rms_ratio(out, expected) < 5e-6
+        sinks = normal(6, heads) * 4 + 12
+        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, sinks=sinks)
+        assert rms_ratio(out, expected) > 2e-5
+        beside = torch.from_numpy(sinks)
+        reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected, sinks=beside)
+        assert rms_ratio(out, expected) < 5e-6
+
+
+def test_sinks_are_scores_without_values(isa):
+    """Beside a model in float64 that says so: the reference follows the same path as the kernels."""
+    heads, kv_heads, dim, context = 6, 2, 20, 530
+    kv, _ = cache(1, kv_heads, context, dim, half=False)
+    q, sinks, out = normal(3, 1, heads, dim), normal(4, heads) * 3, empty(1, heads * dim)
+    cpu.attention(q, kv, context - 1, None, 0.2, None, out, sinks=sinks)
+    for head in range(heads):
+        keys, values = (kv[head // 3, :, part].astype(np.float64) for part in (0, 1))
+        scores = np.append(keys @ q[0, head].astype(np.float64) * 0.2, sinks[head])
+        weights = np.exp(scores - scores.max())
+        expected = weights[:-1] @ values / weights.sum()
+        assert rms_ratio(out[0, head * dim : (head + 1) * dim], expected) < 5e-6
 
 
 @CODEC
@@ -165,12 +185,13 @@ def test_a_tree_has_the_bits_of_its_paths(isa, codec, parents, heads, kv_heads, 
         cpu.kv_append(k, v, kv, start)
         out = empty(count, heads * dim)
         options = {"parents": np.array(parents, np.int32)}
+        options["sinks"] = sinks = normal(6, heads) if start % 2 else None
         cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, **options)
         for i, path in enumerate(paths(parents)):
             kv, _ = cache(1, kv_heads, context, dim, codec)
             cpu.kv_append(k[path], v[path], kv, start)
             row = empty(len(path), heads * dim)
-            cpu.attention(q[path], kv, start, window, dim**-0.5, softcap, row)
+            cpu.attention(q[path], kv, start, window, dim**-0.5, softcap, row, sinks=sinks)
             assert same(out[i : i + 1], row[-1:])
 
 
@@ -196,14 +217,14 @@ def test_what_is_no_tree_is_refused(parents):
         )
 
 
-def by_pages(q, kv, far, start, scale, softcap, out, **options):
+def by_pages(q, kv, far, start, scale, softcap, out, sinks=None, **options):
     """Attention whose first `far` positions come in pages of a segment, or of three."""
     tokens, heads, dim = q.shape
     state = empty(tokens, heads, cpu.attention_state_width(dim))
     step = SEGMENT if far % (3 * SEGMENT) else 3 * SEGMENT
     for begin in range(0, far, step):
         page = np.ascontiguousarray(kv[:, begin : begin + step])
-        cpu.attend_page(q, page, scale, softcap, state, begin == 0)
+        cpu.attend_page(q, page, scale, softcap, state, begin == 0, None, sinks)
     near = np.ascontiguousarray(kv[:, far:])
     cpu.attention(q, near, start - far, None, scale, softcap, out, state=state, **options)
 
@@ -224,9 +245,10 @@ def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, 
     ):
         cpu.set_threads(threads)
         q, out, whole = normal(3, tokens, heads, dim), empty(tokens, heads * dim), empty(tokens, heads * dim)
-        cpu.attention(q, kv, start, None, dim**-0.5, softcap, whole)
-        by_pages(q, kv, far, start, dim**-0.5, softcap, out)
-        assert same(out, whole)
+        for sinks in (None, normal(6, heads)):
+            cpu.attention(q, kv, start, None, dim**-0.5, softcap, whole, sinks=sinks)
+            by_pages(q, kv, far, start, dim**-0.5, softcap, out, sinks)
+            assert same(out, whole)
 
 
 @pytest.mark.parametrize("parents", TREES.values(), ids=TREES)
@@ -253,6 +275,14 @@ def test_pages_match_the_reference(isa):
     reference.attention(torch.from_numpy(q), near, 600 - 2 * SEGMENT, None, 0.2, 9.0, again, state=state)
     assert rms_ratio(out, expected) < 5e-6
     assert rms_ratio(again.numpy(), expected) < 5e-6
+    sinks = normal(6, 6) * 4 + 12
+    by_pages(q, kv, 2 * SEGMENT, 600, 0.2, 9.0, out, sinks)
+    for begin in (0, SEGMENT):
+        page = tensor[:, begin : begin + SEGMENT]
+        reference.attend_page(torch.from_numpy(q), page, 0.2, 9.0, state, begin == 0, None, torch.from_numpy(sinks))
+    reference.attention(torch.from_numpy(q), near, 600 - 2 * SEGMENT, None, 0.2, 9.0, again, state=state)
+    assert rms_ratio(out, again) < 5e-6
+    assert rms_ratio(out, expected) > 0.01
     assert cpu.attention_state_width(24) == reference.attention_state_width(24)
 
 

@@ -9,7 +9,7 @@ from .helpers import cpu, empty, normal, reference, rms_ratio, same
 from .test_attention import CODEC, TREES, cache, paths
 
 
-def attended(q, near, far, lists, scale=0.2, softcap=None):
+def attended(q, near, far, lists, scale=0.2, softcap=None, sinks=None):
     """Attention over lists [T][KVH], in arrays that are longer than they need be."""
     tokens, kv_heads = len(lists), len(lists[0])
     most = max(len(each) for row in lists for each in row) + 3
@@ -18,7 +18,7 @@ def attended(q, near, far, lists, scale=0.2, softcap=None):
         counts[t, h] = len(lists[t][h])
         packed[t, h, : counts[t, h]] = lists[t][h]
     out = empty(tokens, q.shape[1] * q.shape[2])
-    cpu.attention_list(q, near, far, packed, counts, scale, softcap, out)
+    cpu.attention_list(q, near, far, packed, counts, scale, softcap, out, None, sinks)
     return out, packed, counts
 
 
@@ -67,6 +67,12 @@ def test_matches_a_plain_model_and_the_reference(isa, codec, heads, kv_heads, di
     reference.attention_list(*tensors, scale, softcap, expected)
     assert rms_ratio(out, expected) < 5e-6
     assert not out[2].any()
+    sinks = normal(6, heads) * 4 + 12
+    out = attended(q, near, far, lists, scale, softcap, sinks)[0]
+    assert rms_ratio(out, expected) > 1e-3
+    reference.attention_list(*tensors, scale, softcap, expected, None, torch.from_numpy(sinks))
+    assert rms_ratio(out, expected) < 5e-6
+    assert not out[2].any()
 
 
 @CODEC
@@ -77,9 +83,10 @@ def test_has_the_bits_of_attention(isa, codec, heads, kv_heads, dim, softcap):
     for start, tokens, threads in ((0, 1, 2), (0, 16, 1), (250, 13, 2), (511, 2, 3), (1090, 10, 1), (1099, 1, 2)):
         cpu.set_threads(threads)
         q, dense = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
-        cpu.attention(q, near, start, None, 0.2, softcap, dense)
-        lists = [[range(start + t + 1)] * kv_heads for t in range(tokens)]
-        assert same(attended(q, near, None, lists, softcap=softcap)[0], dense)
+        for sinks in (None, normal(6, heads)):
+            cpu.attention(q, near, start, None, 0.2, softcap, dense, sinks=sinks)
+            lists = [[range(start + t + 1)] * kv_heads for t in range(tokens)]
+            assert same(attended(q, near, None, lists, softcap=softcap, sinks=sinks)[0], dense)
 
 
 @CODEC

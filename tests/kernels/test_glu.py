@@ -44,10 +44,29 @@ def test_glu_matches_reference(isa, codec, k, n):
 def test_activations(isa, call, activation, gated):
     k, n, tokens, codec = 96, 37, 19, Codec.F32
     w, x, y = neurons(1, n, k, codec, gated), normal(2, tokens, k), normal(3, tokens, k)
-    up_bias = None if gated else normal(4, n)
-    expected = expect(x, FfnWeights(w, codec, activation, gated, up_bias), y)
-    call(x, FfnWeights(w, codec, activation, gated, up_bias), y)
+    for biases in ((None, None), (normal(4, n), normal(5, n) if gated else None)):
+        own = y.copy()
+        expected = expect(x, FfnWeights(w, codec, activation, gated, *biases), own)
+        call(x, FfnWeights(w, codec, activation, gated, *biases), own)
+        assert rms_ratio(own, expected) < 2e-6
+
+
+@pytest.mark.parametrize("call", [cpu.glu, cpu.gemm_glu])
+def test_clamped_swiglu(isa, call):
+    """With a limit that many gates and ups are beyond, some of them not finite."""
+    k, n, tokens, codec, name = 96, 37, 19, Codec.F32, "clamped_swiglu:1.702:0.7"
+    w, x, y = neurons(1, n, k, codec), normal(2, tokens, k), normal(3, tokens, k)
+    biases = normal(4, n), normal(5, n)
+    weights = FfnWeights(w, codec, name, True, *biases)
+    expected = expect(x, weights, y)
+    call(x, weights, y)
     assert rms_ratio(y, expected) < 2e-6
+    x[3, 5] = np.nan
+    call(x, weights, y)
+    assert np.isnan(y[3]).all()
+    assert np.isfinite(np.delete(y, 3, 0)).all()
+    with pytest.raises(ValueError, match="^activation"):
+        call(x, FfnWeights(neurons(1, n, k, codec, False), codec, name, False), y)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -173,7 +192,8 @@ def test_wrong_arguments_are_named():
         ("activation", {"weights": replace(good, activation="fatrelu:none")}),
         ("y", {"y": empty(2, 64)}),
         ("y", {"y": x}),
-        ("up_bias", {"weights": replace(good, up_bias=normal(1, 4))}),
+        ("up_bias", {"weights": replace(good, up_bias=normal(1, 3))}),
+        ("gate_bias", {"weights": replace(good, gate_bias=normal(1, 3))}),
         ("tokens", {"routed": RoutedTokens(np.array([3], np.int32), one)}),
         ("tokens", {"routed": RoutedTokens(np.array([1, 1], np.int32), one)}),
         ("tokens", {"routed": RoutedTokens(np.array([1], np.int64), one)}),

@@ -135,12 +135,15 @@ def grouped(seed: int, bundles: int, k: int, codecs: NeuronCodecs):
     return held, weights
 
 
-def ffn(x: np.ndarray, weights: list[np.ndarray], bias: np.ndarray | None = None) -> np.ndarray:
-    """silu(gate x) * up x, or silu(up x + bias), in float64."""
-    first, up, x = weights[0].astype(np.float64), weights[-2].astype(np.float64), x.astype(np.float64)
-    inner = x @ first.T + (0 if bias is None else bias)
+def ffn(
+    x: np.ndarray, weights: list[np.ndarray], bias: np.ndarray | None = None, gate_bias: np.ndarray | None = None
+) -> np.ndarray:
+    """silu(gate x + gate_bias) * (up x + bias), or silu(up x + bias), in float64."""
+    x, gated = x.astype(np.float64), len(weights) == 3
+    up = x @ weights[-2].astype(np.float64).T + (0 if bias is None else bias)
+    inner = x @ weights[0].astype(np.float64).T + (0 if gate_bias is None else gate_bias) if gated else up
     h = inner / (1 + np.exp(-inner))
-    return h * (x @ up.T) if len(weights) == 3 else h
+    return h * up if gated else h
 
 
 @pytest.mark.parametrize(("down", "group"), DOWNS)
@@ -166,20 +169,20 @@ def test_groups_by_the_reference(isa, call, gated, group, down):
     k, tokens = 512, 9
     codecs = NeuronCodecs(Codec.Q6_K if gated else None, Codec.Q8_0, down, group)
     held, weights = grouped(1, 5, k, codecs)
-    bias = None if gated else normal(4, 5 * group)
+    bias, gate_bias = normal(4, 5 * group), normal(6, 5 * group) if gated else None
     x, y, usage = normal(2, tokens, k), normal(3, tokens, k), np.ones(5, np.float32)
     routed = RoutedTokens(np.array([7, 0, 3], np.int32), np.array([0.5, -2.0, 0.125], np.float32))
     expected, counted = torch.from_numpy(y.copy()), torch.ones(5)
-    given = FfnWeights(torch.from_numpy(held), codecs, "silu", gated, None if bias is None else torch.from_numpy(bias))
+    beside = torch.from_numpy(bias), None if gate_bias is None else torch.from_numpy(gate_bias)
+    given = FfnWeights(torch.from_numpy(held), codecs, "silu", gated, *beside)
     chosen = RoutedTokens(torch.from_numpy(routed.tokens), torch.from_numpy(routed.factors))
     reference.glu(torch.from_numpy(x), given, expected, chosen, usage=counted)
-    call(x, FfnWeights(held, codecs, "silu", gated, bias), y, routed, usage=usage)
+    call(x, FfnWeights(held, codecs, "silu", gated, bias, gate_bias), y, routed, usage=usage)
     tolerance = 1e-2 if isa == "avx512bf16" and call is cpu.gemm_glu else 3e-4
     assert rms_ratio(y, expected.numpy()) < tolerance
     assert rms_ratio(usage, counted.numpy()) < tolerance
-    assert (
-        rms_ratio(expected.numpy()[7] - normal(3, tokens, k)[7], 0.5 * (ffn(x, weights, bias) @ weights[-1])[7]) < 1e-4
-    )
+    h = ffn(x, weights, bias, gate_bias)
+    assert rms_ratio(expected.numpy()[7] - normal(3, tokens, k)[7], 0.5 * (h @ weights[-1])[7]) < 1e-4
 
 
 @pytest.mark.parametrize(("group", "down"), [(128, Codec.Q4_0), (256, Codec.Q4_K)])

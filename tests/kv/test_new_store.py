@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,13 +37,13 @@ class PagedStore(KvStore):
         for i, pair in enumerate(zip(key, value, strict=True)):
             self._at(start + i)[:] = pair
 
-    def attend(self, query: np.ndarray, rows: KvRows, heads: slice, out: np.ndarray) -> None:
+    def attend(self, query: np.ndarray, rows: KvRows, heads: slice, out: np.ndarray, sinks: Any = None) -> None:
         count = rows.start + len(query)
         memory = np.stack([self._at(position) for position in range(count)])  # [position, 2, kv_heads, head_dim]
         memory = np.ascontiguousarray(memory.transpose(2, 0, 1, 3)[heads])
         attention = self._attention
         options = (rows.start, attention.window, attention.scale, None)
-        self._kernels.ops.attention(query, memory, *options, out, None, rows.parents)
+        self._kernels.ops.attention(query, memory, *options, out, None, rows.parents, sinks=sinks)
 
     def commit(self, start: int, path: Sequence[int]) -> None:
         for place, row in enumerate(path):

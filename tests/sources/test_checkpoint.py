@@ -90,6 +90,8 @@ def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[
         result[f"{i}.qkv.bias"] = _halves([p.bias for p in projections], attention, rotary)
     if out.bias is not None:
         result[f"{i}.out.bias"] = out.bias
+    if hasattr(attention, "sinks"):
+        result[f"{i}.sinks"] = attention.sinks
     for name in ("q_norm", "k_norm"):
         if hasattr(attention, name):
             result[f"{i}.{name}"] = getattr(attention, name).weight + add
@@ -107,6 +109,12 @@ def _routing(i: int, mixture: Any) -> dict[str, torch.Tensor]:
     result = {f"{i}.router": router.weight}
     if hasattr(mixture, "shared_expert_gate"):
         result[f"{i}.shared_gate"] = mixture.shared_expert_gate.weight
+    if getattr(router, "bias", None) is not None:
+        result[f"{i}.router.bias"] = router.bias
+    if hasattr(mixture.experts, "gate_up_proj_bias"):
+        gate_up = mixture.experts.gate_up_proj_bias
+        result |= {f"{i}.gate.bias": gate_up[:, 0::2].flatten(), f"{i}.up.bias": gate_up[:, 1::2].flatten()}
+        result[f"{i}.down.bias"] = mixture.experts.down_proj_bias.flatten()
     holder = getattr(router, "moe_statics", router)
     if hasattr(holder, "e_score_correction_bias"):
         result[f"{i}.router.correction"] = holder.e_score_correction_bias.flatten()
@@ -130,6 +138,9 @@ def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.n
         return None, _array(layer.fc1.weight), _array(layer.fc2.weight).T
     mixture = _mixture(model.model.layers[i])
     mlp = model.model.layers[i].mlp if mixture is None else mixture
+    if family == "gpt_oss":
+        gate_up = _array(mixture.experts.gate_up_proj[expert]).T
+        return gate_up[0::2], gate_up[1::2], _array(mixture.experts.down_proj[expert])
     if mixture is not None:
         gate, up = _array(mlp.experts.gate_up_proj[expert]).reshape(2, -1, model.config.hidden_size)
         return gate, up, _array(mlp.experts.down_proj[expert]).T

@@ -105,6 +105,10 @@ def test_what_is_kept_of_which(case):
     elif name == "plain":
         assert kept.requantized == {"1.k": "F16"}
         assert layout.tensors["0.ffn"].group == 64  # 1088 neurons are no multiple of 128
+    elif name == "gpt_oss":
+        assert kept.requantized == {}
+        assert kept.neurons["0.ffn"].down is Codec.MXFP4
+        assert layout.tensors["0.ffn"].group == 64
     elif name == "experts":
         assert layout.tensors["0.ffn"].group == 128
         assert kept.neurons["0.ffn"].up is Codec.MXFP4

@@ -63,7 +63,7 @@ class AdaptiveBlock(DenseBlock):
             buffers = {b.index: buffer for b, buffer in zip(lacking, ring.take_all(lacking), strict=True)}
             run = neurons.gather(blocks, buffers)
             own = slice(run.first, run.first + len(run.slots))
-            held = FfnWeights(neurons.memory, *self.form, self.bias_of(own))
+            held = FfnWeights(neurons.memory, *self.form, *self.biases_of(own))
             streamed = run.streamed_bundles
             self.work.ops.glu(x, held, y, slots=run.slots, streamed_bundles=streamed, usage=usage[own])
             neurons.exchange(blocks, buffers)
@@ -72,8 +72,8 @@ class AdaptiveBlock(DenseBlock):
 
     def draft(self, x: Tensor, y: Tensor) -> None:
         slots = self.adaptive.drafted(DRAFT_SHARE)
-        bias = self.bias_of(self.adaptive.neurons_in(slots))
-        self.work.ops.glu(x, FfnWeights(self.adaptive.memory, *self.form, bias), y, slots=slots)
+        biases = self.biases_of(self.adaptive.neurons_in(slots))
+        self.work.ops.glu(x, FfnWeights(self.adaptive.memory, *self.form, *biases), y, slots=slots)
 
 
 class AdaptiveKind(FfnKind):

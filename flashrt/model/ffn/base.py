@@ -53,6 +53,8 @@ class FfnBlock(ABC):
         self.work, self.i = work, i
         self.weights, self.ffn = work.weights, work.spec.layers[i].ffn
         self.bias: Tensor | None = self.weights.vector(f"{i}.up.bias") if self.ffn.bias else None
+        self.gate_bias = self.weights.vector(f"{i}.gate.bias") if self.ffn.bias and self.ffn.gated else None
+        self.down_bias = self.weights.vector(f"{i}.down.bias") if self.ffn.bias else None
 
     @property
     def before_attention(self) -> BeforeAttention | None:
@@ -63,6 +65,11 @@ class FfnBlock(ABC):
     def tensors(self) -> Sequence[str]:
         """Names of its weights, in the order in which it takes them."""
         return (f"{self.i}.ffn",)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """What is added for every token behind the block, float32 [hidden]."""
+        return self.down_bias
 
     def expect(self, wide: bool) -> Iterable[Block]:
         """What a pass of few or of many tokens (`wide`) takes from the ring, in order; gone through as it is read."""

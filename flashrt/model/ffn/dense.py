@@ -59,11 +59,16 @@ class DenseBlock(FfnBlock):
 
     def neurons(self, first: int, bundles: Tensor) -> FfnWeights:
         """Bundles from `first` on, as kernels take them."""
-        return FfnWeights(bundles, *self.form, self.bias_of(slice(first, first + len(bundles))))
+        return FfnWeights(bundles, *self.form, *self.biases_of(slice(first, first + len(bundles))))
 
-    def bias_of(self, bundles: slice | np.ndarray) -> Tensor | None:
-        """The bias of the neurons of some bundles, where there is one."""
-        return None if self.bias is None else self.bias.reshape(-1, self.tensor.group)[bundles].reshape(-1)
+    def biases_of(self, bundles: slice | np.ndarray) -> tuple[Tensor | None, Tensor | None]:
+        """Biases of up and gate of the neurons of some bundles, where there are any."""
+        group = self.tensor.group
+        up, gate = (
+            None if bias is None else bias.reshape(-1, group)[bundles].reshape(-1)
+            for bias in (self.bias, self.gate_bias)
+        )
+        return up, gate
 
 
 class DenseKind(FfnKind):

@@ -47,12 +47,20 @@ class MixtureBlock(DenseBlock):
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         for expert, routed in self._routed(x, y, tokens, wide=True):
             for first, bundles in self._runs(expert):
-                self.wide(x, y, first, bundles, routed)
+                self.wide(x, y, self._at(expert, first), bundles, routed)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         for expert, routed in self._routed(x, y, tokens, wide=False):
             for first, bundles in self._runs(expert):
-                self.work.ops.glu(x, self.neurons(first, bundles), y, routed)
+                self.work.ops.glu(x, self.neurons(self._at(expert, first), bundles), y, routed)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        return None  # each expert has its own
+
+    def _at(self, expert: int, bundle: int) -> int:
+        """Where a bundle of an expert lies among those of all experts, as their biases do."""
+        return expert * self.tensor.run_bundles + bundle
 
     def route(self, x: Tensor, wide: bool) -> tuple[Array, Array]:
         """Experts int64 [T, k] for the normed input, and their weights float32 [T, k]."""
@@ -75,7 +83,10 @@ class MixtureBlock(DenseBlock):
         make = self.work.device.make
         for expert in np.unique(chosen).tolist():
             who, rank = np.nonzero(chosen == expert)
-            yield expert, RoutedTokens(make(who.astype(np.int32)), make(weights[who, rank]))
+            routed = RoutedTokens(make(who.astype(np.int32)), make(weights[who, rank]))
+            yield expert, routed
+            if self.down_bias is not None:
+                y[routed.tokens] += routed.factors[:, None] * self.down_bias.reshape(self.ffn.experts, -1)[expert]
 
     def look_ahead(self, residual: Tensor, wide: bool) -> None:
         """Read ahead what the router would choose now: from one layer to the next the residual changes little."""

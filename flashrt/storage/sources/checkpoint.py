@@ -35,11 +35,10 @@ class ReadRows(Protocol[Read]):
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """A part and the shape it must have, stack dimension left out; `experts` is the length of the stack."""
+    """A part and the shape that its tensor must have."""
 
     part: Part
     shape: tuple[int, ...]
-    experts: int = 0
 
 
 class NameMap(Protocol):
@@ -128,7 +127,7 @@ class Checkpoint:
         return (
             None if gate is None else self._part_matrix(gate, neurons, start, stop, self.reader.rows),
             self._part_matrix(up, neurons, start, stop, self.reader.rows),
-            self.reader.columns(down.tensor, start, stop, down.expert),
+            self._columns(down, start, stop),
         )
 
     def all_parts(self) -> Iterator[tuple[str, tuple[Part | None, ...]]]:
@@ -183,8 +182,7 @@ class Checkpoint:
 
     def down_rows(self, key: str, run: int, start: int, stop: int) -> F32:
         """Down of neurons start:stop, transposed: float32 [stop - start, hidden]."""
-        down = self.names.neurons(key, run)[2]
-        return self.reader.columns(down.tensor, start, stop, down.expert)
+        return self._columns(self.names.neurons(key, run)[2], start, stop)
 
     def validate(self) -> None:
         """Check name, shape and dtype of every needed tensor, and that no other tensor would change results.
@@ -224,10 +222,6 @@ class Checkpoint:
             wanted = (wanted[0] // part.columns, part.columns)
         if part.groups is not None:
             wanted = (math.prod(part.groups), *wanted[1:])
-        elif part.rows is not None:
-            wanted = (2 * wanted[0], *wanted[1:])  # gate and up share the tensor
-        if part.expert is not None:
-            wanted = (expected.experts, *wanted)
         found = tensor.shape
         if part.columns and len(found) == 3 and found[1] == 1:  # a convolution of one channel each
             found = (found[0], found[2])
@@ -239,7 +233,7 @@ class Checkpoint:
         spec = self.spec
         for key in spec.vectors():
             for part, rows in zip(self.names.parts(key), self._part_rows(key), strict=True):
-                yield _Expected(part, (rows,))
+                yield _Expected(part, self._vector_shape(key, part, rows))
         matrices = dict(spec.shared_matrices())
         for i in range(len(spec.layers)):
             matrices |= spec.layer_matrices(i)
@@ -251,9 +245,16 @@ class Checkpoint:
                 for run in range(runs):
                     gate, up, down = self.names.neurons(key, run)
                     if gate is not None:
-                        yield _Expected(gate, (neurons, spec.hidden), runs)
-                    yield _Expected(up, (neurons, spec.hidden), runs)
-                    yield _Expected(down, (spec.hidden, neurons), runs)
+                        yield _Expected(gate, _stack(gate, neurons, spec.hidden, runs))
+                    yield _Expected(up, _stack(up, neurons, spec.hidden, runs))
+                    yield _Expected(down, _stack(down, spec.hidden, neurons, runs))
+
+    def _vector_shape(self, key: str, part: Part, length: int) -> tuple[int, ...]:
+        """Of the tensor that a part of a vector is: biases of experts lie one after the other."""
+        layer, _, name = key.partition(".")
+        experts = self.spec.layers[int(layer)].ffn.experts if name in ("gate.bias", "up.bias", "down.bias") else 0
+        length = length if part.rows is None else 2 * length
+        return (experts, length // experts) if experts else (length,)
 
     def _part_rows(self, key: str) -> tuple[int, ...]:
         """Rows of each part of a vector or matrix."""
@@ -285,8 +286,15 @@ class Checkpoint:
     def _vector_lengths(self) -> dict[str, int]:
         return self.spec.vectors()
 
+    def _columns(self, part: Part, start: int, stop: int) -> F32:
+        """Columns start:stop of a part, transposed."""
+        read = self.reader.rows if part.transposed else self.reader.columns
+        return read(part.tensor, start, stop, part.expert)
+
     def _part_vector(self, part: Part) -> F32:
         values = self.reader.vector(part.tensor)
+        if part.rows is not None:
+            values = values[part.rows[0] :: part.step]
         if part.columns:
             values = values.reshape(-1, part.columns).T.ravel()
         if part.log:
@@ -309,8 +317,18 @@ class Checkpoint:
             values = read(part.tensor, first * each, last * each, part.expert)
             own = values.reshape(last - first, each, -1)[:, begin:end].reshape(-1, values.shape[1])
             return own[start - first * (end - begin) : stop - first * (end - begin)]
-        shift = part.rows[0] if part.rows else 0
-        return read(part.tensor, start + shift, stop + shift, part.expert)
+        shift, step = part.rows[0] if part.rows else 0, part.step
+        first, last = shift + start * step, shift + (stop - 1) * step + 1
+        if part.transposed:  # only numbers that are decoded are stored so
+            return self.reader.columns(part.tensor, first, last, part.expert)[::step]  # type: ignore[return-value]
+        return read(part.tensor, first, last, part.expert)[::step]
+
+
+def _stack(part: Part, rows: int, columns: int, runs: int) -> tuple[int, ...]:
+    """Shape of the tensor that holds rows of neurons, alone or with other rows, and other runs."""
+    shape = rows if part.rows is None else 2 * rows, columns  # gate and up share the tensor
+    shape = shape[::-1] if part.transposed else shape
+    return shape if part.expert is None else (runs, *shape)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt_kernels.activations import parse
+from flashrt_kernels.activations import CLAMPED_SWIGLU, parse
 from flashrt_kernels.cpu import _cpu
 from flashrt_kernels.cpu.recurrent import delta_rule, delta_rule_scratch_bytes, rms_norm_gated, sigmoid_gate
 from flashrt_kernels.cpu.sparse import (
@@ -74,7 +74,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 _CODECS = {codec: number for number, codec in enumerate(Codec)}  # those of codec.h
-_FUNCTIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
+_FUNCTIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, CLAMPED_SWIGLU: 5}
 
 
 def _codec(codec: Codec) -> int:
@@ -84,16 +84,18 @@ def _codec(codec: Codec) -> int:
     return number
 
 
-def _activation(activation: str) -> tuple[int, float]:
-    function, threshold = parse(activation)
-    return _FUNCTIONS[function], threshold
+def _activation(activation: str, gated: bool) -> tuple[int, float, float]:
+    found = parse(activation)
+    if not (gated or found.gate_only):
+        raise ValueError(f"activation: {activation} is that of gated neurons")
+    return _FUNCTIONS[found.function], found.threshold, found.limit
 
 
-def _ffn(weights: FfnWeights[Any]) -> tuple[Any, tuple[int, int, int, int], tuple[int, float], bool]:
+def _ffn(weights: FfnWeights[Any]) -> tuple[Any, tuple[int, int, int, int], tuple[int, float, float], bool]:
     codecs = weights.codecs
     gate = codecs.up if codecs.gate is None else codecs.gate
     numbers = _codec(gate), _codec(codecs.up), _codec(codecs.down), codecs.group
-    return weights.bundles, numbers, _activation(weights.activation), weights.gated
+    return weights.bundles, numbers, _activation(weights.activation, weights.gated), weights.gated
 
 
 def _routed(routed: RoutedTokens[Any] | None) -> tuple[Any, Any]:
@@ -189,11 +191,12 @@ def glu(
     [B, K] may have a row stride and must not share memory; bundles may have any stride. slots int32 [s] names the
     bundles that take part, in that order (None: all), wherever rows are kept that are not neighbours: i >= 0 is bundle
     i of the weights, and -1 - i bundle i of the arrays `streamed_bundles` (uint8 [n, bytes] each), numbered one after
-    the other, which have equally many, the last possibly fewer. up_bias [s] is of those that take part; usage [s] +=
+    the other, which have equally many, the last possibly fewer. Biases [s] are of those that take part; usage [s] +=
     |h|, summed over the tokens.
     """
     tokens, factors = _routed(routed)
-    _cpu.glu(x, *_ffn(weights), y, weights.up_bias, tokens, factors, slots, streamed_bundles, usage)
+    biases = weights.up_bias, weights.gate_bias
+    _cpu.glu(x, *_ffn(weights), y, *biases, tokens, factors, slots, streamed_bundles, usage)
 
 
 def gemm_glu(
@@ -206,7 +209,7 @@ def gemm_glu(
 ) -> None:
     """`glu` for many tokens, rounding like `gemm_linear`. scratch uint8 [gemm_scratch_bytes(tokens, K, n)]."""
     tokens, factors = _routed(routed)
-    _cpu.gemm_glu(x, *_ffn(weights), y, weights.up_bias, tokens, factors, scratch, usage)
+    _cpu.gemm_glu(x, *_ffn(weights), y, weights.up_bias, weights.gate_bias, tokens, factors, scratch, usage)
 
 
 def gate_up(
@@ -274,7 +277,7 @@ def down(
     norms [neurons]: a neuron takes part from |h| * norm >= threshold on. rows uint8 [n, bytes] are the encoded rows of
     down, of neurons `first` (a multiple of 512) and following. Calls cut at multiples of 512 give the same bits.
     """
-    number = _activation(activation)
+    number = _activation(activation, gated)
     return int(_cpu.down(sums, scale, norms, number, gated, up_bias, rows, _codec(codec), first, y, threshold))
 
 
@@ -292,7 +295,7 @@ def gemm_down(
     scratch: Bytes | None = None,
 ) -> None:
     """`down` for many tokens, of all neurons. scratch uint8 [gemm_scratch_bytes(B, K, n)]; None allocates."""
-    number = _activation(activation)
+    number = _activation(activation, gated)
     _cpu.gemm_down(sums, scale, norms, number, gated, up_bias, rows, _codec(codec), first, y, scratch)
 
 
@@ -340,6 +343,7 @@ def attention(
     scratch: Bytes | None = None,
     parents: NDArray[np.int32] | None = None,
     state: Floats | None = None,
+    sinks: Floats | None = None,
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
@@ -350,11 +354,13 @@ def attention(
     it follows; of the tree it attends to these and itself, with the bits that they would give in a row.
     state [B, H, attention_state_width(D)], stride allowed in the first dimension, holds what `attend_page` has gathered
     of positions before those of kv; there can be no window then.
+    sinks [H] are scores, as they are, that each head has beside those of its keys, and whose values are zero; a state
+    has them already.
     """
     if window is not None and (window < 1 or state is not None):
         expected = "a positive number of tokens or None" if state is None else "None beside a state"
         raise ValueError(f"window: expected {expected}, found {window}")
-    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state)
+    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state, sinks)
 
 
 def attend_page(
@@ -365,14 +371,15 @@ def attend_page(
     state: Floats,
     first: bool,
     scratch: Bytes | None = None,
+    sinks: Floats | None = None,
 ) -> None:
     """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)].
 
     Pages come in the order of their positions, all but the last a multiple of 256 long; before the `first`, nothing is
-    in state. q and state may have strides in the first dimension, scratch is that of `attention`. The attention that
-    then begins from state gives the bits of one over everything.
+    in state, or the sinks. q and state may have strides in the first dimension, scratch is that of `attention`. The
+    attention that then begins from state gives the bits of one over everything.
     """
-    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch)
+    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch, sinks)
 
 
 def attention_state_width(dim: int) -> int:

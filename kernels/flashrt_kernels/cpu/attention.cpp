@@ -117,20 +117,17 @@ float* state_of(const AttentionJob& job, const Shape& shape, const Tile& tile, i
     return job.state + token * job.state_step + static_cast<size_t>(head) * (shape.dim16 + 2);
 }
 
-// What the tile's queries begin with: nothing, or what they have seen of earlier positions.
+// What the tile's queries begin with: nothing, their sinks, or what they have seen of earlier positions.
 void begin(const AttentionJob& job, const Shape& shape, const Tile& tile, Partial& p) {
     for (int i = 0; i < tile.tokens * shape.group; ++i) {
-        float* acc = p.acc + static_cast<size_t>(i) * shape.dim16;
         if (!job.state || job.empty) {
-            p.best[i] = -INFINITY;
-            p.total[i] = 0.0f;
-            std::memset(acc, 0, sizeof(float) * shape.dim16);
+            clear(p, i, shape.dim16, job.sinks ? job.sinks + tile.head * shape.group + i % shape.group : nullptr);
             continue;
         }
         const float* from = state_of(job, shape, tile, i);
         p.best[i] = from[0];
         p.total[i] = from[1];
-        std::memcpy(acc, from + 2, sizeof(float) * shape.dim16);
+        std::memcpy(p.acc + static_cast<size_t>(i) * shape.dim16, from + 2, sizeof(float) * shape.dim16);
     }
 }
 

@@ -127,7 +127,8 @@ void attention_list(const AttentionListJob& job) {
         parallel_for(shape.lists, [&](int64_t item, int) {
             const int list = static_cast<int>(item);
             Partial running = partial(list, shape.wave);
-            if (from == 0) clear(running, shape.group, shape.dim16);
+            const float* sinks = job.sinks ? job.sinks + list % job.kv_heads * shape.group : nullptr;
+            for (int g = 0; from == 0 && g < shape.group; ++g) clear(running, g, shape.dim16, sinks ? sinks + g : nullptr);
             for (int i = 0; i < wave && from + i < segments(job.counts[list]); ++i)
                 merge(shape.dim16, shape.group, running, partial(list, i));
             if (from + wave >= longest) write(job, shape, list, running);

@@ -2,7 +2,6 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
@@ -20,9 +19,11 @@ namespace {
 
 using nb::handle;
 using Released = nb::gil_scoped_release;
-using Named = std::pair<int, float>;  // an activation as Python has it: function, threshold
+using Named = std::tuple<int, float, float>;  // an activation as Python has it: function, threshold, limit
 
-Activation activation_of(Named named) { return {static_cast<Function>(named.first), named.second}; }
+Activation activation_of(Named named) {
+    return {static_cast<Function>(std::get<0>(named)), std::get<1>(named), std::get<2>(named)};
+}
 
 bool overlap(const Array<const float>& a, const Array<float>& b) {
     if (a.size() == 0 || b.size() == 0) return false;
@@ -125,14 +126,14 @@ const int32_t* chosen_of(handle object, int64_t tokens, int64_t& count) {
 }
 
 GluJob glu_job(handle x_, handle bundles, Codecs codecs, Named activation, bool gated, handle y_, handle up_bias,
-               handle tokens, handle factors, handle slots, handle streamed_, handle usage_) {
+               handle gate_bias, handle tokens, handle factors, handle slots, handle streamed_, handle usage_) {
     const Array<const float> x("x", x_, 2);
     const Neurons w = neurons_of(bundles, codecs, gated, x.shape[1], "bundles");
     std::vector<Neurons> streamed = streamed_of(streamed_, codecs, gated, x.shape[1]);
     const Array<float> y("y", y_, 2);
     for (int i = 0; i < 2; ++i) y.expect(i, x.shape[i]);
     if (overlap(x, y)) wrong("y", "shares memory with x");
-    if (gated && !up_bias.is_none()) wrong("up_bias", "only ungated neurons have one");
+    if (!gated && !gate_bias.is_none()) wrong("gate_bias", "only gated neurons have one");
     int64_t count = x.shape[0], taken = w.bundles;
     const int32_t* places = slots_of(slots, w.bundles, bundles_in(streamed), taken);
     const int32_t* chosen = chosen_of(tokens, x.shape[0], count);
@@ -144,7 +145,8 @@ GluJob glu_job(handle x_, handle bundles, Codecs codecs, Named activation, bool 
     }
     return {x.data, static_cast<size_t>(x.step[0]), y.data, static_cast<size_t>(y.step[0]), static_cast<int>(count),
             chosen, vector_or_null<float>("factors", factors, count), w, std::move(streamed), places, taken,
-            activation_of(activation), vector_or_null<float>("up_bias", up_bias, taken * w.group), usage};
+            activation_of(activation), vector_or_null<float>("up_bias", up_bias, taken * w.group), usage,
+            vector_or_null<float>("gate_bias", gate_bias, taken * w.group)};
 }
 
 ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t columns, int64_t places) {
@@ -222,7 +224,7 @@ std::optional<Tree> tree_or_none(handle parents_, int64_t tokens) {
 }
 
 // A job for q [tokens, heads, dim] over kv; what the job is for sets the rest.
-AttentionJob attention_job(const Queries& q, const Cache& kv, float scale, float softcap) {
+AttentionJob attention_job(const Queries& q, const Cache& kv, float scale, float softcap, handle sinks) {
     const int heads = q.heads;
     if (kv.shape[0] == 0 || heads % kv.shape[0])
         wrong(kv.name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv.shape[0]) + " KV heads");
@@ -238,6 +240,7 @@ AttentionJob attention_job(const Queries& q, const Cache& kv, float scale, float
     job.context = kv.shape[1];
     job.scale = scale;
     job.softcap = softcap;
+    job.sinks = vector_or_null<float>("sinks", sinks, heads);
     return job;
 }
 
@@ -261,10 +264,11 @@ void run(AttentionJob& job, handle scratch) {
 }
 
 void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
-                  handle scratch, handle parents, handle state) {
+                  handle scratch, handle parents, handle state, handle sinks) {
     const Queries q(q_);
     const Cache kv("kv", kv_, q.dim);
-    AttentionJob job = attention_job(q, kv, scale, softcap);
+    AttentionJob job = attention_job(q, kv, scale, softcap, sinks);
+    if (!state.is_none() && !sinks.is_none()) wrong("sinks", "a state has them already");
     check_positions(start, job.tokens, kv.shape[1]);
     const std::optional<Tree> tree = tree_or_none(parents, job.tokens);
     const Array<float> out("out", out_, 2);
@@ -279,10 +283,11 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     run(job, scratch);
 }
 
-void py_attend_page(handle q_, handle page_, float scale, float softcap, handle state, bool first, handle scratch) {
+void py_attend_page(handle q_, handle page_, float scale, float softcap, handle state, bool first, handle scratch,
+                    handle sinks) {
     const Queries q(q_);
     const Cache page("page", page_, q.dim);
-    AttentionJob job = attention_job(q, page, scale, softcap);
+    AttentionJob job = attention_job(q, page, scale, softcap, sinks);
     if (page.shape[1] == 0) wrong("page", "expected one position at least");
     set_state(job, state);
     job.start = static_cast<int>(page.shape[1]) - 1;
@@ -406,17 +411,17 @@ NB_MODULE(_cpu, m) {
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, Codecs codec, Named activation, bool gated, handle y, handle up_bias,
-                    handle tokens, handle factors, handle slots, handle streamed, handle usage) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, factors, slots,
+                    handle gate_bias, handle tokens, handle factors, handle slots, handle streamed, handle usage) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, gate_bias, tokens, factors, slots,
                                    streamed, usage);
         Released release;
         if (job.tokens && job.count) glu(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-       nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+       nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("gemm_glu", [](handle x, handle bundles, Codecs codec, Named activation, bool gated, handle y, handle up_bias,
-                         handle tokens, handle factors, handle scratch, handle usage) {
-        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, tokens, factors, nb::none(),
-                                   nb::none(), usage);
+                         handle gate_bias, handle tokens, handle factors, handle scratch, handle usage) {
+        const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, gate_bias, tokens, factors,
+                                   nb::none(), nb::none(), usage);
         if (job.tokens == 0 || job.neurons.bundles == 0) return;
         const int crew = threads();
         const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.neurons.k, job.neurons.bundles * job.neurons.group,
@@ -424,7 +429,7 @@ NB_MODULE(_cpu, m) {
         Released release;
         gemm_glu(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-       nb::arg().none(), nb::arg().none(), nb::arg().none());
+       nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("gate_up", [](handle x, handle groups, int64_t first, int64_t fine, handle order, handle norms, handle ratio,
                         handle sums, float coarse_from, float fine_from) {
         const GateUpJob job = gate_up_job(x, groups, first, fine, order, norms, ratio, sums, coarse_from, fine_from);
@@ -472,9 +477,9 @@ NB_MODULE(_cpu, m) {
         return attention_scratch_bytes(tokens, heads, kv_heads, dim, threads());
     });
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none(), nb::arg().none(), nb::arg().none());
+          nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     m.def("attend_page", &py_attend_page, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none());
+          nb::arg().none(), nb::arg().none());
     m.def("attention_state_width", &attention_state_width);
     m.def("kv_append", &py_kv_append);
     bind_delta(m);

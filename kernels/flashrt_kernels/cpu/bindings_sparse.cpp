@@ -157,7 +157,7 @@ void check_lists(const AttentionListJob& job, int64_t far) {
 }
 
 void py_attention_list(handle q_, handle near_, handle far_, handle lists_, handle counts_, float scale, float softcap,
-                       handle out_, handle scratch) {
+                       handle out_, handle scratch, handle sinks) {
     const Queries q(q_);
     const auto [tokens, heads, dim] = std::tuple(q.tokens, q.heads, q.dim);
     const Cache near("near", near_, dim);
@@ -178,7 +178,8 @@ void py_attention_list(handle q_, handle near_, handle far_, handle lists_, hand
     const Scratch memory(scratch, attention_list_scratch_bytes(tokens, heads, kv_heads, dim, crew));
     const AttentionListJob job = {q.data, q.step, tokens, heads, kv_heads, dim, near.data, far.data,
                                   near.codecs, near.shape[1], lists.data, counts.data, lists.shape[2], scale,
-                                  softcap, out.data, static_cast<size_t>(out.step[0]), memory.data(), crew};
+                                  softcap, out.data, static_cast<size_t>(out.step[0]), memory.data(), crew,
+                                  vector_or_null<float>("sinks", sinks, heads)};
     check_lists(job, far.tokens);
     Released release;
     attention_list(job);
@@ -192,7 +193,7 @@ void bind_sparse(nb::module_& m) {
           nb::arg(), nb::arg(), nb::arg().none());
     m.def("select_scratch_bytes", &py_select_scratch_bytes);
     m.def("attention_list", &py_attention_list, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg().none());
+          nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("attention_list_scratch_bytes", [](int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim) {
         return attention_list_scratch_bytes(static_cast<int>(tokens), static_cast<int>(heads),
                                             shared("kv_heads", heads, kv_heads), static_cast<int>(dim), threads());

@@ -51,7 +51,7 @@ void activations(const GluJob& job, const Tokens& tokens, const float* factors, 
     for (int t = 0; t < tokens.count; ++t) {
         float* row = h + t * BLOCK;
         std::memcpy(row, both[0] + t * BLOCK, sizeof(float) * block.count);
-        const float* up = w.gated ? both[1] + t * BLOCK : nullptr;
+        float* up = w.gated ? both[1] + t * BLOCK : nullptr;
         job.finish(block.first, block.count, row, up, factors ? factors + t : nullptr);
         if (job.usage)
             for (int i = 0; i < block.count; ++i) job.usage[block.first + i] += std::fabs(row[i]);
@@ -99,9 +99,13 @@ void glu_batch(const GluJob& job, int first, int count) {
 
 }  // namespace
 
-void GluJob::finish(int64_t neuron, int n, float* gate, const float* up, const float* factor) const {
-    if (up_bias)
-        for (int i = 0; i < n; ++i) gate[i] += up_bias[neuron + i];
+void GluJob::finish(int64_t neuron, int n, float* gate, float* up, const float* factor) const {
+    if (gate_bias)
+        for (int i = 0; i < n; ++i) gate[i] += gate_bias[neuron + i];
+    if (up_bias) {
+        float* biased = up ? up : gate;
+        for (int i = 0; i < n; ++i) biased[i] += up_bias[neuron + i];
+    }
     kernels().activate(activation, gate, up, n);
     if (factor)
         for (int i = 0; i < n; ++i) gate[i] *= *factor;

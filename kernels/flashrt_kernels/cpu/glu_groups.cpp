@@ -39,7 +39,7 @@ void strip(const GluJob& job, const Tokens& tokens, const float* factors, int64_
     dots(w.up, w.up_at(), both[w.gated]);
     for (int t = 0; t < tokens.count; ++t) {
         float* row = both[0] + t * STRIP;
-        const float* up = w.gated ? both[1] + t * STRIP : nullptr;
+        float* up = w.gated ? both[1] + t * STRIP : nullptr;
         job.finish(bundle * w.group + from, STRIP, row, up, factors ? factors + t : nullptr);
         std::memcpy(h + t * PIECE + at, row, sizeof(float) * STRIP);
     }

@@ -9,11 +9,12 @@
 
 namespace flashrt {
 
-enum class Function : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4 };
+enum class Function : int { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU2 = 4, CLAMPED_SWIGLU = 5 };
 
 struct Activation {
     Function function;
-    float threshold;  // RELU passes what is more
+    float threshold;  // RELU passes what is more; CLAMPED_SWIGLU multiplies what the sigmoid takes by it
+    float limit = 0;  // CLAMPED_SWIGLU bounds gate and up to it
 };
 
 // Up to NARROW_TOKENS tokens' activations, padded with zeros to `kp`. Float codecs use `f`, int8 rows the 16-bit codes

@@ -58,9 +58,10 @@ struct GluJob {
     Activation activation;
     const float* up_bias;  // of the neurons that take part
     float* usage;          // [count] += the sum of |h| over the tokens and a bundle's neurons; may be null
+    const float* gate_bias = nullptr;  // of the neurons that take part
 
     // h of `n` neurons from `neuron` on, times the factor of a token (null: one), in place of gate (up, where not gated).
-    void finish(int64_t neuron, int n, float* gate, const float* up, const float* factor) const;
+    void finish(int64_t neuron, int n, float* gate, float* up, const float* factor) const;
     const uint8_t* bundle(int64_t i) const {
         const int64_t slot = slots ? slots[i] : i;
         if (slot >= 0) return neurons.data + slot * neurons.stride;
@@ -137,6 +138,7 @@ struct AttentionJob {
     size_t state_step = 0;
     bool page = false;   // all tokens see all of kv; the running softmax goes back into `state`, `out` is not written
     bool empty = false;  // nothing is in `state` yet
+    const float* sinks = nullptr;  // [heads]: a score that each head begins with, whose value is zero
 };
 
 struct AttentionListJob {
@@ -154,6 +156,7 @@ struct AttentionListJob {
     size_t out_step;
     void* scratch;
     int crew;
+    const float* sinks = nullptr;  // see AttentionJob
 };
 
 struct Labels {  // [kv_heads, groups, channels / LABEL_CHANNELS, LABEL_TOKENS, 4]

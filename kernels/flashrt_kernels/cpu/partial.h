@@ -18,12 +18,11 @@ inline size_t partial_floats(int queries, int dim16) { return static_cast<size_t
 
 inline Partial partial_at(float* memory, int queries) { return {memory, memory + queries, memory + 2 * queries}; }
 
-inline void clear(Partial& p, int queries, int dim16) {
-    for (int i = 0; i < queries; ++i) {
-        p.best[i] = -INFINITY;
-        p.total[i] = 0.0f;
-    }
-    std::memset(p.acc, 0, sizeof(float) * queries * dim16);
+// One query has seen nothing yet, or its head's sink: a score whose value is zero.
+inline void clear(Partial& p, int query, int dim16, const float* sink) {
+    p.best[query] = sink ? *sink : -INFINITY;
+    p.total[query] = sink ? 1.0f : 0.0f;
+    std::memset(p.acc + static_cast<size_t>(query) * dim16, 0, sizeof(float) * dim16);
 }
 
 inline void merge(int dim16, int queries, Partial& into, const Partial& from) {

@@ -74,8 +74,19 @@ inline void activate(Activation activation, float* gate, const float* up, int n)
                 v = max(zero(), v);
                 v = mul(v, v);
                 break;
+            case Function::CLAMPED_SWIGLU:  // comparisons keep what is not a number
+                v = min(splat(activation.limit), v);
+                v = mul(v, sigmoid(mul(splat(activation.threshold), v)));
+                break;
         }
-        if (up) v = mul(v, load_n(up + i, lanes));
+        if (up) {
+            F u = load_n(up + i, lanes);
+            if (activation.function == Function::CLAMPED_SWIGLU) {
+                u = max(splat(-activation.limit), min(splat(activation.limit), u));
+                u = add(u, splat(1.0f));
+            }
+            v = mul(v, u);
+        }
         store_n(gate + i, v, lanes);
     });
 }

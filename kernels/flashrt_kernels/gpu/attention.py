@@ -96,6 +96,7 @@ def _segment_kernel(
 def _merge_kernel(
     parts_ptr,
     counts_ptr,
+    sinks_ptr,
     out_ptr,
     most,
     GROUP: tl.constexpr,
@@ -104,12 +105,15 @@ def _merge_kernel(
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """out[row, head] = the segments' parts, merged in their order. Grid (rows, heads)."""
+    """out[row, head] = the segments' parts, merged in their order, behind the head's sink. Grid (rows, heads)."""
     row, heads = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     place = row * heads + tl.program_id(1)
     d = tl.arange(0, DIM_PADDED)
     best = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
+    if sinks_ptr is not None:
+        best = tl.load(sinks_ptr + tl.program_id(1))
+        total += 1.0
     sums = tl.zeros((DIM_PADDED,), tl.float32)
     segments = tl.cdiv(tl.minimum(tl.load(counts_ptr + place // GROUP), most), SEGMENT)
     for tile in range(0, segments, SEGMENTS):  # several, so that many loads are in flight together
@@ -136,6 +140,7 @@ def attention_list(
     scale: float,
     softcap: float | None,
     out: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """`attention_list` of `flashrt_kernels.ops`: q over a list of tokens for each row and KV head.
 
@@ -143,12 +148,15 @@ def attention_list(
     lies on the device or in pinned host memory (`tensor.pin_memory()`): CUDA maps pinned pages into the device's
     addresses, Triton hands kernels the mapped pointer, and each chosen token crosses the bus alone, D * 2 numbers in a
     run. lists int32 [T, KVH, most] and counts int32 [T, KVH] lie on the device, and their values are not checked: i >=
-    0 is near[head, i], -1 - i is far[i]. out float32 [T, H * D]. Raises ValueError on anything else.
+    0 is near[head, i], -1 - i is far[i]. out float32 [T, H * D]. sinks float32 [H]: a score of each head whose value is
+    zero. Raises ValueError on anything else.
 
     Segments of 256 of a list are summed side by side and merged in order: a row's bits depend neither on other rows,
     nor on where its tokens lie, nor on `most`.
     """
     tokens, heads, dim = _check(q, near, far, lists, counts, out)
+    if sinks is not None:
+        check("sinks", sinks, torch.float32, (heads,), q.device)
     kv_heads, most = near.shape[0], lists.shape[2]
     if tokens == 0:
         return
@@ -177,9 +185,8 @@ def attention_list(
             TILE=min(TILE // padded, 64),
             num_stages=1,  # the tiles of other programs hide what a load takes, and a GPU's shared memory is small
         )
-    _merge_kernel[(tokens, heads)](
-        parts, counts, out, most, GROUP=group, DIM=dim, DIM_PADDED=padded, SEGMENT=ATTENTION_SEGMENT, SEGMENTS=SEGMENTS
-    )
+    shape = {"GROUP": group, "DIM": dim, "DIM_PADDED": padded, "SEGMENT": ATTENTION_SEGMENT, "SEGMENTS": SEGMENTS}
+    _merge_kernel[(tokens, heads)](parts, counts, sinks, out, most, **shape)
 
 
 def _check(

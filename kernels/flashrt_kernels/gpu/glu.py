@@ -167,7 +167,9 @@ def glu_rows(
     A token's result has the same bits whoever shares the batch, and when the slots are spread over several calls, in
     order, that begin at multiples of 128.
     """
-    function, threshold = parse(weights.activation)
+    activation = parse(weights.activation)
+    if not activation.gate_only or weights.gate_bias is not None:
+        raise ValueError("weights: expected an activation of the gate alone, and no bias of the gate")
     codec = _own_codec(weights)
     tokens, k = _check(x, weights, y, slots)
     if count is not None:
@@ -192,11 +194,11 @@ def glu_rows(
         scratch,
         weights.bundles.stride(0),
         capacity,
-        threshold,
+        activation.threshold,
         K=k,
         ROW_BYTES=row_bytes(codec, k),
         CODEC=codec.value,
-        FUNCTION=function,
+        FUNCTION=activation.function,
         GATED=weights.gated,
         SLOTS=SLOTS,
         TILE=TILE_GROUPS,

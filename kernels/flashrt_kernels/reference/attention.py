@@ -30,11 +30,13 @@ def attention(
     scratch: Tensor | None = None,
     parents: Tensor | None = None,
     state: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, *pair] into out [B, H * D].
 
     parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state
-    [B, H, attention_state_width(D)] holds what `attend_page` has gathered of positions before those of kv.
+    [B, H, attention_state_width(D)] holds what `attend_page` has gathered of positions before those of kv; without one
+    each head begins with its sink (sinks [H]), a score whose value is zero.
     """
     tokens, heads, dim = q.shape
     grouped = q.reshape(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)  # [KVH, group, B, D]
@@ -58,7 +60,7 @@ def attention(
             hidden = hidden | (position <= token - window)
         scores = scores.masked_fill(hidden, float("-inf"))
         if state is None:
-            result = scores.softmax(3) @ values
+            result = softmax_with(None if sinks is None else sinks.view(kv.shape[0], -1, 1, 1), scores) @ values
         else:
             seen = state[first : first + QUERIES].unflatten(1, grouped.shape[:2]).permute(1, 2, 0, 3)
             _, total, weighted = _merged(seen, scores, values)
@@ -74,8 +76,12 @@ def attend_page(
     state: Tensor,
     first: bool,
     scratch: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
-    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)]."""
+    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)].
+
+    Before the `first`, nothing is in state, or the sinks.
+    """
     dim = q.shape[2]
     grouped = q.unflatten(1, (page.shape[0], -1)).permute(1, 2, 0, 3)  # [KVH, group, B, D]
     keys, values = keys_and_values(page[:, None], dim)
@@ -84,9 +90,19 @@ def attend_page(
         scores = softcap * torch.tanh(scores / softcap)
     if first:
         state[..., 0], state[..., 1:] = float("-inf"), 0
+        if sinks is not None:
+            state[..., 0], state[..., 1] = sinks, 1
     seen = state.unflatten(1, grouped.shape[:2]).permute(1, 2, 0, 3)
     merged = torch.cat(_merged(seen, scores, values), 3)
     state[..., : 2 + dim] = merged.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def softmax_with(sinks: Tensor | None, scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, beside a score whose weight is left out (None: none); it broadcasts."""
+    if sinks is None:
+        return scores.softmax(-1)
+    every = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1)
+    return every.softmax(-1)[..., :-1]
 
 
 def attention_state_width(dim: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashrt_kernels.channels import CHANNELS, group_bytes
-from flashrt_kernels.reference.glu import activate
+from flashrt_kernels.reference.glu import activate, product_with
 from flashrt_kernels.reference.quantize import decode
 from flashrt_kernels.rows import Codec
 
@@ -88,9 +88,8 @@ def down(
     """y[b] += h * row, for the neurons that count; how many that were."""
     own = slice(first, first + len(rows))
     h, *up = (part[:, own] for part in (sums * scale).chunk(2 if gated else 1, 1))
-    h = activate(h if up_bias is None else h + up_bias[own], activation)
-    if up:
-        h = h * up[0]
+    h = h if up_bias is None else h + up_bias[own]
+    h = product_with(h, up[0], activation) if up else activate(h, activation)
     taken = ~(h.abs() * norms[own] < threshold)  # what is not a number takes part
     y += h.where(taken, 0.0) @ decode(rows, codec, y.shape[1])
     return int(taken.sum())

@@ -18,7 +18,7 @@ from flashrt_kernels.rows import Codec, NeuronCodecs, row_bytes
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """act(x), by a name of `flashrt_kernels.activations`."""
-    function, threshold = parse(activation)
+    function, threshold, _ = parse(activation)
     if function == "silu":
         return functional.silu(x)
     if function == "relu":
@@ -26,6 +26,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if function == "relu2":
         return functional.relu(x).square()
     return functional.gelu(x, approximate="tanh" if function == "gelu_tanh" else "none")
+
+
+def product_with(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up."""
+    found = parse(activation)
+    if found.gate_only:
+        return activate(gate, activation) * up
+    gate, up = gate.clamp(max=found.limit), up.clamp(-found.limit, found.limit)
+    return gate * torch.sigmoid(found.threshold * gate) * (up + 1)
 
 
 def _matrices(bundles: Tensor, codecs: NeuronCodecs, k: int) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -47,6 +56,10 @@ def _matrices(bundles: Tensor, codecs: NeuronCodecs, k: int) -> tuple[Tensor | N
     return gate, up, rows(codecs.down, k, group).view(-1, k, group).transpose(1, 2).reshape(-1, k)
 
 
+def _biased(products: Tensor, bias: Tensor | None) -> Tensor:
+    return products if bias is None else products + bias
+
+
 def _glu(
     x: Tensor,
     weights: FfnWeights[Tensor],
@@ -59,11 +72,11 @@ def _glu(
     tokens = None if routed is None else routed.tokens.long()
     part = x if tokens is None else x[tokens]
     gate, up, down = _matrices(weights.bundles, codecs, k)
-    h = product(part, up.T, codecs.up, wide)
+    h = _biased(product(part, up.T, codecs.up, wide), weights.up_bias)
     if gate is not None:
-        h = activate(product(part, gate.T, codecs.up, wide), weights.activation) * h
+        h = product_with(_biased(product(part, gate.T, codecs.up, wide), weights.gate_bias), h, weights.activation)
     else:
-        h = activate(h if weights.up_bias is None else h + weights.up_bias, weights.activation)
+        h = activate(h, weights.activation)
     if routed is not None:
         h = h * routed.factors[:, None]
     if usage is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashrt_kernels.labels import LABEL_CHANNELS, LABEL_CODES, LABEL_TOKENS
+from flashrt_kernels.reference.attention import softmax_with
 from flashrt_kernels.reference.kv import keys_and_values
 
 HALF = LABEL_CHANNELS // 2
@@ -84,6 +85,7 @@ def attention_list(
     softcap: float | None,
     out: Tensor,
     scratch: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of each row of q [T, H, D] and KV head over lists [T, KVH, most], counts [T, KVH], into out [T, H * D].
 
@@ -102,7 +104,7 @@ def attention_list(
             scores = q[t].reshape(kv_heads, -1, dim)[h] @ keys.T * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            result[t, h] = scores.softmax(1) @ values
+            result[t, h] = softmax_with(None if sinks is None else sinks.view(kv_heads, -1, 1)[h], scores) @ values
 
 
 def attention_list_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:

@@ -21,9 +21,9 @@ def packed(lists, device, room=3):
     return items.to(device), counts.to(device)
 
 
-def attended(q, near, far, lists, scale=0.2, softcap=None, room=3):
+def attended(q, near, far, lists, scale=0.2, softcap=None, room=3, sinks=None):
     out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, device=q.device)
-    gpu.attention_list(q, near, far, *packed(lists, q.device, room), scale, softcap, out)
+    gpu.attention_list(q, near, far, *packed(lists, q.device, room), scale, softcap, out, sinks)
     return out
 
 
@@ -48,6 +48,12 @@ def test_it_matches_the_reference(device, dtype, heads, kv_heads, dim, softcap):
     assert rms_ratio(out, expected) < (1e-3 if device == "cuda" else 5e-6)
     assert not out[2].any()
     assert not out[0, : heads // kv_heads * dim].any()
+    sinks = normal(6, heads) * 4 + 12
+    reference.attention_list(q, near, far, *packed(lists, "cpu"), scale, softcap, expected, None, sinks)
+    beside = sinks.to(device)
+    out = attended(q.to(device), near.to(device), pinned(far, device), lists, scale, softcap, sinks=beside)
+    assert rms_ratio(out, expected) < (1e-3 if device == "cuda" else 5e-6)
+    assert not out[2].any()
 
 
 def test_many_segments(device):
