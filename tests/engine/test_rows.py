@@ -189,19 +189,19 @@ def test_a_guess_that_nobody_came_for(case, tokens, monkeypatch):
     packed = Pack(case[0] / SPARSE_DIR)
     with tiny_engine(packed, 0.1) as engine:
         expected = logits_of(engine, tokens[:9], tokens[9:])
-        attention = engine.runner.decoder._attention
+        attention = engine.runner.decoder._mix
 
         def interrupted(i, *rest):
             if i == 1:
                 raise KeyboardInterrupt
             attention(i, *rest)
 
-        engine.runner.decoder._attention = interrupted
+        engine.runner.decoder._mix = interrupted
         for token in tokens[:5]:
             with pytest.raises(KeyboardInterrupt):
                 engine.runner.step(engine.sequence, token)
             engine.runner.decoder.sparse._caches[1].check_integrity()
-        engine.runner.decoder._attention = attention
+        engine.runner.decoder._mix = attention
         assert np.array_equal(logits_of(engine, tokens[:9], tokens[9:]), expected)
 
 
