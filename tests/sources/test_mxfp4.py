@@ -101,7 +101,7 @@ def test_weights_that_are_not_finite_are_refused(exponent: int, tmp_path: Path) 
 
 
 def test_what_the_config_says_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"modules_to_not_convert names it \(model.layers.\*.mlp\)"):
+    with pytest.raises(CheckpointError, match=r"modules_to_not_convert names it"):
         opened(stored((2, 6, 4)), tmp_path, {**CONFIG, "modules_to_not_convert": ["model.layers.*.mlp"]})
     with pytest.raises(UnsupportedModelError, match="mxfp4 quantization with block=16 is not supported"):
         opened(stored((2, 6, 4)), tmp_path, {**CONFIG, "block": 16})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,12 @@ REFUSED = {
         "_scale_inv has shape [3, 2], expected [3, 5]",
     ),
     "fp8-exempt": ("fp8", {**FP8, "modules_to_not_convert": ["model.layers.0.mlp"]}, "modules_to_not_convert names it"),
-    "fp8-end": ("fp8", {**FP8, "ignored_layers": ["up_proj"], "modules_to_not_convert": None}, "names it (up_proj)"),
-    "fp8-pattern": ("fp8", {**FP8, "modules_to_not_convert": ["("]}, "no regular expression: missing )"),
+    "fp8-end": (
+        "fp8",
+        {**FP8, "ignored_layers": ["up_proj"], "modules_to_not_convert": None},
+        "up_proj is stored quantized, and modules",
+    ),
+    "fp8-pattern": ("fp8", {**FP8, "modules_to_not_convert": ["("]}, "'(' is no regular expression: missing )"),
     "gptq-3": ("gptq", {**GPTQ, "bits": 3}, "gptq quantization with bits=3 is not supported"),
     "gptq-marlin": ("gptq", {**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not supported"),
     "gptq-dynamic": ("gptq", {**GPTQ, "dynamic": {"-:.*": {}}}, "gptq quantization with dynamic="),
@@ -414,3 +419,33 @@ def test_a_text_model_inside_another(inside: bool, tmp_path: Path) -> None:
     with open_checkpoint(path) as found, open_checkpoint(plain) as expected:
         found.validate()
         assert same(found.matrix_rows("0.qkv", 3, 99), expected.matrix_rows("0.qkv", 3, 99))
+
+
+STRANGE = (None, -1, 0, 3, 7.5, 1 << 40, "x", "4", [], [1], ["("], {}, {"a": 1}, True)
+
+
+def variations(value: Any) -> Iterator[Any]:
+    """A configuration with each of its fields left out, or something else in its place, however deep it lies."""
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            for other in (*STRANGE, *variations(own)):
+                yield {**value, key: other}
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4-zeros", "bytes", "gptq-odd", "awq", "mxfp4", "float-block", "nvfp4"])
+def test_a_strange_configuration_is_refused_or_means_the_same(name: str, tmp_path: Path) -> None:
+    """What a field says is read, or changes no weight, or is refused."""
+    path, plain = quantized_checkpoint(FORMATS[name], tmp_path, num_hidden_layers=1, **FORMATS[name].extra)
+    with open_checkpoint(plain) as source:
+        expected = source.matrix_rows("0.qkv", 3, 60)
+    refused = 0
+    for config in variations(FORMATS[name].config):
+        configure(path, config)
+        try:
+            with open_checkpoint(path) as found:
+                found.validate()
+                assert same(found.matrix_rows("0.qkv", 3, 60), expected), config
+        except (CheckpointError, UnsupportedModelError):
+            refused += 1
+    assert refused > 20

@@ -19,6 +19,7 @@ from flashrt.storage.packer import pack
 from flashrt.storage.sources import open_checkpoint
 from flashrt_kernels import ops
 from flashrt_kernels.rows import KEPT, Codec, row_bytes
+from tests.families import tiny_gguf
 from tests.kept import BLOCK_BYTES, CASES, Case, keep
 
 
@@ -186,6 +187,31 @@ def test_a_file_that_is_not_quantized_keeps_nothing(tmp_path):
     path = Case("llama", {"attn_q.weight": "BF16"}).write(tmp_path / "m.gguf")
     with open_checkpoint(path) as source:
         assert kept_of(source) is None
+
+
+def test_a_quantized_file_of_which_nothing_is_kept_says_so(tmp_path):
+    """Formats without a kernel become int8 in a pack like any other, but for what its manifest names."""
+    q2, random = gguf.GGMLQuantizationType.Q2_K, np.random.default_rng(1)
+
+    def encode(name, values):
+        if not name.endswith("attn_output.weight"):
+            return None
+        blocks = random.integers(0, 256, (values.size // 256, 84), np.uint8)
+        blocks[:, 80:] = np.full((1, 2), 0.01, np.float16).view(np.uint8)  # the scales
+        return blocks.reshape(len(values), -1), q2
+
+    shape = {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 32}
+    packed = keep(tiny_gguf("llama", tmp_path / "m.gguf", encode=encode, **shape)[1], tmp_path / "p")
+    manifest = packed.manifest
+    assert manifest.kept is not None
+    assert manifest.kept.codecs == []
+    assert {name for name, stored in manifest.kept.requantized.items() if stored == "Q2_K"} == {
+        "0.out",
+        "1.out",
+        "2.out",
+    }
+    assert manifest.weights == "int8"
+    packed.verify()
 
 
 def test_packing_goes_on_where_it_was(case, tmp_path, monkeypatch):

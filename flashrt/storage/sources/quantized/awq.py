@@ -19,8 +19,8 @@ from flashrt.storage.sources.quantized.members import (
     modules_with,
     need_matrix,
     need_shape,
-    refuse_exempt,
 )
+from flashrt.storage.sources.quantized.module_names import Exempt
 from flashrt.storage.sources.quantized.options import group_size, options, strings
 from flashrt.storage.sources.quantized.packed import packed_along_columns
 from flashrt.storage.sources.quantized.small_floats import scale_numbers
@@ -103,9 +103,9 @@ def awq_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[IntegerWe
     config.refuse("format", "gemm", "GEMM")
     config.refuse("backend", "auto", "autoawq")
     group = group_size(config, "group_size" if "group_size" in data else "q_group_size", 128)
-    exempt = strings(config, "modules_to_not_convert")
+    exempt = Exempt(strings(config, "modules_to_not_convert"))
     for module in dict.fromkeys(module for leaf in _LEAVES for module in modules_with(tensors, leaf)):
-        refuse_exempt([module], exempt)
+        exempt.refuse(module)
         yield IntegerWeights(_layout(tensors, module, group))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError
-from flashrt.storage.sources.quantized.members import Tensors, found, refuse_exempt
+from flashrt.storage.sources.quantized.members import Tensors, found
+from flashrt.storage.sources.quantized.module_names import Exempt
 from flashrt.storage.sources.quantized.options import options, strings
 from flashrt.storage.sources.quantized.scaled import ScaledFloats, scaled_floats
 from flashrt.storage.sources.stored import StoredTensor
@@ -29,11 +30,11 @@ def fp8_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[ScaledFlo
     config.refuse("fmt", "e4m3")
     config.refuse("expert_dtype", "fp8")
     block = _block(config)
-    exempt = strings(config, "modules_to_not_convert") or strings(config, "ignored_layers")
+    exempt = Exempt(strings(config, "modules_to_not_convert") or strings(config, "ignored_layers"))
     for tensor in tensors.values():
         if tensor.dtype == "F8_E4M3" and len(tensor.shape) > 1:
             module = tensor.name.removesuffix(".weight")
-            refuse_exempt([module], exempt)
+            exempt.refuse(module)
             scales = _scales(tensors, tensor.name)
             whole = scales.shape in ((), (1,))
             yield scaled_floats(tensor, scales, None if whole else block, found(tensors, module, *_ACTIVATIONS))

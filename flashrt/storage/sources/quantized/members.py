@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -68,24 +67,3 @@ def need_scales(tensor: StoredTensor) -> None:
     """Raises CheckpointError for what is no type of scales."""
     if tensor.dtype not in SCALES:
         raise CheckpointError(f"tensor {tensor.name} is stored as {tensor.dtype}, expected scales: {', '.join(SCALES)}")
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a regular expression of a configuration matches the start of a name. Raises CheckpointError."""
-    try:
-        return re.match(pattern, name) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(
-            f"the quantization config holds {pattern!r:.80}, no regular expression: {error}"
-        ) from None
-
-
-def refuse_exempt(modules: Iterable[str], exempt: Sequence[str]) -> None:
-    """Raises CheckpointError for a quantized module that a config names among those that are not.
-
-    As transformers matches them: the start of a name up to a dot, or its end.
-    """
-    for module in modules:
-        for pattern in exempt:
-            if module.endswith(pattern) or matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
-                raise CheckpointError(f"{module} is stored quantized, and modules_to_not_convert names it ({pattern})")

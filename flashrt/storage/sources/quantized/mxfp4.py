@@ -14,7 +14,8 @@ import numpy as np
 
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.decoding import F32, Raw
-from flashrt.storage.sources.quantized.members import Tensors, need_dtype, need_shape, refuse_exempt
+from flashrt.storage.sources.quantized.members import Tensors, need_dtype, need_shape
+from flashrt.storage.sources.quantized.module_names import Exempt
 from flashrt.storage.sources.quantized.nibbles import BLOCK, gguf_nibbles
 from flashrt.storage.sources.quantized.options import options, strings
 from flashrt.storage.sources.quantized.weights import Read, Region
@@ -70,10 +71,10 @@ def microscaled_fours(
 
 def mxfp4_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[MicroscaledFours]:
     """Every matrix, or stack of them, in MXFP4. Raises CheckpointError for what is missing or does not fit."""
-    exempt = strings(options(data, "mxfp4", _READ, _HARMLESS), "modules_to_not_convert")
+    exempt = Exempt(strings(options(data, "mxfp4", _READ, _HARMLESS), "modules_to_not_convert"))
     ends = {end: {name.removesuffix(end) for name in tensors if name.endswith(end)} for end in (_CODES, _SCALES)}
     for name in sorted(ends[_CODES] | ends[_SCALES]):
-        refuse_exempt([name], exempt)
+        exempt.refuse(name)
         for end, there in ends.items():
             if name not in there:
                 raise CheckpointError(f"{name} is stored in MXFP4, and its tensor {name}{end} is missing")

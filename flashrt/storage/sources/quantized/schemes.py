@@ -11,7 +11,7 @@ from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError, UnsupportedModelError
-from flashrt.storage.sources.quantized.members import matches
+from flashrt.storage.sources.quantized.module_names import Targets
 from flashrt.storage.sources.quantized.options import group_size, options, strings
 
 WHAT = "compressed-tensors"
@@ -21,7 +21,6 @@ _GROUP_READ = ("targets", "weights", "format")
 _GROUP_HARMLESS = ("input_activations", "output_activations")
 _WEIGHTS_READ = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder")
 _WEIGHTS_HARMLESS = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
-_REGEX = "re:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +50,15 @@ class Schemes:
         config = options(data, WHAT, _READ, _HARMLESS)
         config.refuse("quantization_status", "compressed", "frozen")  # the format says how tensors are stored
         Config(config.object("sparsity_config"), f"{WHAT} sparsity").refuse("format", "dense")
-        self.ignored = strings(config, "ignore")
-        self.targets: dict[str, Scheme] = {}
+        self._ignored = Targets(strings(config, "ignore"))
+        self._schemes: dict[str, Scheme] = {}  # by target
         for name, group in config.object("config_groups").items():
             own = options(_object(group, name), f"{WHAT} {name}", _GROUP_READ, _GROUP_HARMLESS)
             if own.data.get("weights") is not None:
                 form = own.data.get("format") or config.data.get("format")
                 scheme = _scheme(_object(own.data["weights"], f"{name}.weights"), str(form), name)
-                self.targets |= dict.fromkeys(strings(own, "targets"), scheme)
+                self._schemes |= dict.fromkeys(strings(own, "targets"), scheme)
+        self._targets = Targets(self._schemes)
 
     def of(self, module: str) -> Scheme:
         """The scheme of a module that is stored quantized.
@@ -66,19 +66,13 @@ class Schemes:
         Names come before patterns, and these before classes; among several of a kind, the first in order. Raises
         CheckpointError where none targets the module.
         """
-        if any(_names(target, module) for target in self.ignored):
+        if self._ignored.naming(module) is not None:
             raise CheckpointError(f"{module} is stored quantized, and the quantization config says to ignore it")
-        ordered = sorted(self.targets, key=lambda target: (_REGEX in target, target))
         kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
-        found = [target for target in ordered if _names(target, module)]
-        found += [target for target in ordered if target == kind]
-        if not found:
+        target = self._targets.naming(module) or (kind if kind in self._targets else None)
+        if target is None:
             raise CheckpointError(f"{module} is stored quantized, and no group of the quantization config targets it")
-        return self.targets[found[0]]
-
-
-def _names(target: str, module: str) -> bool:
-    return matches(target.removeprefix(_REGEX), module) if target.startswith(_REGEX) else target == module
+        return self._schemes[target]
 
 
 def _object(value: Any, name: str) -> Mapping[str, Any]:
