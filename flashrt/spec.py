@@ -61,8 +61,10 @@ class Attention:
     qk_norm: bool = False
     qk_norm_whole: bool = False  # norms of queries and keys take all heads together, not each
     softcap: float = 0.0  # scores are bounded to this by tanh; 0: not bounded
-    temperature: float = 0.0  # scores of a query at position p are multiplied by 1 + this * log(1 + p // span)
+    temperature: float = 0.0  # scores at position p are multiplied by 1 + this * log(1 + (p + first) // span)
     temperature_span: int = 0
+    temperature_first: int = 0  # added to positions before
+    qk_unit: bool = False  # queries and keys are divided by their root mean square, once rotated
     output_gate: bool = False  # what the heads give is multiplied by sigmoids of rows of their own
     sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
 
@@ -200,6 +202,7 @@ class Ffn:
     router_correction: bool = False
     router_groups: int = 1
     router_groups_used: int = 1
+    router_input: bool = False  # the score of the one expert chosen multiplies what it is given, not what it gives
     router_scale: float = 1.0  # of the chosen experts' scores, once rescaled
     shared: int = 0  # neurons of an expert that every token goes to; 0: there is none
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a row of its own
@@ -221,6 +224,8 @@ class Ffn:
             return f"a router with scores by {self.router_scores!r}"
         if not self.experts and (self.shared or self.router_bias or self.router_correction or self.router_groups != 1):
             return "what belongs to a router without one"
+        if self.router_input and self.experts_per_token != 1:
+            return f"a router that weighs the input of {self.experts_per_token} experts"
         if self.shared_gate and not self.shared:
             return "a gate of a shared expert without one"
         if self.shared and self.bias:
@@ -462,7 +467,16 @@ class ModelSpec:
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
     ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
-    Attention: ("qk_norm_whole", "softcap", "temperature", "temperature_span", "output_gate", "sinks"),
+    Attention: (
+        "qk_norm_whole",
+        "softcap",
+        "temperature",
+        "temperature_span",
+        "temperature_first",
+        "qk_unit",
+        "output_gate",
+        "sinks",
+    ),
     DeltaNet: (),
     Ffn: (
         "router_scores",
@@ -471,6 +485,7 @@ _ADDITIONS = {
         "router_groups",
         "router_groups_used",
         "router_scale",
+        "router_input",
         "shared",
         "shared_gate",
     ),

@@ -332,6 +332,22 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         }
         | _rope("default", partial_rotary_factor=0.6),
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            **_COMMON,
+            "num_hidden_layers": 4,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 104,
+            "head_dim": 20,
+            "num_local_experts": 5,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 512,
+            "floor_scale": 11,
+            "attn_scale": 0.7,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         "GptOssForCausalLM",
@@ -405,6 +421,7 @@ GGUF_FAMILIES = (
     "glm4_moe",
     "ernie4_5_moe",
     "gpt_oss",
+    "llama4",
 )
 # Fields that GGUF does not hold, as llama.cpp takes them.
 GGUF_FIELDS: dict[str, dict[str, Any]] = {
@@ -414,6 +431,7 @@ GGUF_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"mlp_only_layers": []},
     "qwen2_moe": {"mlp_only_layers": []},
     "gpt_oss": {"swiglu_limit": 7.0},
+    "llama4": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
     "dots1": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
 }
 
@@ -604,6 +622,11 @@ _OTHER_LEAVES = {
         "mlp.router": "ffn_gate_inp",
         "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
     },
+    "llama4": {
+        "feed_forward.router": "ffn_gate_inp",
+        **{f"feed_forward.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+        **{f"feed_forward.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    },
 }
 
 
@@ -660,7 +683,7 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers + getattr(config, "num_nextn_predict_layers", 0))
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size_mlp", config.intermediate_size))
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     if arch not in ("command-r", "cohere2"):
@@ -777,6 +800,11 @@ def _write_glm4_metadata(writer: Any, config: Any) -> None:
     writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
 
 
+def _write_llama4_metadata(writer: Any, config: Any) -> None:
+    writer.add_interleave_moe_layer_step(config.interleave_moe_layer_step)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+
+
 def _write_gpt_oss_metadata(writer: Any, config: Any) -> None:
     rope = config.rope_parameters
     writer.add_sliding_window(config.sliding_window)
@@ -823,6 +851,7 @@ _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "glm4moe": _write_glm4_moe_metadata,
     "ernie4_5-moe": _write_ernie_metadata,
     "gpt-oss": _write_gpt_oss_metadata,
+    "llama4": _write_llama4_metadata,
     "mistral3": _write_ministral3_metadata,
     "command-r": _write_cohere_metadata,
     "cohere2": _write_cohere_metadata,
@@ -844,6 +873,7 @@ _EXPERT_COUNTS = {  # variant → the field of its config
     "glm4_moe": "n_routed_experts",
     "ernie4_5_moe": "moe_num_experts",
     "gpt_oss": "num_local_experts",
+    "llama4": "num_local_experts",
 }
 
 
@@ -858,6 +888,8 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
                 result["output.weight"] = values
         elif family == "gpt_oss" and "experts." in name:
             result |= _gpt_oss_experts(name, values)
+        elif family == "llama4" and "experts." in name:
+            result |= _llama4_experts(name, values)
         elif name.endswith("experts.gate_up_proj"):
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
@@ -888,6 +920,18 @@ def _gpt_oss_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
         return {f"blk.{layer}.ffn_down_exps.{kind}": rows}
     parts = {"gate": rows[:, 0::2], "up": rows[:, 1::2]}
     return {f"blk.{layer}.ffn_{part}_exps.{kind}": np.ascontiguousarray(own) for part, own in parts.items()}
+
+
+def _llama4_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    _, _, layer, leaf = name.split(".", 3)
+    rows = np.ascontiguousarray(values.swapaxes(1, 2))
+    if "down" in leaf:
+        return {f"blk.{layer}.ffn_down_exps.weight": rows}
+    half = rows.shape[1] // 2
+    return {
+        f"blk.{layer}.ffn_gate_exps.weight": rows[:, :half].copy(),
+        f"blk.{layer}.ffn_up_exps.weight": rows[:, half:].copy(),
+    }
 
 
 def _gguf_name(name: str, leaves: dict[str, str]) -> str:

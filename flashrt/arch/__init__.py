@@ -17,6 +17,7 @@ from flashrt.arch import (
     gpt_oss,
     granite,
     llama,
+    llama4,
     ministral3,
     mistral,
     mixtral,
@@ -79,6 +80,7 @@ _GEMMA3 = Family("gemma3", gemma3.spec, gemma3.NAMES)
 FAMILIES: dict[str, Family] = {
     # llama.cpp's converter permutes query and key rows of llama, mistral, mixtral, granite and smollm3.
     "llama": Family("llama", llama.spec, llama.NAMES, GGUF_PERMUTED),
+    "llama4_text": Family("llama4", llama4.spec, llama4.NAMES, GGUF_PERMUTED),
     "mistral": Family("mistral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),
     "mixtral": Family("mixtral", mixtral.spec, mixtral.NAMES, GGUF_PERMUTED),
     "qwen2": Family("qwen2", qwen2.spec, qwen2.NAMES),

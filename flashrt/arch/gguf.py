@@ -15,6 +15,7 @@ from flashrt.arch import (
     glm4_moe,
     gpt_oss,
     granite,
+    llama4,
     ministral3,
     mixture,
     olmo2,
@@ -60,6 +61,7 @@ def _mistral(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
 
 ARCHITECTURES = {
     "llama": _Architecture("llama", _llama),
+    "llama4": _Architecture("llama4_text", llama4.gguf, llama4.GGUF_KEYS),
     "mistral": _Architecture("mistral", _mistral),
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),

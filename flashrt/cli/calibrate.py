@@ -84,7 +84,7 @@ def calibrate(
             metavar="N",
             show_default=False,
             help="Tokens of text to calibrate with. Omitted: 2048, or 8192 where neurons are to be predicted (ReLU); "
-            "with --kv 12288, of which 8192 are held out.",
+            "with --kv 16384, of which 8192 are held out.",
         ),
     ] = None,
     *,

@@ -33,8 +33,9 @@ class AttentionBlocks(MixerBlocks):
         planned = work.weights.plan.context
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
         attentions = work.spec.attentions.values()
-        self._temperatures = {(a.temperature, a.temperature_span) for a in attentions if a.temperature}
-        self._scales: dict[tuple[float, int], Tensor] = {}  # of the queries of a pass, where they are not all one
+        self._temperatures = {_temperature(a) for a in attentions if a.temperature}
+        self._units = {a.head_dim: work.device.make(np.ones(a.head_dim, np.float32)) for a in attentions if a.qk_unit}
+        self._scales: dict[tuple[float, int, int], Tensor] = {}  # of the queries of a pass, where they are not all one
         self._observe: HeadObserver | None = None
 
     @contextlib.contextmanager
@@ -56,9 +57,9 @@ class AttentionBlocks(MixerBlocks):
                 out = self.work.view(name, count, rope.width(dim) // 2)
                 self.work.device.put((values * rope.attention_factor).astype(np.float32), out)
         self._scales = {}
-        for by, span in self._temperatures:
-            if (steps := batch.positions // span).any():
-                self._scales[by, span] = make((1 + by * np.log1p(steps)).astype(np.float32)[:, None, None])
+        for by, span, first in self._temperatures:
+            if (steps := (batch.positions + first) // span).any():
+                self._scales[by, span, first] = make((1 + by * np.log1p(steps)).astype(np.float32)[:, None, None])
 
     def mix(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
         qkv, attention = self.project(i, normed, wide, chosen), self.work.spec.layers[i].attention
@@ -140,25 +141,32 @@ class AttentionBlocks(MixerBlocks):
         width, index = attention.rope.width(attention.head_dim), self._rope_index[attention.rope, attention.head_dim]
         cos, sin = (self.work.view(f"{name}{index}", len(heads), width // 2) for name in ("cos", "sin"))
         self.ops.rope(heads[:, :, :width], cos, sin)
+        if attention.qk_unit:
+            self._norm_heads(heads, self._units[attention.head_dim])
 
     def _scale(self, attention: Attention, query: Tensor) -> None:
         """Scale queries [T, heads, head_dim] in place by the temperature of their positions, where there is one."""
-        if (scales := self._scales.get((attention.temperature, attention.temperature_span))) is not None:
+        if (scales := self._scales.get(_temperature(attention))) is not None:
             query *= scales
 
     def _norm_part(self, attention: Attention, part: Tensor, name: str) -> None:
         """Normalise queries or keys [T, n] in place: all heads together, each by itself, or not at all."""
         if attention.qk_norm_whole:
-            self._norm(part, name)
+            self._norm(part, self.work.weights.vector(name))
         elif attention.qk_norm:
-            self._norm_heads(part.reshape(len(part), -1, attention.head_dim), name)
+            self._norm_heads(part.reshape(len(part), -1, attention.head_dim), self.work.weights.vector(name))
 
-    def _norm(self, rows: Tensor, name: str) -> None:
+    def _norm(self, rows: Tensor, weight: Tensor) -> None:
         """Normalise [T, n] in place."""
-        self.ops.rms_norm(rows, self.work.weights.vector(name), self.work.spec.norm_eps, rows)
+        self.ops.rms_norm(rows, weight, self.work.spec.norm_eps, rows)
 
-    def _norm_heads(self, heads: Tensor, name: str) -> None:
+    def _norm_heads(self, heads: Tensor, weight: Tensor) -> None:
         """Normalise [T, heads, head_dim] in place, in as few calls as its strides allow."""
         tokens, count = heads.shape[:2]
         for matrix in (heads[t] for t in range(tokens)) if tokens <= count else (heads[:, h] for h in range(count)):
-            self._norm(matrix, name)
+            self._norm(matrix, weight)
+
+
+def _temperature(attention: Attention) -> tuple[float, int, int]:
+    """What the temperature of a position follows from."""
+    return attention.temperature, attention.temperature_span, attention.temperature_first

@@ -74,6 +74,8 @@ def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("olmo3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters has"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("llama4_text", {"num_experts_per_tok": 2}, "a router that weighs the input of 2 experts"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 2}, "layer_types names ['sliding_attention']"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0.0"),
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
@@ -84,9 +86,10 @@ def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
     ],
 )
 def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], reason: str) -> None:
-    family_of(family).spec(CONFIG)
+    own = {"num_experts_per_tok": 1, "intermediate_size_mlp": 104} if family == "llama4_text" else {}
+    family_of(family).spec({**CONFIG, **own})
     with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(reason)):
-        family_of(family).spec({**CONFIG, **change})
+        family_of(family).spec({**CONFIG, **own, **change})
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,8 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
         temperature_span=7,
         output_gate=True,
         sinks=True,
+        temperature_first=1,
+        qk_unit=True,
         rope=replace(own.attention.rope, dims=4),
     )
     mixture = replace(
@@ -151,10 +156,28 @@ def test_manifests_name_blocks_only_where_they_are_used() -> None:
         mixture, router_groups=4, router_groups_used=2, router_scale=2.5, router_bias=True, shared_gate=True
     )
     net = DeltaNet(2, 4, 8, 10, taps=3, tiled=True)
-    layers = (replace(own, mixer=changed), replace(own, mixer=net), replace(own, ffn=mixture))
+    single = replace(mixture, experts_per_token=1, router_input=True)
+    layers = (
+        replace(own, mixer=changed),
+        replace(own, mixer=net),
+        replace(own, ffn=mixture),
+        replace(own, ffn=single),
+    )
     spec = replace(DENSE, layers=layers, pre_norms=False, residual_scale=0.5, logit_scale=2.0, logit_softcap=3.0)
     spec = replace(spec, parallel=True, norm="layer", norm_bias=False)
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_chunks_bound_the_context() -> None:
+    """Of Llama 4: up to one chunk, attention to chunks is attention to everything."""
+    own = {"num_experts_per_tok": 1, "intermediate_size_mlp": 104, "max_position_embeddings": 1 << 20}
+    for change, context in (
+        ({}, 8192),
+        ({"attention_chunk_size": 512}, 512),
+        ({"attention_chunk_size": None}, 1 << 20),
+        ({"layer_types": ["full_attention"] * 2}, 1 << 20),
+    ):
+        assert family_of("llama4_text").spec({**CONFIG, **own, **change}).context == context
 
 
 def test_layers_that_only_predict_further_tokens_are_not_read(tmp_path: Path) -> None:

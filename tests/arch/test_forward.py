@@ -81,11 +81,14 @@ class PlainModel:
             q, k = self.norm(q, f"{i}.q_norm"), self.norm(k, f"{i}.k_norm")
         if a.rope:
             q, k = rotate(q, a.rope), rotate(k, a.rope)
+        if a.qk_unit:
+            q, k = (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + self.spec.norm_eps) for t in (q, k))
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
         seen = (distance >= 0) & (distance < (a.window or len(x)))
         if a.temperature:
-            q = q * (1 + a.temperature * torch.log1p(torch.arange(len(x)) // a.temperature_span))[:, None]
+            steps = (torch.arange(len(x)) + a.temperature_first) // a.temperature_span
+            q = q * (1 + a.temperature * torch.log1p(steps))[:, None]
         scores = q @ k.transpose(1, 2) * a.scale
         scores = (scores / a.softcap).tanh() * a.softcap if a.softcap else scores
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -124,7 +127,9 @@ class PlainModel:
         if not ffn.experts:
             return self.block(i, f"{i}.ffn", 0, x)
         weights, chosen = self.route(i, x)
-        outputs = torch.stack([self.block(i, f"{i}.ffn", e, x) for e in range(ffn.experts)], 1)
+        given = x * weights if ffn.router_input else x
+        weights = torch.ones_like(weights) if ffn.router_input else weights
+        outputs = torch.stack([self.block(i, f"{i}.ffn", e, given) for e in range(ffn.experts)], 1)
         y = (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
         if not ffn.shared:
             return y

@@ -86,6 +86,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **IMAGES,
         },
     ),
+    "llama4": (
+        "Llama4",
+        {
+            "text_config": text("llama4_text", intermediate_size_mlp=104, head_dim=12, num_local_experts=3),
+            "vision_config": {**EYES, "vision_output_dim": 16, "image_size": 28, "patch_size": 14},
+        },
+    ),
     "internvl": ("InternVL", {"text_config": text("qwen2"), "vision_config": INTERN}),
     "idefics3": ("Idefics3", {"text_config": text("llama"), "vision_config": CLIP}),
     "smolvlm": ("SmolVLM", {"text_config": text("llama"), "vision_config": CLIP}),

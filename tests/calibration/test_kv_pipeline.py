@@ -44,10 +44,13 @@ def packed(family: str, path: Path, dtype: Codec = Codec.F32) -> Path:
 
 
 def calibrated(
-    path: Path, text: str | None = TEXT, progress: Callable[[str, int, int], None] = lambda *_: None
+    path: Path,
+    text: str | None = TEXT,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    tokens: int = 768,
 ) -> KvCalibration:
     options = LoadOptions(cache_dir=path.parent / "cache", threads=2)
-    return calibrate_kv(path, options, KvRequest(text, 768), progress)
+    return calibrate_kv(path, options, KvRequest(text, tokens), progress)
 
 
 def check_same(found: KvCalibration, expected: KvCalibration) -> None:
@@ -136,8 +139,8 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_killed_at_every_stage_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = packed("llama-linear", tmp_path)
-    whole = calibrated(path, None)
+    path, tokens = packed("llama-linear", tmp_path), 1024
+    whole = calibrated(path, None, tokens=tokens)
     (path / LABELS_FILE).unlink()
     seen: set[str] = set()
     calls = {"text": 0, "moments": 0}
@@ -160,7 +163,7 @@ def test_killed_at_every_stage_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     while True:
         try:
-            found = calibrated(path, None, killing)
+            found = calibrated(path, None, killing, tokens)
             break
         except KeyboardInterrupt:
             assert not (path / LABELS_FILE).exists()
@@ -236,3 +239,19 @@ def test_what_calibration_holds_is_planned(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
     assert 0.3 * beside < peak < beside
+
+
+@pytest.mark.parametrize("source", ["there", "missing", "compiled", "short"])
+def test_pieces_are_the_models_and_the_librarys_in_turn(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a module's source is not there, or too short, the model writes that piece too."""
+    module = tmp_path / f"module.{'pyc' if source == 'compiled' else 'py'}"
+    module.write_text("the thing and the ring " * (5 if source == "short" else 500))
+    origin = str(tmp_path / "gone.py") if source == "missing" else str(module)
+    monkeypatch.setattr(kv_windows.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=origin))
+    monkeypatch.setattr(kv_windows, "written", lambda engine, seed, length, report: [seed] * length)
+    with tiny_engine(Pack(packed("llama", tmp_path / "pack")), 1.0) as engine:
+        found = kv_windows.Lengths(60, 50, 4, 1).write(engine, tmp_path / "text", lambda done, total: None)
+        text = engine.tokenizer.encode(module.read_text())[:60]
+    own = [text if source == "there" else [seed] * 60 for seed in (1, 3)]
+    assert found.fitted == [[0] * 60, own[0], [2] * 60, own[1]]
+    assert [len(piece) for piece in found.held_out] == [50]

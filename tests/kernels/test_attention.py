@@ -77,7 +77,7 @@ def test_attention_matches_reference(isa, codec, heads, kv_heads, dim, window, s
 def test_sinks_are_scores_without_values(isa):
     """Beside a model in float64 that says so: the reference follows the same path as the kernels."""
     heads, kv_heads, dim, context = 6, 2, 20, 530
-    kv, _ = cache(1, kv_heads, context, dim, half=False)
+    kv, _ = cache(1, kv_heads, context, dim, KvCodec.F32)
     q, sinks, out = normal(3, 1, heads, dim), normal(4, heads) * 3, empty(1, heads * dim)
     cpu.attention(q, kv, context - 1, None, 0.2, None, out, sinks=sinks)
     for head in range(heads):

@@ -83,7 +83,7 @@ def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[
     fused = hasattr(attention, "qkv_proj")
     projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
     out = attention.out_proj if family == "opt" else attention.o_proj
-    share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0}.get(family, 0.0)
+    share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0, "llama4": 1.0}.get(family, 0.0)
     rotary = round(share * attention.head_dim)
     result = {f"{i}.qkv": _halves([p.weight for p in projections], attention, rotary), f"{i}.out": out.weight}
     if projections[0].bias is not None:
@@ -100,7 +100,7 @@ def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[
 
 def _mixture(layer: Any) -> Any:
     """The module of a layer that holds experts, None in dense layers."""
-    block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+    block = next(getattr(layer, name) for name in ("block_sparse_moe", "feed_forward", "mlp") if hasattr(layer, name))
     return block if hasattr(block, "experts") else None
 
 
@@ -125,7 +125,7 @@ def expected_shared(layer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
     if hasattr(layer, "shared_mlp"):
         gate, up = _array(layer.shared_mlp.input_linear.weight).reshape(2, -1, layer.hidden_size)
         return gate, up, _array(layer.shared_mlp.output_linear.weight).T
-    mlp = getattr(layer, "mlp", None)
+    mlp = getattr(layer, "mlp", getattr(layer, "feed_forward", None))
     shared = getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
     if shared is None:
         return None
@@ -137,10 +137,14 @@ def expected_neurons(family: str, model: Any, i: int, expert: int) -> tuple[np.n
         layer = model.model.decoder.layers[i]
         return None, _array(layer.fc1.weight), _array(layer.fc2.weight).T
     mixture = _mixture(model.model.layers[i])
-    mlp = model.model.layers[i].mlp if mixture is None else mixture
+    layer = model.model.layers[i]
+    mlp = mixture or (layer.feed_forward if family == "llama4" else layer.mlp)
     if family == "gpt_oss":
         gate_up = _array(mixture.experts.gate_up_proj[expert]).T
         return gate_up[0::2], gate_up[1::2], _array(mixture.experts.down_proj[expert])
+    if family == "llama4" and mixture is not None:
+        gate, up = _array(mixture.experts.gate_up_proj[expert]).T.reshape(2, -1, model.config.hidden_size)
+        return gate, up, _array(mixture.experts.down_proj[expert])
     if mixture is not None:
         gate, up = _array(mlp.experts.gate_up_proj[expert]).reshape(2, -1, model.config.hidden_size)
         return gate, up, _array(mlp.experts.down_proj[expert]).T

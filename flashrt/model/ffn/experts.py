@@ -45,14 +45,14 @@ class MixtureBlock(DenseBlock):
         return (f"{self.i}.router", *shared, *([f"{self.i}.ffn"] if self._alone else []))
 
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for expert, routed in self._routed(x, y, tokens, wide=True):
+        for expert, given, routed in self._routed(x, y, tokens, wide=True):
             for first, bundles in self._runs(expert):
-                self.wide(x, y, self._at(expert, first), bundles, routed)
+                self.wide(given, y, self._at(expert, first), bundles, routed)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for expert, routed in self._routed(x, y, tokens, wide=False):
+        for expert, given, routed in self._routed(x, y, tokens, wide=False):
             for first, bundles in self._runs(expert):
-                self.work.ops.glu(x, self.neurons(self._at(expert, first), bundles), y, routed)
+                self.work.ops.glu(given, self.neurons(self._at(expert, first), bundles), y, routed)
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -68,8 +68,8 @@ class MixtureBlock(DenseBlock):
         self.work.linear(f"{self.i}.router", x, logits, wide, self._router_bias)
         return route(self.work.device.get(logits), self.ffn, self._correction)
 
-    def _routed(self, x: Tensor, y: Tensor, tokens: Tokens, wide: bool) -> Iterator[tuple[int, RoutedTokens]]:
-        """The experts that any token chose, in ascending order, and the tokens of each.
+    def _routed(self, x: Tensor, y: Tensor, tokens: Tokens, wide: bool) -> Iterator[tuple[int, Tensor, RoutedTokens]]:
+        """The experts that any token chose, in ascending order, what they are given, and the tokens of each.
 
         What all tokens share is added to y while these are read.
         """
@@ -81,10 +81,15 @@ class MixtureBlock(DenseBlock):
         if self._shared is not None:
             self._shared.add(x, y, wide)
         make = self.work.device.make
+        if self.ffn.router_input:
+            given = self.work.view("ahead", len(x), self.work.spec.hidden)  # the next layer has looked ahead by now
+            given[:] = x
+            given *= make(weights)
+            x, weights = given, np.ones_like(weights)
         for expert in np.unique(chosen).tolist():
             who, rank = np.nonzero(chosen == expert)
             routed = RoutedTokens(make(who.astype(np.int32)), make(weights[who, rank]))
-            yield expert, routed
+            yield expert, x, routed
             if self.down_bias is not None:
                 y[routed.tokens] += routed.factors[:, None] * self.down_bias.reshape(self.ffn.experts, -1)[expert]
 

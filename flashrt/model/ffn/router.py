@@ -18,11 +18,12 @@ def route(logits: Array, ffn: Ffn, correction: Array | None = None) -> tuple[Arr
     int64 [T, k], weights float32 [T, k]). Ties go to the lower index.
     """
     scores = sigmoid(logits) if ffn.router_scores == "sigmoid" else _softmax(logits)
-    # Softmax keeps the order of logits, but not their differences where it rounds to zero.
-    worth = scores + correction if correction is not None else logits if ffn.router_scores == "softmax" else scores
-    if ffn.router_groups_used < ffn.router_groups:
-        worth = _in_best_groups(worth, ffn)
-    chosen = _best(worth, ffn.experts_per_token)
+    grouped = ffn.router_groups_used < ffn.router_groups
+    if correction is None and not grouped:
+        worth = logits  # scores have their order, but lose differences where they round
+    else:
+        worth = scores if correction is None else scores + correction
+    chosen = _best(_in_best_groups(worth, ffn) if grouped else worth, ffn.experts_per_token)
     weights = np.take_along_axis(scores, chosen, axis=1)
     if ffn.normalize_router:
         weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-20))
