@@ -116,7 +116,7 @@ def _bar(share: float) -> str:
 
 def _kv(the_plan: Plan) -> str:
     """Where keys and values lie."""
-    kv = f"{size(the_plan.owners['KV'])} in memory"
+    kv = f"{the_plan.kv_codec.value}, {size(the_plan.owners['KV'])} in memory"
     if the_plan.far is None:
         return kv
     kv += f", {size(the_plan.kv_disk_bytes)} on disk"

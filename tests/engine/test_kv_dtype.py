@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from flashrt.budget.plan import Workload
+from flashrt.budget.planner import plan
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import CpuRuntime
-from flashrt.errors import SessionError
+from flashrt.errors import BudgetError, SessionError
 from flashrt.kv.cache import KINDS
 from flashrt.kv.choice import SparseKv
 from flashrt.kv.contiguous import ContiguousStore
@@ -121,3 +125,12 @@ def test_a_session_goes_on_and_is_bound_to_how_it_was_held(packed, codec, tmp_pa
     for other in set(KvCodec) - {codec}:
         with engine_of(packed, other) as engine, pytest.raises(SessionError, match="--kv-dtype"):
             engine.resume(tmp_path / "session")
+
+
+def test_what_cannot_be_chosen_on_disk_is_named(tmp_path):
+    _, checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", seed=3, max_position_embeddings=1 << 17)
+    packed = make_pack(checkpoint, tmp_path / "pack", Codec.INT8)
+    workload = Workload(1 << 17, kv=SparseKv.of(spec_labels(packed.spec), 1 / 16))
+    costs = replace(CpuRuntime(2).fixed_costs(packed), kv_codec=KvCodec.INT8)
+    with pytest.raises(BudgetError, match="A shorter --context needs less, and with --kv-dtype bf16 older tokens are"):
+        plan(packed.spec, packed.layout, 1 << 20, workload, costs)
