@@ -51,7 +51,8 @@ def _facts(pack: Pack) -> dict[str, Any]:
     for tensor in layout.tensors.values():
         owner = owner_of(spec, tensor)
         owners[owner] = owners.get(owner, 0) + tensor.nbytes
-    layer = spec.layers[0]
+    layer, mixtures = spec.layers[0], [layer.ffn for layer in spec.layers if layer.ffn.experts]
+    ffn = mixtures[0] if mixtures else layer.ffn
     return {
         "path": str(pack.path),
         "name": manifest.name,
@@ -68,9 +69,11 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "heads": layer.attention.heads,
         "kv_heads": layer.attention.kv_heads,
         "head_dim": layer.attention.head_dim,
-        "neurons": layer.ffn.neurons,
-        "experts": layer.ffn.experts,
-        "experts_per_token": layer.ffn.experts_per_token,
+        "neurons": ffn.neurons,
+        "experts": ffn.experts,
+        "experts_per_token": ffn.experts_per_token,
+        "shared_neurons": ffn.shared,
+        "mixtures": len(mixtures),
         "kv_bytes_per_token": spec.kv_bytes_per_token(kv_item_bytes(pack)),
         "weight_bytes": owners,
         "kv_labels": _labels(pack),
@@ -103,8 +106,14 @@ def _of_labels(labels: dict[str, Any] | None) -> str:
     return f"{size(labels['bytes'])}, of {labels['layers']} layers; perplexity {losses or 'not measured'}"
 
 
+def _of_experts(facts: dict[str, Any]) -> str:
+    shared = f", and one of {facts['shared_neurons']} for all" if facts["shared_neurons"] else ""
+    some = "" if facts["mixtures"] == facts["layers"] else f" in {facts['mixtures']} layers"
+    return f", {facts['experts']} experts ({facts['experts_per_token']} per token{shared}){some}"
+
+
 def _print(facts: dict[str, Any]) -> None:
-    experts = f", {facts['experts']} experts ({facts['experts_per_token']} per token)" if facts["experts"] else ""
+    experts = _of_experts(facts) if facts["experts"] else ""
     bits = f"{facts['bits_per_weight']:.2f} bits each"
     rows = {
         "model": f"{facts['name']} ({facts['family']})",
