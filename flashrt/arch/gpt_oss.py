@@ -27,7 +27,15 @@ NAMES = replace(
         "up.bias": (_EXPERTS + "gate_up_proj_bias",),
         "down.bias": (_EXPERTS + "down_proj_bias",),
     },
-    experts=(  # published checkpoints have blocks and scales of MXFP4 instead
+    experts=(
+        FfnNames(  # of MXFP4, as published
+            _EXPERTS + "gate_up_proj_blocks",
+            _EXPERTS + "gate_up_proj_blocks",
+            _EXPERTS + "down_proj_blocks",
+            stacked=True,
+            fused=True,
+            interleaved=True,
+        ),
         FfnNames(
             _EXPERTS + "gate_up_proj",
             _EXPERTS + "gate_up_proj",

@@ -54,6 +54,8 @@ def _facts(pack: Pack) -> dict[str, Any]:
         owner = owner_of(spec, tensor)
         owners[owner] = owners.get(owner, 0) + tensor.nbytes
     layer, attention = spec.layers[0], next(iter(spec.attentions.values()), None)
+    mixtures = [layer.ffn for layer in spec.layers if layer.ffn.experts]
+    ffn = mixtures[0] if mixtures else layer.ffn
     return {
         "path": str(pack.path),
         "name": manifest.name,
@@ -69,9 +71,11 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "layers": len(spec.layers),
         "attending_layers": len(spec.attentions),
         **{name: getattr(attention, name, 0) for name in ("heads", "kv_heads", "head_dim")},
-        "neurons": layer.ffn.neurons,
-        "experts": layer.ffn.experts,
-        "experts_per_token": layer.ffn.experts_per_token,
+        "neurons": ffn.neurons,
+        "experts": ffn.experts,
+        "experts_per_token": ffn.experts_per_token,
+        "shared_neurons": ffn.shared,
+        "mixtures": len(mixtures),
         "state_bytes": sum(RecurrentStore.beside(net, KvLimits(1, 1)) for net in spec.delta_nets.values()),
         "kv_bytes_per_token": spec.kv_bytes_per_token(kv_codec(pack)),
         "weight_bytes": owners,
@@ -111,8 +115,14 @@ def _states(facts: dict[str, Any]) -> dict[str, str]:
     return {"states": f"{size(facts['state_bytes'])} of {recurrent} recurrent layers"} if recurrent else {}
 
 
+def _of_experts(facts: dict[str, Any]) -> str:
+    shared = f", and one of {facts['shared_neurons']} for all" if facts["shared_neurons"] else ""
+    some = "" if facts["mixtures"] == facts["layers"] else f" in {facts['mixtures']} layers"
+    return f", {facts['experts']} experts ({facts['experts_per_token']} per token{shared}){some}"
+
+
 def _print(facts: dict[str, Any]) -> None:
-    experts = f", {facts['experts']} experts ({facts['experts_per_token']} per token)" if facts["experts"] else ""
+    experts = _of_experts(facts) if facts["experts"] else ""
     bits = f"{facts['bits_per_weight']:.2f} bits each"
     rows = {
         "model": f"{facts['name']} ({facts['family']})",

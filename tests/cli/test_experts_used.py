@@ -88,3 +88,8 @@ def test_what_cannot_be_used_is_refused(cli: Cli, pack: Path, mixture: Path) -> 
             LoadOptions(experts_used=value)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--max-loss cannot be promised with --experts-used"):
         LoadOptions(experts_used=2, kv="sparse", max_loss=0.1)
+
+
+def test_inspect_tells_of_mixtures_behind_dense_layers(cli: Cli, mixture: Path) -> None:
+    shown = cli("inspect", mixture).stdout
+    assert "3 of 24 neurons, 12 experts (3 per token, and one of 48 for all) in 2 layers" in shown

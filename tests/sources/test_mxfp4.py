@@ -16,6 +16,7 @@ from flashrt.storage.sources.tensors import TensorReader
 from tests.quantized import fours
 
 NAME = "model.layers.3.mlp.experts.down_proj"
+BLOCKS = f"{NAME}_blocks"
 CONFIG = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
 
 
@@ -43,14 +44,14 @@ def test_every_weight_is_that_of_transformers(shape: tuple[int, int, int], tmp_p
         tensors[f"{NAME}_blocks"], tensors[f"{NAME}_scales"], dtype=torch.float32
     ).numpy()  # [experts, columns, rows]
     reader = opened(tensors, tmp_path)
-    experts, rows, columns = reader.tensors[NAME].shape
+    experts, rows, columns = reader.tensors[BLOCKS].shape
     assert (experts, rows, columns) == (*shape[:2], 32 * shape[2])
     for expert in range(experts):
         for start, stop in ((0, rows), (rows // 2, rows // 2 + 1)):
-            found = reader.rows(NAME, start, stop, expert)
+            found = reader.rows(BLOCKS, start, stop, expert)
             assert np.array_equal(found, expected[expert][:, start:stop].T)
         for start, stop in ((0, columns), (columns // 2 - 3, columns - 1), (31, 32)):
-            assert np.array_equal(reader.columns(NAME, start, stop, expert), expected[expert][start:stop])
+            assert np.array_equal(reader.columns(BLOCKS, start, stop, expert), expected[expert][start:stop])
     assert reader.tensors[f"{NAME}_bias"].shape == shape[:2]
     reader.close()
 
@@ -60,8 +61,8 @@ def test_rows_are_blocks_of_gguf(tmp_path: Path) -> None:
 
     tensors = stored((2, 6, 4))
     reader = opened(tensors, tmp_path)
-    assert reader.tensors[NAME].dtype == "MXFP4"
-    rows = reader.stored_rows(NAME, 1, 5, 1)
+    assert reader.tensors[BLOCKS].dtype == "MXFP4"
+    rows = reader.stored_rows(BLOCKS, 1, 5, 1)
     assert rows.shape == (4, 4 * 17)
     found = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.MXFP4)
     codes = tensors[f"{NAME}_blocks"][1, 1:5]
@@ -69,7 +70,7 @@ def test_rows_are_blocks_of_gguf(tmp_path: Path) -> None:
     exponents = tensors[f"{NAME}_scales"][1, 1:5].int() - 127
     scales = torch.ldexp(torch.ones(exponents.shape), exponents)
     assert np.array_equal(found, (values * scales[..., None]).reshape(4, 128).numpy())
-    assert np.array_equal(reader.stored_columns(NAME, 32, 96, 1)[1:5], rows[:, 17:51])
+    assert np.array_equal(reader.stored_columns(BLOCKS, 32, 96, 1)[1:5], rows[:, 17:51])
     reader.close()
 
 
@@ -95,8 +96,8 @@ def test_weights_that_are_not_finite_are_refused(exponent: int, tmp_path: Path) 
     tensors = stored((2, 6, 4))
     tensors[f"{NAME}_scales"][1, 3, 2] = exponent
     reader = opened(tensors, tmp_path)
-    with pytest.raises(CheckpointError, match=f"{NAME} holds values that are not finite"):
-        reader.rows(NAME, 0, 6, 1)
+    with pytest.raises(CheckpointError, match=f"{BLOCKS} holds values that are not finite"):
+        reader.rows(BLOCKS, 0, 6, 1)
     reader.close()
 
 

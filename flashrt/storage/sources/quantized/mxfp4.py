@@ -1,7 +1,8 @@
 """MXFP4: four bits (E2M1) a weight and a power of two for 32 of them, which is what MXFP4 of GGUF files is.
 
 gpt-oss has stacks of experts in it: `{matrix}_blocks` uint8 [.., rows, groups, 16] and `{matrix}_scales` uint8
-[.., rows, groups]. The matrix [.., rows, columns] is y = W x; transformers turns it around when it decodes one.
+[.., rows, groups]. The matrix [.., rows, columns] is y = W x, and called `{matrix}_blocks` here: plain checkpoints have
+it turned around, as transformers has it once it is decoded.
 """
 
 from __future__ import annotations
@@ -82,4 +83,4 @@ def mxfp4_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[Microsc
         if len(codes.shape) < 3 or codes.shape[-1] != BLOCK // 2:
             raise CheckpointError(f"tensor {codes.name} has shape {list(codes.shape)}, expected [.., rows, groups, 16]")
         flat = replace(codes, shape=(*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
-        yield microscaled_fours(name, flat, scales, (codes, scales))
+        yield microscaled_fours(codes.name, flat, scales, (codes, scales))
