@@ -9,7 +9,7 @@
 namespace flashrt {
 namespace {
 
-constexpr int LANES = 16;      // of a value that are carried on together
+constexpr int LANES = 16;  // columns of a state that are carried on together
 constexpr int CHANNELS_ON = 256;  // channels that a thread convolves at a time
 
 // The row that each row follows; -1 and below: rows of the tail, the last one first.
@@ -43,7 +43,8 @@ void convolve_all(const DeltaJob& job, const int32_t* before) {
         for (int i = job.rows - 1; i >= 0; --i) {
             int32_t row = i;
             for (int t = 0; t < job.taps_count; ++t) {
-                rows[t] = first + (row >= 0 ? job.x + row * job.x_step : job.tail + (job.taps_count - 1 + row) * job.channels);
+                rows[t] = first + (row >= 0 ? job.x + row * job.x_step
+                                            : job.tail + (job.taps_count - 1 + row) * job.channels);
                 row = row >= 0 ? before[row] : row - 1;
             }
             kernels().convolve(rows, job.taps + first, job.channels, job.taps_count, n, job.x + i * job.x_step + first);
@@ -107,14 +108,6 @@ void recur(const DeltaJob& job, const int32_t* before, int head, int first, floa
 size_t tail_floats(int64_t channels, int taps) { return static_cast<size_t>(channels) * (taps - 1); }
 size_t block_floats(int dim) { return static_cast<size_t>(dim) * LANES * (NARROW_TOKENS + 1); }
 
-template <typename F>
-void in_parallel(int64_t n, int64_t work_per_row, F&& row) {
-    const int64_t grain = 1 + 65536 / (work_per_row + 1);
-    parallel_for((n + grain - 1) / grain, [&](int64_t item, int) {
-        for (int64_t i = item * grain; i < n && i < (item + 1) * grain; ++i) row(i);
-    });
-}
-
 }  // namespace
 
 size_t delta_rule_scratch_bytes(int64_t channels, int taps, int dim, int crew) {
@@ -134,17 +127,6 @@ void delta_rule(const DeltaJob& job) {
         const int head = static_cast<int>(item / parts), first = static_cast<int>(item % parts) * LANES;
         recur(job, before.data(), head, first, blocks + thread * block_floats(job.dim));
     }, job.crew);
-}
-
-void rms_norm_gated(const float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k,
-                    const float* weight, float eps, float* out, size_t out_step) {
-    in_parallel(n, 4 * k, [&](int64_t i) {
-        kernels().rms_norm_gated(x + i * x_step, gate + i * gate_step, weight, k, eps, out + i * out_step);
-    });
-}
-
-void sigmoid_gate(float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k) {
-    in_parallel(n, 4 * k, [&](int64_t i) { kernels().sigmoid_gate(x + i * x_step, gate + i * gate_step, k); });
 }
 
 }  // namespace flashrt

@@ -28,6 +28,17 @@ void layer_norm(const float* x, size_t x_step, int64_t n, int k, const float* we
                      [&](int64_t i) { kernels().layer_norm(x + i * x_step, weight, bias, k, eps, out + i * out_step); });
 }
 
+void rms_norm_gated(const float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k,
+                    const float* weight, float eps, float* out, size_t out_step) {
+    rows_in_parallel(n, 4 * k, [&](int64_t i) {
+        kernels().rms_norm_gated(x + i * x_step, gate + i * gate_step, weight, k, eps, out + i * out_step);
+    });
+}
+
+void sigmoid_gate(float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k) {
+    rows_in_parallel(n, 4 * k, [&](int64_t i) { kernels().sigmoid_gate(x + i * x_step, gate + i * gate_step, k); });
+}
+
 void rope(float* x, size_t token_step, size_t head_step, int tokens, int heads, int dim, const float* cos,
           const float* sin) {
     const int half = dim / 2;
