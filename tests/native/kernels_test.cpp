@@ -134,16 +134,19 @@ void check_rows() {
         }
 }
 
-void check_attention(bool half) {
+constexpr KvCodecs KV_CODECS[] = {
+    {Codec::F32, Codec::F32}, {Codec::BF16, Codec::BF16}, {Codec::Q8_0, Codec::Q8_0}, {Codec::Q8_0, Codec::Q4_0}};
+
+void check_attention(KvCodecs codecs) {
     constexpr int TOKENS = 5, HEADS = 6, KV_HEADS = 2, DIM = 80, CONTEXT = 300, START = CONTEXT - TOKENS;
     const std::vector<float> q = normal(TOKENS * HEADS * DIM, 1), k = normal(CONTEXT * KV_HEADS * DIM, 2);
-    std::vector<uint8_t> cache(KV_HEADS * CONTEXT * 2 * DIM * (half ? 2 : 4));
-    kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, cache.data(), half, CONTEXT, 0);
+    std::vector<uint8_t> cache(KV_HEADS * CONTEXT * kv_pair_bytes(codecs, DIM));
+    kv_append(k.data(), KV_HEADS * DIM, k.data(), KV_HEADS * DIM, CONTEXT, KV_HEADS, DIM, cache.data(), codecs, CONTEXT, 0);
     auto run = [&](const Tree* tree) {
         std::vector<float> out(TOKENS * HEADS * DIM);
         const int crew = threads();
         std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
-        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, cache.data(), half, CONTEXT, START, 100, 0.1f,
+        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, cache.data(), codecs, CONTEXT, START, 100, 0.1f,
                    30.0f, out.data(), HEADS * DIM, scratch.data(), crew, tree});
         return out;
     };
@@ -159,12 +162,12 @@ void check_attention(bool half) {
 }
 
 // Lists of all positions give what attention does, and blocks are chosen alike by any number of threads.
-void check_lists(bool half) {
+void check_lists(KvCodecs codecs) {
     constexpr int TOKENS = 2, HEADS = 6, KV_HEADS = 2, DIM = 20, CONTEXT = 304, CHANNELS = 24, BLOCK = 8, KEEP = 5;
     const std::vector<float> q = normal(TOKENS * HEADS * DIM, 1), k = normal(CONTEXT * KV_HEADS * DIM, 2);
-    std::vector<uint8_t> near(KV_HEADS * CONTEXT * 2 * DIM * (half ? 2 : 4));
+    std::vector<uint8_t> near(KV_HEADS * CONTEXT * kv_pair_bytes(codecs, DIM));
     const size_t kv_step = KV_HEADS * DIM;
-    kv_append(k.data(), kv_step, k.data(), kv_step, CONTEXT, KV_HEADS, DIM, near.data(), half, CONTEXT, 0);
+    kv_append(k.data(), kv_step, k.data(), kv_step, CONTEXT, KV_HEADS, DIM, near.data(), codecs, CONTEXT, 0);
     std::vector<int32_t> lists(TOKENS * KV_HEADS * CONTEXT), counts;
     for (size_t i = 0; i < lists.size(); ++i) lists[i] = static_cast<int32_t>(i % CONTEXT);
     for (int i = 0; i < TOKENS * KV_HEADS; ++i) counts.push_back(CONTEXT - TOKENS + 1 + i / KV_HEADS);
@@ -179,10 +182,10 @@ void check_lists(bool half) {
     for (int crew : {1, 4}) {
         set_threads(crew);
         std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
-        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), half, CONTEXT, CONTEXT - TOKENS, 0,
+        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), codecs, CONTEXT, CONTEXT - TOKENS, 0,
                    0.1f, 0.0f, dense.data(), HEADS * DIM, scratch.data(), crew, nullptr});
         scratch.assign(attention_list_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew), 0);
-        attention_list({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), nullptr, half, CONTEXT,
+        attention_list({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), nullptr, codecs, CONTEXT,
                         lists.data(), counts.data(), CONTEXT, 0.1f, 0.0f, out.data(), HEADS * DIM, scratch.data(),
                         crew});
         CHECK(out == dense);
@@ -239,9 +242,9 @@ int main() {
     const char* names[8];
     for (int i = available_isas(names, 8); i-- > 0;) {
         force_isa(names[i]);
-        for (bool half : {false, true}) {
-            check_attention(half);
-            check_lists(half);
+        for (const KvCodecs& codecs : KV_CODECS) {
+            check_attention(codecs);
+            check_lists(codecs);
         }
         check_elementwise();
     }
