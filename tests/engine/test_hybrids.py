@@ -26,6 +26,7 @@ from flashrt.storage import _io
 from flashrt.storage.layout import pack_layout
 from flashrt.storage.pack import Pack
 from flashrt_kernels import ops
+from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.rows import Codec
 from tests.engine.support import logits_of, make_pack, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint, tiny_gguf
@@ -252,9 +253,8 @@ SHAPE_4B = ModelSpec(
 
 def costs() -> FixedCosts:
     cpu = ops.load("cpu")
-    return FixedCosts(
-        90 << 20, 90 << 20, 2, lambda tokens, context: cpu.delta_rule_scratch_bytes(NET.channels, NET.taps, NET.key_dim)
-    )
+    own = NET.channels, NET.taps, NET.key_dim
+    return FixedCosts(90 << 20, 90 << 20, KvCodec.BF16, lambda tokens, context: cpu.delta_rule_scratch_bytes(*own))
 
 
 def test_keys_and_values_are_planned_for_the_layers_that_attend():
