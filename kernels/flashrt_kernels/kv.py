@@ -9,10 +9,12 @@ four bits leave of these is no attention any more.
 from __future__ import annotations
 
 import enum
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from flashrt_kernels.rows import Codec, align, row_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CHUNK = 64  # numbers
 
@@ -28,7 +30,15 @@ class KvCodec(enum.Enum):
     @property
     def dtype(self) -> type[np.generic]:
         """Of the items of a cache; uint16 has the bits of a bfloat16."""
-        return _DTYPES.get(self, np.uint8)
+        import numpy as np  # here, because what only plans does without
+
+        types: dict[int, type[np.generic]] = {4: np.float32, 2: np.uint16, 1: np.uint8}
+        return types[self.item_bytes]
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an item of a cache."""
+        return _ITEM_BYTES.get(self, 1)
 
     @property
     def blocks(self) -> tuple[Codec, Codec] | None:
@@ -44,10 +54,10 @@ class KvCodec(enum.Enum):
     def nbytes(self, head_dim: int) -> int:
         """Bytes of a key and its value."""
         rows, items = self.pair(head_dim)
-        return rows * items * np.dtype(self.dtype).itemsize
+        return rows * items * self.item_bytes
 
 
-_DTYPES: dict[KvCodec, type[np.generic]] = {KvCodec.F32: np.float32, KvCodec.BF16: np.uint16}
+_ITEM_BYTES = {KvCodec.F32: 4, KvCodec.BF16: 2}
 _BLOCKS = {KvCodec.INT8: (Codec.Q8_0, Codec.Q8_0), KvCodec.INT4: (Codec.Q8_0, Codec.Q4_0)}
 
 

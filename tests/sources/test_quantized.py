@@ -58,8 +58,8 @@ def test_every_range_is_what_the_format_means(
             for expert in {0, layer.ffn.runs - 1}:
                 for start, stop in ((0, n), (3, 4), (7, n - 5), (n // 2, n)):
                     pairs = zip(
-                        found.neuron_rows(i, expert, start, stop),
-                        plain.neuron_rows(i, expert, start, stop),
+                        found.neuron_rows(f"{i}.ffn", expert, start, stop),
+                        plain.neuron_rows(f"{i}.ffn", expert, start, stop),
                         strict=True,
                     )
                     assert all(a is b if a is None else same(a, b) for a, b in pairs)
@@ -161,7 +161,7 @@ def test_blocks_of_fp8_are_those_of_transformers(tmp_path: Path) -> None:
         for part, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
             codes, scales = (stored[f"model.layers.0.mlp.{name}.{leaf}"] for leaf in ("weight", "weight_scale_inv"))
             expected = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32).numpy()
-            found = checkpoint.neuron_rows(0, 0, 5, 77)[("gate", "up", "down").index(part)]
+            found = checkpoint.neuron_rows("0.ffn", 0, 5, 77)[("gate", "up", "down").index(part)]
             assert same(found, expected[5:77] if part != "down" else expected[:, 5:77].T)
 
 
@@ -362,7 +362,7 @@ def test_every_way_of_storing_blocks(name: str, family: str, tmp_path: Path) -> 
             assert same(found.matrix_rows(key, 0, rows), expected.matrix_rows(key, 0, rows))
         for i, layer in enumerate(expected.spec.layers):
             for expert in {0, layer.ffn.runs - 1}:
-                own, wanted = (c.neuron_rows(i, expert, 3, layer.ffn.neurons - 2) for c in (found, expected))
+                own, wanted = (c.neuron_rows(f"{i}.ffn", expert, 3, layer.ffn.neurons - 2) for c in (found, expected))
                 assert all(a is b if a is None else same(a, b) for a, b in zip(own, wanted, strict=True))
 
 
@@ -384,7 +384,7 @@ def test_stacks_of_experts_in_fp8(tmp_path: Path) -> None:
     with open_checkpoint(path) as found, open_checkpoint(plain) as expected:
         found.validate()
         for expert in range(5):
-            own, wanted = (c.neuron_rows(1, expert, 3, 31) for c in (found, expected))
+            own, wanted = (c.neuron_rows("1.ffn", expert, 3, 31) for c in (found, expected))
             assert all(a is not None and same(a, b) for a, b in zip(own, wanted, strict=True))
 
 

@@ -70,7 +70,7 @@ def test_what_is_kept_is_said_and_has_every_bit(case: tuple[Format, Path, Path],
         with open_checkpoint(plain) as source:
             for name, tensor in found.layout.tensors.items():
                 if name.endswith(".ffn"):
-                    expected = source.neuron_rows(int(name[0]), 0, 0, found.spec.layers[0].ffn.neurons)
+                    expected = source.neuron_rows(name, 0, 0, found.spec.layers[0].ffn.neurons)
                     pairs = list(zip(neurons_of(found, tensor, 0), expected, strict=True))
                 elif tensor.codec in KEPT:
                     rows = raw(found, tensor)[0][:, : 8 * row_bytes(tensor.codec, tensor.columns)]
