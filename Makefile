@@ -35,7 +35,7 @@ NATIVE := kernels/flashrt_kernels/cpu flashrt/storage/native
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(foreach kind,cpp h cmake,$(wildcard $(addsuffix /*.$(kind),$(NATIVE))))
 
 # Two processes, each with about half of the time: most of it is spent waiting for one core.
-HALF := $(addprefix tests/,engine kernels storage text tools speculate native)
+HALF := $(addprefix tests/,engine kernels storage)
 QUICK := $(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
 
 .PHONY: demo test check test-slow lint format sanitize bench gpu-report peers benchmarks-page clean

@@ -217,7 +217,7 @@ def watch(engine: Engine, trace: Trace) -> Iterator[Callable[[], None]]:
 def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float]]) -> Iterator[Callable[[], None]]:
     """Have guesses made and noted likewise, and the seconds of each guess and of the attention after it."""
     decoder, lookaheads = engine.runner.decoder, [Lookahead(engine.spec.hidden) for _ in engine.spec.layers]
-    attention = decoder._attention
+    attention = decoder._mix
 
     blocks = row_blocks(engine)
 
@@ -230,7 +230,7 @@ def watch_guesses(engine: Engine, trace: Trace, seconds: list[tuple[float, float
         attention(i, tokens, *others)
         seconds.append((guessed - began, time.perf_counter() - guessed))
 
-    decoder._attention = noted  # type: ignore[method-assign]
+    decoder._mix = noted  # type: ignore[method-assign]
 
     def learn(kind: str, i: int, residual: Array, values: Array) -> None:
         if kind == "ffn":
