@@ -212,6 +212,11 @@ class Ffn:
         return 3 if self.gated else 2
 
     @property
+    def gate_bias(self) -> bool:
+        """Whether gates have biases."""
+        return self.gated and self.bias
+
+    @property
     def runs(self) -> int:
         """Runs of neurons: one per expert, one for a dense block."""
         return max(self.experts, 1)
@@ -375,7 +380,7 @@ class ModelSpec:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
             if ffn.bias:
-                gate = {f"{i}.gate.bias": ffn.runs * ffn.neurons} if ffn.gated else {}
+                gate = {f"{i}.gate.bias": ffn.runs * ffn.neurons} if ffn.gate_bias else {}
                 result |= gate | {f"{i}.up.bias": ffn.runs * ffn.neurons, f"{i}.down.bias": ffn.runs * self.hidden}
             if ffn.router_bias:
                 result[f"{i}.router.bias"] = ffn.experts

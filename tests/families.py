@@ -61,7 +61,11 @@ _SIGMOID_ROUTER = {
 # Variant → (config class, model class, config fields).
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
-    "llama-bias": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, "attention_bias": True, "tie_word_embeddings": True}),
+    "llama-bias": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {**_LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "llama-linear": ("LlamaConfig", "LlamaForCausalLM", _LLAMA | _rope("linear", factor=3.0)),
     "llama-llama3": (
         "LlamaConfig",

@@ -22,9 +22,11 @@ def attention(config: Config, head_dim: int, rope: Rope, **options: Any) -> Atte
     return Attention(heads, kv_heads, head_dim, **fields)
 
 
-def gated_ffn(config: Config) -> Ffn:
-    config.refuse("mlp_bias", False)
-    return Ffn(config.integer("intermediate_size"), config.activation("hidden_act", "silu"))
+def gated_ffn(config: Config, bias: bool = False) -> Ffn:
+    """`bias`: what a family makes of `mlp_bias`; most know none."""
+    if not bias:
+        config.refuse("mlp_bias", False)
+    return Ffn(config.integer("intermediate_size"), config.activation("hidden_act", "silu"), bias=bias)
 
 
 def layer_count(config: Config) -> int:

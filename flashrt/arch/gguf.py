@@ -179,9 +179,12 @@ def gguf_config(
 
 
 def with_biases(spec: ModelSpec, has: Callable[[str], bool]) -> ModelSpec:
-    """The spec with the attention biases that the file holds: GGUF says by their presence which there are."""
+    """The spec with the biases of attention and dense feed-forward blocks that the file holds: GGUF says by their
+    presence which there are."""
     layers = []
     for i, layer in enumerate(spec.layers):
+        if not layer.ffn.experts and any(has(f"blk.{i}.ffn_{name}.bias") for name in ("gate", "up", "down")):
+            layer = replace(layer, ffn=replace(layer.ffn, bias=True))
         attention = layer.mixer
         if not isinstance(attention, Attention) or attention.output_gate:  # beside which llama.cpp adds none
             layers.append(layer)

@@ -30,7 +30,7 @@ MOE_GGUF_KEYS = (*GGUF_KEYS, *SHARED_KEYS)
 
 
 def spec(config: Config) -> ModelSpec:
-    return _spec(config, gated_ffn(config))
+    return _spec(config, gated_ffn(config, config.flag("mlp_bias")))
 
 
 def moe_spec(config: Config) -> ModelSpec:

@@ -12,5 +12,6 @@ NAMES = HF_DECODER
 
 def spec(config: Config) -> ModelSpec:
     bias = config.flag("attention_bias")
-    layer = Layer(attention(config, config.head_dim(), config.rope(), qkv_bias=bias, out_bias=bias), gated_ffn(config))
+    heads = attention(config, config.head_dim(), config.rope(), qkv_bias=bias, out_bias=bias)
+    layer = Layer(heads, gated_ffn(config, config.flag("mlp_bias")))
     return decoder_spec(config, [layer] * layer_count(config), context=2048)

@@ -209,6 +209,7 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
     "out.bias": ("self_attn.o_proj.bias",),
     "router": ("mlp.gate.weight",),
     "gate": ("self_attn.q_proj.weight",),
+    **{f"{part}.bias": (f"mlp.{part}_proj.bias",) for part in ("gate", "up", "down")},
 }
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
 HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -242,6 +243,7 @@ GGUF_NAMES = Names(
         "router.bias": ("ffn_gate_inp.bias",),
         "router.correction": ("exp_probs_b.bias",),
         "shared_gate": ("ffn_gate_inp_shexp.weight",),
+        **{f"{part}.bias": (f"ffn_{part}.bias",) for part in ("gate", "up", "down")},
     },
     dense=(FfnNames("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),),
     experts=(

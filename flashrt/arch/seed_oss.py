@@ -16,4 +16,5 @@ GGUF = replace(GGUF_NAMES, layer={**GGUF_NAMES.layer, "norm.ffn": ("post_attenti
 def spec(config: Config) -> ModelSpec:
     biases = {"qkv_bias": config.flag("attention_bias", True), "out_bias": config.flag("attention_out_bias")}
     heads = attention(config, config.head_dim(128), config.rope(), **biases)
-    return decoder_spec(config, [Layer(heads, gated_ffn(config))] * layer_count(config), context=524288)
+    layer = Layer(heads, gated_ffn(config, config.flag("mlp_bias")))
+    return decoder_spec(config, [layer] * layer_count(config), context=524288)

@@ -16,7 +16,7 @@ NAMES = HF_DECODER
 def spec(config: Config) -> ModelSpec:
     rotating, bias = rotates(config), config.flag("attention_bias")
     heads = attention(config, config.head_dim(), config.rope(2e6), qkv_bias=bias, out_bias=bias)
-    ffn = gated_ffn(config)
+    ffn = gated_ffn(config, config.flag("mlp_bias"))
     window = config.optional("sliding_window") if config.flag("use_sliding_window") else None
     types = ["full_attention" if rotated or window is None else "sliding_attention" for rotated in rotating]
     layers = [

@@ -255,6 +255,8 @@ def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: st
         raise PackError(f"{where}: a calibrated model with recurrent layers, which are not calibrated")
     if not all(activations.parse(layer.ffn.activation).gate_only for layer in spec.layers):
         raise PackError(f"{where}: a calibration of neurons whose activation bounds what the gate is multiplied by")
+    if any(layer.ffn.gate_bias for layer in spec.layers):
+        raise PackError(f"{where}: a calibration of neurons whose gates have biases, which are not calibrated")
     if sparsity.channels and dtype is not Codec.INT4:
         raise PackError(f"{where}: weights stored by channel in {dtype.value}, expected int4")
     if sparsity.rows and not all(gives_zeros(layer.ffn.activation) for layer in spec.layers):

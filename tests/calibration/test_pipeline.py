@@ -14,6 +14,7 @@ from flashrt.calibration import pipeline, windows
 from flashrt.calibration.channel_pack import ChannelPackSource
 from flashrt.calibration.divergence import Divergence
 from flashrt.calibration.fit_channels import ChannelFit
+from flashrt.calibration.methods import method_for
 from flashrt.calibration.pipeline import Request, calibrate
 from flashrt.calibration.work_dir import WORK_DIR
 from flashrt.engine.open import open_model, sparse_pack
@@ -23,6 +24,7 @@ from flashrt.sparsity import SINKS, ChannelSparsity, Sparsity
 from flashrt.storage.manifest import MANIFEST_FILE, SPARSE_DIR, Manifest
 from flashrt.storage.pack import Pack
 from flashrt.storage.packer import pack
+from flashrt_kernels import ops
 from flashrt_kernels.rows import Codec, align
 from tests.engine.support import (
     check_a_thinned_tree,
@@ -272,3 +274,9 @@ def test_the_first_tokens_leave_nothing_out(case, tokens):
     assert np.array_equal(found[:SINKS], everything[:SINKS])
     assert not np.array_equal(found[SINKS], everything[SINKS])
     assert shares["rows"] < 1
+
+
+def test_gates_with_biases_are_refused(tmp_path):
+    packed = make_pack(tiny_checkpoint("llama-bias", tmp_path / "checkpoint", seed=3)[1], tmp_path / "pack", Codec.INT4)
+    with pytest.raises(UnsupportedModelError, match="gates with biases: use --mode exact"):
+        method_for(packed, ops.load("cpu"))

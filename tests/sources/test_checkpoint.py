@@ -76,6 +76,8 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
             result |= {f"{i}.up.bias": layer.fc1.bias, f"{i}.down.bias": layer.fc2.bias}
         elif (mixture := _mixture(layer)) is not None:
             result |= _routing(i, mixture)
+        elif family == "llama-bias":
+            result |= {f"{i}.{part}.bias": getattr(layer.mlp, f"{part}_proj").bias for part in ("gate", "up", "down")}
     return {key: _array(value) for key, value in result.items()}
 
 

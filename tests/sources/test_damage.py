@@ -242,7 +242,6 @@ def test_an_index_that_names_other_files_is_explained(directory: Path) -> None:
         ({"model_type": "mamba"}, "'mamba' is not supported; known: cohere, cohere2, dots1"),
         ({"model_type": None}, "None is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization by 'bitsandbytes' is not supported"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "xielu"}, "xielu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "su"),

@@ -19,7 +19,7 @@ from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, HYBRIDS, tiny_c
 from tests.sources.test_checkpoint import check_equal
 
 UNKNOWN_HF = (
-    "model.layers.0.mlp.gate_proj.bias",
+    "model.layers.0.mlp.gate_proj.scale",
     "model.layers.0.self_attn.q_proj.weight_scale_2",
     "model.layers.9.input_layernorm.weight",
     "lm_head.bias",
@@ -37,7 +37,7 @@ HARMLESS_HF = (
     "model.mtp_layers.0.x.weight",
 )
 UNKNOWN_GGUF = (
-    "blk.0.ffn_up.bias",
+    "blk.0.ffn_up.scale",
     "blk.0.attn_sub_norm.weight",
     "blk.1.attn_q.scale",
     "blk.9.attn_norm.weight",
@@ -126,6 +126,32 @@ def test_attention_biases_of_a_gguf_file_count(family: str, projections: tuple[s
         checkpoint.validate()
         check_equal(checkpoint, family, model)
         check(checkpoint, model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "granite", "olmo2"])
+def test_feed_forward_biases_of_a_gguf_file_count(family: str, tmp_path: Path) -> None:
+    def add_biases(model: Any) -> None:
+        generator = torch.Generator().manual_seed(8)
+        for layer in model.model.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                linear = getattr(layer.mlp, name)
+                linear.bias = torch.nn.Parameter(torch.randn(linear.out_features, generator=generator), False)
+
+    model, path = tiny_gguf(family, tmp_path / "x.gguf", 2, change=add_biases, **GGUF_FIELDS.get(family, {}))
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.validate()
+        assert all(layer.ffn.gate_bias for layer in checkpoint.spec.layers)
+        check(checkpoint, model)
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_one_of_the_feed_forward_biases_is_refused(name: str, tmp_path: Path) -> None:
+    path = tiny_gguf("llama", tmp_path / "x.gguf", extra={f"blk.1.ffn_{name}.bias": np.ones(72, np.float32)})[1]
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"ffn_\w+.bias (is missing|has)"),
+    ):
+        checkpoint.validate()
 
 
 def test_biases_beside_an_output_gate_are_refused(tmp_path: Path) -> None:

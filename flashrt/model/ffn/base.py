@@ -53,7 +53,7 @@ class FfnBlock(ABC):
         self.work, self.i = work, i
         self.weights, self.ffn = work.weights, work.spec.layers[i].ffn
         self.bias: Tensor | None = self.weights.vector(f"{i}.up.bias") if self.ffn.bias else None
-        self.gate_bias = self.weights.vector(f"{i}.gate.bias") if self.ffn.bias and self.ffn.gated else None
+        self.gate_bias = self.weights.vector(f"{i}.gate.bias") if self.ffn.gate_bias else None
         self.down_bias = self.weights.vector(f"{i}.down.bias") if self.ffn.bias else None
 
     @property
