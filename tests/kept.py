@@ -85,6 +85,7 @@ CASES = {
     "gpt_oss": Case("gpt_oss", _GPT_OSS, {"hidden_size": 160, "intermediate_size": 192, "swiglu_limit": 7.0, **_HEADS}),
     "k": Case("qwen2", _K, {"hidden_size": 256, "intermediate_size": 1792, **_HEADS}),
     "plain": Case("llama", _PLAIN, {"hidden_size": 160, "head_dim": 20, "intermediate_size": 1088, **_HEADS}),
+    "biases": Case("llama-bias", _PLAIN, {"hidden_size": 96, "head_dim": 24, "intermediate_size": 1088, **_HEADS}),
     "experts": Case("mixtral", _EXPERTS, {"hidden_size": 96, "head_dim": 24, "intermediate_size": 384, **_HEADS}),
     "single": Case("gemma3", _NARROW, {"hidden_size": 96, "intermediate_size": 250, "head_dim": 24, **_HEADS}),
 }

@@ -103,7 +103,7 @@ def test_what_is_kept_of_which(case):
         assert (kept.neurons["0.ffn"].up, kept.neurons["0.ffn"].down) == (Codec.IQ4_XS, Codec.Q6_K)
         assert all(layout.tensors[f"{i}.ffn"].group == 256 for i in range(3))
         assert packed.manifest.weights == "q4_k/q5_k/q6_k/iq4_xs"
-    elif name == "plain":
+    elif name in ("plain", "biases"):
         assert kept.requantized == {"1.k": "F16"}
         assert layout.tensors["0.ffn"].group == 64  # 1088 neurons are no multiple of 128
     elif name == "gpt_oss":
