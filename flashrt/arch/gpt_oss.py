@@ -16,6 +16,13 @@ from flashrt.spec import Layer, ModelSpec
 from flashrt_kernels.activations import clamped_swiglu
 
 _EXPERTS = "mlp.experts."
+
+
+def _stacks(end: str, transposed: bool) -> FfnNames:
+    fused, down = (f"{_EXPERTS}{name}{end}" for name in ("gate_up_proj", "down_proj"))
+    return FfnNames(fused, fused, down, stacked=True, fused=True, interleaved=True, transposed=transposed)
+
+
 NAMES = replace(
     HF_DECODER,
     layer={
@@ -27,25 +34,7 @@ NAMES = replace(
         "up.bias": (_EXPERTS + "gate_up_proj_bias",),
         "down.bias": (_EXPERTS + "down_proj_bias",),
     },
-    experts=(
-        FfnNames(  # of MXFP4, as published
-            _EXPERTS + "gate_up_proj_blocks",
-            _EXPERTS + "gate_up_proj_blocks",
-            _EXPERTS + "down_proj_blocks",
-            stacked=True,
-            fused=True,
-            interleaved=True,
-        ),
-        FfnNames(
-            _EXPERTS + "gate_up_proj",
-            _EXPERTS + "gate_up_proj",
-            _EXPERTS + "down_proj",
-            stacked=True,
-            fused=True,
-            interleaved=True,
-            transposed=True,
-        ),
-    ),
+    experts=(_stacks("_blocks", False), _stacks("", True)),  # of MXFP4, as published, and plain ones
     interleaved_biases=True,
 )
 GGUF = replace(
