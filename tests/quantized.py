@@ -47,8 +47,6 @@ def quantized_checkpoint(
     own: Format | Callable[[str], Format],
     root: Path,
     family: str = "llama",
-    *,
-    only: Callable[[str], bool] = is_linear,
     **shape: Any,
 ) -> tuple[Path, Path]:
     """(a checkpoint whose linear weights are quantized, the plain one that it means); `own` may depend on a name."""

@@ -10,8 +10,10 @@ from pathlib import Path
 from flashrt.checkpoints.cache import PACKS, lock_file
 from flashrt.errors import DiskError, PackError, UsageError
 from flashrt.storage.lock import lock
-from flashrt.storage.manifest import MANIFEST_FILE, Manifest
+from flashrt.storage.manifest import Manifest
 from flashrt.storage.pack import is_pack, read_manifest
+
+REMOVED = ".removed"  # ends the name of what is being deleted
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,11 @@ class ShelvedPack:
 
 def shelved_packs(cache: Path) -> list[ShelvedPack]:
     """All packs in the cache, unfinished and damaged ones included, by name. Raises DiskError."""
+    folder = cache / PACKS
     try:
-        folders = sorted(path for path in (cache / PACKS).iterdir() if path.is_dir())
-        return [_shelved(path) for path in folders]
-    except FileNotFoundError:
-        return []
+        return [_shelved(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.exists() else []
     except OSError as error:
-        raise DiskError(f"{error.filename or cache / PACKS} cannot be read: {error.strerror}") from None
+        raise DiskError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
 
 
 def named(packs: Sequence[ShelvedPack], name: str) -> ShelvedPack:
@@ -54,30 +54,44 @@ def named(packs: Sequence[ShelvedPack], name: str) -> ShelvedPack:
 
 
 def remove(pack: ShelvedPack) -> None:
-    """Delete a pack. Killed on the way, it leaves one that is not finished.
+    """Delete a pack; of a link to one, the link. Killed on the way, it leaves what is called so, to be removed again.
 
     Raises UsageError while a process makes it, DiskError where it cannot be deleted.
     """
-    held = lock_file(pack.path)
+    held, doomed = lock_file(pack.path), pack.path.with_name(pack.name.removesuffix(REMOVED) + REMOVED)
     try:
         with lock(held, busy=f"{pack.name} is being packed by another process"):
-            (pack.path / MANIFEST_FILE).unlink(missing_ok=True)
-            shutil.rmtree(pack.path)
+            if pack.path.is_symlink():
+                pack.path.unlink()
+            else:
+                if doomed != pack.path and doomed.exists():
+                    shutil.rmtree(doomed)
+                pack.path.rename(doomed)  # at once: what is left of a pack would stand in the way of another
+                shutil.rmtree(doomed)
             held.unlink()
     except OSError as error:
-        raise DiskError(f"{error.filename or pack.path} cannot be deleted: {error.strerror}") from None
+        raise DiskError(f"{error.filename or pack.path} cannot be deleted: {error.strerror or error}") from None
 
 
 def _shelved(path: Path) -> ShelvedPack:
     manifest: Manifest | None = None
     problem: str | None = "unfinished: run it again, and it goes on"
-    if is_pack(path):
+    if path.name.endswith(REMOVED):
+        problem = "removed in part: remove it again"
+    elif is_pack(path):
         try:
             manifest, problem = read_manifest(path), None
         except PackError as error:
             problem = str(error)
-    nbytes = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
-    return ShelvedPack(path, nbytes, manifest, problem)
+    return ShelvedPack(path, sum(map(_taken, path.rglob("*"))), manifest, problem)
+
+
+def _taken(file: Path) -> int:
+    """Bytes on disk; 0 for what has gone by now, as temporary files of a process that packs do."""
+    try:
+        return file.stat().st_blocks * 512 if file.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _names_of(pack: ShelvedPack) -> set[str]:

@@ -11,9 +11,9 @@ from flashrt.storage.kept import Kept
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.packer import CHUNK_WEIGHTS, Encoder, RowEncoder, WeightSource
 from flashrt_kernels.rows import KEPT, MATRIX_ROWS, Codec, NeuronCodecs, row_bytes
+from flashrt_kernels.stored import LARGEST_EXPONENT
 
 Array = np.ndarray
-LARGEST_EXPONENT = 252  # of MXFP4: its largest weights are finite up to here
 
 
 class StoredWeights(WeightSource, Protocol):

@@ -17,6 +17,7 @@ class Stored:
     nbytes: int
 
 
+LARGEST_EXPONENT = 252  # of a block of MXFP4 whose weights are all finite
 STORED = {
     "F32": Stored(0, 1, 4),
     "F16": Stored(1, 1, 2),

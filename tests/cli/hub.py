@@ -15,7 +15,7 @@ class Hub:
     """Serves the directories below `root` as org/name. `sent` are the bytes of each file that were asked for."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.sent, self.ranges = root, dict[str, int](), True
+        self.root, self.sent, self.ranges, self.lists = root, dict[str, int](), True, True
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
 
     @property
@@ -28,7 +28,9 @@ class Hub:
                 pass
 
             def do_GET(self) -> None:
-                if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)", self.path):
+                if not hub.lists and self.path.startswith("/api"):
+                    self.answer(503, b"", {})
+                elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)", self.path):
                     files = [str(p.relative_to(hub.root / found[1])) for p in (hub.root / found[1]).rglob("*.*")]
                     body = {"id": found[1], "siblings": [{"rfilename": name} for name in sorted(files)]}
                     self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -42,6 +44,8 @@ class Hub:
                 if asked is None or not hub.ranges:
                     part, status, headers = data, 200, dict[str, str]()
                 else:
+                    if not data:
+                        return self.answer(416, b"", {"Content-Range": "bytes */0"})
                     start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
                     part, status = data[start:stop], 206
                     headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}

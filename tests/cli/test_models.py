@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from flashrt.checkpoints.shelf import named, remove, shelved_packs
 from flashrt.errors import UsageError
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE
+from flashrt.storage.pack import is_pack
 from flashrt.storage.packer import JOB_FILE
 from tests.cli.conftest import Cli, check_failure
 from tests.families import tiny_checkpoint
@@ -84,10 +87,60 @@ def test_a_pack_that_is_being_made_stays(cache: Path) -> None:
     assert pack.name in names(cache)
 
 
-def test_what_is_left_of_a_removal_is_removed(cache: Path) -> None:
-    pack = shelved_packs(cache)[0]
-    (pack.path / MANIFEST_FILE).unlink()
-    left = named(shelved_packs(cache), pack.name)
-    assert left.manifest is None
-    remove(left)
-    assert pack.name not in names(cache)
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_removal_that_is_killed_stands_in_nobodys_way(
+    cli: Cli, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    """The model is packed again, and what is left is removed, by its name or with the next pack of the model."""
+    pack = next(pack for pack in shelved_packs(cache) if pack.manifest and pack.manifest.name == "tiny-qwen2")
+
+    def killed(path: Path) -> None:
+        if gone:
+            (path / MANIFEST_FILE).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(pack)
+    monkeypatch.undo()
+    (left,) = (pack for pack in shelved_packs(cache) if pack.problem)
+    assert (left.name, left.problem) == (f"{pack.name}.removed", "removed in part: remove it again")
+    again = cached_pack(str(tmp_path / "tiny-qwen2"), "int8", cache, lambda *_: None)
+    assert again == pack.path
+    before = names(cache)
+    remove(left if gone else pack)
+    assert names(cache) == [name for name in before if name not in ({left.name} if gone else {left.name, pack.name})]
+
+
+def test_a_link_is_removed_and_not_what_it_names(cache: Path, tmp_path: Path) -> None:
+    (cache / PACKS / names(cache)[0]).rename(tmp_path / "elsewhere")
+    (cache / PACKS / "link").symlink_to(tmp_path / "elsewhere")
+    remove(named(shelved_packs(cache), "link"))
+    assert "link" not in names(cache)
+    assert is_pack(tmp_path / "elsewhere")
+
+
+def test_files_that_go_meanwhile_count_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, is_file = names(cache), Path.is_file
+
+    def gone(path: Path) -> bool:
+        found = is_file(path)
+        if path.suffix == ".safetensors":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", gone)
+    assert [pack.name for pack in shelved_packs(cache)] == expected
+
+
+def test_a_lock_that_was_deleted_is_none(tmp_path: Path) -> None:
+    """Who waited for it takes the file that lies there now."""
+    held, taken = lock(tmp_path / "lock"), []
+    thread = threading.Thread(target=lambda: taken.append(lock(tmp_path / "lock")))
+    thread.start()
+    (tmp_path / "lock").unlink()
+    held.close()
+    thread.join()
+    with pytest.raises(UsageError, match="busy"):
+        lock(tmp_path / "lock", busy="busy")
+    taken[0].close()

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from flashrt.errors import CheckpointError
 from flashrt.storage.sources import open_checkpoint, preview
 from tests.cli.conftest import Cli, check_failure
 from tests.cli.hub import Hub, serving
@@ -18,7 +20,7 @@ from tests.kept import CASES
 from tests.quantized import FORMATS, quantized_checkpoint
 
 WIDE: dict[str, Any] = {"vocab_size": 131, "hidden_size": 96, "intermediate_size": 16384, "head_dim": 16}
-CASE_NAMES = ("llama", "sharded", "gguf", "rope", "int4", "gptq", "fp8")
+CASE_NAMES = ("llama", "tied", "sharded", "gguf", "rope", "int4", "gptq", "fp8")
 
 
 @pytest.fixture
@@ -35,6 +37,12 @@ def repository(root: Path, case: str) -> tuple[str, Path]:
     path.parent.mkdir(parents=True)
     if case == "llama":
         return "org/llama", tiny_checkpoint("llama", path, dtype=torch.bfloat16, **WIDE)[1]
+    if case == "tied":  # and the head is stored all the same
+        tiny_checkpoint("llama", path, dtype=torch.bfloat16, tie_word_embeddings=True, **WIDE)
+        tensors = load_file(path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, path / "model.safetensors")
+        return "org/tied", path
     if case == "sharded":
         model, _ = tiny_checkpoint("llama", path, **WIDE)
         (path / "model.safetensors").unlink()
@@ -126,3 +134,43 @@ def test_a_hub_without_ranges(cli: Cli, hub: Hub, tmp_path: Path) -> None:
     name, _ = repository(hub.root, "llama")
     found = cli("plan", name, "--budget-gb", 1, "--cache-dir", tmp_path, "--json")
     assert found.returncode == 0, found.stderr
+
+
+def test_an_empty_file_has_no_ranges(cli: Cli, hub: Hub, tmp_path: Path) -> None:
+    name, checkpoint = repository(hub.root, "llama")
+    (checkpoint / "chat_template.jinja").write_text("")
+    found = cli("plan", name, "--budget-gb", 1, "--cache-dir", tmp_path)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("file", ["../../model-evil.safetensors", "/tmp/model-evil.safetensors"])
+def test_names_that_leave_a_repository_are_refused(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview, "PATTERNS", ("*",))
+    monkeypatch.setattr(preview, "listing", lambda _: ["model.safetensors", file])
+    monkeypatch.setattr(preview, "_fetch", lambda *_: 0)
+    with pytest.raises(CheckpointError, match=r"no place in a repository"):
+        preview.open_preview("org/name", tmp_path / "a" / "b")
+
+
+def test_nothing_is_downloaded_where_the_hub_does_not_answer(cli: Cli, hub: Hub, tmp_path: Path) -> None:
+    name, _ = repository(hub.root, "llama")
+    hub.lists = False
+    check_failure(cli("plan", name, "--budget-gb", 1, "--cache-dir", tmp_path), 1, "is not in the local cache")
+    assert not hub.sent
+
+
+@pytest.mark.parametrize("data", [b"GGUX" + bytes(99), b"GGUF" + (1).to_bytes(4, "little") + bytes(99)])
+def test_a_file_of_another_format_is_refused_at_once(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def read(_: str, file: str, start: int, stop: int) -> tuple[bytes, int]:
+        asked.append(stop)
+        return data[start:stop], 1 << 33
+
+    monkeypatch.setattr(preview, "_read", read)
+    monkeypatch.setattr(preview, "listing", lambda _: ["model.gguf"])
+    with pytest.raises(CheckpointError):
+        preview.open_preview("org/name", tmp_path)
+    assert asked == [preview.FIRST_BYTES]

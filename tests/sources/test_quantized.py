@@ -235,14 +235,15 @@ def test_what_is_refused_by_name(name: str, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_what_an_order_may_not_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [9, (1 << 31) - 1])
+def test_what_an_order_may_not_say(group: int, tmp_path: Path) -> None:
     for own, leaf, message in (
-        ("gptq-order", "g_idx", r"g_idx says groups 0 to 9, expected 0 to 3"),
+        ("gptq-order", "g_idx", rf"g_idx says groups 0 to {group}, expected 0 to 3"),
         ("int4-order", "weight_g_idx", r"weight_g_idx does not say 4 groups of 24 columns"),
     ):
         path, _ = quantized_checkpoint(FORMATS[own], tmp_path / own, num_hidden_layers=1, **BLOCKS)
         order = load_file(path / MODEL)[f"{Q0}.{leaf}"].clone()
-        order[5] = 9
+        order[5] = group
         with changed(path, {f"{Q0}.{leaf}": order}), pytest.raises(CheckpointError, match=message):
             open_checkpoint(path)
 

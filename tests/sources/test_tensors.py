@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from flashrt.storage.sources import open_checkpoint, tensors
 from flashrt.storage.sources.decoding import Codec
 from flashrt.storage.sources.gguf_header import gguf_codec
+from flashrt.storage.sources.safetensors_header import read_header
 from flashrt.storage.sources.stored import PLAIN_CODECS, stored_tensor
 from flashrt.storage.sources.tensors import TensorReader
 from tests.families import tiny_gguf
@@ -80,3 +83,26 @@ def test_what_is_kept_is_bounded(room: int, tmp_path: Path, monkeypatch: pytest.
             for expert in range(5):
                 checkpoint.neuron_rows(f"{layer}.ffn", expert, 0, 3)
         assert [stripe.raw.nbytes for stripe in checkpoint.reader._stripes] == [size] * room
+
+
+@pytest.mark.parametrize("share", [0.3, 0.52, 0.9])  # of what is kept, that each of two matrices takes
+def test_matrices_whose_columns_are_read_in_turn_are_read_once(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gate and up of GPTQ and AWQ are, whose rows are columns of what is stored."""
+    rows, columns = 64, 512
+    save_file({name: np.ones((rows, columns), np.float32) for name in "ab"}, tmp_path / "m.safetensors")
+    kept = int(rows * columns * 4 / share)
+    monkeypatch.setattr(tensors, "STRIPE_BYTES", kept * tensors.STRIPE_BYTES // tensors.CACHE_BYTES)
+    monkeypatch.setattr(tensors, "CACHE_BYTES", kept)
+    read: list[int] = []
+    plain = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, parts, at: read.append(sum(map(len, parts))) or plain(file, parts, at)
+    )
+    reader = TensorReader(read_header(tmp_path / "m.safetensors")[0])
+    for start in range(0, columns, 8):
+        for name in "ab":
+            reader.columns(name, start, start + 8)
+    reader.close()
+    assert 0 < sum(read) <= 1.05 * 2 * rows * columns * 4

@@ -143,7 +143,7 @@ class Checkpoint:
     def _parts_of(self, layer: int | None) -> Iterator[tuple[str, tuple[Part | None, ...]]]:
         prefix, spec = "" if layer is None else f"{layer}.", self.spec
         matrices = spec.shared_matrices() if layer is None else spec.layer_matrices(layer)
-        vectors = (name for name in spec.vectors() if name.startswith(prefix or "norm."))
+        vectors = (name for name in self._vector_lengths if name.startswith(prefix or "norm."))
         for key in (*matrices, *vectors):
             yield key, self.names.parts(key)
         if layer is not None:

@@ -40,6 +40,10 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11:
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
+class TruncatedError(CheckpointError):
+    """The file ends within its header."""
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """metadata: Python's own scalars, arrays of strings as lists, those of numbers and booleans as `array.array`."""
@@ -77,7 +81,7 @@ class _Cursor:
         self.hash.update(fresh)
         self.buffer, self.position = self.buffer[self.position :] + fresh, 0
         if len(self.buffer) < count:
-            raise CheckpointError(f"{self.path} is truncated within its header")
+            raise TruncatedError(f"{self.path} is truncated within its header")
 
     @property
     def offset(self) -> int:

@@ -83,7 +83,12 @@ def listing(repository: str) -> list[str] | None:
         return None
 
 
-def _download(name: str, patterns: tuple[str, ...], cache: Path | None, out: Path | None) -> Path:
+def downloaded(repository: str) -> Path:
+    """Where a repository lies that was downloaded before. Raises CheckpointError where none is."""
+    return _download(repository, PATTERNS, None, None, local=True)
+
+
+def _download(name: str, patterns: tuple[str, ...], cache: Path | None, out: Path | None, local: bool = False) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -93,7 +98,10 @@ def _download(name: str, patterns: tuple[str, ...], cache: Path | None, out: Pat
     from huggingface_hub import errors
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), cache_dir=cache, local_dir=out))
+        found = snapshot_download(
+            name, allow_patterns=list(patterns), cache_dir=cache, local_dir=out, local_files_only=local
+        )
+        return Path(found)
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in (hf auth login)") from error
     except errors.RepositoryNotFoundError as error:

@@ -53,7 +53,8 @@ def open_directory(
     quantization = _quantization(config, model)
     tensors = model_tensors(quantization, stored, headers_only=headers_only)
     reader = TensorReader(tensors)
-    spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
+    if not headers_only:
+        spec = _with_stored_head(spec, family.tensors(spec, tensors.__contains__), reader)
     return Checkpoint(
         spec=spec,
         name=name or directory.resolve().name,

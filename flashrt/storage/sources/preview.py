@@ -19,13 +19,14 @@ from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import MAX_TOKENIZER
 from flashrt.storage.sources.gguf import open_gguf
 from flashrt.storage.sources.gguf_header import MAX_HEADER as MAX_GGUF_HEADER
-from flashrt.storage.sources.gguf_header import GgufHeader, read_gguf_header
-from flashrt.storage.sources.hub import PATTERNS, TIMEOUT_S, listing, meant
+from flashrt.storage.sources.gguf_header import GgufHeader, TruncatedError, read_gguf_header
+from flashrt.storage.sources.hub import PATTERNS, TIMEOUT_S, downloaded, listing, meant
 from flashrt.storage.sources.huggingface import open_directory
 from flashrt.storage.sources.safetensors_header import MAX_HEADER
+from flashrt_kernels.limits import WIDEST_HEAD
 
 FIRST_BYTES = 1 << 20  # of a file of weights: most headers are shorter
-_NO_ENTRY = (401, 403)
+_NO_ENTRY, _NOTHING_THERE = (401, 403), 416
 
 Progress = Callable[[int, int], None]  # files done, files in all
 
@@ -39,19 +40,23 @@ class Preview:
 
 
 def open_preview(name: str, out: Path, progress: Progress = lambda *_: None) -> Preview | None:
-    """Preview `org/name` or `org/name:Q4_K_M` in the directory `out`; None when the hub cannot be asked.
+    """Preview `org/name` or `org/name:Q4_K_M` in the directory `out`; None when the hub cannot be asked, and what was
+    downloaded before is there.
 
-    Raises CheckpointError where it does not hold what is needed.
+    Raises CheckpointError where it does not hold what is needed, or nothing is there.
     """
     repository, tag = repository_of(name)
     files = listing(repository)
     if files is None:
+        downloaded(repository)
         return None
     gguf = meant(files, tag, name)
     wanted = part_names(gguf) if gguf else [f for f in files if any(fnmatch.fnmatchcase(f, p) for p in PATTERNS)]
     total = 0
     for done, file in enumerate(wanted):
         progress(done, len(wanted))
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{repository} holds a file called {file!r}, which is no place in a repository")
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         total += _fetch(repository, file, out / file)
     title, source = repository.split("/")[1], f"Hugging Face hub {name}"
@@ -84,6 +89,8 @@ def _fetch_gguf(repository: str, file: str, path: Path) -> int:
     _write(path, data, size)
     with path.open("r+b") as handle:
         for tensor in (header.tensors[name] for name in ROPE_FACTORS if name in header.tensors):
+            if tensor.nbytes > 8 * WIDEST_HEAD:
+                continue  # which is refused by its shape
             handle.seek(tensor.offset)
             handle.write(_read(repository, file, tensor.offset, tensor.offset + tensor.nbytes)[0])
     return size
@@ -94,7 +101,7 @@ def _parsed(path: Path, data: bytes, size: int) -> GgufHeader | None:
     path.write_bytes(data)
     try:
         return read_gguf_header(path, size)
-    except CheckpointError:
+    except TruncatedError:
         if len(data) >= min(size, MAX_GGUF_HEADER):
             raise
         return None
@@ -120,6 +127,8 @@ def _read(repository: str, file: str, start: int, stop: int) -> tuple[bytes, int
         with stream as answer:
             if answer.status_code in _NO_ENTRY:
                 raise CheckpointError(f"{repository} is gated: accept its terms on the hub and log in (hf auth login)")
+            if answer.status_code == _NOTHING_THERE and start == 0:  # an empty file has no ranges
+                return b"", 0
             answer.raise_for_status()
             whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
             if not whole and start:

@@ -16,7 +16,7 @@ from flashrt.storage.sources.stored import StoredTensor
 
 COMPARED_NUMBERS = 4 << 20  # at a time
 CACHE_BYTES = 256 << 20  # of matrices whose columns are read: so much of them is kept, as stored
-STRIPE_BYTES = 192 << 20  # of one of them: the scales of a quantized one are kept beside its codes
+STRIPE_BYTES = 96 << 20  # of one of them: two that are read in turn, as gate and up, are kept with their scales
 AHEAD_BYTES = 16 << 20  # that the system is asked to read behind what was read
 
 Tensor = StoredTensor | QuantizedTensor

@@ -27,11 +27,20 @@ from flashrt.storage.sources.quantized.small_floats import scale_numbers
 from flashrt.storage.sources.quantized.weights import Read, Region
 from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor
 
-_READ = ("quant_method", "bits", "w_bit", "group_size", "q_group_size", "version", "format", "modules_to_not_convert")
+_READ = (
+    "quant_method",
+    "bits",
+    "w_bit",
+    "group_size",
+    "q_group_size",
+    "version",
+    "format",
+    "backend",
+    "modules_to_not_convert",
+)
 _HARMLESS = (  # how weights were quantized, and by which kernels they are to be run; the tensors say what they are
     "zero_point",
     "sym",
-    "backend",
     "do_fuse",
     "fuse_max_seq_len",
     "modules_to_fuse",
@@ -70,8 +79,8 @@ class AwqLayout:
         return self.codes_in, self.zeros_in, self.scales_in
 
     @property
-    def half_scales(self) -> bool:
-        return self.scales_in.dtype == "F16"
+    def scales_dtype(self) -> str:
+        return self.scales_in.dtype
 
     @property
     def says_symmetric(self) -> bool:

@@ -48,8 +48,8 @@ class CompressedLayout:
     members: tuple[StoredTensor, ...]
 
     @property
-    def half_scales(self) -> bool:
-        return self.scales_in.dtype == "F16"
+    def scales_dtype(self) -> str:
+        return self.scales_in.dtype
 
     @property
     def says_symmetric(self) -> bool:
@@ -61,7 +61,7 @@ class CompressedLayout:
             if says.tolist() != list(self.shape):
                 raise CheckpointError(f"tensor {self.shape_in.name} says {says.tolist()}, expected {list(self.shape)}")
         order, groups = self.order(read), -(-self.shape[1] // self.group)
-        if order is not None and np.bincount(order.clip(0), minlength=groups).tolist() != [self.group] * groups:
+        if order is not None and np.bincount(order.clip(0, groups), minlength=groups).tolist() != [self.group] * groups:
             assert self.order_in is not None
             raise CheckpointError(f"tensor {self.order_in.name} does not say {groups} groups of {self.group} columns")
 

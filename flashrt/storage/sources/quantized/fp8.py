@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError
 from flashrt.storage.sources.quantized.members import Tensors, found
 from flashrt.storage.sources.quantized.module_names import Exempt
-from flashrt.storage.sources.quantized.options import options, strings
+from flashrt.storage.sources.quantized.options import block_size, options, strings
 from flashrt.storage.sources.quantized.scaled import ScaledFloats, scaled_floats
 from flashrt.storage.sources.stored import StoredTensor
 
@@ -29,7 +28,7 @@ def fp8_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[ScaledFlo
     config = options(data, "fp8", _READ, _HARMLESS)
     config.refuse("fmt", "e4m3")
     config.refuse("expert_dtype", "fp8")
-    block = _block(config)
+    block = block_size(config, "weight_block_size", config.data.get("weight_block_size", _BLOCK))
     exempt = Exempt(strings(config, "modules_to_not_convert") or strings(config, "ignored_layers"))
     for tensor in tensors.values():
         if tensor.dtype == "F8_E4M3" and len(tensor.shape) > 1:
@@ -38,17 +37,6 @@ def fp8_weights(data: Mapping[str, Any], tensors: Tensors) -> Iterator[ScaledFlo
             scales = _scales(tensors, tensor.name)
             whole = scales.shape in ((), (1,))
             yield scaled_floats(tensor, scales, None if whole else block, found(tensors, module, *_ACTIVATIONS))
-
-
-def _block(config: Config) -> tuple[int, int] | None:
-    size = config.data.get("weight_block_size", _BLOCK)
-    if size is None:
-        return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-        raise CheckpointError(
-            f"fp8 quantization config: weight_block_size is {size!r:.80}, expected two positive numbers"
-        )
-    return size[0], size[1]
 
 
 def _scales(tensors: Tensors, name: str) -> StoredTensor:

@@ -107,8 +107,8 @@ class GptqLayout:
         return f"GPTQ int{self.bits} {by_groups(self.group, self.shape[1])}"
 
     @property
-    def half_scales(self) -> bool:
-        return self.scales_in.dtype == "F16"
+    def scales_dtype(self) -> str:
+        return self.scales_in.dtype
 
     def check(self, read: Read) -> None:
         if self.order_in is not None:

@@ -38,8 +38,8 @@ class Layout(Protocol):
         """Columns that share a scale and a zero point, unless there is an order."""
 
     @property
-    def half_scales(self) -> bool:
-        """Whether scales are stored as float16."""
+    def scales_dtype(self) -> str:
+        """What scales are stored as."""
 
     @property
     def says_symmetric(self) -> bool:
@@ -99,7 +99,8 @@ class IntegerWeights:
         layout, columns = self.layout, self.layout.shape[1]
         fits = columns % BLOCK == 0 == layout.group % BLOCK
         if read is None:
-            return _KEPT[layout.bits] if fits and layout.says_symmetric else None
+            likely = fits and layout.says_symmetric and layout.scales_dtype != "F32"  # of which float16 holds few
+            return _KEPT[layout.bits] if likely else None
         layout.check(read)
         return _KEPT[layout.bits] if fits and self._is_symmetric(read) else None
 
@@ -112,7 +113,7 @@ class IntegerWeights:
         zeros = layout.zeros(read, *every)
         if zeros is not None and (zeros != _MIDDLE[layout.bits]).any():
             return False
-        return layout.half_scales or _fit_half(layout.scales(read, *every))
+        return layout.scales_dtype == "F16" or _fit_half(layout.scales(read, *every))
 
     def blocks(self, read: Read, region: Region) -> Raw:
         layout, (start, stop) = self.layout, region.columns

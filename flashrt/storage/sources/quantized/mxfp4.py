@@ -21,8 +21,8 @@ from flashrt.storage.sources.quantized.nibbles import BLOCK, gguf_nibbles
 from flashrt.storage.sources.quantized.options import options, strings
 from flashrt.storage.sources.quantized.weights import Read, Region
 from flashrt.storage.sources.stored import StoredTensor
+from flashrt_kernels.stored import LARGEST_EXPONENT
 
-LARGEST_EXPONENT = 252  # of a block whose weights are finite
 _READ = ("quant_method", "modules_to_not_convert")
 _HARMLESS = ("dequantize",)
 _CODES, _SCALES = "_blocks", "_scales"

@@ -28,6 +28,15 @@ def strings(config: Config, key: str) -> list[str]:
     return value
 
 
+def block_size(config: Config, key: str, size: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block, from a list of both; None for None."""
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in size):
+        raise CheckpointError(f"{config.family} config: {key} is {size!r:.80}, expected two positive numbers")
+    return size[0], size[1]
+
+
 def group_size(config: Config, key: str = "group_size", default: int | None = None) -> int | None:
     """A number of columns; None for -1, where a group is a whole row."""
     if config.data.get(key, default) == -1:

@@ -12,7 +12,7 @@ from typing import Any
 from flashrt.arch.config import Config
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.storage.sources.quantized.module_names import Targets
-from flashrt.storage.sources.quantized.options import group_size, options, strings
+from flashrt.storage.sources.quantized.options import block_size, group_size, options, strings
 
 WHAT = "compressed-tensors"
 _READ = ("quant_method", "config_groups", "format", "ignore", "quantization_status", "sparsity_config")
@@ -102,10 +102,6 @@ def _scheme(data: Mapping[str, Any], form: str, group: str) -> Scheme:
 
 def _block(config: Config) -> tuple[int, int] | None:
     size = config.data.get("block_structure")
-    if isinstance(size, str):
-        size = [int(n) if n.isdecimal() else 0 for n in size.split("x")]
-    if size is None:
-        return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-        raise CheckpointError(f"{config.family} config: block_structure is {size!r:.80}, expected two numbers")
-    return size[0], size[1]
+    if isinstance(size, str):  # as "128x128"
+        size = [int(n) if n.isdecimal() and len(n) < 10 else 0 for n in size.split("x")]
+    return block_size(config, "block_structure", size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashrt.errors import CheckpointError
 from flashrt.storage.sources.decoding import F32, Raw
 from flashrt.storage.sources.stored import PLAIN_CODECS, StoredTensor
 
@@ -34,6 +33,4 @@ def scale_numbers(tensor: StoredTensor, raw: Raw) -> F32:
     """Scales of a stored tensor, from uint8 [rows, bytes] to float32 [rows, columns]. Bytes are exponents (E8M0)."""
     if tensor.dtype in _TABLES:
         return _TABLES[tensor.dtype][raw]
-    if tensor.dtype not in PLAIN_CODECS:
-        raise CheckpointError(f"tensor {tensor.name} is stored as {tensor.dtype}, expected scales")
     return PLAIN_CODECS[tensor.dtype].decode(np.ascontiguousarray(raw))
