@@ -195,8 +195,10 @@ class Engine:
 
     def finish(self) -> None:
         """The current request is over."""
-        if self._prefixes is not None and self.sequence.length:
-            self._prefixes.save(self.sequence)
+        if self._prefixes is not None:
+            self.sequence.settle()
+            if self.sequence.length:
+                self._prefixes.save(self.sequence)
 
     def keep_sessions(self, folder: Path, limit: int) -> None:
         """From now on keep what requests compute in `folder`, `limit` bytes of it, and begin from what is there.
@@ -215,6 +217,7 @@ class Engine:
         """
         with self.turns.using(None):
             sessions = self._sessions
+            self.sequence.settle()
             if self.sequence.length == 0:
                 raise UsageError("there is nothing to save: generate something first")
             sessions.save(self.sequence, checked_path("the session", path), messages=messages)

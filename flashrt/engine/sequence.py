@@ -63,6 +63,10 @@ class Sequence:
         del self.tokens[kept:]
         return kept
 
+    def settle(self) -> None:
+        """Make all layers hold what `tokens` says, or less: a pass that was left half-way has moved some of them on."""
+        self.rewind(self.length)
+
     def restored(self, tokens: Items[int], top: int, marks: Items[int] = ()) -> None:
         """Take in tokens whose keys and values the stores were given, of a sequence that has had `top`.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flashrt.calibration.kv_pipeline import labelled_layers
 from flashrt.calibration.methods import method_for
 from flashrt.config import Sampling
 from flashrt.engine.engine import Engine
-from flashrt.errors import PackError, SessionError, UnsupportedModelError
+from flashrt.errors import DiskError, PackError, SessionError, UnsupportedModelError
 from flashrt.kv.recurrent import RecurrentStore
 from flashrt.model.decoder import Decoder
 from flashrt.rope import Rope
@@ -133,7 +133,7 @@ def test_older_keys_and_values_on_disk_give_the_same_text(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("call", [0, 1, 4, 7, 11])
-def test_a_prompt_that_is_interrupted_leaves_the_engine_usable(packed, monkeypatch, call):
+def test_a_prompt_that_is_interrupted_leaves_the_engine_usable(packed, tmp_path, monkeypatch, call):
     with engine_of(packed) as engine:
         expected = text_of(engine, [*PROMPT[:1200], *MORE], 10)
         text_of(engine, PROMPT[:1200], 10)
@@ -147,9 +147,38 @@ def test_a_prompt_that_is_interrupted_leaves_the_engine_usable(packed, monkeypat
 
         with monkeypatch.context() as patched:
             patched.setattr(RecurrentStore, "mix", interrupted)
-            with contextlib.suppress(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
                 text_of(engine, [*PROMPT[:1200], *MORE, 9], 10, reuse=True)
+        engine.save(tmp_path / "session")
         assert text_of(engine, [*PROMPT[:1200], *MORE], 10, reuse=True) == expected
+        engine.resume(tmp_path / "session")
+        assert text_of(engine, [*PROMPT[:1200], *MORE], 10, reuse=True) == expected
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), DiskError("no disk")])
+@pytest.mark.parametrize("call", [1, 3, 8, 14, 20])
+def test_a_prompt_that_fails_is_kept_as_far_as_all_layers_have_it(packed, tmp_path, monkeypatch, call, failure):
+    """Whatever it was that failed is what the caller sees."""
+    with engine_of(packed) as engine:
+        engine.keep_sessions(tmp_path / "kept", 1 << 30)
+        mix, calls = RecurrentStore.mix, []
+
+        def failing(*arguments):
+            calls.append(arguments)
+            mix(*arguments)
+            if len(calls) == call + 1:
+                raise failure
+
+        with monkeypatch.context() as patched, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            patched.setattr(RecurrentStore, "mix", failing)
+            with pytest.raises(type(failure)):
+                text_of(engine, PROMPT[:1500], 10, reuse=True)
+        found = text_of(engine, PROMPT[:1500], 10, reuse=True)
+    with engine_of(packed) as engine:
+        assert text_of(engine, PROMPT[:1500], 10) == found
+        engine.keep_sessions(tmp_path / "kept", 1 << 30)
+        assert text_of(engine, PROMPT[:1500], 10, reuse=True) == found
 
 
 def test_weights_of_a_file_are_kept(tmp_path):
