@@ -41,6 +41,7 @@ from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import LONGEST_ROW, MOST_TAPS, WIDEST_HEAD
 
 MAX_LAYERS = 4096
+MOST_EXPERTS = 1 << 14  # of a layer
 GATES = (".beta", ".decay")  # ends of the names of matrices that say what the state of a delta net keeps
 SCORES = ("softmax", "sigmoid")  # of a router's logits
 ROUTING = (".router", ".shared_gate")  # ends of the names of matrices that weigh experts
@@ -67,6 +68,11 @@ class Attention:
     qk_unit: bool = False  # queries and keys are divided by their root mean square, once rotated
     output_gate: bool = False  # what the heads give is multiplied by sigmoids of rows of their own
     sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
+
+    @property
+    def row_width(self) -> int:
+        """Numbers of a token that are projected, beside a gate."""
+        return self.qkv_rows
 
     @property
     def qkv_rows(self) -> int:
@@ -282,6 +288,7 @@ class ModelSpec:
     position_offset: int = 0  # row of the table that position 0 uses
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    longest: int = 0  # sequences beyond this are not what its layers say, however they are scaled; 0: no such bound
 
     def unsupported(self) -> str | None:
         """Why these shapes cannot be computed, as one clause; None when they can."""
@@ -332,6 +339,10 @@ class ModelSpec:
             )
         trained = min(rope.original_context or self.context for rope in ropes)
         context = int(scaling.factor * trained)
+        if self.longest and context > self.longest:
+            raise UsageError(
+                f"--rope-scaling {scaling}: of {self.family} no more than {self.longest} tokens are computed"
+            )
         if context > MAX_CONTEXT:
             raise UsageError(f"--rope-scaling {scaling} of {trained} tokens gives more than {MAX_CONTEXT}: lower it")
         layers = tuple(
@@ -471,7 +482,7 @@ class ModelSpec:
 
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
-    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap"),
+    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest"),
     Attention: (
         "qk_norm_whole",
         "softcap",
@@ -507,13 +518,12 @@ def mixer_json(mixer: Mixer) -> dict[str, Any]:
 
 
 def _mixer_from_json(layer: dict[str, Any]) -> Mixer:
-    """The mixer of a layer, which has one of _MIXERS beside "ffn"."""
-    if set(layer) == {"delta_net", "ffn"}:
-        return DeltaNet(**layer["delta_net"])
-    attention = dict(layer["attention"])
-    if attention["rope"] is not None:
-        attention["rope"] = Rope.from_json(attention["rope"])
-    return Attention(**attention)
+    """The mixer of a layer, which has one of _MIXERS beside "ffn". Raises ValueError and KeyError."""
+    (name,) = set(layer) - {"ffn"}
+    mixer = dict(layer[name])
+    if mixer.get("rope") is not None:
+        mixer["rope"] = Rope.from_json(mixer["rope"])
+    return {own: kind for kind, own in _MIXERS.items()}[name](**mixer)
 
 
 def _without_additions(part: ModelSpec | Mixer | Ffn) -> dict[str, Any]:

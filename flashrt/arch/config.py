@@ -23,19 +23,21 @@ _ACTIVATION_NAMES = {
 }
 
 
+_MOST = 1 << 31
+
+
 class Config:
     """The fields of one model's configuration; `family` is used in messages."""
 
     def __init__(self, data: Mapping[str, Any], family: str):
         self.data, self.family = data, family
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = 1 << 31) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = _MOST) -> int:
         value = self.data.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise CheckpointError(
-                f"{self.family} config: {key} is {value!r}, expected an integer of at least {minimum}"
-            )
+            most = "at least" if maximum == _MOST else f"at most {maximum} and at least"
+            raise CheckpointError(f"{self.family} config: {key} is {value!r}, expected an integer of {most} {minimum}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -257,3 +259,13 @@ def _longrope_attention_factor(rope: Config, factor: float, context: int) -> flo
     if rope.data.get("attention_factor") is not None:
         return rope.number("attention_factor")
     return math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 and context > 1 else 1.0
+
+
+def without_sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the rotary embedding of text alone: its time, height and width are the same."""
+    result = dict(config)
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(found := config.get(key), Mapping):
+            plain = {k: v for k, v in found.items() if k not in ("mrope_section", "mrope_interleaved")}
+            result[key] = {k: "default" if k in ("rope_type", "type") and v == "mrope" else v for k, v in plain.items()}
+    return result

@@ -11,7 +11,8 @@ NAMES = MIXTURE
 
 
 def spec(config: Config) -> ModelSpec:
-    bias, rope, window = config.flag("attention_bias"), config.rope(), config.optional("sliding_window")
+    bias, rope = config.flag("attention_bias"), config.rope()
+    window = config.optional("sliding_window") if "sliding_window" in config.data else 4096  # null: none
     first = layer_count(config) if window is None else config.integer("max_window_layers", 62, minimum=0)
     types = ["full_attention" if i < first else "sliding_attention" for i in range(layer_count(config))]
     ffns = dense_first(config, sigmoid_experts(config), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from flashrt.arch import (
     ministral3,
     mixture,
     olmo2,
-    olmoe,
     phi3,
     qwen2_moe,
     qwen3_5,
@@ -77,7 +77,7 @@ ARCHITECTURES = {
     "granite": _Architecture("granite", granite.gguf, granite.GGUF_KEYS),
     "granitemoe": _Architecture("granitemoe", granite.moe_gguf, granite.MOE_GGUF_KEYS),
     "gpt-oss": _Architecture("gpt_oss", gpt_oss.gguf),
-    "olmoe": _Architecture("olmoe", olmoe.gguf),
+    "olmoe": _Architecture("olmoe", mixture.gguf),
     "dots1": _Architecture("dots1", mixture.sigmoid_gguf, mixture.GGUF_ROUTER_KEYS),
     "ernie4_5-moe": _Architecture("ernie4_5_moe", ernie4_5_moe.gguf, ernie4_5_moe.GGUF_KEYS),
     "glm4moe": _Architecture("glm4_moe", glm4_moe.gguf, glm4_moe.GGUF_KEYS, partial=True),
@@ -294,6 +294,7 @@ def llama3_parameters(factors: Sequence[float], theta: float) -> dict[str, Any]:
 
     The factors are 1 for fast dimensions, `factor` for slow ones, and in between 1 / ((1 - s) / factor + s), where
     s = (context / wavelength - 1) / 3; Llama 3.x uses 1 and 4 throughout, so one value in between gives the context.
+    Llama 4 uses 1 and 1, so that there is none in between.
     """
     dims, factor = len(factors), max(factors)
     if all(abs(f - 1) < 1e-5 for f in factors):
@@ -303,20 +304,20 @@ def llama3_parameters(factors: Sequence[float], theta: float) -> dict[str, Any]:
         if 1.001 < value < factor * 0.999:
             smooth = (1 / value - 1 / factor) / (1 - 1 / factor)
             contexts.add(round((3 * smooth + 1) * 2 * math.pi * theta ** (i / dims)))
-    for context in sorted(contexts):
-        expected = [_llama3_factor(theta ** (-i / dims), factor, context) for i in range(dims)]
+    for high, context in itertools.product((4.0, 1.0), sorted(contexts)):
+        expected = [_llama3_factor(theta ** (-i / dims), factor, context, high) for i in range(dims)]
         if all(abs(a - b) <= 1e-4 * b for a, b in zip(factors, expected, strict=True)):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
                 "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
+                "high_freq_factor": high,
                 "original_max_position_embeddings": context,
             }
     raise UnsupportedModelError("GGUF with rope_freqs other than Llama 3.x's scaling is not supported")
 
 
-def _llama3_factor(frequency: float, factor: float, context: int) -> float:
+def _llama3_factor(frequency: float, factor: float, context: int, high: float) -> float:
     turns = context * frequency / (2 * math.pi)
-    smooth = min(max((turns - 1.0) / 3.0, 0.0), 1.0)
+    smooth = min(max((turns - 1.0) / (high - 1.0), 0.0), 1.0) if high > 1 else float(turns >= 1)
     return 1 / ((1 - smooth) / factor + smooth)

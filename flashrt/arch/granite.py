@@ -34,7 +34,7 @@ def spec(config: Config) -> ModelSpec:
 
 
 def moe_spec(config: Config) -> ModelSpec:
-    shared = config.integer("shared_intermediate_size", 1024, minimum=0) if config.family == "granitemoeshared" else 0
+    shared = config.integer("shared_intermediate_size", 0, minimum=0) if config.family == "granitemoeshared" else 0
     count = config.integer("num_local_experts", 8)
     return _spec(config, experts(config, count, "intermediate_size", normalize_router=True, shared=shared))
 

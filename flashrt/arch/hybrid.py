@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flashrt.arch.config import Config
+from flashrt.arch.config import Config, without_sections
 from flashrt.arch.decoder import attention, decoder_spec, layer_count
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import GGUF_NAMES, HF_DECODER
@@ -41,7 +41,7 @@ GGUF_HYBRID = replace(
 
 def hybrid_spec(config: Config, ffns: Sequence[Ffn]) -> ModelSpec:
     """The spec of a hybrid of which layers have the feed-forward blocks `ffns`."""
-    config = _without_sections(config)
+    config = Config(without_sections(config.data), config.family)
     config.refuse("attention_bias", False)
     config.refuse("attn_output_gate", True)
     config.refuse("output_gate_type", "swish", "silu")  # of delta nets
@@ -76,15 +76,6 @@ def _delta_net(config: Config) -> DeltaNet:
         taps=config.integer("linear_conv_kernel_dim", 4, maximum=1 << 14),
         tiled=config.flag("tiled_value_heads"),
     )
-
-
-def _without_sections(config: Config) -> Config:
-    """Of text alone, positions in time, height and width are the same number: it does not matter which rotates what."""
-    data = dict(config.data)
-    for key in ("rope_parameters", "rope_scaling"):
-        if found := config.object(key):
-            data[key] = {k: v for k, v in found.items() if k not in ("mrope_section", "mrope_interleaved")}
-    return Config(data, config.family)
 
 
 def gguf_hybrid(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:

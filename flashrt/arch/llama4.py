@@ -11,31 +11,28 @@ from flashrt.arch.decoder import attention, decoder_spec, layer_count
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import experts
 from flashrt.arch.mixture import gguf as experts_gguf
-from flashrt.arch.names import HF_DECODER, HF_LAYER, FfnNames
+from flashrt.arch.names import HF_DECODER, HF_LAYER, FfnNames, gated_names
 from flashrt.arch.smollm3 import rotates
-from flashrt.errors import CheckpointError
+from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import Ffn, Layer, ModelSpec
 
 _BLOCK = "feed_forward."
-
-
-def _names(prefix: str) -> FfnNames:
-    return FfnNames(prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight")
 
 
 _STACK = _BLOCK + "experts.gate_up_proj", _BLOCK + "experts.gate_up_proj", _BLOCK + "experts.down_proj"
 NAMES = replace(
     HF_DECODER,
     layer={**HF_LAYER, "router": (_BLOCK + "router.weight",)},
-    dense=(_names(_BLOCK),),
+    dense=(gated_names(_BLOCK),),
     experts=(FfnNames(*_STACK, stacked=True, fused=True, transposed=True),),
-    shared_expert=(_names(_BLOCK + "shared_expert."),),
+    shared_expert=(gated_names(_BLOCK + "shared_expert."),),
     permuted=True,
 )
 GGUF_KEYS = ("interleave_moe_layer_step",)
 
 
 def spec(config: Config) -> ModelSpec:
+    config = _as_read_today(config)
     bias, rotating = config.flag("attention_bias"), rotates(config)
     heads = attention(config, config.head_dim(128), config.rope(5e5), qkv_bias=bias, out_bias=bias)
     scaled = config.number("attn_scale", 0.1) if config.flag("attn_temperature_tuning", True) else 0.0
@@ -45,7 +42,16 @@ def spec(config: Config) -> ModelSpec:
     ffns = [_mixture(config) if sparse else _dense(config) for sparse in _sparse_layers(config)]
     layers = [Layer(near if rotated else far, ffn) for rotated, ffn in zip(rotating, ffns, strict=True)]
     model = decoder_spec(config, layers, context=131072, norm_eps=config.number("rms_norm_eps", 1e-5))
-    return replace(model, context=min(model.context, _chunk(config, model.context)))
+    chunk = _chunk(config, model.context)
+    return replace(model, context=chunk, longest=chunk) if chunk < model.context else model
+
+
+def _as_read_today(config: Config) -> Config:
+    """What published configurations say in ways of their own: an empty list for the usual one, a number for yes."""
+    tuned = config.data.get("attn_temperature_tuning")
+    own = {"no_rope_layers": config.data.get("no_rope_layers") or None}
+    own["attn_temperature_tuning"] = bool(tuned) if type(tuned) is int else tuned
+    return Config({**config.data, **own}, config.family)
 
 
 def _chunk(config: Config, context: int) -> int:
@@ -78,6 +84,8 @@ def _sparse_layers(config: Config) -> list[bool]:
 
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     count = fields.integer("expert_count")
+    if fields.integer("attention.sliding_window", 8192) == 0:
+        raise UnsupportedModelError("GGUF llama4 with attention.sliding_window=0 is not supported")
     return experts_gguf(config, fields) | {
         "num_local_experts": count,
         "intermediate_size": fields.integer("expert_feed_forward_length"),

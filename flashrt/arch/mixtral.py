@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import attention, decoder_spec, layer_count, windows
-from flashrt.arch.mixture import EXPERT_NAMES
+from flashrt.arch.mixture import EXPERT_NAMES, experts
 from flashrt.arch.names import HF_DECODER, HF_LAYER, FfnNames
-from flashrt.spec import Ffn, Layer, ModelSpec
+from flashrt.spec import Layer, ModelSpec
 
 _EXPERT = "block_sparse_moe.experts.{e}."
 _OLD = FfnNames(_EXPERT + "w1.weight", _EXPERT + "w3.weight", _EXPERT + "w2.weight")
@@ -22,14 +22,9 @@ NAMES = OLD_NAMES
 
 def spec(config: Config) -> ModelSpec:
     window = config.optional("sliding_window")
-    experts = config.integer("num_local_experts", config.data.get("num_experts") or 8)
-    ffn = Ffn(
-        config.integer("intermediate_size"),
-        config.activation("hidden_act", "silu"),
-        experts=experts,
-        experts_per_token=config.integer("num_experts_per_tok", 2, maximum=experts),
-        normalize_router=True,
-    )
+    config = Config({"num_experts_per_tok": 2, **config.data}, config.family)
+    count = config.integer("num_local_experts", config.data.get("num_experts") or 8)
+    ffn = experts(config, count, "intermediate_size", normalize_router=True)
     kind = "full_attention" if window is None else "sliding_attention"
     rope = config.rope(1e6)
     layers = [

@@ -9,22 +9,19 @@ from typing import Any
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import gated_ffn, layer_count
 from flashrt.arch.metadata import Metadata
-from flashrt.arch.names import HF_DECODER, HF_LAYER, FfnNames
-from flashrt.errors import UnsupportedModelError
-from flashrt.spec import Ffn
+from flashrt.arch.names import HF_DECODER, HF_LAYER, FfnNames, gated_names
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.spec import MOST_EXPERTS, Ffn
 
-_EXPERT = "mlp.experts.{e}."
 EXPERT_NAMES = (
-    FfnNames(_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", _EXPERT + "down_proj.weight"),
+    gated_names("mlp.experts.{e}."),
     FfnNames("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj", stacked=True, fused=True),
 )
-_SHARED = "mlp.shared_experts."
-SHARED_NAMES = (FfnNames(_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight", _SHARED + "down_proj.weight"),)
 MIXTURE = replace(
     HF_DECODER,
     layer={**HF_LAYER, "router.correction": ("mlp.gate.e_score_correction_bias",)},
     experts=EXPERT_NAMES,
-    shared_expert=SHARED_NAMES,
+    shared_expert=(gated_names("mlp.shared_experts."),),
 )
 """The naming of DeepSeek's mixtures, which others follow."""
 
@@ -35,6 +32,8 @@ _SIGMOID = 2  # expert_gating_func of llama.cpp
 
 def experts(config: Config, count: int, width: str = "moe_intermediate_size", **options: Any) -> Ffn:
     """A mixture of `count` experts, whose width is field `width`; `options` override or add fields."""
+    if count > MOST_EXPERTS:
+        raise CheckpointError(f"{config.family} config: {count} experts, expected at most {MOST_EXPERTS}")
     fields: dict[str, Any] = {
         "experts": count,
         "experts_per_token": config.integer("num_experts_per_tok", maximum=count),
@@ -92,4 +91,5 @@ def sigmoid_gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
         "norm_topk_prob": fields.flag("expert_weights_norm", False),
         "first_k_dense_replace": fields.integer("leading_dense_block_count", 0),
         "attention_bias": False,  # what there is says the file itself
+        "sliding_window": None,
     }

@@ -212,7 +212,14 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
     **{f"{part}.bias": (f"mlp.{part}_proj.bias",) for part in ("gate", "up", "down")},
 }
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
-HF_DENSE = FfnNames("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+
+
+def gated_names(prefix: str) -> FfnNames:
+    """Three projections as most families call them."""
+    return FfnNames(prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight")
+
+
+HF_DENSE = gated_names("mlp.")
 
 HF_FUSED = FfnNames("mlp.gate_up_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight", fused=True)
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import attention, decoder_spec, layer_count
-from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import MIXTURE, experts
-from flashrt.arch.mixture import gguf as experts_gguf
 from flashrt.spec import Layer, ModelSpec
 
 NAMES = MIXTURE
@@ -23,7 +18,3 @@ def spec(config: Config) -> ModelSpec:
     count = config.integer("num_experts", config.data.get("num_local_experts", 64))
     layers = [Layer(heads, experts(config, count, "intermediate_size"))] * layer_count(config)
     return decoder_spec(config, layers, context=4096, norm_eps=config.number("rms_norm_eps", 1e-5))
-
-
-def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
-    return experts_gguf(config, fields)

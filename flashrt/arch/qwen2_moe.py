@@ -11,16 +11,15 @@ from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, windows
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import experts
 from flashrt.arch.mixture import gguf as experts_gguf
-from flashrt.arch.names import HF_LAYER, FfnNames
+from flashrt.arch.names import HF_LAYER, gated_names
 from flashrt.arch.qwen3_moe import NAMES as QWEN3_MOE
 from flashrt.arch.qwen3_moe import sparse_layers
 from flashrt.spec import Layer, ModelSpec
 
-_SHARED = "mlp.shared_expert."
 NAMES = replace(
     QWEN3_MOE,
     layer={**HF_LAYER, "shared_gate": ("mlp.shared_expert_gate.weight",)},
-    shared_expert=(FfnNames(_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight", _SHARED + "down_proj.weight"),),
+    shared_expert=(gated_names("mlp.shared_expert."),),
 )
 
 
@@ -32,10 +31,11 @@ def spec(config: Config) -> ModelSpec:
     types = ["sliding_attention" if own else "full_attention" for own in slides]
     count = config.integer("num_experts", config.data.get("num_local_experts", 60))
     shared = config.integer("shared_expert_intermediate_size", 5632)
-    mixture, dense = experts(config, count, shared=shared, shared_gate=True), gated_ffn(config)
+    mixture = experts(config, count, shared=shared, shared_gate=True)
+    ffns = [mixture if own else gated_ffn(config) for own in sparse]
     layers = [
-        Layer(attention(config, config.head_dim(), rope, window=size, qkv_bias=bias), mixture if own else dense)
-        for size, own in zip(windows(config, window, types), sparse, strict=True)
+        Layer(attention(config, config.head_dim(), rope, window=size, qkv_bias=bias), ffn)
+        for size, ffn in zip(windows(config, window, types), ffns, strict=True)
     ]
     return decoder_spec(config, layers, context=32768)
 

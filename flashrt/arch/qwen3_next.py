@@ -8,7 +8,7 @@ from typing import Any
 
 from flashrt.arch import qwen2_moe, qwen3_5
 from flashrt.arch.config import Config
-from flashrt.arch.decoder import gated_ffn
+from flashrt.arch.decoder import gated_ffn, layer_count
 from flashrt.arch.hybrid import GGUF_HYBRID, GGUF_RECURRENT, HYBRID, RECURRENT, gguf_hybrid, hybrid_spec
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import GGUF_KEYS as MIXTURE_KEYS
@@ -70,7 +70,7 @@ def spec(config: Config) -> ModelSpec:
 
 
 def moe_spec(config: Config) -> ModelSpec:
-    return hybrid_spec(config, [_experts(config, 256, True)] * len(sparse_layers(config)))
+    return hybrid_spec(config, [_experts(config, 256, True)] * layer_count(config))
 
 
 def _experts(config: Config, default: int, normalize: bool) -> Ffn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flashrt.arch.config import without_sections
 from flashrt.errors import CheckpointError, UnsupportedModelError
 
 _TIED_UNLESS_SAID = ("internvl", "mistral3")
@@ -111,17 +112,4 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         "model_type": _TEXT_FAMILIES.get(str(text), text),
         "tie_word_embeddings": tied or inner.get("tie_word_embeddings") or False,
     }
-    return _without_sections(result) if text in _TEXT_FAMILIES else result
-
-
-def _without_sections(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of text alone: its positions in time, height and width are the same number."""
-    for key in ("rope_scaling", "rope_parameters"):
-        found = config.get(key)
-        if isinstance(found, Mapping):
-            plain = {k: v for k, v in found.items() if k not in ("mrope_section", "mrope_interleaved")}
-            for name in ("rope_type", "type"):
-                if plain.get(name) == "mrope":
-                    plain[name] = "default"
-            config[key] = plain
-    return config
+    return without_sections(result) if text in _TEXT_FAMILIES else result

@@ -18,7 +18,7 @@ from flashrt.errors import PackError
 from flashrt.rope import MAX_CONTEXT, Rope
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
-from flashrt.spec import MAX_LAYERS, Attention, ModelSpec
+from flashrt.spec import MAX_LAYERS, MOST_EXPERTS, Attention, ModelSpec
 from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
@@ -215,7 +215,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
             for name in ("key_heads", "heads", "key_dim", "value_dim", "taps"):
                 _bounded(name, getattr(mixer, name), 1, 1 << 14, where)
         bounded("neurons", ffn.neurons, 1, 1 << 22)
-        bounded("experts", ffn.experts, 0, 1 << 14)
+        bounded("experts", ffn.experts, 0, MOST_EXPERTS)
         bounded("experts_per_token", ffn.experts_per_token, 1 if ffn.experts else 0, ffn.experts)
         bounded("router_groups", ffn.router_groups, 1, 1 << 14)
         bounded("router_groups_used", ffn.router_groups_used, 1, ffn.router_groups)

@@ -99,6 +99,10 @@ def test_llama3_parameters_are_recognised(factor: float, theta: float, dims: int
 
 def test_other_rope_factors_are_refused() -> None:
     assert llama3_parameters([1.0] * 8, 1e4) == {}
+    step = [1.0 if 2 * math.pi * 5e5 ** (i / 64) < 8192 else 16.0 for i in range(64)]  # of Llama 4 Scout
+    found = llama3_parameters(step, 5e5)
+    assert (found["factor"], found["low_freq_factor"], found["high_freq_factor"]) == (16.0, 1.0, 1.0)
+    assert found["original_max_position_embeddings"] == 8192
     with pytest.raises(UnsupportedModelError, match="rope_freqs"):
         llama3_parameters([1.0, 2.0, 1.5, 8.0], 1e4)
 

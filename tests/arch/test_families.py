@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from flashrt.arch import FAMILIES, family_of
 from flashrt.arch.gguf import ARCHITECTURES, gguf_config
-from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.errors import CheckpointError, UnsupportedModelError, UsageError
+from flashrt.rope import parse_rope_scaling
 from flashrt.spec import DeltaNet, ModelSpec
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
@@ -77,6 +78,7 @@ def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
         ("llama4_text", {"num_experts_per_tok": 2}, "a router that weighs the input of 2 experts"),
         ("llama4_text", {"layer_types": ["sliding_attention"] * 2}, "layer_types names ['sliding_attention']"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0.0"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.9}, "moe_norm_min=0.9"),
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
         ("glm4_moe", {"topk_method": "greedy"}, "topk_method"),
@@ -177,7 +179,52 @@ def test_chunks_bound_the_context() -> None:
         ({"attention_chunk_size": None}, 1 << 20),
         ({"layer_types": ["full_attention"] * 2}, 1 << 20),
     ):
-        assert family_of("llama4_text").spec({**CONFIG, **own, **change}).context == context
+        spec = family_of("llama4_text").spec({**CONFIG, **own, **change})
+        assert spec.context == context
+        if context < 1 << 20:
+            with pytest.raises(UsageError, match=f"no more than {context} tokens are computed"):
+                spec.scaled(parse_rope_scaling("yarn:4"))
+
+
+@pytest.mark.parametrize(
+    ("published", "meant"),
+    [({"no_rope_layers": []}, {}), ({"attn_temperature_tuning": 4}, {"attn_temperature_tuning": True})],
+)
+def test_what_published_llama_4_says_in_its_own_ways(published: dict[str, Any], meant: dict[str, Any]) -> None:
+    own = {"num_experts_per_tok": 1, "intermediate_size_mlp": 104}
+    found, expected = (family_of("llama4_text").spec({**CONFIG, **own, **change}) for change in (published, meant))
+    assert found == expected
+    assert any(layer.attention.rope is not None for layer in found.layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("olmoe", "num_experts"),
+        ("mixtral", "num_local_experts"),
+        ("qwen3_moe", "num_experts"),
+        ("dots1", "n_routed_experts"),
+        ("llama4_text", "num_local_experts"),
+        ("gpt_oss", "num_local_experts"),
+    ],
+)
+def test_experts_are_bounded_before_anything_is_made_of_them(family: str, key: str) -> None:
+    own = {"num_experts_per_tok": 1, "intermediate_size_mlp": 104, "norm_topk_prob": True, "sliding_window": 16}
+    with pytest.raises(CheckpointError, match=r"experts, expected at most 16384"):
+        family_of(family).spec({**CONFIG, **own, key: 1 << 30})
+
+
+def test_windows_that_dots1_has_unless_it_says_none() -> None:
+    for change, windows in (({}, [None, 4096]), ({"sliding_window": None}, [None, None])):
+        spec = family_of("dots1").spec({**CONFIG, "max_window_layers": 1, **change})
+        assert [layer.attention.window for layer in spec.layers] == windows
+
+
+def test_a_layer_with_two_mixers_is_refused() -> None:
+    written = DENSE.to_json()
+    written["layers"][0]["layer"]["delta_net"] = {"key_heads": 2, "heads": 4, "key_dim": 8, "value_dim": 10, "taps": 3}
+    with pytest.raises(ValueError, match="too many values"):
+        ModelSpec.from_json(written)
 
 
 def test_layers_that_only_predict_further_tokens_are_not_read(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from flashrt.model.ffn.shared import SharedExpert
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt.storage.layout import Block
 from flashrt_kernels.ffn import RoutedTokens
+from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
@@ -91,7 +92,13 @@ class MixtureBlock(DenseBlock):
             routed = RoutedTokens(make(who.astype(np.int32)), make(weights[who, rank]))
             yield expert, x, routed
             if self.down_bias is not None:
-                y[routed.tokens] += routed.factors[:, None] * self.down_bias.reshape(self.ffn.experts, -1)[expert]
+                self._add_bias(routed, self.down_bias.reshape(self.ffn.experts, -1)[expert], y)
+
+    def _add_bias(self, routed: RoutedTokens, bias: Tensor, y: Tensor) -> None:
+        """Add an expert's down bias to its tokens, a few at a time: what that takes is not planned."""
+        for begin in range(0, len(routed.tokens), NARROW_TOKENS):
+            part = slice(begin, begin + NARROW_TOKENS)
+            y[routed.tokens[part]] += routed.factors[part, None] * bias
 
     def look_ahead(self, residual: Tensor, wide: bool) -> None:
         """Read ahead what the router would choose now: from one layer to the next the residual changes little."""
