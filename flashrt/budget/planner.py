@@ -327,7 +327,7 @@ class _Planner:
             fixed["windows"] = least
         parts = ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in sorted(fixed.items(), key=_by_size))
         hint = "a shorter --context needs less" if fixed["KV"] > smallest // 10 else "use a larger --budget-gb"
-        if any(self.workload.choices) and self.case.costs.kv_codec.blocks:
+        if any(self.workload.choices) and not self.cell_bytes and self.case.costs.kv_codec.blocks:
             hint += ", and with --kv-dtype bf16 older tokens are chosen on disk"
         peak = self.case.costs.peak_bytes
         if peak + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:

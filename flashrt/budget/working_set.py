@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flashrt.kv.recurrent import KEPT_ROWS
 from flashrt.rope import Rope
-from flashrt.spec import Attention, Mixer, ModelSpec
-from flashrt_kernels.limits import NARROW_TOKENS
+from flashrt.spec import ModelSpec
 from flashrt_kernels.rows import Codec, row_bytes
 
 SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted
@@ -33,11 +33,6 @@ def ropes(spec: ModelSpec) -> list[tuple[Rope, int]]:
     return list(dict.fromkeys((rope, dim) for rope, dim in pairs if rope is not None))
 
 
-def _row_width(mixer: Mixer) -> int:
-    """Numbers of a token that a mixer projects, beside its gate."""
-    return mixer.qkv_rows if isinstance(mixer, Attention) else mixer.row_width
-
-
 def working_set(
     spec: ModelSpec, embed_codec: Codec, tokens: int, logit_rows: int, scoring: bool, columns: int = 0
 ) -> dict[str, BufferShape]:
@@ -53,7 +48,7 @@ def working_set(
         "x": BufferShape((tokens, spec.hidden)),
         "normed": BufferShape((tokens, spec.hidden)),
         "y": BufferShape((tokens, spec.hidden)),
-        "qkv": BufferShape((tokens, max(_row_width(mixer) for mixer in mixers))),
+        "qkv": BufferShape((tokens, max(mixer.row_width for mixer in mixers))),
         "attended": BufferShape((tokens, max(mixer.width for mixer in mixers))),
         "encoded": BufferShape((tokens, row_bytes(embed_codec, spec.hidden)), 1),
         "logits": BufferShape((logit_rows, spec.vocab)),
@@ -63,7 +58,7 @@ def working_set(
     if gates:
         shapes["gate"] = BufferShape((tokens, max(gates)))
     if nets:
-        shapes["rows"] = BufferShape((2 * NARROW_TOKENS, max(net.row_width for net in nets)))
+        shapes["rows"] = BufferShape((KEPT_ROWS, max(net.row_width for net in nets)))
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))

@@ -20,11 +20,15 @@ ROWS = 16  # computed at a time: what is computed for all keys and one KV head d
 
 
 class Rows(NamedTuple):
-    """Queries of some positions of a layer, and how to get at all keys and values; after RoPE, float32."""
+    """Queries of some positions of a layer, and how to get at all keys and values; after RoPE, float32.
+
+    sinks: of the layer's heads (see `Attention.sinks`), float32 [heads]
+    """
 
     positions: Array  # int64 [R]
     queries: Array  # [R, heads, head_dim]
     stored: Callable[[int], tuple[Array, Array]]  # keys and values of a KV head, each [n, head_dim]
+    sinks: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +59,41 @@ def measure(attention: Attention, labels: LayerLabels, rows: Rows, block: int, k
     for h in range(attention.kv_heads):
         keys, values = rows.stored(h)
         codes = np.clip(np.rint((keys @ labels.keys[h].T - labels.low[h]) / labels.step[h]), 0, LAST_CODE)
-        codes = codes.astype(np.float32)
+        codes, own = codes.astype(np.float32), slice(h * group, (h + 1) * group)
+        sinks = None if rows.sinks is None else rows.sinks[own]
         for begin in range(0, len(rows.positions), ROWS):
             part = slice(begin, begin + ROWS)
-            queries = rows.queries[part, h * group : (h + 1) * group]
+            queries = rows.queries[part, own]
             scores = _times(queries, keys.T) * attention.scale  # [R, group, n]
             guesses = _times(queries @ labels.queries[h].T * labels.step[h], codes.T) * attention.scale
             masks = chosen(guesses, rows.positions[part], block, keeps)
-            errors[part, h], own = _of_masks(scores, values, rows.positions[part], masks)
-            squares[part] += own
+            errors[part, h], found = _of_masks(scores, values, rows.positions[part], masks, sinks)
+            squares[part] += found
     return Errors(errors, squares)
 
 
-def _of_masks(scores: Array, values: Array, positions: Array, masks: Sequence[Array]) -> tuple[Array, Array]:
+def _of_masks(
+    scores: Array, values: Array, positions: Array, masks: Sequence[Array], sinks: Array | None
+) -> tuple[Array, Array]:
     """Squared errors by what is attended to, float64 [R, masks], and the squares of what is attended to exactly."""
     seen = np.arange(scores.shape[-1]) <= positions[:, None]
-    shares = softmax(scores, seen)
+    shares, rest = _shares(scores, seen, sinks)
     exact = _times(shares, values)
     errors = np.empty((len(positions), len(masks)))
     for i, mask in enumerate(masks):
         kept = shares * mask[:, None]
-        found = _times(kept, values) / kept.sum(axis=-1, keepdims=True)
+        found = _times(kept, values) / (kept.sum(axis=-1, keepdims=True) + rest)
         errors[:, i] = ((found - exact).astype(np.float64) ** 2).sum(axis=(1, 2))
     return errors, (exact.astype(np.float64) ** 2).sum(axis=(1, 2))
+
+
+def _shares(scores: Array, seen: Array, sinks: Array | None) -> tuple[Array, Array | float]:
+    """The softmax of scores [R, group, n], and what sinks [group] have of it."""
+    if sinks is None:
+        return softmax(scores, seen), 0.0
+    own = np.broadcast_to(sinks[None, :, None], (*scores.shape[:2], 1))
+    every = softmax(np.concatenate((scores, own), -1), np.pad(seen, ((0, 0), (0, 1)), constant_values=True))
+    return every[..., :-1], every[..., -1:]
 
 
 def _times(rows: Array, matrix: Array) -> Array:
@@ -89,7 +105,7 @@ def measure_bytes(attention: Attention, count: int) -> int:
     """Bytes that `measure` takes beside its arguments, for `count` keys of each KV head: about, and at most."""
     group, dim = attention.heads // attention.kv_heads, attention.head_dim
     scores, masks = ROWS * group * count * 4, ROWS * count * 16
-    return 8 * scores + masks + 4 * count * 4 * dim
+    return (9 if attention.sinks else 8) * scores + masks + 4 * count * 4 * dim
 
 
 def chosen(guesses: Array, positions: Array, block: int, keeps: Sequence[float]) -> list[Array]:

@@ -14,7 +14,7 @@ from flashrt.calibration.kv_moments import Moments
 from flashrt.calibration.kv_shares import KEEPS
 from flashrt.calibration.windows import Windows
 from flashrt.engine.engine import Engine
-from flashrt.kv.numbers import numbers
+from flashrt.kv.numbers import keys_of, values_of
 from flashrt.labels import LayerLabels, most_channels
 from flashrt.model.attention import HeadObserver
 from flashrt.spec import Attention
@@ -70,7 +70,7 @@ class Reading:
                 self._engine.runner.prefill(self._engine.sequence, window)
             for i, own in labels.items():
                 queries = rotations[i].turned(np.concatenate(sampled.queries[i]), positions, self._engine.plan.context)
-                rows = Rows(positions, queries, partial(self._stored, i, len(window)))
+                rows = Rows(positions, queries, partial(self._stored, i, len(window)), self._sinks(i))
                 parts[i].append(measure(self._attentions[i], own, rows, BLOCK, KEEPS))
             self._engine.sequence.rewind(0)
             self._progress("errors", done + 1, len(windows))
@@ -83,6 +83,11 @@ class Reading:
                 self._engine.sequence.rewind(0)
                 self._progress(stage, done + 1, len(windows))
 
+    def _sinks(self, i: int) -> Array | None:
+        """Those of a layer's heads, where it has them."""
+        weights = self._engine.runner.decoder.weights
+        return np.asarray(weights.vector(f"{i}.sinks")) if self._attentions[i].sinks else None
+
     def _stored(self, i: int, count: int, head: int) -> tuple[Array, Array]:
         """Keys and values of the first positions of a KV head, float32 [count, head_dim]."""
         store, dim = self._engine.sequence.kv.keys_of(i), self._attentions[i].head_dim
@@ -91,8 +96,8 @@ class Reading:
         for begin in range(0, count, ATTENTION_SEGMENT):
             page = np.empty((1, min(ATTENTION_SEGMENT, count - begin), *codec.pair(dim)), codec.dtype)
             store.read_page(begin, slice(head, head + 1), page)
-            for to, read in zip(found, numbers(ops, page, dim), strict=True):
-                to[begin : begin + page.shape[1]] = read[0]
+            for to, part in zip(found, (keys_of, values_of), strict=True):
+                to[begin : begin + page.shape[1]] = part(ops, page, dim)[0]
         return found[0], found[1]
 
 

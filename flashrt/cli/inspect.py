@@ -76,7 +76,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "experts_per_token": ffn.experts_per_token,
         "shared_neurons": ffn.shared,
         "mixtures": len(mixtures),
-        "state_bytes": sum(RecurrentStore.beside(net, KvLimits(1, 1)) for net in spec.delta_nets.values()),
+        "state_bytes": sum(RecurrentStore.claim(net, KvLimits(1, 1)) for net in spec.delta_nets.values()),
         "kv_bytes_per_token": spec.kv_bytes_per_token(kv_codec(pack)),
         "weight_bytes": owners,
         "kv_labels": _labels(pack),

@@ -184,7 +184,7 @@ KvDtype = Annotated[
         "--kv-dtype",
         show_default=False,
         help="How keys and values are held. int8 takes 53% of bf16's memory and int4 41% (values in four bits, keys in "
-        "eight), at a small loss. Omitted: bf16.",
+        "eight), at a small loss. Omitted: bf16, or f32 for a pack of that.",
     ),
 ]
 KvKeep = Annotated[

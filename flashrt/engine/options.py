@@ -96,6 +96,8 @@ class LoadOptions:
             if self.mode == self.kv == "exact":
                 raise UsageError("--max-loss needs --mode sparse or --kv sparse: exact mode loses nothing")
             checked_loss(self.max_loss)
+            if self.kv_dtype is not None and KvCodec(self.kv_dtype).blocks:
+                raise UsageError(f"--max-loss bounds no loss of --kv-dtype {self.kv_dtype}: that was not measured")
             if self.experts_used is not None:
                 raise UsageError("--max-loss cannot be promised with --experts-used, whose loss was not measured")
         if self.kv_keep is not None and self.kv == "exact":

@@ -114,8 +114,9 @@ class Prefixes:
         held = {link.begin: link for link in self._chain(tokens)}
         paths: list[Path] = []
         new: dict[Path, Extent] = {}
+        held_marks = kv.marks()
         for begin, length, path in self._files(tokens):
-            link, marks = held.get(begin), [mark for mark in kv.marks() if begin < mark <= length]
+            link, marks = held.get(begin), [mark for mark in held_marks if begin < mark <= length]
             extent = Extent(begin, length, kv.top, tuple(marks), bool(kv.recurrent) and length == kv.length)
             if link and self._holds(link, extent):
                 paths.append(link.path)
@@ -127,7 +128,7 @@ class Prefixes:
             self._sessions.save(sequence, path, extent)
             self._dropped.discard(path)
             link = held.get(extent.begin)
-            if link and link.path != path and link.length == link.whole:  # the new file begins with all that it holds
+            if link and link.path != path and link.length == link.whole:  # the new file begins with its tokens
                 link.path.unlink(missing_ok=True)
         _touch([path for path in paths if path.exists()])
 

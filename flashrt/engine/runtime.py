@@ -28,6 +28,7 @@ from flashrt.storage.pack import Pack
 from flashrt.storage.reader import Reader
 from flashrt_kernels import ops
 from flashrt_kernels.kv import KvCodec
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.ops import Ops
 from flashrt_kernels.rows import Codec
 
@@ -208,7 +209,8 @@ def torch_scratch_bytes(pack: Pack, tokens: int, context: int) -> int:
     for layer in set(pack.spec.layers):
         a = layer.mixer
         if isinstance(a, DeltaNet):
-            mixing = max(mixing, (4 * a.state_size + 3 * tokens * a.row_width) * 4)
+            states = NARROW_TOKENS + 4  # one for each node of a tree
+            mixing = max(mixing, (states * a.state_size + 3 * tokens * a.row_width) * 4)
             continue
         scores = min(tokens, TORCH_QUERIES) * a.heads
         mixing = max(mixing, context * (4 * a.kv_heads * a.head_dim + 3 * scores) * 4)

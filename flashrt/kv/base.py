@@ -65,7 +65,7 @@ class LayerStore(ABC):
     @classmethod
     @abstractmethod
     def claim(cls, mixer: Any, limits: KvLimits) -> int | None:
-        """Bytes that keys and values take of a store's `allocate`; None for a layer it cannot hold."""
+        """Bytes that a store takes of its `allocate`; None for a layer it cannot hold."""
 
     @classmethod
     def beside(cls, mixer: Any, limits: KvLimits) -> int:

@@ -89,7 +89,7 @@ class KvCache:
             store.mark(position)
 
     def marks(self) -> tuple[int, ...]:
-        """After how many tokens, ascending, recurrent layers can be gone on from, the end left out."""
+        """After how many tokens, ascending, recurrent layers can be gone on from; the end only where it is marked."""
         held = [set(store.marks()) for store in self.recurrent.values()]
         return tuple(sorted(set.intersection(*held))) if held else ()
 

@@ -15,7 +15,7 @@ from flashrt_kernels.limits import ATTENTION_SEGMENT
 from flashrt_kernels.rows import align
 
 DISK_PAGE = 4096  # bytes of which offsets and sizes on disk are multiples
-LARGEST_CELL = 16 * DISK_PAGE  # bytes: larger ones would bring more of what is not chosen than of what is
+LARGEST_CELL = 12 * DISK_PAGE  # bytes: larger ones would bring far more of what is not chosen than of what is
 
 Array = np.ndarray
 

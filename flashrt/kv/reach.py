@@ -9,6 +9,7 @@ from __future__ import annotations
 from flashrt_kernels.limits import ATTENTION_SEGMENT, NARROW_TOKENS
 
 KEPT = 128  # positions before the window that stay
+LOST = 1 << 62  # where a store stands while it moves: should that be interrupted, it is not gone on from
 
 
 def reach(window: int | None, length: int, top: int) -> int:

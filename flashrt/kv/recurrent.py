@@ -14,11 +14,11 @@ import numpy as np
 
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows, LayerStore, Tensor
 from flashrt.kv.marks import MARKS, Marks
+from flashrt.kv.reach import LOST
 from flashrt.spec import DeltaNet
 from flashrt_kernels.limits import NARROW_TOKENS
 
 LIVE = MARKS  # place of the state that moves on
-LOST = 1 << 62  # where it stands while it moves: should that be interrupted, it is not gone on from
 KEPT_ROWS = 2 * NARROW_TOKENS  # those of the last pass that became part of the sequence, and those of the next
 
 
@@ -39,10 +39,6 @@ class RecurrentStore(LayerStore):
 
     @classmethod
     def claim(cls, net: DeltaNet, limits: KvLimits) -> int | None:
-        return 0
-
-    @classmethod
-    def beside(cls, net: DeltaNet, limits: KvLimits) -> int:
         return 4 * ((MARKS + 1) * net.state_size + KEPT_ROWS * net.row_width)
 
     def __init__(self, net: DeltaNet, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
@@ -65,11 +61,11 @@ class RecurrentStore(LayerStore):
         inputs: float32 [T, row_width], used up; spare: [KEPT_ROWS, row_width], used by `step` until the next call.
         Raises ValueError where rows do not follow what the state has taken in.
         """
-        behind = rows.start - self._at
-        if behind < self._taken or behind > self._taken + NARROW_TOKENS:
+        behind, wide = rows.start - self._at, rows.wide or len(inputs) > NARROW_TOKENS
+        if behind < self._taken or (behind != self._taken if wide else behind + len(inputs) > KEPT_ROWS):
             raise ValueError(f"rows from {rows.start} on do not follow a state after {self._end} tokens")
         self._step, self._spare = step, spare
-        if rows.wide or len(inputs) > NARROW_TOKENS:
+        if wide:
             self._settle(self._taken)
             self._move_on(inputs, out)
             return
@@ -122,7 +118,7 @@ class RecurrentStore(LayerStore):
             self._remember(position)
 
     def marks(self) -> list[int]:
-        """Positions before the end that the sequence can be cut back to, ascending."""
+        """Positions that the sequence can be cut back to, ascending; its end only where it is marked."""
         return self._marks.held()
 
     def read_state(self, position: int, part: slice, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.index import LabelIndex
 from flashrt.kv.lists import Chooser, Chosen, Lists
-from flashrt.kv.numbers import numbers
+from flashrt.kv.numbers import keys_of
 from flashrt.spec import Attention
 from flashrt_kernels.limits import NARROW_TOKENS
 
@@ -88,7 +88,7 @@ class ChoosingStore(ContiguousStore):
     def _keys(self, begin: int, end: int) -> Array:
         """float32 [kv_heads, positions, head_dim]"""
         pairs = self.memory[:, begin - self.first : end - self.first]
-        return numbers(self._kernels.ops, pairs, self._attention.head_dim)[0]
+        return keys_of(self._kernels.ops, pairs, self._attention.head_dim)
 
 
 class SparseStore(ChoosingStore):

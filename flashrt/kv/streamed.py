@@ -14,7 +14,8 @@ import numpy as np
 from flashrt.kv.base import Allocate, Kernels, KvLimits, KvRows, Tensor
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.far import LayerPages
-from flashrt.kv.window import LOST, slide_down
+from flashrt.kv.reach import LOST
+from flashrt.kv.window import slide_down
 from flashrt.spec import Attention
 from flashrt_kernels.limits import ATTENTION_SEGMENT as SEGMENT
 from flashrt_kernels.limits import NARROW_TOKENS

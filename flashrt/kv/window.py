@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from flashrt.kv.base import KvLimits, Tensor
 from flashrt.kv.contiguous import ContiguousStore
-from flashrt.kv.reach import KEPT
+from flashrt.kv.reach import KEPT, LOST
 from flashrt.spec import Attention
 from flashrt_kernels.limits import ATTENTION_SEGMENT
-
-LOST = 1 << 62  # the first position while slots move: should that be interrupted, nothing is gone on from
 
 
 class WindowStore(ContiguousStore):

@@ -1,4 +1,4 @@
-"""A session on disk: tokens, and the keys and values that were computed of them, bound to the pack that computed.
+"""A session on disk: tokens, and what was computed of them, keys, values and states, bound to the pack that computed.
 
     magic, format version, length of all up to the first page, length of the JSON, CRC-32 of what follows up to there
     JSON         what the session is bound to, where it begins and ends, the messages of a conversation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from flashrt.calibration.kv_errors import Rows, chosen, measure
@@ -55,6 +57,31 @@ def test_errors_fall_to_nothing_where_all_is_kept() -> None:
     seen = np.where(np.arange(203) <= own.positions[:, None, None], np.exp(scores), 0)
     exact = (seen / seen.sum(-1, keepdims=True)) @ values
     assert found.squares.sum() > (exact**2).sum() * 1.01, "both KV heads count"
+
+
+def test_sinks_take_their_share() -> None:
+    own = rows(2)
+    sinks = np.array([5.0, -1.0, 2.0, 0.5, 4.0, -3.0], np.float32)
+    eye = np.broadcast_to(np.eye(12, dtype=np.float32)[:8], (2, 8, 12))
+    labels = LayerLabels(eye, eye, np.full((2, 8), -3, np.float32), np.full((2, 8), 0.4, np.float32))
+    found = measure(replace(ATTENTION, sinks=True), labels, own._replace(sinks=sinks), BLOCK, (0.1, 1.0))
+    assert (found.errors[..., 1] < 1e-12).all()
+    errors, squares = np.zeros(found.errors.shape[:2]), 0.0
+    for h in range(2):
+        keys, values = own.stored(h)
+        codes = np.clip(np.rint((keys @ eye[h].T + 3) / 0.4), 0, 15)
+        query = own.queries[:, 3 * h : 3 * h + 3].astype(np.float64)
+        guesses = (np.einsum("rgd,nd->rgn", query[..., :8] * 0.4, codes) * ATTENTION.scale).astype(np.float32)
+        (mask,) = chosen(guesses, own.positions, BLOCK, (0.1,))
+        weights = np.exp(np.einsum("rgd,nd->rgn", query, keys) * ATTENTION.scale)
+        weights *= np.arange(203) <= own.positions[:, None, None]
+        sink = np.exp(sinks[3 * h : 3 * h + 3].astype(np.float64))[:, None]
+        exact = weights @ values / (weights.sum(-1, keepdims=True) + sink)
+        few = weights * mask[:, None]
+        errors[:, h] = ((few @ values / (few.sum(-1, keepdims=True) + sink) - exact) ** 2).sum((1, 2))
+        squares += (exact**2).sum()
+    assert np.allclose(found.errors[..., 0], errors, rtol=1e-3)
+    assert np.isclose(found.squares.sum(), squares, rtol=1e-4)
 
 
 def test_labels_beat_labels_that_know_nothing() -> None:

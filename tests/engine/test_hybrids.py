@@ -155,7 +155,7 @@ def test_a_prompt_that_is_interrupted_leaves_the_engine_usable(packed, tmp_path,
         assert text_of(engine, [*PROMPT[:1200], *MORE], 10, reuse=True) == expected
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), DiskError("no disk")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, DiskError])
 @pytest.mark.parametrize("call", [1, 3, 8, 14, 20])
 def test_a_prompt_that_fails_is_kept_as_far_as_all_layers_have_it(packed, tmp_path, monkeypatch, call, failure):
     """Whatever it was that failed is what the caller sees."""
@@ -167,12 +167,12 @@ def test_a_prompt_that_fails_is_kept_as_far_as_all_layers_have_it(packed, tmp_pa
             calls.append(arguments)
             mix(*arguments)
             if len(calls) == call + 1:
-                raise failure
+                raise failure("in the middle")
 
         with monkeypatch.context() as patched, warnings.catch_warnings():
             warnings.simplefilter("error")
             patched.setattr(RecurrentStore, "mix", failing)
-            with pytest.raises(type(failure)):
+            with pytest.raises(failure):
                 text_of(engine, PROMPT[:1500], 10, reuse=True)
         found = text_of(engine, PROMPT[:1500], 10, reuse=True)
     with engine_of(packed) as engine:
@@ -295,7 +295,7 @@ def test_keys_and_values_are_planned_for_the_layers_that_attend():
         full = plan(attending, pack_layout(attending, Codec.INT4), 32 * GIB, Workload(context, prompt=512), costs())
         assert full.owners["KV"] == 4 * 8 * context * 2 * 4 * 256 * 2
         own.append(found.owners["KV"] - full.owners["KV"] // 4)
-    assert own[0] == own[1] == 24 * RecurrentStore.beside(NET, None)  # whatever the context
+    assert own[0] == own[1] == 24 * RecurrentStore.claim(NET, None)  # whatever the context
     assert own[0] < 0.25 * GIB
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from flashrt.kv.numbers import keys_of, values_of
 from flashrt_kernels import reference
 from flashrt_kernels.rows import DTYPES, MATRIX_ROWS, Codec, bundle_stride, row_bytes
 
@@ -28,6 +29,11 @@ def normal(seed: int, *shape: int) -> Floats:
 def empty(*shape: int) -> Floats:
     """Not zeros: what a kernel does not write must show."""
     return np.full(shape, np.nan, np.float32)
+
+
+def numbers(cache: NDArray[Any], dim: int) -> tuple[Floats, Floats]:
+    """Keys and values of a cache [heads, positions, *pair]."""
+    return keys_of(cpu, cache, dim), values_of(cpu, cache, dim)
 
 
 def tensor(x: NDArray[Any] | None) -> torch.Tensor | None:

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from flashrt.kv.numbers import numbers
 from flashrt_kernels.kv import KvCodec
 
-from .helpers import cpu, empty, normal, reference, rms_ratio, same
+from .helpers import cpu, empty, normal, numbers, reference, rms_ratio, same
 from .test_attention import CODEC, TREES, cache, paths
 
 
@@ -41,7 +40,7 @@ def plain(q, near, far, lists, scale, softcap):
 
 def widened(kv, dim):
     """[heads, positions, 2, dim]"""
-    return np.stack(numbers(cpu, kv, dim), 2)
+    return np.stack(numbers(kv, dim), 2)
 
 
 SHAPES = pytest.mark.parametrize(

@@ -183,6 +183,11 @@ def test_a_failed_read_leaves_nothing_wrong_behind():
         ([7], 8, "bf16", 0),
         ([128], 8, "int8", 0),  # they would be 256 positions
         ([64], 8, "int4", 0),
+        ([128], 8, "int4", 0),
+        ([80, 112], 8, "int4", 0),
+        ([256], 8, "int4", 0),
+        ([256], 8, "int8", 0),
+        ([72], 8, "bf16", 36864),
     ],
 )
 def test_cells_are_whole_pages_of_a_disk_and_whole_blocks(dims, block, codec, expected):

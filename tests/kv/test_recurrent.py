@@ -171,6 +171,10 @@ def test_rows_that_do_not_follow_are_refused():
     text.compute(tokens_of(20, 1), wide=True)  # and a failure before they became part of the sequence
     with pytest.raises(ValueError, match="rows from 40 on do not follow a state after 60 tokens"):
         text.compute([1])
+    for start, count, wide in ((61, 20, True), (61, 17, False), (70, 23, False), (77, 1, False)):
+        rows = KvRows(start, wide=wide)
+        with pytest.raises(ValueError, match=f"rows from {start} on do not follow a state after 60 tokens"):
+            text.store.mix(np.zeros((count, NET.row_width), np.float32), rows, text.step, text.spare, None)
     assert text.cut(40) == 23
     text.extend(tokens_of(17, 2), wide=True)
 

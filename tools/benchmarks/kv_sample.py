@@ -46,6 +46,8 @@ class KvSample:
 def record(pack: Path, text: str, count: int, folder: Path) -> None:
     """Keep keys and values of the first `count` tokens of a text: in files, as they count against no budget there."""
     model = open_model(pack, LoadOptions(speculate="off"))
+    if model.spec.delta_nets:
+        raise SystemExit(f"{pack} has recurrent layers, whose states cannot be filled without computing")
     ids = model.tokenizer.encode(text)[:count]
     if len(ids) <= SINKS + ATTENTION_SEGMENT:
         raise SystemExit(f"the text has {len(ids)} tokens, expected more than {SINKS + ATTENTION_SEGMENT}")

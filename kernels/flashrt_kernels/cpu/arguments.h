@@ -100,6 +100,12 @@ const T* vector_or_null(const char* name, nb::handle object, int64_t length) {
     return v.data;
 }
 
+inline int shared(const char* name, int64_t heads, int64_t kv_heads) {
+    if (kv_heads == 0 || heads % kv_heads)
+        wrong(name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv_heads) + " KV heads");
+    return static_cast<int>(kv_heads);
+}
+
 struct Queries {  // [tokens, heads, dim]
     const float* data;
     size_t step;

@@ -225,22 +225,19 @@ std::optional<Tree> tree_or_none(handle parents_, int64_t tokens) {
 
 // A job for q [tokens, heads, dim] over kv; what the job is for sets the rest.
 AttentionJob attention_job(const Queries& q, const Cache& kv, float scale, float softcap, handle sinks) {
-    const int heads = q.heads;
-    if (kv.shape[0] == 0 || heads % kv.shape[0])
-        wrong(kv.name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv.shape[0]) + " KV heads");
     AttentionJob job{};
     job.q = q.data;
     job.q_step = q.step;
     job.tokens = q.tokens;
-    job.heads = heads;
-    job.kv_heads = static_cast<int>(kv.shape[0]);
+    job.heads = q.heads;
+    job.kv_heads = shared(kv.name, q.heads, kv.shape[0]);
     job.dim = q.dim;
     job.kv = kv.data;
     job.codecs = kv.codecs;
     job.context = kv.shape[1];
     job.scale = scale;
     job.softcap = softcap;
-    job.sinks = vector_or_null<float>("sinks", sinks, heads);
+    job.sinks = vector_or_null<float>("sinks", sinks, q.heads);
     return job;
 }
 

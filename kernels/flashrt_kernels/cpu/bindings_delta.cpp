@@ -27,15 +27,17 @@ const int32_t* parents_of(handle object, int64_t behind) {
     return parents.data;
 }
 
-void check_shapes(const DeltaJob& job, int64_t taps) {
+// How many there are. Refuses shapes that do not go together.
+int key_heads(const DeltaJob& job, int64_t taps) {
     if (taps < 2 || taps > MOST_TAPS)
         wrong("taps", "expected 2 to " + std::to_string(MOST_TAPS) + " taps, found " + std::to_string(taps));
     if (job.dim < 1 || job.values < 1 || job.heads < 1) wrong("state", "expected heads, keys and values");
     const int64_t keys = job.channels - static_cast<int64_t>(job.heads) * job.values;
-    if (keys <= 0 || keys % (2 * job.dim) || job.heads % job.key_heads)
+    if (keys <= 0 || keys % (2 * job.dim) || job.heads % (keys / (2 * job.dim)))
         wrong("x", std::to_string(job.channels) + " channels are not those of " + std::to_string(job.heads) +
                        " heads with keys of " + std::to_string(job.dim) + " and values of " +
                        std::to_string(job.values));
+    return static_cast<int>(keys / (2 * job.dim));
 }
 
 void py_delta_rule(handle x_, handle gates_, handle taps_, handle rate, handle bias, bool tiled, handle state_,
@@ -54,9 +56,7 @@ void py_delta_rule(handle x_, handle gates_, handle taps_, handle rate, handle b
     job.heads = static_cast<int>(state.shape[0]);
     job.dim = static_cast<int>(state.shape[1]);
     job.values = static_cast<int>(state.shape[2]);
-    job.key_heads = job.dim < 1 ? 0 : static_cast<int>((job.channels - job.heads * state.shape[2]) / (2 * job.dim));
-    if (job.key_heads < 1) job.key_heads = 1;
-    check_shapes(job, taps.shape[0]);
+    job.key_heads = key_heads(job, taps.shape[0]);
     job.taps_count = static_cast<int>(taps.shape[0]);
     taps.expect(1, job.channels);
     tail.expect(0, job.taps_count - 1);

@@ -14,12 +14,6 @@ namespace {
 using nb::handle;
 using Released = nb::gil_scoped_release;
 
-int shared(const char* name, int64_t heads, int64_t kv_heads) {
-    if (kv_heads == 0 || heads % kv_heads)
-        wrong(name, std::to_string(heads) + " query heads cannot share " + std::to_string(kv_heads) + " KV heads");
-    return static_cast<int>(kv_heads);
-}
-
 Labels labels_of(handle object, int64_t channels) {
     if (channels < LABEL_CHANNELS || channels % LABEL_CHANNELS || channels > WIDEST_HEAD)
         wrong("step", "expected a multiple of " + std::to_string(LABEL_CHANNELS) + " channels, " +

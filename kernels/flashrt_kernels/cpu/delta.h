@@ -17,12 +17,7 @@ inline void convolve(const float* const* rows, const float* taps, size_t tap_ste
 }
 
 inline void l2_norm(float* x, int k, float scale) {
-    F squares = zero();
-    each16(k, [&](int i, int n) {
-        const F v = load_n(x + i, n);
-        squares = fma(v, v, squares);
-    });
-    const F by = splat(scale / std::sqrt(sum(squares) + 1e-6f));
+    const F by = splat(scale / std::sqrt(squares_of(x, k) + 1e-6f));
     each16(k, [&](int i, int n) { store_n(x + i, mul(load_n(x + i, n), by), n); });
 }
 
@@ -52,12 +47,7 @@ inline void delta_step(const DeltaStep& job) {
 }
 
 inline void rms_norm_gated(const float* x, const float* gate, const float* weight, int k, float eps, float* out) {
-    F squares = zero();
-    each16(k, [&](int i, int n) {
-        const F v = load_n(x + i, n);
-        squares = fma(v, v, squares);
-    });
-    const F scale = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(k) + eps));
+    const F scale = splat(1.0f / std::sqrt(squares_of(x, k) / static_cast<float>(k) + eps));
     each16(k, [&](int i, int n) {
         const F g = load_n(gate + i, n);
         const F normed = mul(mul(load_n(x + i, n), scale), load_n(weight + i, n));

@@ -23,13 +23,21 @@ FLASHRT_INLINE uint16_t to_float16(float x) {  // nearest, ties to even
 #endif
 }
 
+// Writes the scale of 32 numbers. False where not all are finite: then it is not a number, nor is what it multiplies.
+inline bool put_scale(const float* x, float scale, uint8_t* to) {
+    float odd = 0.0f;
+    for (int i = 0; i < 32; ++i) odd += x[i] * 0.0f;
+    const uint16_t stored = to_float16(scale + odd);
+    std::memcpy(to, &stored, 2);
+    return odd == 0.0f;
+}
+
 // 32 numbers: a scale, and codes of -127 to 127.
 inline void encode_q8_0(const float* x, uint8_t* to) {
     float top = 0.0f;
     for (int i = 0; i < 32; ++i) top = std::fabs(x[i]) > top ? std::fabs(x[i]) : top;
     const float scale = top / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    const uint16_t stored = to_float16(scale);
-    std::memcpy(to, &stored, 2);
+    if (!put_scale(x, scale, to)) return static_cast<void>(std::memset(to + 2, 0, 32));
     for (int i = 0; i < 32; ++i) {
         const float steps = std::fabs(x[i] * inverse), below = std::floor(steps);
         const float code = below + (steps - below >= 0.5f ? 1.0f : 0.0f);
@@ -42,8 +50,7 @@ inline void encode_q4_0(const float* x, uint8_t* to) {
     float most = 0.0f;
     for (int i = 0; i < 32; ++i) most = std::fabs(x[i]) > std::fabs(most) ? x[i] : most;
     const float scale = most / -8.0f, inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-    const uint16_t stored = to_float16(scale);
-    std::memcpy(to, &stored, 2);
+    if (!put_scale(x, scale, to)) return static_cast<void>(std::memset(to + 2, 0, 16));
     uint8_t codes[32];
     for (int i = 0; i < 32; ++i) {
         const float code = x[i] * inverse + 8.5f;

@@ -15,13 +15,17 @@ FLASHRT_INLINE void each16(int n, Fn&& f) {  // f(offset, lanes)
 FLASHRT_INLINE F load_n(const float* p, int n) { return n == 16 ? load(p) : load_part(p, n); }
 FLASHRT_INLINE void store_n(float* p, F a, int n) { n == 16 ? store(p, a) : store_part(p, a, n); }
 
-inline void rms_norm(const float* x, const float* weight, int k, float eps, float* out) {
+inline float squares_of(const float* x, int k) {
     F squares = zero();
     each16(k, [&](int i, int n) {
         const F v = load_n(x + i, n);
         squares = fma(v, v, squares);
     });
-    const F scale = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(k) + eps));
+    return sum(squares);
+}
+
+inline void rms_norm(const float* x, const float* weight, int k, float eps, float* out) {
+    const F scale = splat(1.0f / std::sqrt(squares_of(x, k) / static_cast<float>(k) + eps));
     each16(k, [&](int i, int n) { store_n(out + i, mul(mul(load_n(x + i, n), scale), load_n(weight + i, n)), n); });
 }
 

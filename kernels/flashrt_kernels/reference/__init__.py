@@ -1,8 +1,7 @@
 """The kernels in plain torch, on any device: the oracle of the `cpu` backend, and the operations of a CUDA device.
 
-Signatures are those of `flashrt_kernels.cpu`, on tensors; float32 or bfloat16 caches have tensors of
-that type. Wide variants are
-the same maths; on a CUDA device they multiply in bfloat16, except for F32 rows.
+Signatures are those of `flashrt_kernels.cpu`, on tensors; a cache of bfloat16 is a tensor of that type. Wide variants
+are the same maths; on a CUDA device they multiply in bfloat16, except for F32 rows.
 """
 
 from __future__ import annotations

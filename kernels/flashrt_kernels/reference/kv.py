@@ -55,16 +55,21 @@ def _encoded(x: Tensor, codec: Codec) -> Tensor:
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    steps = (blocks * _inverse(scale)).abs()
+    scale = _finite(blocks, blocks.abs().amax(1, keepdim=True) / 127)
+    steps = (blocks * _inverse(scale)).abs().nan_to_num(0.0)
     codes = steps.floor() + (steps - steps.floor() >= 0.5)
     return torch.cat((_half(scale), codes.copysign(blocks).to(torch.int8).view(torch.uint8)), 1)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
-    codes = (blocks * _inverse(scale) + 8.5).to(torch.uint8).clamp(max=15)
+    scale = _finite(blocks, blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8)
+    codes = (blocks * _inverse(scale) + 8.5).nan_to_num(0.0).to(torch.uint8).clamp(max=15)
     return torch.cat((_half(scale), codes[:, :16] | codes[:, 16:] << 4), 1)
+
+
+def _finite(blocks: Tensor, scale: Tensor) -> Tensor:
+    """The scale of each block; not a number where not all of the block are finite."""
+    return torch.where(blocks.isfinite().all(1, keepdim=True), scale, torch.nan)
 
 
 def _inverse(scale: Tensor) -> Tensor:
