@@ -38,7 +38,7 @@ COLUMNS = {
     "bytes_read_per_token": ("read per token", "MB"),
     "share_of_disk": ("of the disk's rate", "share"),
     "hit_rate": ("experts found in memory", "share"),
-    "peak_bytes": ("peak", "GB"),
+    "peak_bytes": ("peak", "MB"),
 }
 
 
