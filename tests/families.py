@@ -58,6 +58,26 @@ _SIGMOID_ROUTER = {
     "norm_topk_prob": True,
 }
 
+_LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": 13,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 16,
+    "rms_norm_eps": 1e-2,  # large, because norms of latents have another
+}
+_LATENT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+
 # Variant → (config class, model class, config fields).
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
@@ -322,6 +342,17 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "n_group": 4,
             "topk_group": 2,
         },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {**_COMMON, **_SIGMOID_ROUTER, **_LATENT, "n_group": 4, "topk_group": 2, "rope_parameters": _LATENT_YARN},
+    ),
+    "deepseek_v3-lite": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {**_COMMON, **_SIGMOID_ROUTER, **_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
+        | _rope("default"),
     ),
     "glm4_moe": (
         "Glm4MoeConfig",
