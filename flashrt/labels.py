@@ -89,7 +89,7 @@ def most_channels(attention: Attention) -> int | None:
 
     None for a layer that has no labels: one that sees a window, keeps latents, or has heads narrower than that.
     """
-    if attention.window is not None or attention.shared or attention.head_dim < CHANNEL_STEP:
+    if attention.window is not None or attention.keys_only or attention.head_dim < CHANNEL_STEP:
         return None
     return max(attention.head_dim // 4 // CHANNEL_STEP * CHANNEL_STEP, CHANNEL_STEP)
 

@@ -105,7 +105,7 @@ class Attention:
         return 1
 
     @property
-    def shared(self) -> bool:
+    def keys_only(self) -> bool:
         """Whether values are the first numbers of keys, so that a store holds keys alone."""
         return False
 
@@ -116,11 +116,11 @@ class Attention:
 
     def kv_pair(self, codec: KvCodec) -> tuple[int, int]:
         """Shape of what a store holds of a token for a KV head."""
-        return codec.pair(self.head_dim, self.shared)
+        return codec.pair(self.head_dim, self.keys_only)
 
     def kv_bytes(self, codec: KvCodec) -> int:
         """Bytes of keys and values of a token."""
-        return self.kv_heads * codec.nbytes(self.head_dim, self.shared)
+        return self.kv_heads * codec.nbytes(self.head_dim, self.keys_only)
 
     def vectors(self, hidden: int) -> dict[str, int]:
         """Name → length."""
@@ -170,7 +170,7 @@ class LatentAttention(Attention):
         return 2
 
     @property
-    def shared(self) -> bool:
+    def keys_only(self) -> bool:
         return True
 
     @property

@@ -109,6 +109,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family("dots1", dots1.spec, dots1.NAMES),
     "ernie4_5_moe": Family("ernie4_5_moe", ernie4_5_moe.spec, ernie4_5_moe.NAMES, ernie4_5_moe.GGUF),
     "glm4_moe": Family("glm4_moe", glm4_moe.spec, glm4_moe.NAMES, glm4_moe.GGUF),
+    "glm4_moe_lite": Family("glm4_moe_lite", glm4_moe.lite_spec, glm4_moe.LITE_NAMES, deepseek.GGUF),
     "smollm3": Family("smollm3", smollm3.spec, smollm3.NAMES, GGUF_PERMUTED),
     "glm4": Family("glm4", glm4.spec, glm4.NAMES, glm4.GGUF),
     "ministral": Family("ministral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),

@@ -134,7 +134,7 @@ class KvStore(LayerStore):
     def append(self, key: Tensor, value: Tensor | None, start: int) -> None:
         """Write the keys and values of rows, float32 [T, kv_heads, head_dim], from position `start` on.
 
-        value: None where the layer's keys hold it (`Attention.shared`)
+        value: None where the layer's keys hold it (`Attention.keys_only`)
 
         What stood there is overwritten: a tree, or drafts behind the sequence.
         """

@@ -5,7 +5,7 @@ blocks, `int4` a key as one and a value as a row of Q4_0 blocks (`flashrt_kernel
 chunks of 64 numbers. Keys are not held in four bits: some of their channels are 100 times as large as others, and what
 four bits leave of these is no attention any more.
 
-*Shared* caches hold keys alone: a value is the first numbers of its key. They have no four bits.
+Caches of *keys only* hold no values: these are the first numbers of keys. Four bits are none for them.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class KvCodec(enum.Enum):
         """What keys and values are rows of; None: of numbers."""
         return _BLOCKS.get(self)
 
-    def pair(self, head_dim: int, shared: bool = False) -> tuple[int, int]:
-        """Shape of a key and its value: [2, head_dim], or [1, bytes] of rows of blocks; [1, head_dim] where shared."""
-        rows = 1 if shared else 2
+    def pair(self, head_dim: int, keys_only: bool = False) -> tuple[int, int]:
+        """Shape of a key and its value: [2, head_dim], or [1, bytes] of rows of blocks; [1, head_dim] of keys only."""
+        rows = 1 if keys_only else 2
         if self.blocks is None:
             return rows, head_dim
         return 1, sum(row_bytes(codec, align(head_dim, CHUNK)) for codec in self.blocks[:rows])
 
-    def nbytes(self, head_dim: int, shared: bool = False) -> int:
+    def nbytes(self, head_dim: int, keys_only: bool = False) -> int:
         """Bytes of a key and its value."""
-        rows, items = self.pair(head_dim, shared)
+        rows, items = self.pair(head_dim, keys_only)
         return rows * items * self.item_bytes
 
 
@@ -65,7 +65,7 @@ _BLOCKS = {KvCodec.INT8: (Codec.Q8_0, Codec.Q8_0), KvCodec.INT4: (Codec.Q8_0, Co
 
 
 def kv_codec_of(cache: np.ndarray, head_dim: int) -> KvCodec:
-    """What an array [.., *pair] of keys and values of heads of `head_dim` numbers is, not shared. Raises ValueError."""
+    """What an array [.., *pair] of keys and values of heads of `head_dim` numbers is. Raises ValueError."""
     for codec in KvCodec:
         if cache.dtype == codec.dtype and cache.shape[-2:] == codec.pair(head_dim):
             return codec

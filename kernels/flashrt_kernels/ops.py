@@ -205,7 +205,7 @@ class Ops(Protocol[Array]):
     def kv_append(self, k: Array, v: Array | None, kv: Array, start: int) -> None:
         """Writes k, v [B, KVH, D] from position `start` on into kv [KVH, context, *pair] (`flashrt_kernels.kv`).
 
-        v is None where kv is shared.
+        v is None where kv holds keys only.
         """
 
     def attention(

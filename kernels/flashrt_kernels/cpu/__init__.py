@@ -327,7 +327,7 @@ def rope(x: Floats, cos: Floats, sin: Floats) -> None:
 def kv_append(k: Floats, v: Floats | None, kv: NDArray[Any], start: int) -> None:
     """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, *pair] (`flashrt_kernels.kv`).
 
-    k and v may have a stride in the first dimension. v is None where kv is shared.
+    k and v may have a stride in the first dimension. v is None where kv holds keys only.
     """
     _cpu.kv_append(k, v, kv, start)
 

@@ -154,11 +154,11 @@ struct Cache {
    private:
     template <typename T>
     void fill(const Array<T>& kv, int axes, int64_t dim, Codec codec) {
-        const bool shared = kv.shape[axes] == 1;
-        if (!shared) kv.expect(axes, 2);
+        const bool keys_only = kv.shape[axes] == 1;
+        if (!keys_only) kv.expect(axes, 2);
         if (kv.shape[axes + 1] != dim)
             wrong(name, "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.shape[axes + 1]));
-        take(kv, axes, {codec, codec, shared});
+        take(kv, axes, {codec, codec, keys_only});
     }
     void fill(const Array<uint8_t>& kv, int axes, int64_t dim) {
         kv.expect(axes, 1);

@@ -17,7 +17,7 @@ FLASHRT_INLINE const T* pair_at(const Segment& s, int slot) {
 }
 
 FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float* to) {  // D floats, zeros up to 16
-    const bool behind = value && !s.codecs.shared;
+    const bool behind = value && !s.codecs.keys_only;
     const int at = behind ? s.dim : 0;
     const Codec codec = value ? s.codecs.value : s.codecs.key;
     int d = 0;
@@ -89,7 +89,7 @@ inline void pack_keys(const Segment& s, int begin, int n16) {
 
 // [V16 / 16][n][16]: values from position `begin`.
 inline void pack_values(const Segment& s, int begin, int n) {
-    const int values16 = (s.values + 15) / 16 * 16, behind = s.codecs.shared ? 0 : s.dim;
+    const int values16 = (s.values + 15) / 16 * 16, behind = s.codecs.keys_only ? 0 : s.dim;
     if (s.codecs.key == Codec::BF16 && s.values % 16 == 0) {
         for (int p = 0; p < n; ++p) {
             const uint16_t* from = pair_at<uint16_t>(s, begin + p) + behind;

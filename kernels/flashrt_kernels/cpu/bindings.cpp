@@ -299,8 +299,8 @@ void py_kv_append(handle k_, handle v_, handle kv_, int64_t start) {
     const Array<const float> k("k", k_, 3);
     k.contiguous(2);
     const Cache kv("kv", kv_, k.shape[2]);
-    if (kv.codecs.shared != v_.is_none()) wrong("v", kv.codecs.shared ? "the cache holds keys alone" : "expected values");
-    const Array<const float> v("v", kv.codecs.shared ? k_ : v_, 3);
+    if (kv.codecs.keys_only != v_.is_none()) wrong("v", kv.codecs.keys_only ? "the cache holds keys alone" : "expected values");
+    const Array<const float> v("v", kv.codecs.keys_only ? k_ : v_, 3);
     v.contiguous(2);
     for (int i = 0; i < 3; ++i) v.expect(i, k.shape[i]);
     if (kv.shape[0] != k.shape[1])

@@ -128,7 +128,7 @@ struct Far {  // tokens, of the same kind as near
         if (object.is_none()) return;
         const Cache far("far", object, dim, 1);
         if (far.codecs.key != near.codecs.key || far.codecs.value != near.codecs.value ||
-            far.codecs.shared != near.codecs.shared)
+            far.codecs.keys_only != near.codecs.keys_only)
             wrong("far", "expected keys and values as near has them");
         data = far.data;
         tokens = far.shape[0];

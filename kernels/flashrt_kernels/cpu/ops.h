@@ -239,7 +239,7 @@ void attention_list(const AttentionListJob&);
 void label_append(const LabelJob&);
 size_t select_scratch_bytes(int heads, int kv_heads, int64_t context, int block);
 void select(const SelectJob&);
-// v is not read where keys and values are shared.
+// v is not read where the cache holds keys alone.
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,
                void* kv, KvCodecs codecs, int64_t context, int64_t start);
 void rms_norm(const float* x, size_t x_step, int64_t n, int k, const float* weight, float eps, float* out,

@@ -13,7 +13,7 @@ from flashrt_kernels.rows import KEPT, Codec, align, row_bytes
 def kv_append(k: Tensor, v: Tensor | None, kv: Tensor, start: int) -> None:
     """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, *pair]. Raises ValueError beyond its end.
 
-    v is None where kv is shared.
+    v is None where kv holds keys only.
     """
     if not 0 <= start <= kv.shape[1] - k.shape[0]:
         raise ValueError(f"start: {start} and {k.shape[0]} tokens do not fit in a context of {kv.shape[1]}")
@@ -27,7 +27,7 @@ def kv_append(k: Tensor, v: Tensor | None, kv: Tensor, start: int) -> None:
 
 
 def keys_and_values(kv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Those of kv [.., *pair], float32 [.., dim] each; where it is shared, keys twice."""
+    """Those of kv [.., *pair], float32 [.., dim] each; of keys only, these twice."""
     blocks = _blocks(kv, dim)
     if blocks is None:
         found = kv.to(torch.float32).unbind(-2)
@@ -42,13 +42,13 @@ def keys_and_values(kv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(kv: Tensor, dim: int) -> tuple[Codec, ...] | None:
-    """What keys and values are rows of, keys alone where kv is shared; None: of numbers."""
+    """What keys and values are rows of, keys alone where there are no others; None: of numbers."""
     if kv.dtype != torch.uint8:
         return None
     for codec in KvCodec:
-        for shared in (False, True):
-            if codec.blocks is not None and tuple(kv.shape[-2:]) == codec.pair(dim, shared):
-                return codec.blocks[: 1 if shared else 2]
+        for keys_only in (False, True):
+            if codec.blocks is not None and tuple(kv.shape[-2:]) == codec.pair(dim, keys_only):
+                return codec.blocks[: 1 if keys_only else 2]
     raise ValueError(f"kv: {kv.shape[-1]} bytes hold no keys and values of heads of {dim}")
 
 
