@@ -87,9 +87,9 @@ def share_of(keep: str) -> float:
 def most_channels(attention: Attention) -> int | None:
     """How many numbers a label has: half a byte each, within a 16th of a key's bfloat16 bytes, 8 at least.
 
-    None for a layer that has no labels: one that sees a window, or whose heads are narrower than that.
+    None for a layer that has no labels: one that sees a window, keeps latents, or has heads narrower than that.
     """
-    if attention.window is not None or attention.head_dim < CHANNEL_STEP:
+    if attention.window is not None or attention.keys_only or attention.head_dim < CHANNEL_STEP:
         return None
     return max(attention.head_dim // 4 // CHANNEL_STEP * CHANNEL_STEP, CHANNEL_STEP)
 

@@ -21,6 +21,11 @@ family. `{i}` is the layer:
         {i}.ffn   [experts * neurons] bundles; expert e is the run starting at e * neurons
         {i}.shared  [shared] bundles: an expert that every token goes to
 
+Of latent attention, queries are {i}.queries [heads * (nope_dim + rope_dim), hidden], or come by way of {i}.q_a
+[query_rank, hidden] and {i}.q_b; {i}.kv_a [rank + rope_dim, hidden] gives latent and key, {i}.k_b [heads * rank,
+nope_dim] and {i}.v_b [heads * value_dim, rank] take queries to latents and latents to values. {i}.q_a_norm and
+{i}.kv_a_norm are norms of latents.
+
 Of a gated delta net, {i}.qkv has the rows of queries, keys and values, {i}.beta and {i}.decay a row for each head; its
 vectors are {i}.taps [taps, channels] (the oldest row's first), {i}.decay.rate and {i}.decay.bias [heads], and
 {i}.head_norm [value_dim].
@@ -39,6 +44,7 @@ from flashrt.rope import MAX_CONTEXT, Rope, RopeScaling
 from flashrt_kernels.activations import parse
 from flashrt_kernels.kv import KvCodec
 from flashrt_kernels.limits import LONGEST_ROW, MOST_TAPS, WIDEST_HEAD
+from flashrt_kernels.rows import MATRIX_ROWS
 
 MAX_LAYERS = 4096
 MOST_EXPERTS = 1 << 14  # of a layer
@@ -93,6 +99,29 @@ class Attention:
         gate = {"gate": (self.width, hidden)} if self.output_gate else {}
         return {"qkv": (self.qkv_rows, hidden), **gate, "out": (hidden, self.width)}
 
+    @property
+    def outputs(self) -> int:
+        """How many of its matrices, the last ones, take what it attends to."""
+        return 1
+
+    @property
+    def keys_only(self) -> bool:
+        """Whether values are the first numbers of keys, so that a store holds keys alone."""
+        return False
+
+    @property
+    def value_width(self) -> int:
+        """Numbers of a value."""
+        return self.head_dim
+
+    def kv_pair(self, codec: KvCodec) -> tuple[int, int]:
+        """Shape of what a store holds of a token for a KV head."""
+        return codec.pair(self.head_dim, self.keys_only)
+
+    def kv_bytes(self, codec: KvCodec) -> int:
+        """Bytes of keys and values of a token."""
+        return self.kv_heads * codec.nbytes(self.head_dim, self.keys_only)
+
     def vectors(self, hidden: int) -> dict[str, int]:
         """Name → length."""
         result: dict[str, int] = {}
@@ -117,6 +146,78 @@ class Attention:
             return "an attention temperature without a span"
         if self.width > LONGEST_ROW:
             return f"{self.heads} heads of {self.head_dim} are more than the {LONGEST_ROW} that kernels take"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), in its absorbed form.
+
+    Of a token all heads share one key: a latent of `rank` numbers, which is its value too, then numbers that are
+    rotated. Queries of `nope_dim` numbers are projected to latents, what they attend to is projected to `value_dim`
+    numbers a head. So `kv_heads` is 1, `head_dim` the numbers of a key, and `rope.dims` says how many of the last ones
+    are rotated.
+    """
+
+    rank: int = 0
+    nope_dim: int = 0  # numbers of a head's query that are not rotated
+    value_dim: int = 0  # numbers that a head gives
+    query_rank: int = 0  # numbers that queries come by way of; 0: straight from the hidden state
+    latent_eps: float = 1e-6  # of the norms of latents
+
+    @property
+    def outputs(self) -> int:
+        return 2
+
+    @property
+    def keys_only(self) -> bool:
+        return True
+
+    @property
+    def value_width(self) -> int:
+        return self.rank
+
+    @property
+    def query_dim(self) -> int:
+        """Numbers of a head's query, before its projection."""
+        return self.nope_dim + self.head_dim - self.rank
+
+    @property
+    def row_width(self) -> int:
+        return self.query_rank + self.heads * self.query_dim + self.head_dim
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.value_dim
+
+    def matrices(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Name → (rows, columns), in execution order."""
+        rows = self.heads * self.query_dim
+        queries = {"queries": (rows, hidden)}
+        if self.query_rank:
+            queries = {"q_a": (self.query_rank, hidden), "q_b": (rows, self.query_rank)}
+        latents = {"k_b": (self.heads * self.rank, self.nope_dim), "v_b": (self.width, self.rank)}
+        return {**queries, "kv_a": (self.head_dim, hidden), **latents, "out": (hidden, self.width)}
+
+    def vectors(self, hidden: int) -> dict[str, int]:
+        """Name → length."""
+        queries = {"q_a_norm": self.query_rank} if self.query_rank else {}
+        return {**queries, "kv_a_norm": self.rank}
+
+    def unsupported(self) -> str | None:
+        """Why it cannot be computed, as one clause; None when it can."""
+        if self.kv_heads != 1 or self.rope is None or self.rope.dims != self.head_dim - self.rank:
+            return "latent attention without one key of a latent and rotated numbers for all heads"
+        odd = self.window is not None or self.temperature or self.softcap or self.qkv_bias or self.out_bias
+        if odd or self.qk_norm or self.qk_unit or self.output_gate or self.sinks:
+            return "latent attention with what only other attention has"
+        if self.head_dim > WIDEST_HEAD:
+            return f"keys of {self.rank} + {self.rope.dims} numbers are wider than the {WIDEST_HEAD} that kernels take"
+        for name, count in (("latents", self.rank), ("values", self.value_dim)):
+            if count % MATRIX_ROWS:
+                return f"{name} of {count} numbers, kernels take multiples of {MATRIX_ROWS}"
+        if max(self.width, self.query_rank) > LONGEST_ROW:
+            return f"{self.heads} heads of {self.value_dim} are more than the {LONGEST_ROW} that kernels take"
         return None
 
 
@@ -156,6 +257,11 @@ class DeltaNet:
         return self.heads * self.value_dim
 
     @property
+    def outputs(self) -> int:
+        """How many of its matrices, the last ones, take what its states give."""
+        return 1
+
+    @property
     def state_size(self) -> int:
         """Numbers of the state after a token, what the convolution needs of the rows before included."""
         return self.heads * self.key_dim * self.value_dim + (self.taps - 1) * self.channels
@@ -193,7 +299,7 @@ class Ffn:
 
     A router scores the experts: `router_scores` of logits, softmax over all or each one's sigmoid. Those of the highest
     scores are chosen, plus a correction that counts for the choice alone. Of `router_groups` groups of neighbours, only
-    the experts in the `router_groups_used` whose two best have the highest sum take part.
+    the experts in the `router_groups_used` whose `router_group_best` best have the highest sum take part.
     """
 
     neurons: int
@@ -208,6 +314,7 @@ class Ffn:
     router_correction: bool = False
     router_groups: int = 1
     router_groups_used: int = 1
+    router_group_best: int = 2
     router_input: bool = False  # the score of the one expert chosen multiplies what it is given, not what it gives
     router_scale: float = 1.0  # of the chosen experts' scores, once rescaled
     shared: int = 0  # neurons of an expert that every token goes to; 0: there is none
@@ -244,7 +351,7 @@ class Ffn:
         if self.router_groups == 1:
             return None
         each, rest = divmod(self.experts, self.router_groups)
-        if rest or each < 2 or not 0 < self.router_groups_used <= self.router_groups:
+        if rest or not 0 < self.router_group_best <= each or not 0 < self.router_groups_used <= self.router_groups:
             return f"{self.router_groups_used} of {self.router_groups} groups of {self.experts} experts"
         if each * self.router_groups_used < self.experts_per_token:
             return f"{self.experts_per_token} experts of {self.router_groups_used} groups of {each}"
@@ -315,6 +422,11 @@ class ModelSpec:
         return {i: layer.mixer for i, layer in enumerate(self.layers) if isinstance(layer.mixer, Attention)}
 
     @property
+    def latent(self) -> bool:
+        """Whether some layers keep latents for keys and values."""
+        return any(isinstance(layer.mixer, LatentAttention) for layer in self.layers)
+
+    @property
     def delta_nets(self) -> dict[int, DeltaNet]:
         """Of the recurrent layers, by layer."""
         return {i: layer.mixer for i, layer in enumerate(self.layers) if isinstance(layer.mixer, DeltaNet)}
@@ -332,6 +444,11 @@ class ModelSpec:
         ropes = full_ropes(self.layers)
         if not ropes:
             raise UsageError(f"--rope-scaling {scaling}: this {self.family} model has no rotary embedding to scale")
+        if self.latent:
+            raise UsageError(
+                f"--rope-scaling {scaling}: the scale of this {self.family} model's scores is that of its own rotary "
+                "embedding: leave --rope-scaling out"
+            )
         if any(rope.kind == "linear" for rope in ropes):
             raise UsageError(
                 f"--rope-scaling {scaling}: this model's own scaling is linear, which does not say for how many tokens "
@@ -447,7 +564,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, codec: KvCodec) -> int:
         """Bytes of keys and values of one token over all layers."""
-        return sum(a.kv_heads * codec.nbytes(a.head_dim) for a in self.attentions.values())
+        return sum(attention.kv_bytes(codec) for attention in self.attentions.values())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; equal layers are written once, with a count."""
@@ -500,13 +617,19 @@ _ADDITIONS = {
         "router_correction",
         "router_groups",
         "router_groups_used",
+        "router_group_best",
         "router_scale",
         "router_input",
         "shared",
         "shared_gate",
     ),
 }
-_MIXERS: dict[type, str] = {Attention: "attention", DeltaNet: "delta_net"}
+_ADDITIONS[LatentAttention] = _ADDITIONS[Attention]
+_MIXERS: dict[type, str] = {
+    Attention: "attention",
+    LatentAttention: "latent_attention",
+    DeltaNet: "delta_net",
+}
 
 
 def mixer_json(mixer: Mixer) -> dict[str, Any]:

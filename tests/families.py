@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests import hybrids
+from tests import hybrids, latents
 
 VOCAB = 131
 BOS, EOS, USER = 0, 1, 2
@@ -57,6 +57,8 @@ _SIGMOID_ROUTER = {
     "routed_scaling_factor": 1.7,
     "norm_topk_prob": True,
 }
+
+_SOFTMAX_ROUTER = {**_SIGMOID_ROUTER, "norm_topk_prob": False}
 
 # Variant → (config class, model class, config fields).
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -323,6 +325,57 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "topk_group": 2,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {
+            **_COMMON,
+            **latents.SHAPE,
+            **_SOFTMAX_ROUTER,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+        }
+        | latents.yarn(0.9, 0.6),
+    ),
+    "deepseek_v2-lite": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**_COMMON, **latents.SHAPE, **_SOFTMAX_ROUTER, "q_lora_rank": None, "topk_method": "greedy"}
+        | _rope("default"),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {**_COMMON, **_SIGMOID_ROUTER, **latents.SHAPE, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0}
+        | latents.yarn(0.7, 0.7),
+    ),
+    "deepseek_v3-lite": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **_COMMON,
+            **_SIGMOID_ROUTER,
+            **latents.SHAPE,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_mtp_layers": 0,
+        }
+        | _rope("default"),
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        "Glm4MoeLiteForCausalLM",
+        {
+            **_COMMON,
+            **_SIGMOID_ROUTER,
+            **latents.SHAPE,
+            "v_head_dim": 24,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        }
+        | _rope("default"),
+    ),
     "glm4_moe": (
         "Glm4MoeConfig",
         "Glm4MoeForCausalLM",
@@ -423,12 +476,18 @@ GGUF_FAMILIES = (
     "granitemoeshared",
     "dots1",
     "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v2-lite",
+    "deepseek_v3",
+    "deepseek_v3-lite",
+    "glm4_moe_lite",
     "ernie4_5_moe",
     "gpt_oss",
     "llama4",
 )
 # Fields that GGUF does not hold, as llama.cpp takes them.
 GGUF_FIELDS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": latents.yarn(0.6, 0.6),
     "gemma2": {"query_pre_attn_scalar": 20},
     "gemma3": {"query_pre_attn_scalar": 20},
     "qwen3_moe": {"mlp_only_layers": []},
@@ -571,6 +630,7 @@ _GGUF_ARCH = {
     "qwen2_moe": "qwen2moe",
     "granitemoeshared": "granitemoe",
     "glm4_moe": "glm4moe",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "deepseek2"),
     "gpt_oss": "gpt-oss",
     "ernie4_5_moe": "ernie4_5-moe",
 }  # where it is not the family's name
@@ -588,6 +648,7 @@ _GGUF_LEAVES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.qkv_proj": "attn_qkv",
+    **latents.LEAVES,
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
@@ -691,10 +752,11 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
     writer.add_block_count(config.num_hidden_layers + getattr(config, "num_nextn_predict_layers", 0))
     writer.add_feed_forward_length(getattr(config, "intermediate_size_mlp", config.intermediate_size))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if arch != "deepseek2":
+        writer.add_head_count_kv(config.num_key_value_heads)
     if arch not in ("command-r", "cohere2"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head_dim = getattr(config, "head_dim", None) if arch != "cohere2" else None
+    head_dim = getattr(config, "head_dim", None) if arch not in ("cohere2", "deepseek2") else None
     if head_dim:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
@@ -702,6 +764,8 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
         _write_gemma_metadata(writer, config)
     elif arch != "gemma2":
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch == "deepseek2":
+        latents.write_metadata(writer, config, family in latents.SPLIT)
     if arch in _METADATA:
         _METADATA[arch](writer, config)
     if family == "mixtral":
@@ -876,6 +940,9 @@ _EXPERT_COUNTS = {  # variant → the field of its config
     "granitemoe": "num_local_experts",
     "granitemoeshared": "num_local_experts",
     "dots1": "n_routed_experts",
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "deepseek_v3-lite", "glm4_moe_lite"), "n_routed_experts"
+    ),
     "glm4_moe": "n_routed_experts",
     "ernie4_5_moe": "moe_num_experts",
     "gpt_oss": "num_local_experts",
@@ -900,6 +967,8 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
             result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])
+        elif name.endswith("kv_b_proj.weight") and family in latents.SPLIT:
+            result |= latents.split_tensors(name.split(".")[2], values, config)
         elif name.endswith("in_proj_qkvz.weight"):
             layer, (qkv, gate) = name.split(".")[2], hybrids.split_projection(values, config)
             result |= {f"blk.{layer}.attn_qkv.weight": qkv, f"blk.{layer}.attn_gate.weight": gate}

@@ -32,7 +32,7 @@ import numpy as np
 from flashrt.errors import FlashrtError
 from flashrt.labels import KvLabels, LayerLabels, most_channels
 from flashrt.rope import Rope
-from flashrt.spec import Attention, DeltaNet, Ffn, Layer, Mixer, ModelSpec
+from flashrt.spec import Attention, DeltaNet, Ffn, LatentAttention, Layer, Mixer, ModelSpec
 from flashrt.storage.kv_labels import write_labels
 from flashrt.storage.layout import TensorLayout
 from flashrt.storage.manifest import Manifest
@@ -53,7 +53,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The numbers of a Llama-like model; `experts` make it a mixture, `delta_heads` a hybrid of gated delta nets."""
+    """The numbers of a Llama-like model; `experts` make it a mixture, `delta_heads` a hybrid of gated delta nets.
+
+    `latent` makes it a mixture of DeepSeek's kind, whose keys of `head_dim` numbers begin with latents of so many.
+    """
 
     hidden: int
     layers: int
@@ -70,6 +73,13 @@ class Shape:
     delta_heads: int = 0  # of the layers that are gated delta nets, three of four
     delta_keys: int = 0
     delta_dim: int = 128
+    latent: int = 0
+    query_rank: int = 0
+    nope_dim: int = 0
+    value_dim: int = 0
+    groups: int = 1  # of experts, of which half take part
+    dense: int = 0  # layers before the mixtures
+    dense_neurons: int = 0
 
     def spec(self) -> ModelSpec:
         attention = Attention(
@@ -79,6 +89,8 @@ class Shape:
         if self.shared:
             ffn = replace(ffn, shared=self.shared, shared_gate=True, normalize_router=True)
         mixers: list[Mixer] = [attention]
+        if self.latent:
+            return self._latent_spec(ffn)
         if self.delta_heads:
             rope = Rope(float(self.rope_base), dims=self.head_dim // 4)
             net = DeltaNet(self.delta_keys, self.delta_heads, self.delta_dim, self.delta_dim)
@@ -93,6 +105,31 @@ class Shape:
             norm_eps=1e-5,
         )
 
+    def _latent_spec(self, ffn: Ffn) -> ModelSpec:
+        scale = (self.nope_dim + self.head_dim - self.latent) ** -0.5
+        attention = LatentAttention(
+            self.heads,
+            1,
+            self.head_dim,
+            scale,
+            Rope(float(self.rope_base), dims=self.head_dim - self.latent),
+            rank=self.latent,
+            nope_dim=self.nope_dim,
+            value_dim=self.value_dim,
+            query_rank=self.query_rank,
+        )
+        mixture = replace(
+            ffn,
+            shared_gate=False,
+            router_scores="sigmoid",
+            router_correction=True,
+            router_groups=self.groups,
+            router_groups_used=max(self.groups // 2, 1),
+        )
+        ffns = [Ffn(self.dense_neurons, "silu") if i < self.dense else mixture for i in range(self.layers)]
+        layers = tuple(Layer(attention, own) for own in ffns)
+        return ModelSpec("deepseek_v3", self.vocab, self.hidden, layers, self.context)
+
 
 PRESETS = {
     "tiny": Shape(128, 4, 4, 2, 32, 352, 320, 512),
@@ -105,6 +142,27 @@ PRESETS = {
     ),
     "qwen3.5-35b-a3b": Shape(
         2048, 40, 16, 2, 256, 512, 248320, 262144, 256, 8, 10_000_000, shared=512, delta_heads=32, delta_keys=16
+    ),
+    "deepseek-v3": Shape(
+        *(7168, 61, 128, 1, 576, 2048, 129280, 163840, 256, 8),
+        shared=2048,
+        latent=512,
+        query_rank=1536,
+        nope_dim=128,
+        value_dim=128,
+        groups=8,
+        dense=3,
+        dense_neurons=18432,
+    ),
+    "glm-4.7-flash": Shape(
+        *(2048, 47, 20, 1, 576, 1536, 154880, 202752, 64, 4, 1_000_000),
+        shared=1536,
+        latent=512,
+        query_rank=768,
+        nope_dim=192,
+        value_dim=256,
+        dense=1,
+        dense_neurons=10240,
     ),
     "mixtral-8x7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, 32768, 8, 2),
 }

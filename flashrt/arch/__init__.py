@@ -8,6 +8,7 @@ from typing import Any
 
 from flashrt.arch import (
     cohere,
+    deepseek,
     dots1,
     ernie4_5_moe,
     gemma2,
@@ -102,9 +103,13 @@ FAMILIES: dict[str, Family] = {
     "granitemoeshared": Family("granitemoeshared", granite.moe_spec, granite.MOE_NAMES, GGUF_PERMUTED),
     "gpt_oss": Family("gpt_oss", gpt_oss.spec, gpt_oss.NAMES, gpt_oss.GGUF),
     "olmoe": Family("olmoe", olmoe.spec, olmoe.NAMES),
+    "deepseek_v2": Family("deepseek_v2", deepseek.v2_spec, deepseek.NAMES, deepseek.GGUF),
+    "deepseek_v3": Family("deepseek_v3", deepseek.v3_spec, deepseek.NAMES, deepseek.GGUF),
+    "kimi_k2": Family("kimi_k2", deepseek.v3_spec, deepseek.NAMES, deepseek.GGUF),
     "dots1": Family("dots1", dots1.spec, dots1.NAMES),
     "ernie4_5_moe": Family("ernie4_5_moe", ernie4_5_moe.spec, ernie4_5_moe.NAMES, ernie4_5_moe.GGUF),
     "glm4_moe": Family("glm4_moe", glm4_moe.spec, glm4_moe.NAMES, glm4_moe.GGUF),
+    "glm4_moe_lite": Family("glm4_moe_lite", glm4_moe.lite_spec, glm4_moe.LITE_NAMES, deepseek.GGUF),
     "smollm3": Family("smollm3", smollm3.spec, smollm3.NAMES, GGUF_PERMUTED),
     "glm4": Family("glm4", glm4.spec, glm4.NAMES, glm4.GGUF),
     "ministral": Family("ministral", mistral.spec, mistral.NAMES, GGUF_PERMUTED),

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashrt.arch import (
     cohere,
+    deepseek,
     ernie4_5_moe,
     gemma2,
     gemma3,
@@ -45,6 +46,7 @@ class _Architecture:
     read: Callable[[Mapping[str, Any], Metadata], dict[str, Any]] = lambda config, fields: {}
     keys: Collection[str] = ()
     partial: bool = False  # a part of each head may be rotated
+    latent: bool = False  # sizes of heads are those of latent attention, which `read` checks
 
 
 def _llama(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
@@ -78,6 +80,7 @@ ARCHITECTURES = {
     "granitemoe": _Architecture("granitemoe", granite.moe_gguf, granite.MOE_GGUF_KEYS),
     "gpt-oss": _Architecture("gpt_oss", gpt_oss.gguf),
     "olmoe": _Architecture("olmoe", mixture.gguf),
+    "deepseek2": _Architecture("deepseek_v3", deepseek.gguf, deepseek.GGUF_KEYS, latent=True),
     "dots1": _Architecture("dots1", mixture.sigmoid_gguf, mixture.GGUF_ROUTER_KEYS),
     "ernie4_5-moe": _Architecture("ernie4_5_moe", ernie4_5_moe.gguf, ernie4_5_moe.GGUF_KEYS),
     "glm4moe": _Architecture("glm4_moe", glm4_moe.gguf, glm4_moe.GGUF_KEYS, partial=True),
@@ -170,7 +173,7 @@ def gguf_config(
         "eos_token_id": _eos(values.below("tokenizer.ggml.")),
         "use_qk_norm": shape("blk.0.attn_q_norm.weight") is not None,
     }
-    rotary = _check_heads(config, fields, own.partial)
+    rotary = fields.integer("rope.dimension_count", 0) if own.latent else _check_heads(config, fields, own.partial)
     for key, neutral in _NEUTRAL.items():
         if key not in own.keys and (found := fields.number(key, neutral)) != neutral:
             raise UnsupportedModelError(f"GGUF with {key}={found} is not supported")

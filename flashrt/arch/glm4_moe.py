@@ -1,4 +1,7 @@
-"""GLM-4.5 and 4.6: rotary embedding of half a head, dense layers first, then mixtures with a shared expert."""
+"""GLM-4.5 and 4.6: rotary embedding of half a head, dense layers first, then mixtures with a shared expert.
+
+GLM-4.7-Flash is the same mixture over latent attention.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,33 @@ from dataclasses import replace
 from typing import Any
 
 from flashrt.arch.config import Config
-from flashrt.arch.decoder import attention, decoder_spec
+from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count
+from flashrt.arch.latent import HF_LATENT, latent_attention
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import GGUF_ROUTER_KEYS, MIXTURE, dense_first, sigmoid_experts, sigmoid_gguf
 from flashrt.arch.names import GGUF_NAMES
+from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import Layer, ModelSpec
 
 # A layer behind the last predicts further tokens, and is not run.
 NAMES = replace(MIXTURE, beyond="eh_proj.weight")
+LITE_NAMES = replace(NAMES, latent=HF_LATENT, permuted=True)
 GGUF = replace(
     GGUF_NAMES,
     layer={**GGUF_NAMES.layer, "norm.ffn": ("post_attention_norm.weight",)},
     beyond="nextn.eh_proj.weight",
 )
 GGUF_KEYS = (*GGUF_ROUTER_KEYS, "nextn_predict_layers")
+_LITE = {  # what transformers' configuration takes where a field is absent
+    "kv_lora_rank": 512,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.8,
+    "norm_topk_prob": True,
+}
 
 
 def spec(config: Config) -> ModelSpec:
@@ -29,6 +45,30 @@ def spec(config: Config) -> ModelSpec:
     mixture = sigmoid_experts(Config({"norm_topk_prob": True, **config.data}, config.family))
     layers = [Layer(heads, ffn) for ffn in dense_first(config, mixture, 1)]
     return decoder_spec(config, layers, context=131072, norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+def lite_spec(config: Config) -> ModelSpec:
+    config = Config({**_LITE, **config.data}, config.family)
+    heads, mixture = latent_attention(config), sigmoid_experts(config)
+    layers = [Layer(heads, mixture if sparse else gated_ffn(config)) for sparse in _mixtures(config)]
+    return decoder_spec(config, layers, context=202752, norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+def _mixtures(config: Config) -> list[bool]:
+    """Whether each layer is a mixture: by `mlp_layer_types`, or all but the first."""
+    count, dense = layer_count(config), config.integer("first_k_dense_replace", 1, minimum=0)
+    first = [i >= dense for i in range(count)]
+    types = config.names("mlp_layer_types", count)
+    if types is None:
+        if dense != 1:
+            raise UnsupportedModelError(f"{config.family} with first_k_dense_replace={dense} is not supported")
+        return first
+    if not set(types) <= {"dense", "sparse"}:
+        raise UnsupportedModelError(f"{config.family} with mlp_layer_types={types!r:.80} is not supported")
+    found = [name == "sparse" for name in types]
+    if "first_k_dense_replace" in config.data and found != first:
+        raise CheckpointError(f"{config.family} config: mlp_layer_types are not those of first_k_dense_replace={dense}")
+    return found
 
 
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:

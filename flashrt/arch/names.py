@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from flashrt.arch.harmless import GGUF_HARMLESS, HF_HARMLESS
-from flashrt.spec import Attention, DeltaNet, ModelSpec
+from flashrt.spec import Attention, DeltaNet, LatentAttention, ModelSpec
 
 Has = Callable[[str], bool]
 
@@ -24,9 +24,9 @@ class Part:
     expert: the slice of a stacked tensor [experts, rows, columns]
     groups: `rows` are those of each of so many groups, of so many rows each
     heads: the rows are stored permuted for interleaved rotary embedding, this many heads; reading undoes it
-    rotary: the first rows of each head that are permuted
+    rotary: the rows of each head that are permuted, behind `fixed` others
     step: the rows are every step-th, from rows[0] on
-    transposed: the tensor is [experts, columns, rows]
+    transposed: the tensor is [experts, columns, rows]; of rows of `groups`, each group's are columns
     add: added to every value (Gemma's norms are stored as w, and multiply by 1 + w)
     columns: a vector is stored as rows of so many numbers, and read column by column
     log: stored as the logarithm of its negative
@@ -37,12 +37,14 @@ class Part:
     rows: tuple[int, int] | None = None
     heads: int = 0
     rotary: int = 0
+    fixed: int = 0
     add: float = 0.0
     groups: tuple[int, int] | None = None
     columns: int = 0
     log: bool = False
     step: int = 1
     transposed: bool = False
+    stacked: int = 0  # the rows are those of so many matrices, one after the other
 
 
 class Share(NamedTuple):
@@ -74,6 +76,7 @@ class Names:
     """Templates for one family in one kind of checkpoint.
 
     permuted: query and key rows are stored for interleaved rotary embedding
+    latent: those of latent attention, "kv_b" for k_b and v_b in one tensor
     recurrent: templates that take the place of those of `layer` in recurrent layers
     shares: of these, the rows of each part that is not all of its tensor
     log_rate: the rates at which states decay are stored as logarithms
@@ -95,6 +98,7 @@ class Names:
     interleaved_biases: bool = False
     harmless: tuple[str, ...] = HF_HARMLESS
     recurrent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    latent: Mapping[str, str] = field(default_factory=dict)
     shares: Mapping[str, Callable[[DeltaNet], Sequence[Share]]] = field(default_factory=dict)
     log_rate: bool = False
 
@@ -130,6 +134,8 @@ class TensorMap:
         mixer = self.spec.layers[int(layer)].mixer
         if isinstance(mixer, DeltaNet) and name in self.names.recurrent:
             return self._recurrent(int(layer), name, mixer)
+        if isinstance(mixer, LatentAttention) and name in (*self.names.latent, "k_b", "v_b"):
+            return (self._latent(int(layer), name, mixer),)
         parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
         if isinstance(mixer, Attention) and mixer.output_gate and name in ("qkv", "gate"):  # beside the queries
             first, groups = (0 if name == "qkv" else mixer.head_dim), (mixer.heads, 2 * mixer.head_dim)
@@ -155,6 +161,22 @@ class TensorMap:
         if name == "decay.rate":
             parts = [replace(part, log=self.names.log_rate) for part in parts]
         return tuple(parts)
+
+    def _latent(self, layer: int, name: str, own: LatentAttention) -> Part:
+        """k_b and v_b may be rows of one tensor, head by head: those of k_b are its columns then."""
+        part = Part(self._layer(layer, self.names.latent.get(name, "")))
+        rotary = own.head_dim - own.rank
+        if name in ("k_b", "v_b"):
+            if name in self.names.latent and self.has(part.tensor):
+                return replace(part, stacked=own.heads)
+            joint, end = self._layer(layer, self.names.latent["kv_b"]), own.nope_dim + own.value_dim
+            rows = (0, own.nope_dim) if name == "k_b" else (own.nope_dim, end)
+            return Part(joint, groups=(own.heads, end), rows=rows, transposed=name == "k_b")
+        if self.names.permuted and name in ("q_b", "queries"):
+            return replace(part, heads=own.heads, rotary=rotary, fixed=own.nope_dim)
+        if self.names.permuted and name == "kv_a":
+            return replace(part, heads=1, rotary=rotary, fixed=own.rank)
+        return part
 
     def neurons(self, key: str, run: int) -> tuple[Part | None, Part, Part]:
         """(gate, up, down) of one run of a layer's neurons."""

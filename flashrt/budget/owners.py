@@ -6,8 +6,9 @@ from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PREDICTOR, PackLayout, TensorLayout
 from flashrt_kernels.rows import align
 
+_LATENT = ("queries", "q_a", "q_b", "kv_a", "k_b", "v_b")
 OWNERS = {  # by kind
-    **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", "out"), "attention"),
+    **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", *_LATENT, "out"), "attention"),
     "router": "router",
     "shared_gate": "router",
     "shared": "shared experts",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flashrt.kv.recurrent import KEPT_ROWS
 from flashrt.rope import Rope
-from flashrt.spec import ModelSpec
+from flashrt.spec import LatentAttention, ModelSpec
 from flashrt_kernels.rows import Codec, row_bytes
 
 SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted
@@ -59,6 +59,9 @@ def working_set(
         shapes["gate"] = BufferShape((tokens, max(gates)))
     if nets:
         shapes["rows"] = BufferShape((KEPT_ROWS, max(net.row_width for net in nets)))
+    if latents := [mixer for mixer in mixers if isinstance(mixer, LatentAttention)]:
+        shapes["absorbed"] = BufferShape((tokens, max(own.heads * own.head_dim for own in latents)))
+        shapes["latents"] = BufferShape((tokens, max(own.heads * own.rank for own in latents)))
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))

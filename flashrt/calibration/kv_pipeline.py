@@ -153,6 +153,8 @@ class _Calibration:
 
 def labelled_layers(spec: ModelSpec) -> list[int]:
     """The layers that can have labels. Raises UnsupportedModelError for a model that has none."""
+    if spec.latent:
+        raise UnsupportedModelError(f"{spec.family}: latents cannot have labels; use --kv exact")
     layers = [i for i, attention in spec.attentions.items() if most_channels(attention) is not None]
     for attention in (spec.layers[i].attention for i in layers):
         partial = attention.rope is not None and attention.rope.dims

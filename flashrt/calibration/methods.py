@@ -50,6 +50,8 @@ def method_for(base: Pack, kernels: Ops[Any]) -> Method:
         )
     if base.spec.delta_nets:
         raise UnsupportedModelError("sparse mode is not built for models with recurrent layers: use --mode exact")
+    if base.spec.latent:
+        raise UnsupportedModelError("sparse mode is not built for models with latent attention: use --mode exact")
     if any(layer.ffn.gate_bias for layer in base.spec.layers):
         raise UnsupportedModelError("sparse mode is not built for gates with biases: use --mode exact")
     if all(gives_zeros(layer.ffn.activation) for layer in base.spec.layers):

@@ -17,6 +17,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sparse_kv import sparse_kv
+from flashrt.errors import UsageError
 from flashrt.kv.choice import SparseKv
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
@@ -75,6 +76,11 @@ class LoadedPack:
         """What the process takes, measured once, for the first plan: by then everything but the model is loaded."""
         costs = self.runtime.fixed_costs(self.pack)
         codec = costs.kv_codec if self.options.kv_dtype is None else KvCodec(self.options.kv_dtype)
+        if codec is KvCodec.INT4 and self.spec.latent:
+            raise UsageError(
+                f"--kv-dtype int4: values of this {self.spec.family} model are parts of its keys, which are not held "
+                "in four bits: use int8"
+            )
         return replace(costs, runtime_bytes=costs.runtime_bytes + self._beside, kv_codec=codec)
 
     @functools.cached_property

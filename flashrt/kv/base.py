@@ -34,7 +34,7 @@ class KvLimits:
 
     def nbytes(self, attention: Attention, positions: int) -> int:
         """Of keys and values of so many positions of a layer."""
-        return positions * attention.kv_heads * self.codec.nbytes(attention.head_dim)
+        return positions * attention.kv_bytes(self.codec)
 
 
 class Kernels(NamedTuple):
@@ -131,8 +131,10 @@ class KvStore(LayerStore):
     whole: ClassVar[bool] = False  # whether all heads must be attended to in one call
 
     @abstractmethod
-    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+    def append(self, key: Tensor, value: Tensor | None, start: int) -> None:
         """Write the keys and values of rows, float32 [T, kv_heads, head_dim], from position `start` on.
+
+        value: None where the layer's keys hold it (`Attention.keys_only`)
 
         What stood there is overwritten: a tree, or drafts behind the sequence.
         """
@@ -141,7 +143,7 @@ class KvStore(LayerStore):
     def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor, sinks: Tensor | None = None) -> None:
         """Attention of `rows`, whose keys and values were appended, over what they follow, into `out`.
 
-        query: float32 [T, H, head_dim]; out: float32 [T, H * head_dim]; heads: the KV heads that these H belong to
+        query: float32 [T, H, head_dim]; out: float32 [T, H * value_width]; heads: the KV heads that these H belong to
         sinks: float32 [H], a score of each beside those of its keys, whose value is zero; None for most models
         """
 

@@ -31,11 +31,11 @@ class ContiguousStore(KvStore):
 
     def __init__(self, attention: Attention, limits: KvLimits, kernels: Kernels, allocate: Allocate) -> None:
         self._attention, self._kernels = attention, kernels
-        pair, slots = limits.codec.pair(attention.head_dim), self.slots(attention, limits)
+        pair, slots = attention.kv_pair(limits.codec), self.slots(attention, limits)
         self.memory = allocate((attention.kv_heads, slots, *pair), limits.codec.dtype)
         self.first = 0
 
-    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+    def append(self, key: Tensor, value: Tensor | None, start: int) -> None:
         self._kernels.ops.kv_append(key, value, self.memory, start - self.first)
 
     def attend(self, query: Tensor, rows: KvRows, heads: slice, out: Tensor, sinks: Tensor | None = None) -> None:

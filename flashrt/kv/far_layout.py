@@ -95,7 +95,7 @@ class FarLayout:
 
 def page_bytes(attention: Attention, codec: KvCodec) -> int:
     """Bytes of a page on disk."""
-    return align(ATTENTION_SEGMENT * attention.kv_heads * codec.nbytes(attention.head_dim), DISK_PAGE)
+    return align(ATTENTION_SEGMENT * attention.kv_bytes(codec), DISK_PAGE)
 
 
 def cell_bytes(attentions: Sequence[Attention], block: int, codec: KvCodec) -> int:
@@ -103,7 +103,7 @@ def cell_bytes(attentions: Sequence[Attention], block: int, codec: KvCodec) -> i
 
     A page holds whole cells. 0 where no number of bytes up to `LARGEST_CELL` does.
     """
-    tokens = [codec.nbytes(attention.head_dim) for attention in attentions]
+    tokens = [attention.kv_bytes(codec) // attention.kv_heads for attention in attentions]
     for blocks in range(1, ATTENTION_SEGMENT // block + 1):
         nbytes = blocks * block * tokens[0]
         if nbytes > LARGEST_CELL:

@@ -90,10 +90,10 @@ def _segment(mixers: Sequence[Mixer], extent: Extent, codec: KvCodec, begin: int
     for layer, attention in enumerate(mixers):
         if not isinstance(attention, Attention) or begin < needed(attention.window, extent.top):
             continue
-        group = max(PAGE_BYTES // (ATTENTION_SEGMENT * codec.nbytes(attention.head_dim)), 1)
+        group = max(PAGE_BYTES // (ATTENTION_SEGMENT * attention.kv_bytes(codec) // attention.kv_heads), 1)
         for head in range(0, attention.kv_heads, group):
             heads = slice(head, min(head + group, attention.kv_heads))
-            yield Page(layer, begin, heads, (heads.stop - head, count, *codec.pair(attention.head_dim)))
+            yield Page(layer, begin, heads, (heads.stop - head, count, *attention.kv_pair(codec)))
 
 
 def _states(mixers: Sequence[Mixer], position: int) -> Iterator[StatePage]:

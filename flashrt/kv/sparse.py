@@ -38,7 +38,7 @@ class ChoosingStore(ContiguousStore):
         super().__init__(attention, limits, kernels, allocate)
         self._chooser = Chooser(attention, limits, kernels.ops, allocate)
 
-    def append(self, key: Array, value: Array, start: int) -> None:
+    def append(self, key: Array, value: Array | None, start: int) -> None:
         self._label(start)
         super().append(key, value, start)
 

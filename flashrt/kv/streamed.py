@@ -44,7 +44,7 @@ class StreamedStore(ContiguousStore):
         heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
         counts = range(1, limits.rows + 1)  # a few rows may take more than many, which are cut into tiles
         most = max(ops.attention_scratch_bytes(count, heads, kv_heads, dim) for count in counts)
-        return 4 * limits.rows * heads * int(ops.attention_state_width(dim)) + int(most)
+        return 4 * limits.rows * heads * int(ops.attention_state_width(attention.value_width)) + int(most)
 
     @classmethod
     def far_pages(cls, attention: Attention, limits: KvLimits) -> int:
@@ -60,7 +60,7 @@ class StreamedStore(ContiguousStore):
     def far(self, start: int, rows: int) -> int:
         return max(self.first // SEGMENT, _pages_before(start + max(rows, NARROW_TOKENS), self.memory.shape[1]))
 
-    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+    def append(self, key: Tensor, value: Tensor | None, start: int) -> None:
         self._make_room(start, len(key))
         super().append(key, value, start)
 
@@ -69,8 +69,8 @@ class StreamedStore(ContiguousStore):
             super().attend(query, rows, heads, out, sinks)
             return
         ops, scale, softcap = self._kernels.ops, self._attention.scale, self._attention.softcap or None
-        tokens, count, dim = query.shape
-        shape = tokens, count, ops.attention_state_width(dim)
+        tokens, count, _ = query.shape
+        shape = tokens, count, ops.attention_state_width(self._attention.value_width)
         end = 4 * int(np.prod(shape))
         state, scratch = self._kernels.scratch[:end].view(np.float32).reshape(shape), self._kernels.scratch[end:]
         for segment in range(self.first // SEGMENT):

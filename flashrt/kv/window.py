@@ -27,7 +27,7 @@ class WindowStore(ContiguousStore):
     def claim(cls, attention: Attention, limits: KvLimits) -> int | None:
         return None if attention.window is None else super().claim(attention, limits)
 
-    def append(self, key: Tensor, value: Tensor, start: int) -> None:
+    def append(self, key: Tensor, value: Tensor | None, start: int) -> None:
         if start - self.first + len(key) > self.memory.shape[1]:
             self._slide(start)
         super().append(key, value, start)

@@ -10,10 +10,15 @@ from flashrt.kv.base import KvRows
 from flashrt.model.attention import AttentionBlocks
 from flashrt.model.batch import Batch
 from flashrt.model.delta_net import DeltaNetBlocks
+from flashrt.model.latent import LatentBlocks
 from flashrt.model.mixer import MixedRows, MixerBlocks
 from flashrt.model.workspace import Workspace
 
-KINDS: Sequence[type[MixerBlocks]] = (AttentionBlocks, DeltaNetBlocks)
+KINDS: Sequence[type[MixerBlocks]] = (
+    LatentBlocks,
+    AttentionBlocks,
+    DeltaNetBlocks,
+)  # the first that fits a layer has it
 
 
 class Mixers:
@@ -21,9 +26,10 @@ class Mixers:
 
     def __init__(self, work: Workspace) -> None:
         self._work = work
-        self.kinds = [kind(work) for kind in KINDS]
+        kinds = [kind(work) for kind in KINDS]
         layers = work.spec.layers
-        self.blocks = [next(kind for kind in self.kinds if isinstance(layer.mixer, kind.mixer)) for layer in layers]
+        self.blocks = [next(kind for kind in kinds if isinstance(layer.mixer, kind.mixer)) for layer in layers]
+        self.kinds = list(dict.fromkeys(self.blocks))
 
     @property
     def attention(self) -> AttentionBlocks:

@@ -46,11 +46,14 @@ class Schedule:
         self._weights, self._ffns, self._pages = weights, ffns, pages
         steps: list[tuple[Expect, Submit | None]] = []
         for i, block in enumerate(ffns.blocks):
-            *inputs, output = weights.spec.layers[i].mixer.matrices(weights.spec.hidden)
-            steps += [(partial(_weights, weights, f"{i}.{name}"), None) for name in inputs]
+            mixer = weights.spec.layers[i].mixer
+            names = [f"{i}.{name}" for name in mixer.matrices(weights.spec.hidden)]
+            inputs, outputs = names[: -mixer.outputs], names[-mixer.outputs :]
+            steps += [(partial(_weights, weights, name), None) for name in inputs]
             if pages is not None and i in pages.layers:
                 steps.append((partial(_far, pages, i), pages.submit(i)))
-            steps += (partial(_weights, weights, f"{i}.{output}"), None), (partial(_ffn, block), block.submit)
+            steps += [(partial(_weights, weights, name), None) for name in outputs]
+            steps.append((partial(_ffn, block), block.submit))
         alike = itertools.groupby(steps, key=lambda step: step[1])
         self._body = [_Stretch([expect for expect, _ in own], submit) for submit, own in alike]
         cells = pages is not None and pages.cells is not None

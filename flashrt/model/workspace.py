@@ -57,6 +57,22 @@ class Workspace:
                         part = bundles[(begin - row0) // MATRIX_ROWS :]
                         self.multiply(x, part, tensor.codec, out, begin, end - begin, share, wide)
 
+    def linear_by_head(self, name: str, x: Tensor, out: Tensor, wide: bool) -> None:
+        """out[:, h] = x[:, h] W_h^T, of a matrix that has the rows of one head after the other, whole bundles each.
+
+        x: float32 [T, heads, K]; out: float32 [T, heads, N]
+        """
+        tensor, count = self.layout.tensors[name], out.shape[2]
+        for first, bundles in self.weights.runs(name):
+            row0 = first * MATRIX_ROWS
+            last = min(row0 + len(bundles) * MATRIX_ROWS, tensor.rows)
+            for head in range(row0 // count, -(-last // count)):
+                begin, end = max(head * count, row0), min((head + 1) * count, last)
+                part = bundles[(begin - row0) // MATRIX_ROWS :]
+                self.multiply(
+                    x[:, head], part, tensor.codec, out[:, head], begin - head * count, end - begin, None, wide
+                )
+
     def multiply(
         self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool
     ) -> None:
@@ -99,7 +115,7 @@ def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) ->
     for layer in set(spec.layers):
         neurons = min(max(layer.ffn.neurons, layer.ffn.shared), WIDE_NEURONS)
         sizes += [
-            ops.gemm_scratch_bytes(tokens, layer.mixer.width),
+            *(ops.gemm_scratch_bytes(tokens, columns) for _, columns in layer.mixer.matrices(spec.hidden).values()),
             ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),
             *_mixer_scratch(layer.mixer, ops, tokens),
         ]
@@ -117,7 +133,7 @@ def _mixer_scratch(mixer: Mixer, ops: Any, tokens: int) -> list[int]:
 
 def reserve(spec: ModelSpec, layout: PackLayout, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
-    widest = max(max(layer.mixer.width for layer in spec.layers), spec.hidden)
-    ops.reserve(widest)
+    columns = (columns for layer in spec.layers for _, columns in layer.mixer.matrices(spec.hidden).values())
+    ops.reserve(max(*columns, spec.hidden))
     if any(tensor.group > 1 for tensor in layout.tensors.values()):
         ops.reserve_groups()

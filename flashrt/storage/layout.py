@@ -265,7 +265,9 @@ def _neurons(spec: ModelSpec, dtype: Codec, i: int, name: str) -> _Shape:
 
 def heads_apart(attention: Attention) -> bool:
     """Whether a head can be computed alone: its queries are whole bundles, its keys and values no other's."""
-    apart = attention.kv_heads == attention.heads and not (attention.qk_norm_whole or attention.output_gate)
+    apart = attention.kv_heads == attention.heads and not (
+        attention.keys_only or attention.qk_norm_whole or attention.output_gate
+    )
     return apart and attention.head_dim % MATRIX_ROWS == 0
 
 

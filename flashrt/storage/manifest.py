@@ -18,7 +18,7 @@ from flashrt.errors import PackError
 from flashrt.rope import MAX_CONTEXT, Rope
 from flashrt.sparsity import VERSION as CALIBRATION
 from flashrt.sparsity import Sparsity, gives_zeros
-from flashrt.spec import MAX_LAYERS, MOST_EXPERTS, Attention, ModelSpec
+from flashrt.spec import MAX_LAYERS, MOST_EXPERTS, Attention, LatentAttention, ModelSpec
 from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
 from flashrt_kernels import activations
@@ -211,6 +211,10 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         _check_fields(ffn, where)
         if isinstance(mixer, Attention):
             _check_attention(mixer, where)
+            if isinstance(mixer, LatentAttention):
+                for name in ("rank", "nope_dim", "value_dim"):
+                    _bounded(name, getattr(mixer, name), 1, 1 << 14, where)
+                _bounded("query_rank", mixer.query_rank, 0, 1 << 16, where)
         else:
             for name in ("key_heads", "heads", "key_dim", "value_dim", "taps"):
                 _bounded(name, getattr(mixer, name), 1, 1 << 14, where)
@@ -219,6 +223,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         bounded("experts_per_token", ffn.experts_per_token, 1 if ffn.experts else 0, ffn.experts)
         bounded("router_groups", ffn.router_groups, 1, 1 << 14)
         bounded("router_groups_used", ffn.router_groups_used, 1, ffn.router_groups)
+        bounded("router_group_best", ffn.router_group_best, 1, 1 << 14)
         bounded("shared", ffn.shared, 0, 1 << 22)
         try:
             activations.parse(ffn.activation)
@@ -253,6 +258,8 @@ def _check_sparsity(sparsity: Sparsity, spec: ModelSpec, dtype: Codec, where: st
         raise PackError(f"{where}: a calibrated mixture of experts; only dense models are calibrated")
     if spec.delta_nets:
         raise PackError(f"{where}: a calibrated model with recurrent layers, which are not calibrated")
+    if spec.latent:
+        raise PackError(f"{where}: a calibrated model with latent attention, which is not calibrated")
     if not all(activations.parse(layer.ffn.activation).gate_only for layer in spec.layers):
         raise PackError(f"{where}: a calibration of neurons whose activation bounds what the gate is multiplied by")
     if any(layer.ffn.gate_bias for layer in spec.layers):

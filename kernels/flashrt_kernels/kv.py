@@ -4,6 +4,8 @@ A token's key of a KV head lies before its value. `f32` and `bf16` are numbers a
 blocks, `int4` a key as one and a value as a row of Q4_0 blocks (`flashrt_kernels.rows`), padded with zeros to whole
 chunks of 64 numbers. Keys are not held in four bits: some of their channels are 100 times as large as others, and what
 four bits leave of these is no attention any more.
+
+Caches of *keys only* hold no values: these are the first numbers of keys. Four bits are none for them.
 """
 
 from __future__ import annotations
@@ -45,15 +47,16 @@ class KvCodec(enum.Enum):
         """What keys and values are rows of; None: of numbers."""
         return _BLOCKS.get(self)
 
-    def pair(self, head_dim: int) -> tuple[int, int]:
-        """Shape of a key and its value: [2, head_dim], or [1, bytes] of rows of blocks."""
+    def pair(self, head_dim: int, keys_only: bool = False) -> tuple[int, int]:
+        """Shape of a key and its value: [2, head_dim], or [1, bytes] of rows of blocks; [1, head_dim] of keys only."""
+        rows = 1 if keys_only else 2
         if self.blocks is None:
-            return 2, head_dim
-        return 1, sum(row_bytes(codec, align(head_dim, CHUNK)) for codec in self.blocks)
+            return rows, head_dim
+        return 1, sum(row_bytes(codec, align(head_dim, CHUNK)) for codec in self.blocks[:rows])
 
-    def nbytes(self, head_dim: int) -> int:
+    def nbytes(self, head_dim: int, keys_only: bool = False) -> int:
         """Bytes of a key and its value."""
-        rows, items = self.pair(head_dim)
+        rows, items = self.pair(head_dim, keys_only)
         return rows * items * self.item_bytes
 
 

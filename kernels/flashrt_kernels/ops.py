@@ -202,8 +202,11 @@ class Ops(Protocol[Array]):
     def rope(self, x: Array, cos: Array, sin: Array) -> None:
         """Rotates the halves of each head in place; x [B, heads, D], cos, sin [B, D / 2]."""
 
-    def kv_append(self, k: Array, v: Array, kv: Array, start: int) -> None:
-        """Writes k, v [B, KVH, D] from position `start` on into kv [KVH, context, *pair] (`flashrt_kernels.kv`)."""
+    def kv_append(self, k: Array, v: Array | None, kv: Array, start: int) -> None:
+        """Writes k, v [B, KVH, D] from position `start` on into kv [KVH, context, *pair] (`flashrt_kernels.kv`).
+
+        v is None where kv holds keys only.
+        """
 
     def attention(
         self,
@@ -219,12 +222,13 @@ class Ops(Protocol[Array]):
         state: Array | None = None,
         sinks: Array | None = None,
     ) -> None:
-        """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, *pair]; out [B, H * D].
+        """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, *pair]; out [B, H * V].
 
-        window: positions that a query sees, its own included; None: all before it. scale multiplies scores, softcap
-        bounds them (None: not). parents int32 [B] makes the tokens a tree: each follows the one that is named, or with
-        -1 the sequence. state: what `attend_page` has gathered of positions before those of kv (None: nothing). sinks
-        [H]: scores that each head has beside those of its keys, and whose values are zero; not beside a state.
+        V, D at most: the numbers of a value that are wanted, the first ones. window: positions that a query sees, its
+        own included; None: all before it. scale multiplies scores, softcap bounds them (None: not). parents int32 [B]
+        makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state: what `attend_page`
+        has gathered of positions before those of kv (None: nothing). sinks [H]: scores that each head has beside those
+        of its keys, and whose values are zero; not beside a state.
         """
 
     def attend_page(
@@ -238,15 +242,15 @@ class Ops(Protocol[Array]):
         scratch: Array | None = None,
         sinks: Array | None = None,
     ) -> None:
-        """Takes positions that all of q [B, H, D] sees, page [KVH, n, *pair], into state [B, H, state width].
+        """Takes positions that all of q [B, H, D] sees, page [KVH, n, *pair], into state [B, H, its width].
 
         In the order of positions, all pages but the last a multiple of 256 long; before the `first` nothing is in
-        state, or the sinks. `attention` that begins from state then gives the bits of one over everything. scratch is
-        that of `attention`.
+        state, or the sinks. The width says which V the values have. `attention` that begins from state then gives the
+        bits of one over everything. scratch is that of `attention`.
         """
 
-    def attention_state_width(self, dim: int) -> int:
-        """Numbers of the running softmax of one query, of heads of `dim` numbers."""
+    def attention_state_width(self, values: int) -> int:
+        """Numbers of the running softmax of one query, of so many numbers of a value."""
 
     def attention_scratch_bytes(self, tokens: int, heads: int, kv_heads: int, dim: int) -> int:
         """Bytes of scratch of `attention` for q [tokens, heads, dim], whatever the context."""
@@ -264,7 +268,7 @@ class Ops(Protocol[Array]):
         scratch: Array | None = None,
         sinks: Array | None = None,
     ) -> None:
-        """Attention of q [T, H, D] over lists of tokens, one for each row and KV head; out [T, H * D].
+        """Attention of q [T, H, D] over lists of tokens, one for each row and KV head; out [T, H * V].
 
         lists int32 [T, KVH, most], of which counts int32 [T, KVH] are there, attended to in their order: i >= 0 is
         near[head, i] of [KVH, slots, *pair], -1 - i is far[i] of [tokens, *pair] (None: none). An empty list gives

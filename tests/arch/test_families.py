@@ -20,7 +20,7 @@ from flashrt.rope import parse_rope_scaling
 from flashrt.spec import DeltaNet, ModelSpec
 from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
-from tests import hybrids
+from tests import hybrids, latents
 from tests.fake_source import DENSE
 from tests.families import FAMILIES as VARIANTS
 from tests.families import GGUF_FIELDS, SHAPE, tiny_checkpoint, tiny_gguf
@@ -311,7 +311,7 @@ def test_further_layers_of_a_hybrid_are_not_read(tmp_path: Path, family: str, li
         ({"layer_types": ["full_attention"]}, "expected 4 names"),
         ({"linear_num_key_heads": 4}, "6 heads of a delta net do not share 4 key heads"),
         ({"linear_conv_kernel_dim": 9}, "a convolution of 9 taps"),
-        ({"linear_value_head_dim": 512}, "heads of 512 numbers"),
+        ({"linear_value_head_dim": 600}, "heads of 600 numbers"),
         ({"linear_key_head_dim": 0}, "linear_key_head_dim is 0"),
         ({"partial_rotary_factor": 0.0, "rope_parameters": {}}, "partial_rotary_factor=0.0"),
     ],
@@ -327,3 +327,64 @@ def test_a_hybrid_without_layer_types_attends_in_every_fourth_layer() -> None:
     assert list(family_of("qwen3_5_text").spec({**config, "num_hidden_layers": 9}).attentions) == [3, 7]
     every = {**config, "num_hidden_layers": 9, "full_attention_interval": 3}
     assert list(family_of("qwen3_5_text").spec(every).attentions) == [2, 5, 8]
+
+
+LATENT = {**CONFIG, **latents.SHAPE, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads=1"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=True"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
+        ("deepseek_v3", {"qk_head_dim": 21}, "qk_head_dim=21"),
+        ("deepseek_v3", {"head_dim": 128}, "head_dim=128"),
+        ("deepseek_v3", {"qk_rope_head_dim": 5}, "qk_rope_head_dim=5"),
+        ("deepseek_v3", {"kv_lora_rank": 600}, "keys of 600 + 6 numbers are wider than the 576"),
+        ("deepseek_v3", {"kv_lora_rank": 20}, "latents of 20 numbers"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": -1.0}}, "mscale_all_dim"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}, "1 of 3 groups"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "other", "sparse"]}, "mlp_layer_types"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"] * 3, "first_k_dense_replace": 1}, "mlp_layer_types are not"),
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, "first_k_dense_replace=2"),
+    ],
+)
+def test_latent_attention_that_is_not_computed_is_refused(family: str, change: dict[str, Any], reason: str) -> None:
+    own = {key: value for key, value in LATENT.items() if key != "head_dim"} | {"n_group": 1, "topk_group": 1}
+    family_of(family).spec(own)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(reason)):
+        family_of(family).spec({**own, **change})
+
+
+def test_kimi_k2_is_read_as_deepseek_v3() -> None:
+    own = {key: value for key, value in LATENT.items() if key != "head_dim"} | {"n_group": 1, "topk_group": 1}
+    found, expected = (family_of(name).spec(own) for name in ("kimi_k2", "deepseek_v3"))
+    assert replace(found, family="deepseek_v3") == expected
+    assert family_of("kimi_k2").names == family_of("deepseek_v3").names
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attention.key_length": 20}, "key_length and value_length are 1, 20 and 24, expected 1, 30 and 24"),
+        ({"attention.head_count_kv": 6}, "are 6, 30 and 24, expected 1, 30 and 24"),
+        ({"attention.key_length_mla": 6}, "heads of 6 and 16 numbers, 6 of them rotated"),
+        ({"attention.kv_lora_rank": 0}, "kv_lora_rank is 0"),
+        ({"rope.scaling.yarn_log_multiplier": 0.0}, "no rope.scaling.yarn_log_multiplier"),
+        ({"expert_gating_func": 3}, "expert_gating_func=3"),
+    ],
+)
+def test_latent_metadata_that_contradicts_itself_is_refused(
+    change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    header = read_gguf_header(tiny_gguf("deepseek_v3", tmp_path / "x.gguf")[1])
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    changed = {f"deepseek2.{key}": value for key, value in change.items()}
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(reason)):
+        family_of("deepseek_v3").spec(gguf_config({**header.metadata, **changed}, shapes.get, {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from flashrt.rope import Rope
-from flashrt.spec import Attention, ModelSpec
+from flashrt.spec import Attention, DeltaNet, LatentAttention, ModelSpec
 from flashrt.storage.sources import Checkpoint, open_checkpoint
 from flashrt_kernels import reference
 from tests.families import FAMILIES, FATRELU_THRESHOLD, GGUF_FAMILIES, GGUF_FIELDS, VOCAB, tiny_checkpoint, tiny_gguf
@@ -34,6 +35,7 @@ class PlainModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.lengths = self.spec.vectors()
+        self.mixers = {LatentAttention: self.latent_attention, Attention: self.attention, DeltaNet: self.delta_net}
 
     def vector(self, key: str) -> torch.Tensor:
         return torch.from_numpy(self.checkpoint.vector(key)).double()
@@ -43,6 +45,9 @@ class PlainModel:
 
     def bias(self, key: str) -> torch.Tensor | float:
         return self.vector(key) if key in self.lengths else 0.0
+
+    def norm_latent(self, x: torch.Tensor, key: str, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.vector(key)
 
     def norm(self, x: torch.Tensor, key: str) -> torch.Tensor:
         if self.spec.norm == "layer":
@@ -57,7 +62,8 @@ class PlainModel:
             x = x + self.matrix("positions", spec.positions)[torch.arange(len(tokens)) + spec.position_offset]
         for i in range(len(spec.layers)):
             before = x
-            mix = self.attention if i in spec.attentions else self.delta_net
+            mixer = spec.layers[i].mixer
+            mix = next(mix for kind, mix in self.mixers.items() if isinstance(mixer, kind))
             y = mix(i, self.norm(x, f"{i}.norm.attention") if spec.pre_norms else x)
             x = x + self.given(f"{i}.norm.attention_post", y)
             if spec.parallel:
@@ -102,6 +108,29 @@ class PlainModel:
             joined = joined * (x @ self.matrix(f"{i}.gate", a.width).T).sigmoid()
         return joined @ self.matrix(f"{i}.out", self.spec.hidden).T + self.bias(f"{i}.out.bias")
 
+    def latent_attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """As the paper writes it: keys and values of every head."""
+        a = self.spec.layers[i].mixer
+        assert isinstance(a, LatentAttention)
+        assert a.rope is not None
+        given, name = x, "queries"
+        if a.query_rank:
+            given, name = x @ self.matrix(f"{i}.q_a", a.query_rank).T, "q_b"
+            given = self.norm_latent(given, f"{i}.q_a_norm", a.latent_eps)
+        q = (given @ self.matrix(f"{i}.{name}", a.heads * a.query_dim).T).view(len(x), a.heads, -1).transpose(0, 1)
+        latent, key = (x @ self.matrix(f"{i}.kv_a", a.head_dim).T).split([a.rank, a.rope.dims], 1)
+        latent = self.norm_latent(latent, f"{i}.kv_a_norm", a.latent_eps)
+        up_keys = self.matrix(f"{i}.k_b", a.heads * a.rank).view(a.heads, a.rank, a.nope_dim)
+        up_values = self.matrix(f"{i}.v_b", a.width).view(a.heads, a.value_dim, a.rank)
+        plain, rotated = q.split([a.nope_dim, a.rope.dims], 2)
+        whole = replace(a.rope, dims=0)
+        scores = plain @ (latent @ up_keys).transpose(1, 2)
+        scores = (scores + rotate(rotated, whole) @ rotate(key[None], whole)[0].T) * a.scale
+        seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        joined = (weights @ (latent @ up_values.transpose(1, 2))).transpose(0, 1).reshape(len(x), -1)
+        return joined @ self.matrix(f"{i}.out", self.spec.hidden).T
+
     def delta_net(self, i: int, x: torch.Tensor) -> torch.Tensor:
         net = self.spec.delta_nets[i]
         beta, decay = (x @ self.matrix(f"{i}.{name}", net.heads).T for name in ("beta", "decay"))
@@ -142,7 +171,9 @@ class PlainModel:
         scores = logits.sigmoid() if ffn.router_scores == "sigmoid" else logits.softmax(-1)
         worth = scores + self.bias(f"{i}.router.correction")
         groups = worth.unflatten(1, (ffn.router_groups, -1))
-        best = groups.topk(2).values.sum(-1).topk(ffn.router_groups_used).indices
+        best = (
+            groups.topk(min(ffn.router_group_best, groups.shape[2])).values.sum(-1).topk(ffn.router_groups_used).indices
+        )
         used = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter(1, best, True)
         chosen = groups.masked_fill(~used[..., None], -torch.inf).flatten(1).topk(ffn.experts_per_token).indices
         weights = scores.gather(1, chosen)
@@ -225,7 +256,7 @@ def test_a_changed_window_would_be_noticed(tmp_path: Path) -> None:
 
 
 def test_specs_survive_json(tmp_path: Path) -> None:
-    for family in ("gemma3", "qwen3_moe", "llama-yarn", "opt"):
+    for family in ("gemma3", "qwen3_moe", "llama-yarn", "opt", "deepseek_v3"):
         _, directory = tiny_checkpoint(family, tmp_path / family)
         with open_checkpoint(directory) as checkpoint:
             assert ModelSpec.from_json(checkpoint.spec.to_json()) == checkpoint.spec

@@ -28,7 +28,7 @@ PROMPT, TOKENS = RANDOM.integers(3, VOCAB, 1150).tolist(), RANDOM.integers(3, VO
 FEW = pytest.mark.parametrize("codec", [KvCodec.INT8, KvCodec.INT4])
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "deepseek_v3"])
 def packed(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     _, checkpoint = tiny_checkpoint(request.param, root / "checkpoint", seed=3, max_position_embeddings=4096)
@@ -52,8 +52,8 @@ def test_memory_and_error(packed, codec):
     with engine_of(packed, codec) as engine:
         found = logits_of(engine, PROMPT[:300], TOKENS)
         assert engine.plan.to_json()["kv_dtype"] == codec.value
-        dim = engine.spec.layers[0].attention.head_dim
-        assert engine.plan.owners["KV"] * KvCodec.BF16.nbytes(dim) == taken * codec.nbytes(dim)
+        attention = engine.spec.layers[0].attention
+        assert engine.plan.owners["KV"] * attention.kv_bytes(KvCodec.BF16) == taken * attention.kv_bytes(codec)
     assert 1e-4 < relative_rms(found, expected) < (0.02 if codec is KvCodec.INT8 else 0.1)
     with engine_of(packed, codec, runtime=TorchRuntime()) as engine:
         error = relative_rms(logits_of(engine, PROMPT[:300], TOKENS), found)

@@ -42,6 +42,7 @@ FAMILIES = {  # windows that have slid by the end of the prompt, and those that 
     "qwen2-window": (Codec.INT4, {"sliding_window": 300}),
     "qwen3_moe": (Codec.BF16, {}),
     "qwen3_5_text": (Codec.INT8, {}),
+    "deepseek_v3": (Codec.INT4, {}),
     "gpt_oss": (Codec.BF16, {"sliding_window": 40}),
 }
 PROMPT = np.random.default_rng(5).integers(3, VOCAB, 931).tolist()

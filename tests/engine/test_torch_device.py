@@ -10,7 +10,7 @@ from flashrt_kernels.rows import Codec
 from tests.engine.support import TorchRuntime, logits_of, make_pack, relative_rms, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 
-FAMILIES = ("qwen3", "qwen3_5_text", "gemma3", "opt", "mixtral", "llama-fatrelu")
+FAMILIES = ("qwen3", "qwen3_5_text", "gemma3", "opt", "mixtral", "llama-fatrelu", "deepseek_v3")
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -82,7 +82,7 @@ def test_keeping_a_path_is_decoding_it(case):
             assert np.array_equal(again, logits)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "opt", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["gemma3", "opt", "qwen3_moe", "qwen3_5_text", "deepseek_v3"])
 def test_the_reference_agrees(tmp_path, family):
     _, checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", seed=3)
     packed = make_pack(checkpoint, tmp_path / "pack", Codec.F32)

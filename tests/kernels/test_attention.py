@@ -227,8 +227,8 @@ def test_what_is_no_tree_is_refused(parents):
 
 def by_pages(q, kv, far, start, scale, softcap, out, sinks=None, **options):
     """Attention whose first `far` positions come in pages of a segment, or of three."""
-    tokens, heads, dim = q.shape
-    state = empty(tokens, heads, cpu.attention_state_width(dim))
+    tokens, heads, _ = q.shape
+    state = empty(tokens, heads, cpu.attention_state_width(out.shape[1] // heads))
     step = SEGMENT if far % (3 * SEGMENT) else 3 * SEGMENT
     for begin in range(0, far, step):
         page = np.ascontiguousarray(kv[:, begin : begin + step])
@@ -257,6 +257,47 @@ def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, 
             cpu.attention(q, kv, start, None, dim**-0.5, softcap, whole, sinks=sinks)
             by_pages(q, kv, far, start, dim**-0.5, softcap, out, sinks)
             assert same(out, whole)
+
+
+@pytest.mark.parametrize("codec", [KvCodec.F32, KvCodec.BF16, KvCodec.INT8])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "values"), [(5, 1, 576, 512), (4, 2, 40, 24), (3, 3, 30, 22), (9, 1, 97, 96)]
+)
+def test_values_that_are_parts_of_keys(isa, codec, heads, kv_heads, dim, values):
+    """A cache that holds keys alone gives the bits of one that holds them twice, and the reference's numbers."""
+    context, scale, keys = 700, dim**-0.5, normal(1, 700, kv_heads, dim)
+    twice, shared = (np.zeros((kv_heads, context, *codec.pair(dim, own)), codec.dtype) for own in (False, True))
+    cpu.kv_append(keys, keys, twice, 0)
+    cpu.kv_append(keys, None, shared, 0)
+    written = tensor_of(np.zeros_like(shared))
+    reference.kv_append(torch.from_numpy(keys), None, written, 0)
+    assert np.array_equal(tensor_of(shared).view(torch.uint8), written.view(torch.uint8))
+    for start, tokens in ((0, 1), (300, 5), (599, 101)):
+        q, whole = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
+        cpu.attention(q, twice, start, None, scale, None, whole)
+        expected = whole.reshape(tokens, heads, dim)[:, :, :values].reshape(tokens, -1)
+        out, other = empty(tokens, heads * values), torch.empty(tokens, heads * values)
+        cpu.attention(q, shared, start, None, scale, None, out)
+        assert same(out, expected)
+        reference.attention(torch.from_numpy(q), written, start, None, scale, None, other)
+        assert rms_ratio(out, other) < 5e-6
+        if start >= SEGMENT:
+            by_pages(q, shared, SEGMENT, start, scale, None, out)
+            assert same(out, expected)
+        lists = np.tile(np.arange(context, dtype=np.int32), (tokens, kv_heads, 1))
+        counts = np.repeat(np.arange(start + 1, start + tokens + 1, dtype=np.int32)[:, None], kv_heads, 1)
+        cpu.attention_list(q, shared, None, lists, counts, scale, None, out)
+        assert same(out, expected)
+
+
+def test_wrong_values_of_caches_of_keys_are_named():
+    kv, k = np.zeros((2, 32, 1, 16), np.float32), normal(1, 3, 2, 16)
+    with pytest.raises(ValueError, match="^v: the cache holds keys alone"):
+        cpu.kv_append(k, k, kv, 0)
+    with pytest.raises(ValueError, match="^v: expected values"):
+        cpu.kv_append(k, None, np.zeros((2, 32, 2, 16), np.float32), 0)
+    with pytest.raises(ValueError, match="^out: expected 4 heads of up to 16 numbers, found 68"):
+        cpu.attention(normal(1, 3, 4, 16), kv, 0, None, 1.0, None, empty(3, 68))
 
 
 @pytest.mark.parametrize("parents", TREES.values(), ids=TREES)

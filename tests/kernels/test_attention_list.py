@@ -166,7 +166,7 @@ def test_wrong_arguments_are_named():
     beyond[2, 1, 6], before[2, 1, 6] = 32, -6
     for name, wrong in [
         ("q", normal(1, 3, 8, 16)[:, ::2]),
-        ("q", normal(1, 3, 4, 257)),
+        ("q", normal(1, 3, 4, 577)),
         ("near", near.astype(np.float64)),
         ("near", near[:, :, :, :8]),
         ("near", near[:, ::2]),

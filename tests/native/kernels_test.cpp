@@ -135,7 +135,8 @@ void check_rows() {
 }
 
 constexpr KvCodecs KV_CODECS[] = {
-    {Codec::F32, Codec::F32}, {Codec::BF16, Codec::BF16}, {Codec::Q8_0, Codec::Q8_0}, {Codec::Q8_0, Codec::Q4_0}};
+    {Codec::F32, Codec::F32}, {Codec::BF16, Codec::BF16}, {Codec::Q8_0, Codec::Q8_0}, {Codec::Q8_0, Codec::Q4_0},
+    {Codec::F32, Codec::F32, true}, {Codec::BF16, Codec::BF16, true}, {Codec::Q8_0, Codec::Q8_0, true}};
 
 void check_attention(KvCodecs codecs) {
     constexpr int TOKENS = 5, HEADS = 6, KV_HEADS = 2, DIM = 80, CONTEXT = 300, START = CONTEXT - TOKENS;
@@ -146,7 +147,7 @@ void check_attention(KvCodecs codecs) {
         std::vector<float> out(TOKENS * HEADS * DIM);
         const int crew = threads();
         std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
-        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, cache.data(), codecs, CONTEXT, START, 100, 0.1f,
+        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, DIM, cache.data(), codecs, CONTEXT, START, 100, 0.1f,
                    30.0f, out.data(), HEADS * DIM, scratch.data(), crew, tree});
         return out;
     };
@@ -182,10 +183,10 @@ void check_lists(KvCodecs codecs) {
     for (int crew : {1, 4}) {
         set_threads(crew);
         std::vector<char> scratch(attention_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew));
-        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), codecs, CONTEXT, CONTEXT - TOKENS, 0,
+        attention({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, DIM, near.data(), codecs, CONTEXT, CONTEXT - TOKENS, 0,
                    0.1f, 0.0f, dense.data(), HEADS * DIM, scratch.data(), crew, nullptr});
         scratch.assign(attention_list_scratch_bytes(TOKENS, HEADS, KV_HEADS, DIM, crew), 0);
-        attention_list({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, near.data(), nullptr, codecs, CONTEXT,
+        attention_list({q.data(), HEADS * DIM, TOKENS, HEADS, KV_HEADS, DIM, DIM, near.data(), nullptr, codecs, CONTEXT,
                         lists.data(), counts.data(), CONTEXT, 0.1f, 0.0f, out.data(), HEADS * DIM, scratch.data(),
                         crew});
         CHECK(out == dense);

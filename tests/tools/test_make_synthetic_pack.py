@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from flashrt.arch import family_of
+from flashrt.spec import LatentAttention
 from flashrt.storage.pack import Pack
 from flashrt.text.tokenizer import Tokenizer
 from flashrt_kernels import ops
@@ -77,6 +81,38 @@ def test_the_tokenizer_takes_any_text(tmp_path: Path) -> None:
 def test_a_preset_holds_what_the_model_holds(preset: str, weights: int) -> None:
     spec = PRESETS[preset].spec()
     assert spec.parameters + sum(spec.vectors().values()) == weights
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "fields"),
+    [
+        ("deepseek-v3", "DeepseekV3", {"max_position_embeddings": 163840}),
+        ("glm-4.7-flash", "Glm4MoeLite", {}),
+    ],
+)
+def test_latent_presets_are_the_defaults_of_transformers(preset: str, kind: str, fields: dict[str, int]) -> None:
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    corrections = sum(buffer.numel() for name, buffer in model.named_buffers() if "correction" in name)
+    spec = PRESETS[preset].spec()
+    assert spec.parameters + sum(spec.vectors().values()) == model.num_parameters() + corrections
+    assert spec.unsupported() is None
+    latent = spec.layers[0].mixer
+    assert isinstance(latent, LatentAttention)
+    read = family_of(config.model_type).spec(config.to_dict()).layers[0].mixer
+    assert latent == replace(read, rope=replace(read.rope, theta=latent.rope.theta))
+    assert spec.context == config.max_position_embeddings
+
+
+def test_a_latent_model_is_one_that_runs(tmp_path: Path) -> None:
+    shape = replace(PRESETS["deepseek-v3"], hidden=64, layers=3, heads=4, head_dim=30, latent=24, query_rank=20)
+    shape = replace(shape, nope_dim=8, value_dim=16, neurons=24, shared=24, dense=1, dense_neurons=96, vocab=259)
+    make(tmp_path / "p", "latent", replace(shape, context=300, experts=16, experts_per_token=3), Codec.INT8)
+    with tiny_engine(Pack(tmp_path / "p"), 0.5) as engine:
+        logits = logits_of(engine, list(range(3, 40)), [7, 8])
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.1
 
 
 def test_command_line(tmp_path: Path) -> None:

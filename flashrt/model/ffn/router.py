@@ -8,8 +8,6 @@ from flashrt.spec import Ffn
 
 Array = np.ndarray
 
-GROUP_BEST = 2  # experts of a group whose sum says what the group is worth (DeepSeek-V3, arXiv:2412.19437)
-
 
 def route(logits: Array, ffn: Ffn, correction: Array | None = None) -> tuple[Array, Array]:
     """Choose `ffn.experts_per_token` experts for each token.
@@ -49,7 +47,7 @@ def _in_best_groups(worth: Array, ffn: Ffn) -> Array:
     """What experts are worth, -inf outside of the groups that a token uses."""
     tokens, groups = len(worth), ffn.router_groups
     grouped = worth.reshape(tokens, groups, -1)
-    sums = -np.sort(-grouped, axis=2)[:, :, :GROUP_BEST].sum(axis=2)
+    sums = -np.sort(-grouped, axis=2)[:, :, : ffn.router_group_best].sum(axis=2)
     used = np.zeros((tokens, groups, 1), bool)
     np.put_along_axis(used, _best(sums, ffn.router_groups_used)[:, :, None], True, axis=1)
     return np.where(used, grouped, -np.inf).reshape(tokens, -1)

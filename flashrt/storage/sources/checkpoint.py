@@ -18,6 +18,7 @@ from flashrt.arch import Part
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.decoding import F32, Raw
+from flashrt.storage.sources.stored import PLAIN_CODECS
 from flashrt.storage.sources.tensors import TensorReader
 from flashrt.text.files import TextFiles
 
@@ -152,8 +153,11 @@ class Checkpoint:
                     yield f"{key}.{run}", self.names.neurons(key, run)
 
     def part_dtypes(self, key: str) -> tuple[str, ...]:
-        """What the parts of a matrix are stored as."""
-        return tuple(self.reader.tensors[part.tensor].dtype for part in self.names.parts(key))
+        """What the parts of a matrix are stored as; parts of which rows are columns say so: no codec is kept then."""
+        stored = ((part, self.reader.tensors[part.tensor].dtype) for part in self.names.parts(key))
+        return tuple(
+            f"{dtype} by column" if part.transposed and dtype not in PLAIN_CODECS else dtype for part, dtype in stored
+        )
 
     def neuron_dtypes(self, key: str) -> tuple[str, str, str]:
         """What gate, up and down are stored as: nothing ('') where there is no gate, 'A/B' where runs differ."""
@@ -222,6 +226,10 @@ class Checkpoint:
             wanted = (wanted[0] // part.columns, part.columns)
         if part.groups is not None:
             wanted = (math.prod(part.groups), *wanted[1:])
+            if part.transposed:
+                wanted = (wanted[0], expected.shape[0] // part.groups[0])
+        if part.stacked:
+            wanted = (part.stacked, wanted[0] // part.stacked, *wanted[1:])
         found = tensor.shape
         if part.columns and len(found) == 3 and found[1] == 1:  # a convolution of one channel each
             found = (found[0], found[2])
@@ -300,7 +308,7 @@ class Checkpoint:
         if part.log:
             values = -np.exp(values)
         if part.heads:
-            values = _unpermute(values[:, None], part.heads, part.rotary)[:, 0]
+            values = _unpermute(values[:, None], part.heads, part)[:, 0]
         return values + np.float32(part.add) if part.add else values
 
     def _part_matrix(self, part: Part, rows: int, start: int, stop: int, read: ReadRows[Number]) -> NDArray[Number]:
@@ -310,13 +318,16 @@ class Checkpoint:
             head = rows // part.heads
             first, last = start // head, -(-stop // head)
             values = read(part.tensor, first * head, last * head, part.expert)
-            return _unpermute(values, last - first, part.rotary)[start - first * head : stop - first * head]
+            return _unpermute(values, last - first, part)[start - first * head : stop - first * head]
         if part.groups is not None and part.rows is not None:
-            each, (begin, end) = part.groups[1], part.rows
-            first, last = start // (end - begin), -(-stop // (end - begin))
-            values = read(part.tensor, first * each, last * each, part.expert)
-            own = values.reshape(last - first, each, -1)[:, begin:end].reshape(-1, values.shape[1])
-            return own[start - first * (end - begin) : stop - first * (end - begin)]
+            (count, each), (begin, end) = part.groups, part.rows
+            own = rows // count
+            first, last = start // own, -(-stop // own)
+            values = read(part.tensor, first * each, last * each, part.expert).reshape(last - first, each, -1)
+            values = values[:, begin:end]
+            if part.transposed:
+                values = values.swapaxes(1, 2)
+            return values.reshape((last - first) * own, -1)[start - first * own : stop - first * own]
         shift, step = part.rows[0] if part.rows else 0, part.step
         first, last = shift + start * step, shift + (stop - 1) * step + 1
         if part.transposed:  # only numbers that are decoded are stored so
@@ -345,9 +356,9 @@ def _first(items: list[str]) -> str:
     return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _unpermute(values: NDArray[Number], heads: int, rotary: int) -> NDArray[Number]:
-    """The first `rotary` rows of each head: [rotary / 2, 2] (pairs rotated against each other adjacent) → halves."""
+def _unpermute(values: NDArray[Number], heads: int, part: Part) -> NDArray[Number]:
+    """The rotary rows of each of so many heads: [n / 2, 2] (pairs rotated against each other adjacent) → halves."""
     rows, columns = values.shape
-    each = values.reshape(heads, rows // heads, columns)
-    halves = each[:, :rotary].reshape(heads, rotary // 2, 2, columns).swapaxes(1, 2).reshape(heads, rotary, columns)
-    return np.concatenate((halves, each[:, rotary:]), axis=1).reshape(rows, columns)
+    before, own, behind = np.split(values.reshape(heads, -1, columns), (part.fixed, part.fixed + part.rotary), axis=1)
+    halves = own.reshape(heads, part.rotary // 2, 2, columns).swapaxes(1, 2).reshape(own.shape)
+    return np.concatenate((before, halves, behind), axis=1).reshape(rows, columns)

@@ -324,10 +324,10 @@ def rope(x: Floats, cos: Floats, sin: Floats) -> None:
     _cpu.rope(x, cos, sin)
 
 
-def kv_append(k: Floats, v: Floats, kv: NDArray[Any], start: int) -> None:
+def kv_append(k: Floats, v: Floats | None, kv: NDArray[Any], start: int) -> None:
     """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, *pair] (`flashrt_kernels.kv`).
 
-    k and v may have a stride in the first dimension.
+    k and v may have a stride in the first dimension. v is None where kv holds keys only.
     """
     _cpu.kv_append(k, v, kv, start)
 
@@ -347,12 +347,13 @@ def attention(
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
-    q [B, H, D], stride allowed in the first dimension; kv [KVH, context, *pair]; out [B, H * D]. Token b at position
-    p = start + b attends to max(0, p - window + 1)..p. scratch uint8 [attention_scratch_bytes(...)]; None allocates.
-    parents int32 [B], at most 16, makes the tokens a tree: token b follows token parents[b] < b, or with -1 the
-    sequence before start. Its keys and values stay at start + b, its position is start plus the number of tokens that
-    it follows; of the tree it attends to these and itself, with the bits that they would give in a row.
-    state [B, H, attention_state_width(D)], stride allowed in the first dimension, holds what `attend_page` has gathered
+    q [B, H, D], stride allowed in the first dimension; kv [KVH, context, *pair]; out [B, H * V], of which V, at most D,
+    are the first numbers of the values. Token b at position p = start + b attends to max(0, p - window + 1)..p. scratch
+    uint8 [attention_scratch_bytes(...)]; None allocates. parents int32 [B], at most 16, makes the tokens a tree: token
+    b follows token parents[b] < b, or with -1 the sequence before start. Its keys and values stay at start + b, its
+    position is start plus the number of tokens that it follows; of the tree it attends to these and itself, with the
+    bits that they would give in a row.
+    state [B, H, attention_state_width(V)], stride allowed in the first dimension, holds what `attend_page` has gathered
     of positions before those of kv; there can be no window then.
     sinks [H] are scores, as they are, that each head has beside those of its keys, and whose values are zero; a state
     has them already.
@@ -373,7 +374,7 @@ def attend_page(
     scratch: Bytes | None = None,
     sinks: Floats | None = None,
 ) -> None:
-    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)].
+    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(V)].
 
     Pages come in the order of their positions, all but the last a multiple of 256 long; before the `first`, nothing is
     in state, or the sinks. q and state may have strides in the first dimension, scratch is that of `attention`. The
@@ -382,9 +383,9 @@ def attend_page(
     _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch, sinks)
 
 
-def attention_state_width(dim: int) -> int:
-    """Numbers of the running softmax of one query with heads of `dim` numbers."""
-    return int(_cpu.attention_state_width(dim))
+def attention_state_width(values: int) -> int:
+    """Numbers of the running softmax of one query with so many numbers of a value."""
+    return int(_cpu.attention_state_width(values))
 
 
 def attention_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:

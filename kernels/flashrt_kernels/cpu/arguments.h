@@ -127,14 +127,15 @@ struct Queries {  // [tokens, heads, dim]
 
 // How `bytes` hold keys and values of `dim` numbers.
 inline KvCodecs kv_codecs(const char* name, int64_t bytes, int64_t dim) {
-    for (const Codec value : {Codec::Q8_0, Codec::Q4_0}) {
-        const KvCodecs codecs{Codec::Q8_0, value};
+    constexpr KvCodecs known[] = {{Codec::Q8_0, Codec::Q8_0}, {Codec::Q8_0, Codec::Q4_0}, {Codec::Q8_0, Codec::Q8_0, true}};
+    for (const KvCodecs codecs : known) {
         if (bytes == static_cast<int64_t>(kv_pair_bytes(codecs, static_cast<int>(dim)))) return codecs;
     }
     wrong(name, std::to_string(bytes) + " bytes hold no keys and values of heads of " + std::to_string(dim));
 }
 
 // Keys and values of heads of `dim` numbers: [.., 2, dim] of float32 or uint16 (bfloat16 bits), or [.., 1, n] of uint8.
+// Where values are the first numbers of keys: [.., 1, dim], or [.., 1, n] of uint8.
 struct Cache {
     const char* name;
     void* data = nullptr;
@@ -153,10 +154,11 @@ struct Cache {
    private:
     template <typename T>
     void fill(const Array<T>& kv, int axes, int64_t dim, Codec codec) {
-        kv.expect(axes, 2);
+        const bool keys_only = kv.shape[axes] == 1;
+        if (!keys_only) kv.expect(axes, 2);
         if (kv.shape[axes + 1] != dim)
             wrong(name, "expected heads of " + std::to_string(dim) + ", found " + std::to_string(kv.shape[axes + 1]));
-        take(kv, axes, {codec, codec});
+        take(kv, axes, {codec, codec, keys_only});
     }
     void fill(const Array<uint8_t>& kv, int axes, int64_t dim) {
         kv.expect(axes, 1);
@@ -170,6 +172,15 @@ struct Cache {
         for (int i = 0; i < axes; ++i) shape[i] = kv.shape[i];
     }
 };
+
+// Numbers of a value that a result of `width` numbers has for each of `heads`, whose keys have `dim`.
+inline int values_of(const char* name, int64_t width, int64_t heads, int64_t dim) {
+    const int64_t values = heads ? width / heads : dim;
+    if (values < 1 || values > dim || values * heads != width)
+        wrong(name, "expected " + std::to_string(heads) + " heads of up to " + std::to_string(dim) + " numbers, found " +
+                        std::to_string(width));
+    return static_cast<int>(values);
+}
 
 inline void check_blocks(Codec codec, int64_t k, const char* name) {
     if (is_kept(codec) && k % kept_block(codec).weights)

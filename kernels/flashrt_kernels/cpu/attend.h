@@ -17,12 +17,13 @@ FLASHRT_INLINE const T* pair_at(const Segment& s, int slot) {
 }
 
 FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float* to) {  // D floats, zeros up to 16
-    const int at = value ? s.dim : 0;
+    const bool behind = value && !s.codecs.keys_only;
+    const int at = behind ? s.dim : 0;
     const Codec codec = value ? s.codecs.value : s.codecs.key;
     int d = 0;
     if (is_kept(codec)) {
         const uint8_t* from = pair_at<uint8_t>(s, position);
-        decode_row(codec, from + (value ? s.key_bytes : 0), padded(s.dim), to);
+        decode_row(codec, from + (behind ? s.key_bytes : 0), padded(s.dim), to);
     } else if (codec == Codec::BF16) {
         const uint16_t* from = pair_at<uint16_t>(s, position) + at;
         for (; d + 16 <= s.dim; d += 16) store(to + d, load_bf16(from + d));
@@ -40,7 +41,7 @@ FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float*
 
 // `pack_keys` for bfloat16 and whole pairs of lanes: numbers are transposed two at a time, and widened after.
 inline void pack_half_keys(const Segment& s, int begin, int n16) {
-    static const uint16_t nothing[256] = {};
+    static const uint16_t nothing[WIDEST_HEAD] = {};
     alignas(64) uint32_t block[16][16];
     for (int p = 0; p < n16; p += 16) {
         const uint16_t* keys[16];
@@ -71,7 +72,7 @@ inline void pack_half_keys(const Segment& s, int begin, int n16) {
 inline void pack_keys(const Segment& s, int begin, int n16) {
     if (s.codecs.key == Codec::BF16 && s.dim % 32 == 0) return pack_half_keys(s, begin, n16);
     const int dim16 = (s.dim + 15) / 16 * 16;
-    alignas(64) float keys[16][256];
+    alignas(64) float keys[16][WIDEST_HEAD];
     for (int p = 0; p < n16; p += 16) {
         for (int i = 0; i < 16; ++i) {
             if (begin + p + i < s.end) load_head(s, begin + p + i, false, keys[i]);
@@ -86,24 +87,24 @@ inline void pack_keys(const Segment& s, int begin, int n16) {
     }
 }
 
-// [D16 / 16][n][16]: values from position `begin`.
+// [V16 / 16][n][16]: values from position `begin`.
 inline void pack_values(const Segment& s, int begin, int n) {
-    const int dim16 = (s.dim + 15) / 16 * 16;
-    if (s.codecs.key == Codec::BF16 && s.dim % 16 == 0) {
+    const int values16 = (s.values + 15) / 16 * 16, behind = s.codecs.keys_only ? 0 : s.dim;
+    if (s.codecs.key == Codec::BF16 && s.values % 16 == 0) {
         for (int p = 0; p < n; ++p) {
-            const uint16_t* from = pair_at<uint16_t>(s, begin + p) + s.dim;
-            const uint16_t* ahead = pair_at<uint16_t>(s, begin + p + POSITIONS) + s.dim;
-            for (int d = 0; d < s.dim; d += 16) {
+            const uint16_t* from = pair_at<uint16_t>(s, begin + p) + behind;
+            const uint16_t* ahead = pair_at<uint16_t>(s, begin + p + POSITIONS) + behind;
+            for (int d = 0; d < s.values; d += 16) {
                 prefetch(ahead + d);
                 store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load_bf16(from + d));
             }
         }
         return;
     }
-    alignas(64) float value[256];
+    alignas(64) float value[WIDEST_HEAD];
     for (int p = 0; p < n; ++p) {
         load_head(s, begin + p, true, value);
-        for (int d = 0; d < dim16; d += 16) store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load(value + d));
+        for (int d = 0; d < values16; d += 16) store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load(value + d));
     }
 }
 
@@ -206,7 +207,7 @@ FLASHRT_INLINE void soften(const Segment& s, int query, int n16) {
 }
 
 inline void attend(const Segment& s) {
-    const int dim16 = (s.dim + 15) / 16 * 16, n = s.end - s.begin, n16 = (n + 15) / 16 * 16;
+    const int dim16 = (s.dim + 15) / 16 * 16, values16 = (s.values + 15) / 16 * 16, n = s.end - s.begin, n16 = (n + 15) / 16 * 16;
     for (int p = 0; p < n16; p += POSITIONS) {
         const int count = n16 - p < POSITIONS ? n16 - p : POSITIONS;
         pack_keys(s, s.begin + p, count);
@@ -221,8 +222,8 @@ inline void attend(const Segment& s) {
     for (int p = 0; p < n; p += POSITIONS) {
         const int count = n - p < POSITIONS ? n - p : POSITIONS;
         pack_values(s, s.begin + p, count);
-        multiply(s.queries, s.scores + p, SCORES, s.panel, 64 * static_cast<size_t>(count), dim16 / 16, count, s.acc,
-                 dim16, p > 0);
+        multiply(s.queries, s.scores + p, SCORES, s.panel, 64 * static_cast<size_t>(count), values16 / 16, count,
+                 s.acc, values16, p > 0);
     }
 }
 

@@ -13,14 +13,15 @@ constexpr int QUERIES = 96;  // rows of the largest tile, about
 int tile_tokens(int group) { return QUERIES / group > 1 ? QUERIES / group : 1; }
 
 struct Shape {
-    int group, dim16, tile, queries;  // queries: of a full tile
-    explicit Shape(int tokens, int heads, int kv_heads, int dim) {
+    int group, dim16, values16, tile, queries;  // queries: of a full tile
+    Shape(int tokens, int heads, int kv_heads, int dim, int values) {
         group = heads / kv_heads;
         dim16 = rounded(dim);
+        values16 = rounded(values);
         tile = tile_tokens(group) < tokens ? tile_tokens(group) : tokens;
         queries = tile * group;
     }
-    size_t partial() const { return partial_floats(queries, dim16); }
+    size_t partial() const { return partial_floats(queries, values16); }
     size_t worker(int dim) const {  // panel, scores, queries, bounds, a partial and the running one
         return static_cast<size_t>(POSITIONS) * dim16 + static_cast<size_t>(SCORES) * queries + static_cast<size_t>(queries) * (dim + 2) +
                2 * partial() + 64;
@@ -88,7 +89,7 @@ void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int i
     place(job, tile, index, s);
     s.token = tile.token;
     s.group = shape.group;
-    s.hold(job.codecs, job.dim);
+    s.hold(job.codecs, job.dim, job.values);
     s.kv = static_cast<const char*>(job.kv) + static_cast<size_t>(tile.head) * job.context * s.pair_bytes;
     s.queries = tile.tokens * shape.group;
     for (int t = 0, i = 0; t < tile.tokens; ++t)
@@ -114,20 +115,20 @@ void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int i
 
 float* state_of(const AttentionJob& job, const Shape& shape, const Tile& tile, int query) {
     const int token = tile.token + query / shape.group, head = tile.head * shape.group + query % shape.group;
-    return job.state + token * job.state_step + static_cast<size_t>(head) * (shape.dim16 + 2);
+    return job.state + token * job.state_step + static_cast<size_t>(head) * (shape.values16 + 2);
 }
 
 // What the tile's queries begin with: nothing, their sinks, or what they have seen of earlier positions.
 void begin(const AttentionJob& job, const Shape& shape, const Tile& tile, Partial& p) {
     for (int i = 0; i < tile.tokens * shape.group; ++i) {
         if (!job.state || job.empty) {
-            clear(p, i, shape.dim16, job.sinks ? job.sinks + tile.head * shape.group + i % shape.group : nullptr);
+            clear(p, i, shape.values16, job.sinks ? job.sinks + tile.head * shape.group + i % shape.group : nullptr);
             continue;
         }
         const float* from = state_of(job, shape, tile, i);
         p.best[i] = from[0];
         p.total[i] = from[1];
-        std::memcpy(p.acc + static_cast<size_t>(i) * shape.dim16, from + 2, sizeof(float) * shape.dim16);
+        std::memcpy(p.acc + static_cast<size_t>(i) * shape.values16, from + 2, sizeof(float) * shape.values16);
     }
 }
 
@@ -136,7 +137,7 @@ void keep(const AttentionJob& job, const Shape& shape, const Tile& tile, const P
         float* to = state_of(job, shape, tile, i);
         to[0] = p.best[i];
         to[1] = p.total[i];
-        std::memcpy(to + 2, p.acc + static_cast<size_t>(i) * shape.dim16, sizeof(float) * shape.dim16);
+        std::memcpy(to + 2, p.acc + static_cast<size_t>(i) * shape.values16, sizeof(float) * shape.values16);
     }
 }
 
@@ -145,10 +146,10 @@ void write(const AttentionJob& job, const Shape& shape, const Tile& tile, const 
     for (int t = 0, i = 0; t < tile.tokens; ++t)
         for (int g = 0; g < shape.group; ++g, ++i) {
             float* to = job.out + (tile.token + t) * job.out_step +
-                        static_cast<size_t>(tile.head * shape.group + g) * job.dim;
-            const float* from = p.acc + static_cast<size_t>(i) * shape.dim16;
+                        static_cast<size_t>(tile.head * shape.group + g) * job.values;
+            const float* from = p.acc + static_cast<size_t>(i) * shape.values16;
             const float scale = 1.0f / p.total[i];
-            for (int d = 0; d < job.dim; ++d) to[d] = from[d] * scale;
+            for (int d = 0; d < job.values; ++d) to[d] = from[d] * scale;
         }
 }
 
@@ -180,7 +181,7 @@ void by_segment(const AttentionJob& job, const Shape& shape, float* workers, flo
         parallel_for(job.kv_heads, [&](int64_t head, int) {
             Partial running = partial(static_cast<int>(head), WAVE);
             if (from == first) begin(job, shape, {0, job.tokens, static_cast<int>(head)}, running);
-            for (int i = 0; i < count; ++i) merge(shape.dim16, queries, running, partial(static_cast<int>(head), i));
+            for (int i = 0; i < count; ++i) merge(shape.values16, queries, running, partial(static_cast<int>(head), i));
             if (from + WAVE > last) write(job, shape, {0, job.tokens, static_cast<int>(head)}, running);
         });
     }
@@ -200,7 +201,7 @@ void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
         segments(job, tile, first, last);
         for (int i = first; i <= last; ++i) {
             attend(job, shape, tile, i, worker, worker.fresh);
-            merge(shape.dim16, queries, worker.running, worker.fresh);
+            merge(shape.values16, queries, worker.running, worker.fresh);
         }
         write(job, shape, tile, worker.running);
     }, job.crew);
@@ -208,16 +209,16 @@ void by_tile(const AttentionJob& job, const Shape& shape, float* workers) {
 
 }  // namespace
 
-int attention_state_width(int dim) { return rounded(dim) + 2; }
+int attention_state_width(int values) { return rounded(values) + 2; }
 
 size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew) {
-    const Shape shape(tokens, heads, kv_heads, dim);
+    const Shape shape(tokens, heads, kv_heads, dim, dim);
     const bool one_tile = tokens <= shape.tile;
     return 64 + sizeof(float) * (crew * shape.worker(dim) + (one_tile ? wave_floats(shape, kv_heads) : 0));
 }
 
 void attention(const AttentionJob& job) {
-    const Shape shape(job.tokens, job.heads, job.kv_heads, job.dim);
+    const Shape shape(job.tokens, job.heads, job.kv_heads, job.dim, job.values);
     float* workers = reinterpret_cast<float*>((reinterpret_cast<size_t>(job.scratch) + 63) / 64 * 64);
     if (job.tokens <= shape.tile) by_segment(job, shape, workers, workers + job.crew * shape.worker(job.dim));
     else by_tile(job, shape, workers);

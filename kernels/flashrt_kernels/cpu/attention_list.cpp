@@ -10,12 +10,12 @@ namespace {
 constexpr int WAVE = 128;  // segments of all lists that run in parallel before they are merged, about
 
 struct Shape {
-    int group, dim, dim16, lists, wave;  // wave: segments of each list
+    int group, dim, dim16, values16, lists, wave;  // wave: segments of each list
 
-    Shape(int tokens, int heads, int kv_heads, int dim)
-        : group(heads / kv_heads), dim(dim), dim16(rounded(dim)), lists(tokens * kv_heads),
+    Shape(int tokens, int heads, int kv_heads, int dim, int values)
+        : group(heads / kv_heads), dim(dim), dim16(rounded(dim)), values16(rounded(values)), lists(tokens * kv_heads),
           wave(lists < WAVE ? WAVE / lists : 1) {}
-    size_t partial() const { return partial_floats(group, dim16); }
+    size_t partial() const { return partial_floats(group, values16); }
     size_t worker() const {  // pairs, panel, scores, queries and bounds, in floats
         return 2 * static_cast<size_t>(ATTENTION_SEGMENT + POSITIONS) + static_cast<size_t>(POSITIONS) * dim16 +
                static_cast<size_t>(SCORES) * group + static_cast<size_t>(group) * (dim + 2) + 16;
@@ -74,7 +74,7 @@ void attend(const AttentionListJob& job, const Shape& shape, const Piece& piece,
     }
     Segment s{};
     s.pairs = worker.pairs;
-    s.hold(job.codecs, job.dim);
+    s.hold(job.codecs, job.dim, job.values);
     s.end = s.lanes = piece.count;
     s.group = s.queries = shape.group;
     s.q = worker.q;
@@ -91,21 +91,21 @@ void attend(const AttentionListJob& job, const Shape& shape, const Piece& piece,
 
 void write(const AttentionListJob& job, const Shape& shape, int list, const Partial& p) {
     float* to = job.out + list / job.kv_heads * job.out_step +
-                static_cast<size_t>(list % job.kv_heads) * shape.group * job.dim;
-    for (int g = 0; g < shape.group; ++g, to += job.dim) {
+                static_cast<size_t>(list % job.kv_heads) * shape.group * job.values;
+    for (int g = 0; g < shape.group; ++g, to += job.values) {
         const float scale = job.counts[list] ? 1.0f / p.total[g] : 0.0f;
-        for (int d = 0; d < job.dim; ++d) to[d] = p.acc[static_cast<size_t>(g) * shape.dim16 + d] * scale;
+        for (int d = 0; d < job.values; ++d) to[d] = p.acc[static_cast<size_t>(g) * shape.values16 + d] * scale;
     }
 }
 
 }  // namespace
 
 size_t attention_list_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew) {
-    return 64 + sizeof(float) * Shape(tokens, heads, kv_heads, dim).floats(crew);
+    return 64 + sizeof(float) * Shape(tokens, heads, kv_heads, dim, dim).floats(crew);
 }
 
 void attention_list(const AttentionListJob& job) {
-    const Shape shape(job.tokens, job.heads, job.kv_heads, job.dim);
+    const Shape shape(job.tokens, job.heads, job.kv_heads, job.dim, job.values);
     float* workers = reinterpret_cast<float*>((reinterpret_cast<size_t>(job.scratch) + 63) / 64 * 64);
     const size_t worker_step = (shape.worker() + 15) / 16 * 16;
     float* partials = workers + job.crew * worker_step;
@@ -128,9 +128,9 @@ void attention_list(const AttentionListJob& job) {
             const int list = static_cast<int>(item);
             Partial running = partial(list, shape.wave);
             const float* sinks = job.sinks ? job.sinks + list % job.kv_heads * shape.group : nullptr;
-            for (int g = 0; from == 0 && g < shape.group; ++g) clear(running, g, shape.dim16, sinks ? sinks + g : nullptr);
+            for (int g = 0; from == 0 && g < shape.group; ++g) clear(running, g, shape.values16, sinks ? sinks + g : nullptr);
             for (int i = 0; i < wave && from + i < segments(job.counts[list]); ++i)
-                merge(shape.dim16, shape.group, running, partial(list, i));
+                merge(shape.values16, shape.group, running, partial(list, i));
             if (from + wave >= longest) write(job, shape, list, running);
         });
     }

@@ -231,7 +231,7 @@ AttentionJob attention_job(const Queries& q, const Cache& kv, float scale, float
     job.tokens = q.tokens;
     job.heads = q.heads;
     job.kv_heads = shared(kv.name, q.heads, kv.shape[0]);
-    job.dim = q.dim;
+    job.dim = job.values = q.dim;
     job.kv = kv.data;
     job.codecs = kv.codecs;
     job.context = kv.shape[1];
@@ -246,7 +246,7 @@ void set_state(AttentionJob& job, handle state_) {
     state.contiguous(2);
     state.expect(0, job.tokens);
     state.expect(1, job.heads);
-    state.expect(2, attention_state_width(job.dim));
+    state.expect(2, attention_state_width(job.values));
     job.state = state.data;
     job.state_step = state.step[0];
 }
@@ -270,7 +270,7 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     const std::optional<Tree> tree = tree_or_none(parents, job.tokens);
     const Array<float> out("out", out_, 2);
     out.expect(0, job.tokens);
-    out.expect(1, job.heads * job.dim);
+    job.values = values_of("out", out.shape[1], job.heads, job.dim);
     if (!state.is_none()) set_state(job, state);
     job.start = static_cast<int>(start);
     job.window = window > kv.shape[1] ? 0 : static_cast<int>(window);  // 0: all that there is
@@ -286,6 +286,8 @@ void py_attend_page(handle q_, handle page_, float scale, float softcap, handle 
     const Cache page("page", page_, q.dim);
     AttentionJob job = attention_job(q, page, scale, softcap, sinks);
     if (page.shape[1] == 0) wrong("page", "expected one position at least");
+    const int64_t width = Array<float>("state", state, 3).shape[2] - attention_state_width(0);  // whole sixteens
+    if (width >= 16 && width < job.values) job.values = static_cast<int>(width);
     set_state(job, state);
     job.start = static_cast<int>(page.shape[1]) - 1;
     job.page = true;
@@ -294,11 +296,13 @@ void py_attend_page(handle q_, handle page_, float scale, float softcap, handle 
 }
 
 void py_kv_append(handle k_, handle v_, handle kv_, int64_t start) {
-    const Array<const float> k("k", k_, 3), v("v", v_, 3);
+    const Array<const float> k("k", k_, 3);
     k.contiguous(2);
+    const Cache kv("kv", kv_, k.shape[2]);
+    if (kv.codecs.keys_only != v_.is_none()) wrong("v", kv.codecs.keys_only ? "the cache holds keys alone" : "expected values");
+    const Array<const float> v("v", kv.codecs.keys_only ? k_ : v_, 3);
     v.contiguous(2);
     for (int i = 0; i < 3; ++i) v.expect(i, k.shape[i]);
-    const Cache kv("kv", kv_, k.shape[2]);
     if (kv.shape[0] != k.shape[1])
         wrong("kv", "expected " + std::to_string(k.shape[1]) + " heads, found " + std::to_string(kv.shape[0]));
     check_positions(start, k.shape[0], kv.shape[1]);
@@ -478,7 +482,7 @@ NB_MODULE(_cpu, m) {
     m.def("attend_page", &py_attend_page, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg().none(), nb::arg().none());
     m.def("attention_state_width", &attention_state_width);
-    m.def("kv_append", &py_kv_append);
+    m.def("kv_append", &py_kv_append, nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
     bind_delta(m);
     bind_sparse(m);
     bind_stored(m);

@@ -127,7 +127,8 @@ struct Far {  // tokens, of the same kind as near
     Far(handle object, const Cache& near, int dim) {
         if (object.is_none()) return;
         const Cache far("far", object, dim, 1);
-        if (far.codecs.key != near.codecs.key || far.codecs.value != near.codecs.value)
+        if (far.codecs.key != near.codecs.key || far.codecs.value != near.codecs.value ||
+            far.codecs.keys_only != near.codecs.keys_only)
             wrong("far", "expected keys and values as near has them");
         data = far.data;
         tokens = far.shape[0];
@@ -166,11 +167,11 @@ void py_attention_list(handle q_, handle near_, handle far_, handle lists_, hand
     }
     const Array<float> out("out", out_, 2);
     out.expect(0, tokens);
-    out.expect(1, heads * dim);
+    const int values = values_of("out", out.shape[1], heads, dim);
     if (tokens == 0 || heads == 0) return;
     const int crew = threads();
     const Scratch memory(scratch, attention_list_scratch_bytes(tokens, heads, kv_heads, dim, crew));
-    const AttentionListJob job = {q.data, q.step, tokens, heads, kv_heads, dim, near.data, far.data,
+    const AttentionListJob job = {q.data, q.step, tokens, heads, kv_heads, dim, values, near.data, far.data,
                                   near.codecs, near.shape[1], lists.data, counts.data, lists.shape[2], scale,
                                   softcap, out.data, static_cast<size_t>(out.step[0]), memory.data(), crew,
                                   vector_or_null<float>("sinks", sinks, heads)};

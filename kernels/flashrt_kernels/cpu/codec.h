@@ -44,6 +44,7 @@ inline int padded(int k) { return (k + CHUNK - 1) / CHUNK * CHUNK; }
 // codecs, which are padded to whole chunks with zeros.
 struct KvCodecs {
     Codec key, value;
+    bool keys_only = false;  // there are keys alone: a value is the first numbers of its key
 };
 
 inline int spans(int k) { return (k + SPAN_WEIGHTS - 1) / SPAN_WEIGHTS; }
@@ -75,7 +76,7 @@ inline size_t kv_row_bytes(Codec codec, int dim) {
 }
 
 inline size_t kv_pair_bytes(KvCodecs codecs, int dim) {
-    return kv_row_bytes(codecs.key, dim) + kv_row_bytes(codecs.value, dim);
+    return kv_row_bytes(codecs.key, dim) + (codecs.keys_only ? 0 : kv_row_bytes(codecs.value, dim));
 }
 
 }  // namespace flashrt

@@ -55,6 +55,7 @@ void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int
         for (int h = 0; h < kv_heads; ++h) {
             char* pair = static_cast<char*>(kv) + (static_cast<size_t>(h) * context + start + t) * pair_bytes;
             kernels().encode_kv(codecs.key, k + t * k_step + h * dim, dim, pair);
+            if (codecs.keys_only) continue;
             kernels().encode_kv(codecs.value, v + t * v_step + h * dim, dim, pair + key_bytes);
         }
     });

@@ -86,6 +86,7 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     KvCodecs codecs;
     size_t key_bytes, pair_bytes;  // of a slot
     int dim;               // D
+    int values;            // V: numbers of a value that are summed, the first ones
     int begin, end;        // slots that some query of the tile sees; without a tree those are positions
     int origin, lanes;     // positions that some query sees
     const Tree* tree;      // whose node 0 is in slot `start`; null: none, or it begins behind this segment
@@ -100,11 +101,12 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     float* scores;         // scratch: [queries, SCORES]
     float* best;           // out [queries]: highest score, -inf when nothing is visible
     float* total;          // out [queries]: sum of exp(score - best)
-    float* acc;            // out [queries, dim16]: sum of exp(score - best) * v; dim16 is D rounded up to 16
+    float* acc;            // out [queries, values16]: sum of exp(score - best) * v; values16 is V rounded up to 16
 
-    void hold(KvCodecs held, int head_dim) {
+    void hold(KvCodecs held, int head_dim, int summed) {
         codecs = held;
         dim = head_dim;
+        values = summed;
         key_bytes = kv_row_bytes(held.key, head_dim);
         pair_bytes = kv_pair_bytes(held, head_dim);
     }

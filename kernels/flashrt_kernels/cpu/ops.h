@@ -123,6 +123,7 @@ struct AttentionJob {
     const float* q;
     size_t q_step;
     int tokens, heads, kv_heads, dim;
+    int values;  // numbers of a value that are summed, the first ones
     const void* kv;  // [kv_heads, context] of keys and values
     KvCodecs codecs;
     int64_t context;
@@ -134,7 +135,7 @@ struct AttentionJob {
     void* scratch;
     int crew;  // threads that `scratch` has room for
     const Tree* tree = nullptr;  // null: tokens follow one another
-    float* state = nullptr;      // [tokens, heads, dim16 + 2] running softmax over what lies before kv; null: nothing
+    float* state = nullptr;      // [tokens, heads, values16 + 2] running softmax over what lies before kv; null: nothing
     size_t state_step = 0;
     bool page = false;   // all tokens see all of kv; the running softmax goes back into `state`, `out` is not written
     bool empty = false;  // nothing is in `state` yet
@@ -145,6 +146,7 @@ struct AttentionListJob {
     const float* q;
     size_t q_step;
     int tokens, heads, kv_heads, dim;
+    int values;              // see AttentionJob
     const void *near, *far;  // [kv_heads, slots] and [any] of keys and values
     KvCodecs codecs;
     int64_t slots;
@@ -229,7 +231,7 @@ size_t gate_up_scratch_bytes(int tokens, int groups, int crew);
 void gemm_gate_up(const GateUpJob&, void* scratch, int crew);
 void gemm_down(const DownJob&, void* scratch, int crew);
 // Numbers of the running softmax of one query: best score, sum of weights, weighted sum of values.
-int attention_state_width(int dim);
+int attention_state_width(int values);
 size_t attention_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
 void attention(const AttentionJob&);
 size_t attention_list_scratch_bytes(int tokens, int heads, int kv_heads, int dim, int crew);
@@ -237,6 +239,7 @@ void attention_list(const AttentionListJob&);
 void label_append(const LabelJob&);
 size_t select_scratch_bytes(int heads, int kv_heads, int64_t context, int block);
 void select(const SelectJob&);
+// v is not read where the cache holds keys alone.
 void kv_append(const float* k, size_t k_step, const float* v, size_t v_step, int tokens, int kv_heads, int dim,
                void* kv, KvCodecs codecs, int64_t context, int64_t start);
 void rms_norm(const float* x, size_t x_step, int64_t n, int k, const float* weight, float eps, float* out,

@@ -70,7 +70,7 @@ def attention_list(
     """Attention of each row and KV head over the tokens of a list of its own, lists [T, KVH, most], counts [T, KVH].
 
     q [T, H, D], stride allowed in the first dimension; near [KVH, slots, *pair] and far [tokens, *pair], alike; out
-    [T, H * D]. Row t and head h attend to lists[t, h, :counts[t, h]], in that order: i >= 0 is near[h, i], -1 - i is
+    [T, H * V]. Row t and head h attend to lists[t, h, :counts[t, h]], in that order: i >= 0 is near[h, i], -1 - i is
     far[i]. An empty list gives zeros; 0, 1, .. p gives the bits of `attention` at position p. sinks [H]: see
     `attention`. scratch uint8 [attention_list_scratch_bytes(...)]; None allocates.
     """

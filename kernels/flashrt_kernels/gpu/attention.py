@@ -144,7 +144,7 @@ def attention_list(
 ) -> None:
     """`attention_list` of `flashrt_kernels.ops`: q over a list of tokens for each row and KV head.
 
-    q float32 [T, H, D], D up to 256; near [KVH, slots, 2, D] and far [tokens, 2, D], both bfloat16 or float32. Either
+    q float32 [T, H, D], D up to 576; near [KVH, slots, 2, D] and far [tokens, 2, D], both bfloat16 or float32. Either
     lies on the device or in pinned host memory (`tensor.pin_memory()`): CUDA maps pinned pages into the device's
     addresses, Triton hands kernels the mapped pointer, and each chosen token crosses the bus alone, D * 2 numbers in a
     run. lists int32 [T, KVH, most] and counts int32 [T, KVH] lie on the device, and their values are not checked: i >=

@@ -117,7 +117,7 @@ class KeyLabels:
 def kv_append(k: Tensor, v: Tensor, kv: Tensor, slot: int, labels: KeyLabels, position: int) -> None:
     """Writes k and v from `slot` on into the cache, and labels of the keys from `position` on, in one launch.
 
-    k, v float32 [n, KVH, D], n of at least 1, D up to 256; kv bfloat16 or float32 [KVH, slots, 2, D], on the device.
+    k, v float32 [n, KVH, D], n of at least 1, D up to 576; kv bfloat16 or float32 [KVH, slots, 2, D], on the device.
     Labels are those of keys as the cache holds them. Raises ValueError on anything else, or where the room ends.
     """
     device = kv.device

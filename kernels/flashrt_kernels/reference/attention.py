@@ -32,19 +32,21 @@ def attention(
     state: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, *pair] into out [B, H * D].
+    """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, *pair] into out [B, H * V].
 
     parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state
-    [B, H, attention_state_width(D)] holds what `attend_page` has gathered of positions before those of kv; without one
+    [B, H, attention_state_width(V)] holds what `attend_page` has gathered of positions before those of kv; without one
     each head begins with its sink (sinks [H]), a score whose value is zero.
     """
     tokens, heads, dim = q.shape
+    width = out.shape[1] // heads
     grouped = q.reshape(tokens, kv.shape[0], -1, dim).permute(1, 2, 0, 3)  # [KVH, group, B, D]
     for first in range(0, tokens, QUERIES):  # scores of a whole prefill chunk would take gigabytes
         part = grouped[:, :, first : first + QUERIES]
         begin, end = start + first, start + first + part.shape[2]
         low = 0 if window is None else max(0, begin - window + 1)
         keys, values = keys_and_values(kv[:, None, low:end], dim)  # [KVH, 1, positions, D]
+        values = values[..., :width]
         scores = part @ keys.transpose(2, 3) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -65,7 +67,7 @@ def attention(
             seen = state[first : first + QUERIES].unflatten(1, grouped.shape[:2]).permute(1, 2, 0, 3)
             _, total, weighted = _merged(seen, scores, values)
             result = weighted / total
-        out[first : first + QUERIES] = result.permute(2, 0, 1, 3).reshape(-1, heads * dim)
+        out[first : first + QUERIES] = result.permute(2, 0, 1, 3).reshape(-1, heads * width)
 
 
 def attend_page(
@@ -78,13 +80,14 @@ def attend_page(
     scratch: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(D)].
+    """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(V)].
 
     Before the `first`, nothing is in state, or the sinks.
     """
     dim = q.shape[2]
     grouped = q.unflatten(1, (page.shape[0], -1)).permute(1, 2, 0, 3)  # [KVH, group, B, D]
     keys, values = keys_and_values(page[:, None], dim)
+    values = values[..., : state.shape[2] - 2]
     scores = grouped @ keys.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -94,7 +97,7 @@ def attend_page(
             state[..., 0], state[..., 1] = sinks, 1
     seen = state.unflatten(1, grouped.shape[:2]).permute(1, 2, 0, 3)
     merged = torch.cat(_merged(seen, scores, values), 3)
-    state[..., : 2 + dim] = merged.permute(2, 0, 1, 3).flatten(1, 2)
+    state[..., : merged.shape[3]] = merged.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def softmax_with(sinks: Tensor | None, scores: Tensor) -> Tensor:
@@ -105,9 +108,9 @@ def softmax_with(sinks: Tensor | None, scores: Tensor) -> Tensor:
     return every.softmax(-1)[..., :-1]
 
 
-def attention_state_width(dim: int) -> int:
+def attention_state_width(values: int) -> int:
     """Numbers of the running softmax of one query: best score, sum of weights, weighted values, and zeros."""
-    return (dim + 15) // 16 * 16 + 2
+    return (values + 15) // 16 * 16 + 2
 
 
 def _merged(seen: Tensor, scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,40 +10,45 @@ from flashrt_kernels.reference.formats import decode_kept
 from flashrt_kernels.rows import KEPT, Codec, align, row_bytes
 
 
-def kv_append(k: Tensor, v: Tensor, kv: Tensor, start: int) -> None:
-    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, *pair]. Raises ValueError beyond its end."""
+def kv_append(k: Tensor, v: Tensor | None, kv: Tensor, start: int) -> None:
+    """Writes k and v [B, KVH, D] at positions start.. of kv [KVH, context, *pair]. Raises ValueError beyond its end.
+
+    v is None where kv holds keys only.
+    """
     if not 0 <= start <= kv.shape[1] - k.shape[0]:
         raise ValueError(f"start: {start} and {k.shape[0]} tokens do not fit in a context of {kv.shape[1]}")
     blocks = _blocks(kv, k.shape[2])
+    rows = [k] if v is None else [k, v]
     if blocks is None:
-        pairs = torch.stack((k, v), 2).to(kv.dtype)
+        pairs = torch.stack(rows, 2).to(kv.dtype)
     else:
-        pairs = torch.cat([_encoded(x, codec) for x, codec in zip((k, v), blocks, strict=True)], 2)[:, :, None]
+        pairs = torch.cat([_encoded(x, codec) for x, codec in zip(rows, blocks, strict=True)], 2)[:, :, None]
     kv[:, start : start + k.shape[0]] = pairs.transpose(0, 1)
 
 
 def keys_and_values(kv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Those of kv [.., *pair], float32 [.., dim] each."""
+    """Those of kv [.., *pair], float32 [.., dim] each; of keys only, these twice."""
     blocks = _blocks(kv, dim)
     if blocks is None:
-        keys, values = kv.to(torch.float32).unbind(-2)
-        return keys, values
+        found = kv.to(torch.float32).unbind(-2)
+        return found[0], found[-1]
     width = align(dim, CHUNK)
     rows = kv.flatten(0, -2).split([row_bytes(codec, width) for codec in blocks], 1)
-    keys, values = (
+    found = tuple(
         decode_kept(own, codec, width).reshape(*kv.shape[:-2], width)[..., :dim]
         for own, codec in zip(rows, blocks, strict=True)
     )
-    return keys, values
+    return found[0], found[-1]
 
 
-def _blocks(kv: Tensor, dim: int) -> tuple[Codec, Codec] | None:
-    """What keys and values are rows of; None: of numbers."""
+def _blocks(kv: Tensor, dim: int) -> tuple[Codec, ...] | None:
+    """What keys and values are rows of, keys alone where there are no others; None: of numbers."""
     if kv.dtype != torch.uint8:
         return None
     for codec in KvCodec:
-        if codec.blocks is not None and tuple(kv.shape[-2:]) == codec.pair(dim):
-            return codec.blocks
+        for keys_only in (False, True):
+            if codec.blocks is not None and tuple(kv.shape[-2:]) == codec.pair(dim, keys_only):
+                return codec.blocks[: 1 if keys_only else 2]
     raise ValueError(f"kv: {kv.shape[-1]} bytes hold no keys and values of heads of {dim}")
 
 

@@ -87,13 +87,14 @@ def attention_list(
     scratch: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Attention of each row of q [T, H, D] and KV head over lists [T, KVH, most], counts [T, KVH], into out [T, H * D].
+    """Attention of each row of q [T, H, D] and KV head over lists [T, KVH, most], counts [T, KVH], into out [T, H * V].
 
     i >= 0 is near[head, i] of [KVH, slots, *pair], -1 - i is far[i] of [tokens, *pair]. An empty list gives zeros.
     """
     tokens, _, dim = q.shape
     kv_heads = near.shape[0]
-    result = out.view(tokens, kv_heads, -1, dim)
+    width = out.shape[1] // q.shape[1]
+    result = out.view(tokens, kv_heads, -1, width)
     for t in range(tokens):
         for h in range(kv_heads):
             places = lists[t, h, : int(counts[t, h])].to(torch.int64)
@@ -104,7 +105,8 @@ def attention_list(
             scores = q[t].reshape(kv_heads, -1, dim)[h] @ keys.T * scale
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            result[t, h] = softmax_with(None if sinks is None else sinks.view(kv_heads, -1, 1)[h], scores) @ values
+            weights = softmax_with(None if sinks is None else sinks.view(kv_heads, -1, 1)[h], scores)
+            result[t, h] = weights @ values[:, :width]
 
 
 def attention_list_scratch_bytes(tokens: int, heads: int, kv_heads: int, dim: int) -> int:
