@@ -17,6 +17,7 @@ from flashrt.config import Sampling
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.recommended import recommended
 from flashrt.errors import UsageError
+from flashrt.text.conversation import encode_conversation
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -135,7 +136,7 @@ class Conversation:
         """
         tokenizer: Tokenizer = self.engine.tokenizer
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = tokenizer.encode(self.template.render(messages), special=False)
+        ids = encode_conversation(tokenizer, self.template, messages)
         room = self.engine.plan.context - len(ids)
         if room < 1:
             raise UsageError(

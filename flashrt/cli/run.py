@@ -217,7 +217,9 @@ def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None)
         return ids
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.encode(tokenizer.chat_template.render(messages), special=False)
+    from flashrt.text.conversation import encode_conversation
+
+    return encode_conversation(tokenizer, tokenizer.chat_template, messages)
 
 
 def _lengths(limit: int, asked: int | None, prompt: int, new: int | None) -> tuple[int, int]:

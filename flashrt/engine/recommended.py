@@ -45,8 +45,9 @@ def _value(generation: Mapping[str, Any], name: str, default: float) -> float:
         if value == 0:
             return 0.0
         value = min(value, 1.0)
+    checked: dict[str, Any] = {name: value}
     try:
-        Sampling(**{name: value})
+        Sampling(**checked)
     except UsageError as error:
         option = name.replace("_", "-")
         raise PackError(f"what the pack's text.json recommends cannot be used: {error}. Give --{option}") from None
