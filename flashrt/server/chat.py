@@ -1,0 +1,140 @@
+"""/v1/chat/completions: conversations in the model's own template."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashrt.server.answers import Usage, chat_logprob, finish_of
+from flashrt.server.errors import invalid
+from flashrt.server.fields import Fields, Refusals, convert
+from flashrt.server.job import Came, Ended, Event, Part
+from flashrt.server.messages import Message, for_template
+from flashrt.server.service import Asked, Service
+from flashrt.text.tokenizer import Tokenizer
+
+REFUSED: Refusals = {
+    "audio": ("the model writes text", ()),
+    "modalities": ("the model writes text", (["text"],)),
+    "functions": ("they were replaced by tools", ([],)),
+    "function_call": ("it was replaced by tool_choice", ("none",)),
+    "tools": ("not yet", ([],)),
+    "tool_choice": ("not yet", ("none", "auto")),
+    "parallel_tool_calls": ("not yet", (True, False)),
+    "response_format": ("not yet", ({"type": "text"},)),
+    "prediction": ("drafts need no prediction", ()),
+    "web_search_options": ("nothing is looked up", ()),
+    "store": ("nothing is stored", (False,)),
+    "metadata": ("nothing is stored", ({},)),
+    "service_tier": ("there is one", ("auto", "default")),
+    "reasoning_effort": ("say it as the model's template wants it", ()),
+    "verbosity": ("say it in a message", ("medium",)),
+}
+
+
+class ChatFields(Fields, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    ignore_eos: bool | None = None
+
+
+def chat(service: Service, given: dict[str, Any]) -> Asked:
+    """Raises ApiError."""
+    fields = convert(given, ChatFields, REFUSED)
+    top = _top(fields)
+    prompt = service.prompts.conversation(for_template(fields.messages))
+    limit = service.prompts.limit(prompt, *_limit(fields))
+    parts = [Part(prompt, limit, sampling) for sampling in service.seeded(service.sampling(fields), fields.choices)]
+    service.check_size(parts, top)
+    answers = ChatAnswers(service.name, service.prompts.tokenizer, fields.choices, top is not None, Usage(len(prompt)))
+    return Asked(parts, fields.stops, top, answers, bool(fields.stream), fields.include_usage, bool(fields.ignore_eos))
+
+
+def _top(fields: ChatFields) -> int | None:
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise invalid("top_logprobs", "top_logprobs goes with logprobs: true")
+    if fields.top_logprobs is not None and not 0 <= fields.top_logprobs <= 20:
+        raise invalid("top_logprobs", f"top_logprobs is {fields.top_logprobs}, expected 0 to 20")
+    return (fields.top_logprobs or 0) if fields.logprobs else None
+
+
+def _limit(fields: ChatFields) -> tuple[int | None, str]:
+    """Tokens of the answer, at most, and the parameter that says so."""
+    old, new = fields.max_tokens, fields.max_completion_tokens
+    if None not in (old, new) and old != new:
+        raise invalid("max_tokens", f"max_tokens is {old} and max_completion_tokens {new}: give one of them")
+    name = "max_tokens" if new is None else "max_completion_tokens"
+    limit = old if new is None else new
+    if limit == 0:
+        raise invalid(name, f"{name} is 0, expected 1 or more")
+    return limit, name
+
+
+@dataclass
+class Whole:
+    """One answer, as its chunks come."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish: str | None = None
+
+
+class ChatAnswers:
+    """See `service.Answers`."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, choices: int, logprobs: bool, usage: Usage) -> None:
+        self.usage = usage
+        self._tokenizer, self._choices, self._logprobs = tokenizer, choices, logprobs
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self._whole = {index: Whole() for index in range(choices)}
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._choices):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Came):
+            noted = [chat_logprob(self._tokenizer, event.token)] if event.token.logprobs is not None else None
+            if event.token.text or noted:
+                yield self._chunk(event.part, {"content": event.token.text}, noted)
+        elif isinstance(event, Ended):
+            self.usage.add(event.report)
+            yield self._chunk(event.part, {}, finish=finish_of(event.report))
+
+    def last(self) -> dict[str, Any]:
+        return self._object("chat.completion.chunk", []) | {"usage": self.usage.to_json()}
+
+    def collect(self, chunk: dict[str, Any]) -> None:
+        for choice in chunk["choices"]:
+            found = self._whole[choice["index"]]
+            found.texts.append(choice["delta"].get("content", ""))
+            found.finish = choice["finish_reason"]
+            if choice["logprobs"]:
+                found.logprobs += choice["logprobs"]["content"]
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(found.texts), "refusal": None},
+                "logprobs": {"content": found.logprobs, "refusal": None} if self._logprobs else None,
+                "finish_reason": found.finish,
+            }
+            for index, found in self._whole.items()
+        ]
+        return self._object("chat.completion", choices) | {"usage": self.usage.to_json()}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], noted: list[Any] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = None if noted is None else {"content": noted, "refusal": None}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self._object("chat.completion.chunk", [choice])
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": kind, "choices": choices}
