@@ -17,6 +17,7 @@ import numpy as np
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
 from flashrt.engine.generation import Generation
+from flashrt.engine.grammar import Grammar
 from flashrt.engine.logprobs import Logprobs
 from flashrt.engine.options import checked_path
 from flashrt.engine.prefixes import Prefixes
@@ -169,6 +170,7 @@ class Engine:
         reuse: bool = False,
         top_logprobs: int | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Continue a prompt. Returns at once: a `Generation` computes each token when it is asked for.
 
@@ -182,6 +184,7 @@ class Engine:
             answer had them the same up to rounding
         top_logprobs: note the log-probability of each token, and of the 0 to 20 likeliest ones in its place
         cancelled: asked before each pass, of prompt or answer; once it is true the generation ends, 'interrupted'
+        grammar: what the answer has to follow, up to a token that ends it; see `Grammars`
 
         Raises UsageError for an argument of a wrong type or out of range, for an empty prompt, for unknown ids, and
         where prompt and answer do not fit in the context. Asking for a token raises it while another thread's request
@@ -194,7 +197,9 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(() if checked_flag("ignore_eos", ignore_eos) else self.spec.eos)
         stops, reuse = checked_stops(stop), checked_flag("reuse", reuse)
         choice, top = checked_sampling(sampling, self.spec.vocab), checked_top(top_logprobs)
-        return Generation(self, Request(ids, limit, choice, stops, stop_ids, reuse, top, cancelled))
+        if grammar is not None and ignore_eos:
+            raise UsageError("ignore_eos goes on behind the end of a text, where a grammar allows nothing")
+        return Generation(self, Request(ids, limit, choice, stops, stop_ids, reuse, top, cancelled, grammar))
 
     def begin(self, request: Request) -> Sequence:
         """The sequence of a request that begins: without `reuse`, with what a directory of sessions has of it."""
@@ -203,7 +208,7 @@ class Engine:
             self.sequence.rewind(0)
         if sparse is not None:
             sparse.restart()
-        sampler = Sampler(request.sampling, request.prompt, request.top_logprobs)
+        sampler = Sampler(request.sampling, request.prompt, request.top_logprobs, request.grammar)
         self.sequence = self.sequence.successor(sampler)
         self.sequence.keep_shared(request.prompt[:-NARROW_TOKENS])  # the rest makes a wide pass
         if self._prefixes is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.config import Sampling, whole
+from flashrt.engine.grammar import Grammar
 from flashrt.engine.logprobs import MOST_LIKELIEST
 from flashrt.errors import UsageError
 
@@ -21,6 +22,7 @@ class Request:
 
     top_logprobs: how many tokens to name beside each; None: log-probabilities are not asked for
     cancelled: asked before each pass; once true, no other begins
+    grammar: what the answer has to follow
     """
 
     prompt: list[int]
@@ -31,6 +33,7 @@ class Request:
     reuse: bool = False
     top_logprobs: int | None = None
     cancelled: Callable[[], bool] = lambda: False
+    grammar: Grammar | None = None
 
 
 def checked_ids(ids: Any, vocab: int) -> list[int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from flashrt.config import Sampling
+from flashrt.engine.grammar import Grammar
 from flashrt.engine.logprobs import Logprobs, likeliest, log_total
 
 Array = np.ndarray
@@ -25,9 +26,19 @@ COLDEST = 1e-30  # lower temperatures, whose inverse float32 cannot hold, choose
 class Sampler:
     """One sequence's sampler: the same seed and logits give the same tokens."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], top_logprobs: int | None = None) -> None:
-        """top_logprobs: how many tokens to name beside each that is chosen, in `logprobs`; None: nothing is noted."""
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
+        """top_logprobs: how many tokens to name beside each that is chosen, in `logprobs`; None: nothing is noted.
+
+        grammar: what rules tokens out, at the beginning of the text; it is copied
+        """
         self.sampling = sampling
+        self._grammar = None if grammar is None else grammar.copy()
         self.logprobs: deque[Logprobs] = deque()  # of tokens chosen, for the caller to take out
         self._top = top_logprobs
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
@@ -36,7 +47,7 @@ class Sampler:
 
     def copy(self) -> Sampler:
         """One in the same state: it chooses what this one would, and notes nothing."""
-        other = Sampler(self.sampling, ())
+        other = Sampler(self.sampling, (), grammar=self._grammar)
         other._random, other._seen = copy.deepcopy(self._random), self._seen.copy()
         other._chosen = self._chosen.copy()
         return other
@@ -53,6 +64,8 @@ class Sampler:
             self.logprobs.append(Logprobs(before.get(token, float(logits[token])) - total, top))
         self._seen.add(token)
         self._chosen[token] += 1
+        if self._grammar is not None:
+            self._grammar.accept(token)
         return token
 
     def _choose(self, logits: Array) -> int:
@@ -78,6 +91,8 @@ class Sampler:
             logits[chosen] -= np.float32(sampling.frequency_penalty) * counts + np.float32(sampling.presence_penalty)
         for token, bias in sampling.logit_bias:
             logits[token] += np.float32(bias)
+        if self._grammar is not None:
+            self._grammar.mask(logits)
 
     def _draw(self, logits: Array) -> int:
         assert self._random is not None

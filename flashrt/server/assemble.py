@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flashrt.engine.engine import Engine
+from flashrt.engine.grammar import Grammars
 from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.recommended import recommended
 from flashrt.errors import UsageError
@@ -23,7 +24,7 @@ def assemble(model: LoadedPack, options: ServerOptions, load: Callable[[], Engin
     recommended(generation, {})  # what is refused is refused now
     queue, metrics = JobQueue(options.queue), Metrics()
     metrics.watch_queue(lambda: queue.length, lambda: queue.running)
-    tokenizer.token_bytes(0)  # makes its table before the process is measured
+    tokenizer.token_bytes(0)  # its table too is made before the process is measured
     return Service(
         options=options,
         name=model.pack.manifest.name,
@@ -32,7 +33,13 @@ def assemble(model: LoadedPack, options: ServerOptions, load: Callable[[], Engin
         queue=queue,
         worker=Worker(load, queue, metrics.generated),
         metrics=metrics,
+        grammars=_grammars(model),
     )
+
+
+def _grammars(model: LoadedPack) -> Grammars | None:
+    """Made before the process is measured."""
+    return Grammars(model.tokenizer, model.spec.vocab, model.spec.eos) if model.spec.eos else None
 
 
 def _template(model: LoadedPack) -> ChatTemplate | None:

@@ -11,7 +11,8 @@ from typing import Any
 from flashrt.server.answers import Usage, chat_logprob, finish_of
 from flashrt.server.errors import invalid
 from flashrt.server.fields import Fields, Refusals, convert
-from flashrt.server.job import Came, Ended, Event, Part
+from flashrt.server.formats import ResponseFormat, grammar_of
+from flashrt.server.job import Came, Ended, Event, Part, Rules
 from flashrt.server.messages import Message, for_template
 from flashrt.server.service import Asked, Service
 from flashrt.text.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ REFUSED: Refusals = {
     "tools": ("not yet", ([],)),
     "tool_choice": ("not yet", ("none", "auto")),
     "parallel_tool_calls": ("not yet", (True, False)),
-    "response_format": ("not yet", ({"type": "text"},)),
     "prediction": ("drafts need no prediction", ()),
     "web_search_options": ("nothing is looked up", ()),
     "store": ("nothing is stored", (False,)),
@@ -41,6 +41,7 @@ class ChatFields(Fields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
 
 
 def chat(service: Service, given: dict[str, Any]) -> Asked:
@@ -52,7 +53,8 @@ def chat(service: Service, given: dict[str, Any]) -> Asked:
     parts = [Part(prompt, limit, sampling) for sampling in service.seeded(service.sampling(fields), fields.choices)]
     service.check_size(parts, top)
     answers = ChatAnswers(service.name, service.prompts.tokenizer, fields.choices, top is not None, Usage(len(prompt)))
-    return Asked(parts, fields.stops, top, answers, bool(fields.stream), fields.include_usage, bool(fields.ignore_eos))
+    rules = Rules(fields.stops, top, bool(fields.ignore_eos), grammar_of(service.grammars, fields.response_format))
+    return Asked(parts, rules, answers, bool(fields.stream), fields.include_usage)
 
 
 def _top(fields: ChatFields) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 from flashrt.server.answers import CompletionLogprobs, Usage, finish_of, spelled
 from flashrt.server.errors import invalid
 from flashrt.server.fields import Fields, Refusals, convert
-from flashrt.server.job import Came, Ended, Event, Failed, Part, Scored
+from flashrt.server.job import Came, Ended, Event, Failed, Part, Rules, Scored
 from flashrt.server.service import Asked, Service
 from flashrt.text.tokenizer import Tokenizer
 
@@ -47,7 +47,8 @@ def completion(service: Service, given: dict[str, Any]) -> Asked:
     shape = Shape(service.name, service.prompts.tokenizer, texts, fields.choices, bool(fields.echo), top is not None)
     usage = Usage(sum(len(part.prompt) for part in parts[:: fields.choices]))
     answers = Completions(shape, parts, usage)
-    return Asked(parts, fields.stops, top, answers, bool(fields.stream), fields.include_usage, bool(fields.ignore_eos))
+    rules = Rules(fields.stops, top, bool(fields.ignore_eos))
+    return Asked(parts, rules, answers, bool(fields.stream), fields.include_usage)
 
 
 def _checked_top(logprobs: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from flashrt.config import Sampling
 from flashrt.engine.generation import Token
+from flashrt.engine.grammar import Grammar
 from flashrt.engine.logprobs import Logprobs
 from flashrt.engine.report import Report
 from flashrt.server.errors import ApiError
@@ -25,6 +26,16 @@ class Part:
     limit: int  # new tokens, at most
     sampling: Sampling
     prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What all answers of a request have in common; see `Engine.generate`."""
+
+    stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +78,7 @@ class Job:
 
     client: str
     parts: list[Part]
-    stops: tuple[str, ...] = ()
-    top_logprobs: int | None = None
-    ignore_eos: bool = False
+    rules: Rules
     deadline: float = field(default_factory=lambda: time.monotonic() + 3600)
 
     def __post_init__(self) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from flashrt.config import Sampling
+from flashrt.engine.grammar import Grammars
 from flashrt.server import fields as request_fields
 from flashrt.server.answers import Usage
 from flashrt.server.errors import ApiError, invalid
-from flashrt.server.job import Event, Job, Part
+from flashrt.server.job import Event, Job, Part, Rules
 from flashrt.server.memory import RESULT_BYTES, result_bytes
 from flashrt.server.metrics import Metrics
 from flashrt.server.options import ServerOptions
@@ -50,12 +51,10 @@ class Asked:
     """A request that was read and found in order."""
 
     parts: list[Part]
-    stops: tuple[str, ...]
-    top_logprobs: int | None
+    rules: Rules
     answers: Answers
     stream: bool
-    include_usage: bool = False
-    ignore_eos: bool = False
+    include_usage: bool
 
 
 @dataclass
@@ -69,6 +68,7 @@ class Service:
     queue: JobQueue
     worker: Worker
     metrics: Metrics
+    grammars: Grammars | None  # None: nothing ends a text of this model
 
     def __post_init__(self) -> None:
         self._desk = ThreadPoolExecutor(1, "desk")  # one at a time: so requests take bounded memory to read
@@ -93,8 +93,7 @@ class Service:
         """Have a request computed. Raises ApiError where it cannot even wait."""
         if not self.ready:
             raise ApiError(503, "the model is being loaded: ask again later", code="loading", retry=2)
-        deadline = time.monotonic() + self.options.seconds
-        job = Job(client, asked.parts, asked.stops, asked.top_logprobs, asked.ignore_eos, deadline)
+        job = Job(client, asked.parts, asked.rules, time.monotonic() + self.options.seconds)
         self.queue.put(job)
         return job
 

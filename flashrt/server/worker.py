@@ -80,15 +80,17 @@ class Worker:
         if part.limit == 0:
             job.emit(Ended(index, None))
             return
+        rules = job.rules
         generation = engine.generate(
             prompt,
             part.limit,
             part.sampling,
-            stop=job.stops,
-            ignore_eos=job.ignore_eos,
+            stop=rules.stops,
+            ignore_eos=rules.ignore_eos,
             reuse=True,
-            top_logprobs=job.top_logprobs,
+            top_logprobs=rules.top_logprobs,
             cancelled=job.cancelled,
+            grammar=rules.grammar,
         )
         for token in generation:
             job.emit(Came(index, token))

@@ -23,10 +23,13 @@ KEY = "a key of tests".replace(" ", "-")
 
 
 class Server:
-    """A `flashrt serve` that listens. `base` is its address; `log` what it has written to stderr so far."""
+    """A `flashrt serve` that listens. `base` is its address; `log` what it has written to stderr so far.
 
-    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
-        self.process, self.name = process, name
+    `name` is that of its model, once that is loaded.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.name = process, ""
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -34,7 +37,7 @@ class Server:
         self.port = int(self.base.rpartition(":")[2])
 
     def ready(self) -> Server:
-        self._wait(r"(ready): ")
+        self.name = self._wait(r"ready: (\S+),")
         return self
 
     def client(self, **options: Any) -> OpenAI:
@@ -83,9 +86,9 @@ class Server:
 Start = Callable[..., Server]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start a server, ready unless `ready` is False; what is left at the end of the module is stopped."""
+    """Start a server, ready unless `ready` is False; what is left at the end is stopped."""
     cache = tmp_path_factory.mktemp("cache")
     with ExitStack() as servers:
 
@@ -98,7 +101,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             )
             servers.enter_context(process)
             servers.callback(process.kill)
-            server = Server(process, pack.name)
+            server = Server(process)
             return server.ready() if ready else server
 
         yield begin
@@ -137,3 +140,19 @@ def tiny(packs: Callable[..., Path]) -> Path:
 def slow(packs: Callable[..., Path]) -> Path:
     """A model with many layers, and a context that takes minutes to fill."""
     return packs("qwen3", num_hidden_layers=40, max_position_embeddings=1 << 16)
+
+
+@pytest.fixture(scope="session")
+def server(start: Start, tiny: Path) -> Server:
+    """For whoever leaves it as it was."""
+    return start(tiny, "--threads", 2)
+
+
+@pytest.fixture(scope="session")
+def slow_server(start: Start, slow: Path) -> Server:
+    """One request of thousands of tokens keeps it busy. Two may wait."""
+    return start(slow, "--threads", 2, "--context", 20000, "--queue", 2)
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
