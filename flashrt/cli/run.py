@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from json import loads as parse_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +70,12 @@ def run(
         typer.Option("--stop", metavar="TEXT", show_default=False, help="Stop before this text; may be repeated."),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            "--json-schema", metavar="FILE", show_default=False, help="Answer with JSON that the schema in FILE allows."
+        ),
+    ] = None,
     *,
     load: LoadOptions,
     json: options.Json = False,
@@ -93,19 +100,26 @@ def run(
         raise UsageError("--system needs --chat: without a chat template there is no system message")
     check_argument(system, "--system")
     text = read_prompt(prompt, prompt_file)
+    schema = None if json_schema is None else _read_schema(json_schema, ignore_eos)
 
     from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.config import checked_context
+    from flashrt.engine.grammar import Grammars
 
     model = session.open_model(pack, load)
     ids = _prompt_ids(model.tokenizer, text, chat, system)
     checked_context(model.spec, load.context, 1)
+    grammar = (
+        None if schema is None else Grammars(model.tokenizer, model.spec.vocab, model.spec.eos).json_schema(schema)
+    )
     length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
     with Progress() as progress, session.load(model, Workload(length, prompt=len(ids)), progress) as engine:
         session.resume(engine, load.session, chat=False, prompt=ids)
         reuse = load.session is not None
-        generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos, reuse=reuse)
+        generation = engine.generate(
+            ids, new, choice, stop=stop or (), ignore_eos=ignore_eos, reuse=reuse, grammar=grammar
+        )
         interrupted = False
         try:
             for token in generation:
@@ -177,6 +191,19 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     return _utf8(data, str(path))
+
+
+def _read_schema(path: Path, ignore_eos: bool) -> dict[str, Any]:
+    """A JSON schema. Raises UsageError."""
+    if ignore_eos:
+        raise UsageError("--json-schema ends where its JSON does: leave --ignore-eos out")
+    try:
+        found = parse_json(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no JSON schema, which is an object")
+    return found
 
 
 def check_argument(text: str | None, what: str) -> None:

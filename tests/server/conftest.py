@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -113,10 +114,14 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("server")
 
-    def pack(family: str = "llama", **overrides: Any) -> Path:
-        key = f"{family}{sorted(overrides.items())}"
+    def pack(family: str = "llama", template: str | None = None, **overrides: Any) -> Path:
+        key = f"{family}{template}{sorted(overrides.items())}"
         if key not in made:
             checkpoint = tiny_checkpoint(family, root / f"checkpoint{len(made)}", **overrides)[1]
+            if template is not None:
+                settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+                settings["chat_template"] = template
+                (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
             made[key] = root / f"tiny{len(made)}"
             done = subprocess.run(
                 [*COMMAND, "pack", str(checkpoint), str(made[key]), "--dtype", "f32"],
