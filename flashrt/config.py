@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 MOST_THREADS = 1024  # more than any machine has cores
+MOST_PENALTY, MOST_BIAS = 2.0, 100.0  # of a logit; as OpenAI's API bounds them
 LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 
 
@@ -22,8 +23,10 @@ LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits
 class Sampling:
     """How the next token is chosen. The default is greedy.
 
-    temperature 0 takes the most likely token. Otherwise, in this order: repetition penalty (Keskar et al. 2019),
-    temperature, top_k (0: off), top_p (1: off), min_p (0: off).
+    Logits are changed in this order, at any temperature: by the repetition penalty (Keskar et al. 2019) of tokens of
+    prompt and answer; by the presence penalty of tokens of the answer, and the frequency penalty as often as they stand
+    there (both subtracted); by `logit_bias`, pairs of a token and what is added. temperature 0 then takes the most
+    likely token. Otherwise, in this order: temperature, top_k (0: off), top_p (1: off), min_p (0: off).
     """
 
     temperature: float = 0.0
@@ -32,6 +35,9 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         number("temperature", self.temperature, 0.0, 100.0)
@@ -39,6 +45,11 @@ class Sampling:
         number("top_p", self.top_p, 0.0, 1.0)
         number("min_p", self.min_p, 0.0, 1.0)
         number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        number("presence_penalty", self.presence_penalty, -MOST_PENALTY, MOST_PENALTY)
+        number("frequency_penalty", self.frequency_penalty, -MOST_PENALTY, MOST_PENALTY)
+        for token, bias in self.logit_bias:
+            whole("a token of logit_bias", token, 0)
+            number("a value of logit_bias", bias, -MOST_BIAS, MOST_BIAS)
         if self.top_p == 0.0:
             raise UsageError("top_p is 0, expected more than 0 and at most 1")
         if self.seed is not None:

@@ -21,6 +21,7 @@ PACKAGES = {
 LAYERS = (
     ("tools", "flashrt.__main__"),
     ("flashrt.cli",),
+    ("flashrt.server",),
     ("flashrt",),
     ("flashrt.calibration",),
     ("flashrt.engine",),

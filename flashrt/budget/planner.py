@@ -205,7 +205,8 @@ class _Planner:
         far, claim = self._far_of(chunk)
         pages = {} if far is None else {"KV buffers": SPILL_BUFFERS * far.largest}
         cells = {} if claim is None else {"KV cells": claim.nbytes(claim.least)}
-        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells) | {
+        requests = {"requests": workload.request_bytes} if workload.request_bytes else {}
+        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells, requests) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
             "KV": self._kv_bytes(chunk),

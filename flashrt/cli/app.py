@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "plan",
     "run": "run",
     "chat": "chat",
+    "serve": "serve",
     "eval": "evaluate",
     "bench": "bench",
     "models": "models",

@@ -12,11 +12,12 @@ import typer
 
 from flashrt.cli import options
 from flashrt.cli.console import say, stdin, write
-from flashrt.cli.recommended import recommended
 from flashrt.cli.run import check_argument, figures
 from flashrt.config import Sampling
 from flashrt.engine.options import LoadOptions
+from flashrt.engine.recommended import recommended
 from flashrt.errors import UsageError
+from flashrt.text.conversation import encode_conversation
 
 if TYPE_CHECKING:
     from flashrt.engine.engine import Engine
@@ -54,6 +55,8 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a line of figures after every answer.")] = False,
     *,
@@ -72,6 +75,8 @@ def chat(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "seed": seed,
     }
     options.sampling(**given)  # refuses bad values before anything is loaded
@@ -131,7 +136,7 @@ class Conversation:
         """
         tokenizer: Tokenizer = self.engine.tokenizer
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = tokenizer.encode(self.template.render(messages), special=False)
+        ids = encode_conversation(tokenizer, self.template, messages)
         room = self.engine.plan.context - len(ids)
         if room < 1:
             raise UsageError(

@@ -327,6 +327,24 @@ RepetitionPenalty = Annotated[
         help="Make tokens seen before less likely: 0.01 to 100, 1 is off.",
     ),
 ]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        metavar="P",
+        show_default=False,
+        help="Make tokens of the answer so far less likely by P: -2 to 2, 0 is off.",
+    ),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty",
+        metavar="P",
+        show_default=False,
+        help="Make tokens of the answer so far less likely by P for each time they came: -2 to 2, 0 is off.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", show_default=False, help="0 or more: the same seed draws the same tokens."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from json import loads as parse_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,12 +62,20 @@ def run(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", show_default=False, help="Stop before this text; may be repeated."),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            "--json-schema", metavar="FILE", show_default=False, help="Answer with JSON that the schema in FILE allows."
+        ),
+    ] = None,
     *,
     load: LoadOptions,
     json: options.Json = False,
@@ -83,25 +92,34 @@ def run(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
     )
     if system is not None and not chat:
         raise UsageError("--system needs --chat: without a chat template there is no system message")
     check_argument(system, "--system")
     text = read_prompt(prompt, prompt_file)
+    schema = None if json_schema is None else _read_schema(json_schema, ignore_eos)
 
     from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.config import checked_context
+    from flashrt.engine.grammar import Grammars
 
     model = session.open_model(pack, load)
     ids = _prompt_ids(model.tokenizer, text, chat, system)
     checked_context(model.spec, load.context, 1)
+    grammar = (
+        None if schema is None else Grammars(model.tokenizer, model.spec.vocab, model.spec.eos).json_schema(schema)
+    )
     length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
     with Progress() as progress, session.load(model, Workload(length, prompt=len(ids)), progress) as engine:
         session.resume(engine, load.session, chat=False, prompt=ids)
         reuse = load.session is not None
-        generation = engine.generate(ids, new, choice, stop=stop or (), ignore_eos=ignore_eos, reuse=reuse)
+        generation = engine.generate(
+            ids, new, choice, stop=stop or (), ignore_eos=ignore_eos, reuse=reuse, grammar=grammar
+        )
         interrupted = False
         try:
             for token in generation:
@@ -175,6 +193,19 @@ def read_text(path: Path) -> str:
     return _utf8(data, str(path))
 
 
+def _read_schema(path: Path, ignore_eos: bool) -> dict[str, Any]:
+    """A JSON schema. Raises UsageError."""
+    if ignore_eos:
+        raise UsageError("--json-schema ends where its JSON does: leave --ignore-eos out")
+    try:
+        found = parse_json(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no JSON schema, which is an object")
+    return found
+
+
 def check_argument(text: str | None, what: str) -> None:
     """Raises UsageError for a text of the command line that is not UTF-8."""
     if text is not None:
@@ -213,7 +244,9 @@ def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None)
         return ids
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.encode(tokenizer.chat_template.render(messages), special=False)
+    from flashrt.text.conversation import encode_conversation
+
+    return encode_conversation(tokenizer, tokenizer.chat_template, messages)
 
 
 def _lengths(limit: int, asked: int | None, prompt: int, new: int | None) -> tuple[int, int]:

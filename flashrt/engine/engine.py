@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import Counter
@@ -16,9 +17,19 @@ import numpy as np
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
 from flashrt.engine.generation import Generation
+from flashrt.engine.grammar import Grammar
+from flashrt.engine.logprobs import Logprobs
 from flashrt.engine.options import checked_path
 from flashrt.engine.prefixes import Prefixes
-from flashrt.engine.request import Request, checked_flag, checked_ids, checked_limit, checked_sampling, checked_stops
+from flashrt.engine.request import (
+    Request,
+    checked_flag,
+    checked_ids,
+    checked_limit,
+    checked_sampling,
+    checked_stops,
+    checked_top,
+)
 from flashrt.engine.runner import Runner
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sampling import Sampler
@@ -157,6 +168,9 @@ class Engine:
         stop: str | Items[str] = (),
         ignore_eos: bool = False,
         reuse: bool = False,
+        top_logprobs: int | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Continue a prompt. Returns at once: a `Generation` computes each token when it is asked for.
 
@@ -166,7 +180,11 @@ class Engine:
         stop: texts before which to end
         ignore_eos: go on after a token that ends a text
         reuse: keep the keys and values of the beginning that the prompt shares with the sequence before it (a
-            conversation); the tokens are the same up to rounding, as fewer of them are prefilled
+            conversation), but for its last 17 tokens; where that one's prompt had them the text is the same, where its
+            answer had them the same up to rounding
+        top_logprobs: note the log-probability of each token, and of the 0 to 20 likeliest ones in its place
+        cancelled: asked before each pass, of prompt or answer; once it is true the generation ends, 'interrupted'
+        grammar: what the answer has to follow, up to a token that ends it; see `Grammars`
 
         Raises UsageError for an argument of a wrong type or out of range, for an empty prompt, for unknown ids, and
         where prompt and answer do not fit in the context. Asking for a token raises it while another thread's request
@@ -178,7 +196,10 @@ class Engine:
         limit = checked_limit(max_new_tokens, len(ids), self.plan.context)
         stop_ids: frozenset[int] = frozenset(() if checked_flag("ignore_eos", ignore_eos) else self.spec.eos)
         stops, reuse = checked_stops(stop), checked_flag("reuse", reuse)
-        return Generation(self, Request(ids, limit, checked_sampling(sampling), stops, stop_ids, reuse))
+        choice, top = checked_sampling(sampling, self.spec.vocab), checked_top(top_logprobs)
+        if grammar is not None and ignore_eos:
+            raise UsageError("ignore_eos goes on behind the end of a text, where a grammar allows nothing")
+        return Generation(self, Request(ids, limit, choice, stops, stop_ids, reuse, top, cancelled, grammar))
 
     def begin(self, request: Request) -> Sequence:
         """The sequence of a request that begins: without `reuse`, with what a directory of sessions has of it."""
@@ -187,8 +208,9 @@ class Engine:
             self.sequence.rewind(0)
         if sparse is not None:
             sparse.restart()
-        self.sequence = self.sequence.successor(Sampler(request.sampling, request.prompt))
-        self.sequence.keep_shared(request.prompt)
+        sampler = Sampler(request.sampling, request.prompt, request.top_logprobs, request.grammar)
+        self.sequence = self.sequence.successor(sampler)
+        self.sequence.keep_shared(request.prompt[:-NARROW_TOKENS])  # the rest makes a wide pass
         if self._prefixes is not None:
             self._prefixes.resume(self.sequence, request.prompt)
         return self.sequence
@@ -266,6 +288,41 @@ class Engine:
             self.turns.begin(None)
             return self.runner.prefill(self.sequence, ids)
 
+    def prompt_logprobs(
+        self, ids: Items[int], top: int = 0, cancelled: Callable[[], bool] = lambda: False
+    ) -> list[Logprobs]:
+        """Log-probabilities of `ids`, the first left out, which nothing comes before; `top` tokens beside each.
+
+        They are those of the kernels that prefill. A request with `reuse` goes on from what is computed here. Once
+        `cancelled` is true, no other pass begins, and those are returned that are there.
+
+        Needs a plan made for scoring (`Workload.scoring`). Raises UsageError without one, for unknown ids, for more
+        than the context holds, while another thread's request goes on, and once the engine is closed.
+        """
+        runner = self._scorer
+        ids, top = checked_ids(ids, self.spec.vocab), checked_top(top) or 0
+        if len(ids) > self.plan.context:
+            raise UsageError(f"the text has {len(ids)} tokens, the context is {self.plan.context}: use a shorter one")
+        found: list[Logprobs] = []
+        with self.turns.using(None):
+            self.turns.begin(None)
+            with contextlib.closing(runner.scores(self.sequence, ids, self._scores_wide(len(ids)), top=top)) as passes:
+                while not cancelled() and (scores := next(passes, None)) is not None:
+                    for value, tokens, tops in zip(*scores, strict=True):
+                        found.append(Logprobs(float(value), tuple(zip(tokens.tolist(), tops.tolist(), strict=True))))
+        return found
+
+    @property
+    def _scorer(self) -> Runner:
+        """Raises UsageError where the plan has no buffers for scores."""
+        if not self.plan.scoring:
+            raise UsageError("this engine was planned for generating: make a plan with Workload(scoring=True)")
+        return self.runner
+
+    def _scores_wide(self, count: int) -> bool:
+        """Whether a text of `count` tokens is computed by the kernels for many: sparse attention is in the others."""
+        return count > NARROW_TOKENS and self.plan.kv is None
+
     def score(
         self,
         ids: Items[int],
@@ -284,10 +341,8 @@ class Engine:
         than two tokens, for a window that the plan does not hold, while another thread's request goes on, and once the
         engine is closed.
         """
-        runner = self.runner
+        runner = self._scorer
         window = whole("the window", window, 2, self.plan.context)
-        if not self.plan.scoring:
-            raise UsageError("this engine was planned for generating: make a plan with Workload(scoring=True)")
         ids = checked_ids(ids, self.spec.vocab)
         prefix = self.tokenizer.encode("")
         step = window - len(prefix)
@@ -299,8 +354,7 @@ class Engine:
             for begin in range(0, len(ids), step):
                 part = [*prefix, *ids[begin : begin + step]]
                 if len(part) > 1:
-                    wide = len(part) > NARROW_TOKENS and not as_decoded and self.plan.kv is None
-                    total += runner.score(self.sequence, part, wide)
+                    total += runner.score(self.sequence, part, self._scores_wide(len(part)) and not as_decoded)
                     count += len(part) - 1
                 progress(min(begin + step, len(ids)), len(ids))
         if count == 0:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from flashrt.budget.plan import Plan
 from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.drafters import drafters_of
+from flashrt.engine.logprobs import Logprobs
 from flashrt.engine.report import Report
 from flashrt.engine.request import Request
 from flashrt.engine.runner import Runner
@@ -58,10 +59,14 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token. `text` is what it makes readable: it may be empty, or hold earlier tokens' characters."""
+    """A generated token. `text` is what it makes readable: it may be empty, or hold earlier tokens' characters.
+
+    logprobs: where these were asked for; what was held back of a text comes last, with the last token and without them
+    """
 
     id: int
     text: str
+    logprobs: Logprobs | None = None
 
 
 @dataclass(slots=True)
@@ -129,16 +134,18 @@ class Generation:
                 engine.turns.begin(self)
                 sequence = engine.begin(request)
                 self._resumed = sequence.length
-                token = sequence.sampler.choose(engine.runner.prefill(sequence, request.prompt))
+                logits = engine.runner.prefill(sequence, request.prompt, self._check)
+                token = sequence.sampler.choose(logits)
             ahead: deque[int] = deque()  # tokens that the last pass gave, and that are not handed out yet
             while True:
                 self._ids.append(token)
+                logprobs = sequence.sampler.logprobs.popleft() if request.top_logprobs is not None else None
                 if token in request.stop_ids:
                     self._finish = "eos"
                     break
                 piece = self._stops.push(stream.push(token))
                 self._text.append(piece)
-                yield Token(token, piece)
+                yield Token(token, piece, logprobs)
                 if self._stops.found:
                     self._finish = "stop"
                     break
@@ -146,6 +153,7 @@ class Generation:
                     self._finish = "length"
                     break
                 engine.turns.check(self)
+                self._check()
                 if not ahead:
                     with self._measured(self._decode):
                         ahead.extend(self._next(sequence, token))
@@ -154,8 +162,14 @@ class Generation:
             if rest:
                 self._text.append(rest)
                 yield Token(self._ids[-1], rest)
+        except _Cancelled:
+            pass
         finally:
             self._end()
+
+    def _check(self) -> None:
+        if self._request.cancelled():
+            raise _Cancelled
 
     def _next(self, sequence: Sequence, token: int) -> list[int]:
         """What comes after `token`, the last so far."""
@@ -233,6 +247,10 @@ class Generation:
             ffn=ffn,
             remarks=[*remarks, *kv_remarks(engine.plan.kv, decode.kv)],
         )
+
+
+class _Cancelled(Exception):
+    """Whoever asked for a generation wants no more of it."""
 
 
 class _StopStrings:

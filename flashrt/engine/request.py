@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import numbers
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from flashrt.config import Sampling, whole
+from flashrt.engine.grammar import Grammar
+from flashrt.engine.logprobs import MOST_LIKELIEST
 from flashrt.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A text to go on with. `stop_ids` end it, and so do the strings `stop`; `reuse` keeps what the last one shares."""
+    """A text to go on with. `stop_ids` end it, and so do the strings `stop`; `reuse` keeps what the last one shares.
+
+    top_logprobs: how many tokens to name beside each; None: log-probabilities are not asked for
+    cancelled: asked before each pass; once true, no other begins
+    grammar: what the answer has to follow
+    """
 
     prompt: list[int]
     limit: int  # new tokens, at most
@@ -24,6 +31,9 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     reuse: bool = False
+    top_logprobs: int | None = None
+    cancelled: Callable[[], bool] = lambda: False
+    grammar: Grammar | None = None
 
 
 def checked_ids(ids: Any, vocab: int) -> list[int]:
@@ -61,15 +71,22 @@ def checked_limit(max_new_tokens: int | None, prompt: int, context: int) -> int:
     return limit
 
 
-def checked_sampling(sampling: Sampling | None) -> Sampling:
-    """Greedy for None. Raises UsageError for anything but a Sampling."""
+def checked_sampling(sampling: Sampling | None, vocab: int) -> Sampling:
+    """Greedy for None. Raises UsageError for anything but a Sampling, and for a bias of a token that there is not."""
     if sampling is None:
         return Sampling()
     if not isinstance(sampling, Sampling):
         raise UsageError(
             f"sampling is {reprlib.repr(sampling)}, expected a flashrt.config.Sampling, or None for greedy"
         )
+    for token, _ in sampling.logit_bias:
+        whole("a token of logit_bias", token, 0, vocab - 1)
     return sampling
+
+
+def checked_top(top_logprobs: int | None) -> int | None:
+    """How many tokens to name beside each. Raises UsageError."""
+    return None if top_logprobs is None else whole("top_logprobs", top_logprobs, 0, MOST_LIKELIEST)
 
 
 def checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -15,6 +15,7 @@ from flashrt.kv.marks import prompt_mark
 from flashrt.model.batch import Batch, Rows
 from flashrt.model.decoder import Decoder, Tensor
 from flashrt.model.schedule import PassKind
+from flashrt.model.scores import Scores
 from flashrt.sparsity import SINKS
 from flashrt.speculate.speculator import Experience
 from flashrt_kernels.limits import NARROW_TOKENS
@@ -33,9 +34,10 @@ class Runner:
         self.decoder, self.plan = decoder, plan
         self.experience = Experience()
 
-    def prefill(self, sequence: Sequence, ids: Items[int]) -> Array:
+    def prefill(self, sequence: Sequence, ids: Items[int], before: Callable[[], None] = lambda: None) -> Array:
         """Make `sequence` hold exactly `ids`, one at least; logits after the last one, float32 [vocab] on the host.
 
+        before: called before each pass; what it raises ends this, with what was computed so far kept
         Whether the kernels for few or for many tokens run depends on how many tokens are new, never on the budget.
         """
         new, chunk = ids[sequence.keep_shared(ids) :], self.plan.prefill_chunk
@@ -43,6 +45,7 @@ class Runner:
         sequence.kv.mark(prompt_mark(len(ids)))
         with self._pass_or_nothing():
             for begin in range(0, len(new), chunk):
+                before()
                 last = begin + chunk >= len(new)
                 next_is_last = last or begin + 2 * chunk >= len(new)
                 tokens, following = new[begin : begin + chunk], new[begin + chunk : begin + 2 * chunk]
@@ -101,10 +104,16 @@ class Runner:
         wide: whether by the kernels for many tokens; held: how many of `ids` the sequence begins with already, which
         are not computed again, and of which none is scored but the one after them. Needs a plan with `scoring`.
         """
+        return sum(float(scores.values.sum()) for scores in self.scores(sequence, ids, wide, held))
+
+    def scores(
+        self, sequence: Sequence, ids: Items[int], wide: bool, held: int = 0, top: int = 0
+    ) -> Generator[Scores, None, None]:
+        """As `score`, pass by pass, with the `top` likeliest tokens in the place of each; to be taken to its end."""
         begin = sequence.rewind(held)
         if begin < held:
             raise ValueError(f"the sequence holds {begin} of the {held} tokens to go on from")
-        chunk, total = self.plan.prefill_chunk, 0.0
+        chunk = self.plan.prefill_chunk
         with self._pass_or_nothing():
             for begin in range(held, len(ids) - 1, chunk):
                 tokens = ids[begin : min(begin + chunk, len(ids) - 1)]
@@ -114,8 +123,7 @@ class Runner:
                 states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
                 sequence.extend(tokens)
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
-                total += float(self.decoder.scores(states, targets, wide).sum())
-        return total
+                yield self.decoder.scores(states, targets, wide, top)
 
     def most_positions(self, sequence: Sequence) -> int:
         """Tokens that `step_tree` takes now, at most."""

@@ -1,18 +1,21 @@
 """Chooses the next token from its logits.
 
 Works in at most one temporary of the size of the logits, whatever is asked: a vocabulary of 262,144 tokens takes 1 MiB
-beside what it is given, and a quarter of that for a moment while tokens are ruled out. Nothing that is as long as the
-vocabulary is indexed or held in float64; sums are float64, taken piece by piece.
+beside what it is given, and a quarter of that for a moment while tokens are ruled out or named. Nothing that is as long
+as the vocabulary is indexed or held in float64; sums are float64, taken piece by piece.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from flashrt.config import Sampling
+from flashrt.engine.grammar import Grammar
+from flashrt.engine.logprobs import Logprobs, likeliest, log_total
 
 Array = np.ndarray
 
@@ -23,29 +26,73 @@ COLDEST = 1e-30  # lower temperatures, whose inverse float32 cannot hold, choose
 class Sampler:
     """One sequence's sampler: the same seed and logits give the same tokens."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
+        """top_logprobs: how many tokens to name beside each that is chosen, in `logprobs`; None: nothing is noted.
+
+        grammar: what rules tokens out, at the beginning of the text; it is copied
+        """
         self.sampling = sampling
+        self._grammar = None if grammar is None else grammar.copy()
+        self.logprobs: deque[Logprobs] = deque()  # of tokens chosen, for the caller to take out
+        self._top = top_logprobs
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
         self._seen = set(prompt)
+        self._chosen: Counter[int] = Counter()
 
     def copy(self) -> Sampler:
-        """One in the same state: it chooses what this one would."""
-        other = Sampler(self.sampling, ())
+        """One in the same state: it chooses what this one would, and notes nothing."""
+        other = Sampler(self.sampling, (), grammar=self._grammar)
         other._random, other._seen = copy.deepcopy(self._random), self._seen.copy()
+        other._chosen = self._chosen.copy()
         return other
 
     def choose(self, logits: Array) -> int:
         """The next token. logits: float32 [vocab]; may be changed."""
-        if self.sampling.repetition_penalty != 1.0:
-            self._penalize(logits)
-        token = int(logits.argmax()) if self._random is None else self._draw(logits)
+        if self._top is None:
+            token = self._choose(logits)
+        else:
+            total, beside = log_total(logits), likeliest(logits, self._top)
+            top = tuple((token, float(logits[token]) - total) for token in beside)
+            before = {token: float(logits[token]) for token in self._adjusted()}
+            token = self._choose(logits)
+            self.logprobs.append(Logprobs(before.get(token, float(logits[token])) - total, top))
         self._seen.add(token)
+        self._chosen[token] += 1
+        if self._grammar is not None:
+            self._grammar.accept(token)
         return token
 
-    def _penalize(self, logits: Array) -> None:
-        seen = np.fromiter(self._seen, np.int64, len(self._seen))
-        values, penalty = logits[seen], self.sampling.repetition_penalty
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    def _choose(self, logits: Array) -> int:
+        self._adjust(logits)
+        return int(logits.argmax()) if self._random is None else self._draw(logits)
+
+    def _adjusted(self) -> Iterator[int]:
+        """Tokens whose logits `_adjust` may change, some of them twice."""
+        if self.sampling.repetition_penalty != 1.0:
+            yield from self._seen
+        yield from self._chosen
+        yield from (token for token, _ in self.sampling.logit_bias)
+
+    def _adjust(self, logits: Array) -> None:
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1.0:
+            seen = np.fromiter(self._seen, np.int64, len(self._seen))
+            values, penalty = logits[seen], sampling.repetition_penalty
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            chosen = np.fromiter(self._chosen, np.int64, len(self._chosen))
+            counts = np.fromiter(self._chosen.values(), np.float32, len(self._chosen))
+            logits[chosen] -= np.float32(sampling.frequency_penalty) * counts + np.float32(sampling.presence_penalty)
+        for token, bias in sampling.logit_bias:
+            logits[token] += np.float32(bias)
+        if self._grammar is not None:
+            self._grammar.mask(logits)
 
     def _draw(self, logits: Array) -> int:
         assert self._random is not None

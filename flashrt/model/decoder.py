@@ -20,6 +20,7 @@ from flashrt.model.ffn.choose import Ffns
 from flashrt.model.ffn.sparse import SparseKind
 from flashrt.model.mixers import Mixers
 from flashrt.model.schedule import PassKind, Schedule
+from flashrt.model.scores import Likeliest, Scores
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt_kernels.rows import MATRIX_ROWS
 
@@ -92,15 +93,16 @@ class Decoder:
         self._bound(out)
         return out
 
-    def scores(self, states: Tensor, targets: np.ndarray, wide: bool) -> np.ndarray:
-        """Log-probability of `targets` (int64 [T]) after `states` (float32 [T, hidden]): float64 [T].
+    def scores(self, states: Tensor, targets: np.ndarray, wide: bool, top: int = 0) -> Scores:
+        """How likely `targets` (int64 [T]) are after `states` (float32 [T, hidden]), and which `top` tokens are most.
 
         The head's output is reduced strip by strip, so that [T, vocab] never exists.
         """
         count = len(states)
-        top = np.full(count, -np.inf)
+        peaks = np.full(count, -np.inf)
         total = np.zeros(count)
         chosen = np.zeros(count)
+        best = Likeliest(count, top)
         codec = self.layout.tensors[self.spec.head].codec
         step = SCORE_ROWS // MATRIX_ROWS
         for first, bundles in self.weights.runs(self.spec.head):
@@ -114,12 +116,14 @@ class Decoder:
                 values = self.device.get(strip)
                 inside = np.flatnonzero((targets >= row0) & (targets < row0 + rows))
                 chosen[inside] = values[inside, targets[inside] - row0]
-                peak = np.maximum(top, values.max(axis=1))
+                best.take(values, row0)
+                peak = np.maximum(peaks, values.max(axis=1))
                 values -= peak[:, None].astype(np.float32)  # in place: the strip is planned, a copy is not
                 np.exp(values, out=values)
-                total = total * np.exp(top - peak) + values.sum(axis=1, dtype=np.float64)
-                top = peak
-        return chosen - top - np.log(total)
+                total = total * np.exp(peaks - peak) + values.sum(axis=1, dtype=np.float64)
+                peaks = peak
+        total = peaks + np.log(total)
+        return Scores(chosen - total, best.tokens, best.logits - total[:, None])
 
     def _bound(self, logits: Tensor) -> None:
         """Scale and bound the head's output in place."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashrt.errors import CheckpointError, UsageError
 from flashrt.text.files import SETTINGS, TOKENIZER, TextFiles, read_file
+from flashrt.text.spelling import Spelling
 
 if TYPE_CHECKING:
     from flashrt.text.template import ChatTemplate
@@ -75,6 +76,37 @@ class Tokenizer:
         if found := _SURROGATE.search(text):
             raise UsageError(f"the text is not valid Unicode: character {found.start()} is U+{ord(found[0]):04X}")
         return list(self._backend.encode(text, add_special_tokens=special).ids)
+
+    def encode_literal(self, text: str, first: bool) -> list[int]:
+        """Token ids of text in which special tokens, written out, stay text. `first`: it begins a text.
+
+        For one thread at a time, `encode` included. Raises UsageError for text that is not Unicode.
+        """
+        splitter = self._backend.pre_tokenizer
+        prefix = getattr(splitter, "prepend_scheme", None)  # 'first' counts from where this text begins
+        self._backend.encode_special_tokens = True
+        if prefix == "first" and not first:
+            splitter.prepend_scheme = "never"
+        try:
+            return self.encode(text, special=False)
+        finally:
+            self._backend.encode_special_tokens = False
+            if prefix is not None:
+                splitter.prepend_scheme = prefix
+
+    @functools.cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The spellings that text is searched for, and that are special: those of control tokens."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special and token.content)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, special ones included; see `Spelling`."""
+        return self._spelling.bytes_of(token)
+
+    @functools.cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._backend)
 
     @functools.cached_property
     def bos(self) -> int | None:

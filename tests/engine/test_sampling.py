@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrt.config import Sampling
+from flashrt.engine.logprobs import likeliest
 from flashrt.engine.sampling import Sampler
+from flashrt.errors import UsageError
 from tests.distribution import distribution
 
 
@@ -86,11 +88,15 @@ def test_temperatures_next_to_zero_are_greedy(temperature: float) -> None:
     assert [sampler.choose(logits.copy()) for _ in range(20)] == [1] * 20
 
 
+@pytest.mark.parametrize("top_logprobs", [None, 20])
 @pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.99}, {"top_p": 0.9999, "top_k": 200_000}])
 @pytest.mark.parametrize("temperature", [0.7, 100.0])
-def test_a_large_vocabulary_takes_little_memory(options: dict[str, float], temperature: float) -> None:
+def test_a_large_vocabulary_takes_little_memory(
+    options: dict[str, float], temperature: float, top_logprobs: int | None
+) -> None:
     logits = np.random.default_rng(0).normal(size=262_144).astype(np.float32) * 3
-    sampler = Sampler(Sampling(temperature=temperature, seed=0, min_p=0.0, **options), [1, 2, 3])  # type: ignore[arg-type]
+    sampling = Sampling(temperature=temperature, seed=0, min_p=0.0, **options)  # type: ignore[arg-type]
+    sampler = Sampler(sampling, [1, 2, 3], top_logprobs)
     sampler.choose(logits.copy())
     tracemalloc.start()
     try:
@@ -99,3 +105,64 @@ def test_a_large_vocabulary_takes_little_memory(options: dict[str, float], tempe
     finally:
         tracemalloc.stop()
     assert peak < 1.4 * logits.nbytes
+
+
+def test_penalties_count_the_answer_and_a_bias_is_added() -> None:
+    logits = np.array([0.0, 3.0, 2.9, 2.5, -9.0], np.float32)
+    sampling = Sampling(presence_penalty=0.25, frequency_penalty=0.5, logit_bias=((4, 10.5), (1, -1.0)))
+    sampler, counts = Sampler(sampling, [2, 2, 3]), [0] * 5
+    for _ in range(8):
+        adjusted = [x - 0.5 * n - 0.25 * (n > 0) for x, n in zip(logits.tolist(), counts, strict=True)]
+        adjusted[4] += 10.5
+        adjusted[1] -= 1.0
+        token = sampler.choose(logits.copy())
+        assert token == int(np.argmax(adjusted))
+        counts[token] += 1
+    assert max(counts) > 1
+
+
+def test_a_negative_penalty_repeats() -> None:
+    sampler = Sampler(Sampling(frequency_penalty=-2.0, temperature=1.0, seed=4), [])
+    tokens = [sampler.choose(np.zeros(50, np.float32)) for _ in range(60)]
+    assert len(set(tokens[20:])) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logprobs_are_those_of_the_model(temperature: float) -> None:
+    """Whatever parameters make of its logits."""
+    random = np.random.default_rng(2)
+    sampling = Sampling(
+        temperature, top_k=9, repetition_penalty=1.7, seed=1, presence_penalty=1, logit_bias=((5, 90), (6, -90))
+    )
+    sampler, other = Sampler(sampling, [1, 2, 5], top_logprobs=4), Sampler(sampling, [1, 2, 5])
+    for _ in range(12):
+        logits = random.normal(size=20_000).astype(np.float32) * 3
+        exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+        token = sampler.choose(logits.copy())
+        assert token == other.choose(logits.copy())
+        noted = sampler.logprobs.popleft()
+        assert noted.logprob == pytest.approx(exact[token], abs=1e-9)
+        assert [token for token, _ in noted.top] == np.argsort(-exact, kind="stable")[:4].tolist()
+        assert [value for _, value in noted.top] == pytest.approx(np.sort(exact)[::-1][:4].tolist(), abs=1e-9)
+    assert not sampler.logprobs
+
+
+def test_of_equal_logits_the_first_are_named() -> None:
+    assert likeliest(np.zeros(9, np.float32), 3) == [0, 1, 2]
+    assert likeliest(np.array([1, 2], np.float32), 5) == [1, 0]
+    assert likeliest(np.array([1, 2], np.float32), 0) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -3},
+        {"logit_bias": ((1, 101.0),)},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1, float("nan")),)},
+    ],
+)
+def test_values_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        Sampling(**wrong)  # type: ignore[arg-type]

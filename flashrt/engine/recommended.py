@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flashrt.cli import options
+from flashrt.config import Sampling
 from flashrt.errors import PackError, UsageError
 
 _SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
@@ -45,8 +45,9 @@ def _value(generation: Mapping[str, Any], name: str, default: float) -> float:
         if value == 0:
             return 0.0
         value = min(value, 1.0)
+    checked: dict[str, Any] = {name: value}
     try:
-        options.sampling(**{name: value})
+        Sampling(**checked)
     except UsageError as error:
         option = name.replace("_", "-")
         raise PackError(f"what the pack's text.json recommends cannot be used: {error}. Give --{option}") from None

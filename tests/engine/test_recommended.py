@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashrt.cli.recommended import recommended
+from flashrt.engine.recommended import recommended
 from flashrt.errors import PackError
-from tests.cli.conftest import Cli, check_failure
-from tests.families import tiny_checkpoint
 
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -64,17 +60,3 @@ def test_nonsense_is_named(fields: dict[str, Any]) -> None:
     name = next(iter(fields)).replace("_", ".")
     with pytest.raises(PackError, match=f"text.json recommends cannot be used: {name} is"):
         recommended({"do_sample": True, **fields}, {})
-
-
-@pytest.mark.parametrize(
-    ("fields", "status"),
-    [({"do_sample": True, "temperature": 0.7, "top_k": -1}, 0), ({"do_sample": True, "top_k": -5}, 1)],
-)
-def test_chat_starts(cli: Cli, tmp_path: Path, fields: dict[str, Any], status: int) -> None:
-    _, directory = tiny_checkpoint("llama", tmp_path / "model")
-    (directory / "generation_config.json").write_text(json.dumps(fields))
-    result = cli("chat", directory, "-n", 3, stdin="the\n")
-    if status:
-        check_failure(result, 1, "top_k is -5", "--top-k")
-    else:
-        assert result.returncode == 0, result.stderr

@@ -1,0 +1,197 @@
+"""/v1/chat/completions: conversations in the model's own template."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashrt.engine.generation import Token
+from flashrt.server.answers import Usage, chat_logprob, finish_of
+from flashrt.server.deltas import MARKERS, Deltas, Style, style_of
+from flashrt.server.errors import invalid
+from flashrt.server.fields import Fields, Refusals, convert
+from flashrt.server.formats import ResponseFormat, grammar_of
+from flashrt.server.job import Came, Ended, Event, Part, Rules
+from flashrt.server.messages import Message, for_template
+from flashrt.server.service import Asked, Service
+from flashrt.server.tools import Tool, shown
+from flashrt.text.tokenizer import Tokenizer
+
+ENDING = 16  # tokens of a prompt that say whether it has opened a thought
+
+REFUSED: Refusals = {
+    "audio": ("the model writes text", ()),
+    "modalities": ("the model writes text", (["text"],)),
+    "functions": ("they were replaced by tools", ([],)),
+    "function_call": ("it was replaced by tool_choice", ("none",)),
+    "parallel_tool_calls": ("how many calls there are is for the model to say", (True,)),
+    "prediction": ("drafts need no prediction", ()),
+    "web_search_options": ("nothing is looked up", ()),
+    "store": ("nothing is stored", (False,)),
+    "metadata": ("nothing is stored", ({},)),
+    "service_tier": ("there is one", ("auto", "default")),
+    "reasoning_effort": ("say it as the model's template wants it", ()),
+    "verbosity": ("say it in a message", ("medium",)),
+}
+
+
+class ChatFields(Fields, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+
+def chat(service: Service, given: dict[str, Any]) -> Asked:
+    """Raises ApiError."""
+    fields = convert(given, ChatFields, REFUSED)
+    top = _top(fields)
+    template = service.prompts.template.source if service.prompts.template else ""
+    tools = shown(fields.tools, fields.tool_choice, template)
+    grammar = grammar_of(service.grammars, fields.response_format)
+    if tools and grammar:
+        raise invalid("response_format", "response_format leaves no room for calls: leave tools out, or it")
+    prompt = service.prompts.conversation(for_template(fields.messages), **({"tools": tools} if tools else {}))
+    limit = service.prompts.limit(prompt, *_limit(fields))
+    parts = [Part(prompt, limit, sampling) for sampling in service.seeded(service.sampling(fields), fields.choices)]
+    service.check_size(parts, top)
+    tokenizer = service.prompts.tokenizer
+    style = Style() if grammar else style_of(template, tokenizer.decode(prompt[-ENDING:], False), bool(tools))
+    shape = Shape(service.name, tokenizer, fields.choices, top is not None, style)
+    answers = ChatAnswers(shape, Usage(len(prompt)))
+    rules = Rules(fields.stops, top, bool(fields.ignore_eos), grammar)
+    return Asked(parts, rules, answers, bool(fields.stream), fields.include_usage)
+
+
+def _top(fields: ChatFields) -> int | None:
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise invalid("top_logprobs", "top_logprobs goes with logprobs: true")
+    if fields.top_logprobs is not None and not 0 <= fields.top_logprobs <= 20:
+        raise invalid("top_logprobs", f"top_logprobs is {fields.top_logprobs}, expected 0 to 20")
+    return (fields.top_logprobs or 0) if fields.logprobs else None
+
+
+def _limit(fields: ChatFields) -> tuple[int | None, str]:
+    """Tokens of the answer, at most, and the parameter that says so."""
+    old, new = fields.max_tokens, fields.max_completion_tokens
+    if None not in (old, new) and old != new:
+        raise invalid("max_tokens", f"max_tokens is {old} and max_completion_tokens {new}: give one of them")
+    name = "max_tokens" if new is None else "max_completion_tokens"
+    limit = old if new is None else new
+    if limit == 0:
+        raise invalid(name, f"{name} is 0, expected 1 or more")
+    return limit, name
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What answers are made of: `choices` of them, in a style."""
+
+    name: str
+    tokenizer: Tokenizer
+    choices: int
+    logprobs: bool
+    style: Style
+
+
+@dataclass
+class Whole:
+    """One answer, as its chunks come."""
+
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish: str | None = None
+
+
+class ChatAnswers:
+    """See `service.Answers`."""
+
+    def __init__(self, shape: Shape, usage: Usage) -> None:
+        self.usage = usage
+        self._shape = shape
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": shape.name}
+        self._whole = {index: Whole() for index in range(shape.choices)}
+        self._deltas = {index: Deltas(shape.style) for index in range(shape.choices)}
+        # Of these the text says nothing where they are special tokens.
+        self._marks = {
+            shape.tokenizer.token_id(mark): mark for mark in MARKERS if mark in shape.tokenizer.special_texts
+        }
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._shape.choices):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Came):
+            yield from self._came(event.part, event.token)
+        elif isinstance(event, Ended):
+            self.usage.add(event.report)
+            deltas = self._deltas[event.part]
+            for delta in deltas.push("", last=True):
+                yield self._chunk(event.part, delta)
+            finish = finish_of(event.report)
+            yield self._chunk(event.part, {}, finish="tool_calls" if deltas.calls and finish == "stop" else finish)
+
+    def _came(self, index: int, token: Token) -> Iterator[dict[str, Any]]:
+        """Log-probabilities go with the first delta of a token, or with an empty one."""
+        noted = [chat_logprob(self._shape.tokenizer, token)] if token.logprobs is not None else None
+        for delta in self._deltas[index].push(token.text + self._marks.get(token.id, "")):
+            yield self._chunk(index, delta, noted)
+            noted = None
+        if noted:
+            yield self._chunk(index, {"content": ""}, noted)
+
+    def last(self) -> dict[str, Any]:
+        return self._object("chat.completion.chunk", []) | {"usage": self.usage.to_json()}
+
+    def collect(self, chunk: dict[str, Any]) -> None:
+        for choice in chunk["choices"]:
+            found, delta = self._whole[choice["index"]], choice["delta"]
+            found.content.append(delta.get("content", ""))
+            found.reasoning.append(delta.get("reasoning_content", ""))
+            found.calls += [{k: v for k, v in call.items() if k != "index"} for call in delta.get("tool_calls", [])]
+            found.finish = choice["finish_reason"]
+            if choice["logprobs"]:
+                found.logprobs += choice["logprobs"]["content"]
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": _message(found),
+                "logprobs": {"content": found.logprobs, "refusal": None} if self._shape.logprobs else None,
+                "finish_reason": found.finish,
+            }
+            for index, found in self._whole.items()
+        ]
+        return self._object("chat.completion", choices) | {"usage": self.usage.to_json()}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], noted: list[Any] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = None if noted is None else {"content": noted, "refusal": None}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self._object("chat.completion.chunk", [choice])
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": kind, "choices": choices}
+
+
+def _message(found: Whole) -> dict[str, Any]:
+    """The message that one answer is."""
+    content, reasoning = "".join(found.content), "".join(found.reasoning)
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if found.calls:
+        message |= {"content": content or None, "tool_calls": found.calls}
+    return message

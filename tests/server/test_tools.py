@@ -1,0 +1,114 @@
+"""Tools are shown by the model's own template, and its calls are read; so is what it thinks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from flashrt.engine.generation import Token
+from flashrt.server.answers import Usage
+from flashrt.server.chat import ChatAnswers, Shape
+from flashrt.server.deltas import HERMES, Style
+from flashrt.server.job import Came, Ended
+from tests.server.conftest import Server, Start, user
+from tests.text.test_conversation import byte_level
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{{ eos_token }}"
+    "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}{% if messages[0].content == 'on' %}<think>{% endif %}"
+    "{# answers are split at </think> #}"
+)
+LOOK = {"type": "function", "function": {"name": "look", "description": "at", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def speaking(start: Start, packs: Any) -> Server:
+    """A server of a model whose template knows tools, and opens a thought after 'on'."""
+    return start(packs(template=TEMPLATE))
+
+
+def ask(server: Server, text: str = "in", **fields: Any) -> Any:
+    fields = {"max_tokens": 5} | fields
+    return server.client().chat.completions.create(model=server.name, messages=user(text), **fields)
+
+
+def test_tools_are_shown(speaking: Server) -> None:
+    counts = [
+        ask(speaking, **fields).usage.prompt_tokens
+        for fields in ({}, {"tools": [LOOK]}, {"tools": [LOOK], "tool_choice": "none"}, {"tools": [LOOK, LOOK]})
+    ]
+    assert counts[0] == counts[2] < counts[1] < counts[3]
+
+
+def test_a_call_that_comes_back_is_shown(speaking: Server) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "ring"}'}}
+    messages = [*user("in"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "call_1", "content": "on"})
+    ids = speaking.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = "".join(byte_level().token_bytes(token).decode() for token in ids)
+    assert '<tool_call>{"name": "look", "arguments": {"at": "ring"}}</tool_call>' in text
+
+
+def test_a_thought_that_the_prompt_opens_is_reasoning(speaking: Server) -> None:
+    message = ask(speaking, "on").choices[0].message
+    assert message.content == ""
+    assert message.reasoning_content
+    streamed = list(ask(speaking, "on", stream=True))
+    pieces = [getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in streamed]
+    assert "".join(pieces) == message.reasoning_content
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tool_choice": "required", "tools": [LOOK]}, "tool_choice is not supported"),
+        ({"tool_choice": {"type": "function", "function": {"name": "look"}}, "tools": [LOOK]}, "tool_choice is not"),
+        ({"tool_choice": "auto"}, "there are no tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "no name"}}]}, "letters, digits"),
+        ({"tools": [{"type": "function", "function": {"name": "x", "strict": True}}]}, "strict is not supported"),
+        ({"tools": [LOOK], "response_format": {"type": "json_object"}}, "leaves no room for calls"),
+    ],
+)
+def test_what_is_not_supported_is_named(speaking: Server, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words):
+        ask(speaking, **fields)
+
+
+def test_a_template_without_tools_refuses_them(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        ask(server, tools=[LOOK])
+
+
+def test_calls_are_read() -> None:
+    """Of tokens as they come, in a stream and as one object."""
+    tokenizer = byte_level()
+    shape = Shape("m", tokenizer, 1, False, Style(HERMES, reasons=True))
+    text = '<think>so</think>I look.<tool_call>{"name": "look", "arguments": {"at": "ring"}}</tool_call>'
+    answers, stream = ChatAnswers(shape, Usage(3)), tokenizer.stream()
+    tokens = [Token(token, stream.push(token)) for token in tokenizer.encode(text, special=False)]
+    chunks = [chunk for token in tokens for chunk in answers.chunks(Came(0, token))]
+    chunks += answers.chunks(Ended(0, ended()))
+    for chunk in chunks:
+        answers.collect(chunk)
+    choice = answers.whole()["choices"][0]
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert (message["content"], message["reasoning_content"]) == ("I look.", "so")
+    [call] = message["tool_calls"]
+    assert call["function"]["name"] == "look"
+    assert json.loads(call["function"]["arguments"]) == {"at": "ring"}
+    assert call["id"].startswith("call_")
+
+
+def ended() -> Any:
+    """What is read of a report."""
+
+    class Report:
+        new_tokens, resumed_tokens, finish_reason = 9, 0, "eos"
+
+    return Report()
