@@ -13,7 +13,7 @@ SHAPE: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
     "linear_key_head_dim": 12,
-    "linear_value_head_dim": 12,  # llama.cpp knows one number for both
+    "linear_value_head_dim": 20,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 1000.0,
@@ -22,6 +22,7 @@ SHAPE: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
+GGUF_FIELDS = {"linear_value_head_dim": 12}  # llama.cpp knows one number for keys and values
 MIXTURE: dict[str, Any] = {
     "num_experts": 7,
     "num_experts_per_tok": 3,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrt.text.bpe import byte_alphabet
-from tests.families import VOCAB, tiny_model, write_tokenizer
+from tests.families import FAMILIES, VOCAB, tiny_model, write_tokenizer
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<unk>", "<pad>", "<think>", "<tool>")
 WORDS = (
@@ -222,7 +222,57 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"final_logit_softcapping": 5.0},
     {"attn_logit_softcapping": 5.0},
 )
-_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+_FIELDS: tuple[dict[str, Any], ...] = (  # changed where a family has them
+    {"norm_topk_prob": True},
+    {"norm_topk_prob": False},
+    {"num_experts_per_tok": 1},
+    {"num_experts_per_tok": 5},
+    {"n_group": 3, "topk_group": 2},
+    {"n_group": 1, "topk_group": 1},
+    {"n_group": None},
+    {"routed_scaling_factor": 2.5},
+    {"routed_scaling_factor": 1},
+    {"n_shared_experts": 1},
+    {"n_shared_experts": 0},
+    {"moe_num_shared_experts": 0},
+    {"first_k_dense_replace": 0},
+    {"first_k_dense_replace": 9},
+    {"scoring_func": "softmax"},
+    {"topk_method": "greedy"},
+    {"decoder_sparse_step": 2},
+    {"mlp_only_layers": [0]},
+    {"mlp_only_layers": [1, 2]},
+    {"shared_expert_intermediate_size": 40},
+    {"shared_intermediate_size": 0},
+    {"use_qk_norm": False},
+    {"clip_qkv": 0.05},
+    {"logits_scaling": 3.0},
+    {"attention_multiplier": 0.3},
+    {"residual_multiplier": 0.4},
+    {"embedding_multiplier": 5.0},
+    {"logit_scale": 0.3},
+    {"layer_norm_eps": 1e-2},
+    {"no_rope_layers": [1, 0, 1]},
+    {"attn_temperature_tuning": False},
+    {"floor_scale": 8},
+    {"moe_layers": [0]},
+    {"interleave_moe_layer_step": 2},
+    {"moe_layer_start_index": 1},
+    {"moe_layer_interval": 2},
+    {"swiglu_limit": 2.0},
+    {"num_local_experts": 7},
+    {"query_pre_attn_scalar": 30},
+    {"use_bidirectional_attention": True},
+    {"use_bias": True},
+    {"linear_conv_kernel_dim": 3},
+    {"linear_num_value_heads": 2},
+    {"do_layer_norm_before": False},
+    {"activation_function": "gelu"},
+)
+# The first is none of transformers'. Of the second transformers scales by a text's length, flashrt by its context.
+_FAMILIES = tuple(family for family in FAMILIES if family not in ("llama-fatrelu", "phi3-longrope"))
+_DERIVED = {"layer_types": ("layer_types", "no_rope_layers"), "rope_parameters": ("rope_scaling", "rope_theta")}
 
 
 def model_directory(choose: random.Random, directory: Path) -> str:
@@ -232,15 +282,9 @@ def model_directory(choose: random.Random, directory: Path) -> str:
     """
     import transformers
 
-    family = choose.choice(_MODELS)
-    changes: dict[str, Any] = dict(choose.choice(_ROPES))
-    for change in choose.choices(_CHANGES, k=choose.randint(0, 3)):
-        changes |= change
+    family = choose.choice((choose.choice(_PLAIN), choose.choice(_FAMILIES)))
     base = tiny_model(family).config.to_dict()
-    dropped = ("rope_parameters", "rope_scaling", "layer_types", "head_dim", "dtype", "architectures")
-    config = {key: value for key, value in base.items() if key not in dropped} | {"model_type": family}
-    if family in ("llama", "mistral", "qwen3"):
-        config["head_dim"] = 20
+    config, changes = _plain(choose, family, base) if family in _PLAIN else _of_family(choose, base)
     config |= changes
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
@@ -249,6 +293,25 @@ def model_directory(choose: random.Random, directory: Path) -> str:
     (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory)
     return f"{family} {changes}"
+
+
+def _plain(choose: random.Random, family: str, base: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    changes: dict[str, Any] = dict(choose.choice(_ROPES))
+    for change in choose.choices(_CHANGES, k=choose.randint(0, 3)):
+        changes |= change
+    dropped = ("rope_parameters", "rope_scaling", "layer_types", "head_dim", "dtype", "architectures")
+    config = {key: value for key, value in base.items() if key not in dropped}
+    return config | ({} if family == "qwen2" else {"head_dim": 20}), changes
+
+
+def _of_family(choose: random.Random, base: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    known = [change for change in _FIELDS if all(key in base for key in change)]
+    changes: dict[str, Any] = {}
+    for change in choose.choices((*known, *choose.choices(_CHANGES, k=2)), k=choose.randint(1, 2)):
+        changes |= change
+    changes.pop("torch_dtype", None)  # Gemma's embeddings are scaled by what bfloat16 makes of it then
+    derived = [key for key, others in _DERIVED.items() if any(other in changes for other in others)]
+    return {key: value for key, value in base.items() if key not in derived}, changes
 
 
 # --- GGUF ---

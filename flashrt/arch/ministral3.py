@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from flashrt.arch.config import Config, rope_from
-from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count, windows
+from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import HF_DECODER
+from flashrt.errors import UnsupportedModelError
 from flashrt.rope import yarn_attention
 from flashrt.spec import Layer, ModelSpec
 
@@ -36,9 +37,11 @@ def spec(config: Config) -> ModelSpec:
     span = scaling.integer("original_max_position_embeddings") if beta else 0
     window = config.optional("sliding_window")
     heads = attention(config, config.head_dim(128), rope, temperature=beta, temperature_span=span)
-    kind = "full_attention" if window is None else "sliding_attention"
-    sizes = windows(config, window, [kind] * layer_count(config))
-    layers = [Layer(replace(heads, window=size), gated_ffn(config)) for size in sizes]
+    count, kind = layer_count(config), "full_attention" if window is None else "sliding_attention"
+    for name in config.names("layer_types", count) or ():
+        if name != kind:  # transformers gives all layers the window
+            raise UnsupportedModelError(f"ministral3 with sliding_window={window} and {name!r} layers is not supported")
+    layers = [Layer(replace(heads, window=window), gated_ffn(config))] * count
     return decoder_spec(config, layers, context=262144, norm_eps=config.number("rms_norm_eps", 1e-5))
 
 

@@ -49,13 +49,14 @@ def sigmoid_experts(config: Config) -> Ffn:
     config.refuse("scoring_func", "sigmoid", "noaux_tc")
     config.refuse("topk_method", "noaux_tc")
     shared = config.integer("n_shared_experts", 0, minimum=0)
+    groups = config.integer("n_group", 1)
     return experts(
         config,
         config.integer("n_routed_experts"),
         router_scores="sigmoid",
         router_correction=True,
-        router_groups=config.integer("n_group", 1),
-        router_groups_used=config.integer("topk_group", 1),
+        router_groups=groups,
+        router_groups_used=config.integer("topk_group", 1, maximum=groups),
         router_scale=config.positive("routed_scaling_factor", 1.0),
         shared=shared * config.integer("moe_intermediate_size"),
     )

@@ -37,7 +37,7 @@ def spec3(config: Config) -> ModelSpec:
     stated = Config(config.object("rope_parameters"), "olmo3")
     if stated.data and set(stated.data) - {"full_attention", "sliding_attention"}:
         raise CheckpointError(f"olmo3 config: rope_parameters has {sorted(stated.data)}, expected those of layer types")
-    theta = config.number("rope_theta", 1e4)
+    theta = config.number("rope_theta", 5e5)
     scaled = {**stated.object("full_attention"), **config.object("rope_scaling")}
     full, sliding = rope_from(config, scaled, theta), rope_from(config, stated.object("sliding_attention"), theta)
     each = [replace(_heads(config, full if size is None else sliding), window=size) for size in sizes]

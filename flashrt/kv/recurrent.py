@@ -62,7 +62,8 @@ class RecurrentStore(LayerStore):
         Raises ValueError where rows do not follow what the state has taken in.
         """
         behind, wide = rows.start - self._at, rows.wide or len(inputs) > NARROW_TOKENS
-        if behind < self._taken or (behind != self._taken if wide else behind + len(inputs) > KEPT_ROWS):
+        last = self._taken if wide else self._taken + NARROW_TOKENS - len(inputs)
+        if not self._taken <= behind <= last:
             raise ValueError(f"rows from {rows.start} on do not follow a state after {self._end} tokens")
         self._step, self._spare = step, spare
         if wide:

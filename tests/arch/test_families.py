@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from flashrt.storage.sources import open_checkpoint
 from flashrt.storage.sources.gguf_header import read_gguf_header
 from tests import hybrids, latents
 from tests.fake_source import DENSE
+from tests.families import FAMILIES as VARIANTS
 from tests.families import GGUF_FIELDS, SHAPE, tiny_checkpoint, tiny_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -46,14 +47,36 @@ def test_the_readme_names_every_family() -> None:
     assert known == set(ARCHITECTURES)
 
 
-def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
+def table_of_blocks() -> list[list[str]]:
     text = (ROOT / "docs/design/families.md").read_text()
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")][2:]
+    return [line.split("|") for line in text.splitlines() if line.startswith("| ")][2:]
+
+
+def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
+    rows = table_of_blocks()
     assert len(rows) > 15
     for row in rows:
         names = re.findall(r"\b[a-z]\w+\b", row[3].split(";")[0])
         assert set(names) <= set(FAMILIES), names
         assert (ROOT / row[5].strip().strip("`")).exists(), row
+
+
+def test_the_table_of_blocks_names_every_family_that_has_one(tmp_path: Path) -> None:
+    """By the tiny models: a block is used where its field of the spec does not hold its default."""
+    used: dict[str, set[str]] = {}
+    for variant in VARIANTS:
+        spec = open_checkpoint(tiny_checkpoint(variant, tmp_path / variant)[1]).spec
+        parts = [spec, *spec.layers, *(layer.mixer for layer in spec.layers), *(layer.ffn for layer in spec.layers)]
+        for part in {*parts, *(a.rope for a in spec.attentions.values() if a.rope is not None)}:
+            for field in fields(part):
+                if field.default is not MISSING and getattr(part, field.name) != field.default:
+                    used.setdefault(field.name, set()).add(spec.family)
+    for row in table_of_blocks():
+        names = re.findall(r"`(?:\w+\.)?(\w+)`", row[2])
+        if "none" not in row[2] and " is " not in row[2]:
+            families = set.union(set(), *(used.get(name, set()) for name in names))
+            missing = [name for name in families if not re.search(rf"\b{name}(_text)?\b", row[3])]
+            assert not missing, (row[1], missing)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +107,8 @@ def test_the_table_of_blocks_names_families_and_tests_that_exist() -> None:
         ("glm4_moe", {"topk_method": "greedy"}, "topk_method"),
         ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func"),
         ("glm4_moe", {"n_group": 3, "topk_group": 1}, "1 of 3 groups of 8 experts"),
+        ("ministral3", {"layer_types": ["full_attention"] * 2, "sliding_window": 4}, "'full_attention' layers"),
+        ("dots1", {"n_group": None, "topk_group": 2}, "topk_group is 2"),
         ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "original_max_position_embeddings"),
     ],
 )

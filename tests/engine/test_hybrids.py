@@ -148,7 +148,7 @@ def test_a_prompt_that_is_interrupted_leaves_the_engine_usable(packed, tmp_path,
         with monkeypatch.context() as patched:
             patched.setattr(RecurrentStore, "mix", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                text_of(engine, [*PROMPT[:1200], *MORE, 9], 10, reuse=True)
+                text_of(engine, [*PROMPT[:1200], *MORE, *PROMPT[:20]], 10, reuse=True)
         engine.save(tmp_path / "session")
         assert text_of(engine, [*PROMPT[:1200], *MORE], 10, reuse=True) == expected
         engine.resume(tmp_path / "session")

@@ -57,7 +57,8 @@ def test_memory_and_error(packed, codec):
         assert engine.plan.owners["KV"] * attention.kv_bytes(KvCodec.BF16) == taken * attention.kv_bytes(codec)
     assert 1e-4 < relative_rms(found, expected) < (0.02 if codec is KvCodec.INT8 else 0.1)
     with engine_of(packed, codec, runtime=TorchRuntime()) as engine:
-        assert relative_rms(logits_of(engine, PROMPT[:300], TOKENS), found) < 0.02
+        error = relative_rms(logits_of(engine, PROMPT[:300], TOKENS), found)
+        assert error < (5e-3 if codec is KvCodec.INT8 else 0.02)  # other sums round some numbers to the next code
 
 
 @FEW

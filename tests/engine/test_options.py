@@ -82,6 +82,10 @@ def test_contradictions_are_refused():
         LoadOptions(draft="small", speculate="off")
     with pytest.raises(UsageError, match="on the CPU only"):
         LoadOptions(draft="small", device="cuda")
+    for dtype in ("int8", "int4"):
+        with pytest.raises(UsageError, match=f"--max-loss bounds no loss of --kv-dtype {dtype}"):
+            LoadOptions(mode="sparse", max_loss=0.02, kv_dtype=dtype)
+    LoadOptions(mode="sparse", max_loss=0.02, kv_dtype="bf16")
 
 
 def test_options_are_keyword_only_and_frozen():

@@ -199,6 +199,7 @@ REFUSED = {
         "up_proj is stored quantized, and modules",
     ),
     "fp8-pattern": ("fp8", {**FP8, "modules_to_not_convert": ["("]}, "'(' is no regular expression: missing )"),
+    "fp8-group": ("fp8", {**FP8, "modules_to_not_convert": ["(.*)*x"]}, "'(.*)*x' repeats a group"),
     "gptq-3": ("gptq", {**GPTQ, "bits": 3}, "gptq quantization with bits=3 is not supported"),
     "gptq-marlin": ("gptq", {**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not supported"),
     "gptq-dynamic": ("gptq", {**GPTQ, "dynamic": {"-:.*": {}}}, "gptq quantization with dynamic="),

@@ -27,7 +27,7 @@ FLASHRT_INLINE uint16_t to_float16(float x) {  // nearest, ties to even
 inline bool put_scale(const float* x, float scale, uint8_t* to) {
     float odd = 0.0f;
     for (int i = 0; i < 32; ++i) odd += x[i] * 0.0f;
-    const uint16_t stored = to_float16(scale + odd);
+    const uint16_t stored = to_float16(odd == 0.0f ? scale : odd);  // a sum would lose the sign of -0
     std::memcpy(to, &stored, 2);
     return odd == 0.0f;
 }

@@ -61,6 +61,24 @@ def slow_disk(path: Path, gb_per_s: float | None) -> Iterator[None]:
         cgroup.rmdir()
 
 
+@contextlib.contextmanager
+def read_ahead(path: Path, kib: int | None) -> Iterator[int | None]:
+    """Page faults on files of the disk that holds `path` read so much ahead; None: what they do. Gives what holds.
+
+    128 is what Linux does by itself. Needs root where it is not None.
+    """
+    setting = Path("/sys/dev/block", disk_of(path), "queue", "read_ahead_kb")
+    before = int(setting.read_text()) if setting.exists() else None
+    if kib is None or before is None:
+        yield before
+        return
+    setting.write_text(str(kib))
+    try:
+        yield kib
+    finally:
+        setting.write_text(str(before))
+
+
 def disk_of(path: Path) -> str:
     """'major:minor' of the whole disk that holds `path`, which may be one of its partitions."""
     device = path.stat().st_dev

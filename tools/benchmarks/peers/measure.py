@@ -26,6 +26,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help="generate twice, time the second")
     parser.add_argument("--scratch", type=Path, help="folder for what the peer writes to disk")
     parser.add_argument("--no-repack", action="store_true", help="llama.cpp: keep weights in the file's layout")
+    parser.add_argument("--draw", type=int, metavar="SEED", help="llama.cpp: draw tokens at temperature 1, from all")
     parser.add_argument("--score", type=Path, nargs="+", help="measure the perplexity of these texts instead")
     parser.add_argument("--score-tokens", type=int, default=2048)
     return parser.parse_args()

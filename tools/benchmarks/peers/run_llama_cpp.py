@@ -41,12 +41,16 @@ def leave_weights_in_the_map() -> None:
 
 
 def generate(llama: Llama, args: argparse.Namespace, timeline: Timeline) -> dict[str, Any]:
-    """Continue the prompt greedily, past any end-of-text token."""
+    """Continue the prompt greedily, or as it is drawn, past any end-of-text token."""
+    drawing = {"temp": 0.0}
+    if args.draw is not None:
+        llama.set_seed(args.draw)
+        drawing = {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     prompt = llama.tokenize(args.prompt_file.read_bytes(), add_bos=True, special=False)
     for _ in range(1 + args.warm):
         timeline.ask()
         llama.reset()
-        for count, token in enumerate(llama.generate(prompt, temp=0.0, reset=False), start=1):
+        for count, token in enumerate(llama.generate(prompt, reset=False, **drawing), start=1):
             timeline.token(token)
             if count == args.tokens or timeline.late:
                 break

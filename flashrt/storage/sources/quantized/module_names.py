@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from flashrt.errors import CheckpointError
 
 REGEX = "re:"  # begins a regular expression, in configurations of compressed-tensors
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
 
 
 class Exempt:
@@ -53,6 +54,8 @@ class Targets:
 
 
 def _compiled(pattern: str, given: str) -> re.Pattern[str]:
+    if _REPEATED_GROUP.search(pattern):  # matching may take time that is exponential in the length of a name
+        raise CheckpointError(f"quantization config: {given!r:.80} repeats a group, which is not supported")
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
