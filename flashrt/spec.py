@@ -216,6 +216,8 @@ class LatentAttention(Attention):
         for name, count in (("latents", self.rank), ("values", self.value_dim)):
             if count % MATRIX_ROWS:
                 return f"{name} of {count} numbers, kernels take multiples of {MATRIX_ROWS}"
+        if self.nope_dim > WIDEST_HEAD:
+            return f"queries of {self.nope_dim} numbers are wider than the {WIDEST_HEAD} that kernels take"
         if max(self.width, self.query_rank) > LONGEST_ROW:
             return f"{self.heads} heads of {self.value_dim} are more than the {LONGEST_ROW} that kernels take"
         return None

@@ -476,11 +476,7 @@ GGUF_FAMILIES = (
     "granitemoeshared",
     "dots1",
     "glm4_moe",
-    "deepseek_v2",
-    "deepseek_v2-lite",
-    "deepseek_v3",
-    "deepseek_v3-lite",
-    "glm4_moe_lite",
+    *latents.FAMILIES,
     "ernie4_5_moe",
     "gpt_oss",
     "llama4",
@@ -940,9 +936,7 @@ _EXPERT_COUNTS = {  # variant → the field of its config
     "granitemoe": "num_local_experts",
     "granitemoeshared": "num_local_experts",
     "dots1": "n_routed_experts",
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "deepseek_v3-lite", "glm4_moe_lite"), "n_routed_experts"
-    ),
+    **dict.fromkeys(latents.FAMILIES, "n_routed_experts"),
     "glm4_moe": "n_routed_experts",
     "ernie4_5_moe": "moe_num_experts",
     "gpt_oss": "num_local_experts",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
+FAMILIES = ("deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "deepseek_v3-lite", "glm4_moe_lite")  # variants
 SHAPE = {
     "num_key_value_heads": 6,
     "kv_lora_rank": 24,
@@ -38,6 +40,31 @@ def split_tensors(layer: str, values: np.ndarray, config: Any) -> dict[str, np.n
     keys, rest = heads[:, : config.qk_nope_head_dim], heads[:, config.qk_nope_head_dim :]
     own = {"attn_k_b": keys.swapaxes(1, 2), "attn_v_b": rest}
     return {f"blk.{layer}.{name}.weight": np.ascontiguousarray(part) for name, part in own.items()}
+
+
+def expected_tensors(attention: Any, i: int) -> dict[str, torch.Tensor]:
+    """Logical tensors of layer `i` as the module of a model holds them."""
+    heads, nope, rank = attention.num_heads, attention.qk_nope_head_dim, attention.kv_lora_rank
+    both = attention.kv_b_proj.weight.view(heads, -1, rank)
+    result = {
+        "kv_a": _halves(attention.kv_a_proj_with_mqa.weight, 1, rank),
+        "kv_a_norm": attention.kv_a_layernorm.weight,
+        "k_b": both[:, :nope].transpose(1, 2).flatten(0, 1),
+        "v_b": both[:, nope:].flatten(0, 1),
+        "out": attention.o_proj.weight,
+    }
+    if attention.q_lora_rank is None:
+        result["queries"] = _halves(attention.q_proj.weight, heads, nope)
+    else:
+        result |= {"q_a": attention.q_a_proj.weight, "q_a_norm": attention.q_a_layernorm.weight}
+        result["q_b"] = _halves(attention.q_b_proj.weight, heads, nope)
+    return {f"{i}.{name}": values for name, values in result.items()}
+
+
+def _halves(rows: torch.Tensor, heads: int, fixed: int) -> torch.Tensor:
+    """Behind the first rows of each head, the even ones before the odd ones."""
+    each = rows.unflatten(0, (heads, -1))
+    return torch.cat([each[:, :fixed], each[:, fixed::2], each[:, fixed + 1 :: 2]], 1).flatten(0, 1)
 
 
 def write_metadata(writer: Any, config: Any, split: bool) -> None:

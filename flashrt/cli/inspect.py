@@ -71,6 +71,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "layers": len(spec.layers),
         "attending_layers": len(spec.attentions),
         **{name: getattr(attention, name, 0) for name in ("heads", "kv_heads", "head_dim")},
+        "latent": getattr(attention, "rank", 0),
         "neurons": ffn.neurons,
         "experts": ffn.experts,
         "experts_per_token": ffn.experts_per_token,
@@ -115,6 +116,12 @@ def _states(facts: dict[str, Any]) -> dict[str, str]:
     return {"states": f"{size(facts['state_bytes'])} of {recurrent} recurrent layers"} if recurrent else {}
 
 
+def _of_attention(facts: dict[str, Any]) -> str:
+    if rank := facts["latent"]:
+        return f"{facts['heads']} heads over latents of {rank} numbers and {facts['head_dim'] - rank} rotated ones"
+    return f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}"
+
+
 def _of_experts(facts: dict[str, Any]) -> str:
     shared = f", and one of {facts['shared_neurons']} for all" if facts["shared_neurons"] else ""
     some = "" if facts["mixtures"] == facts["layers"] else f" in {facts['mixtures']} layers"
@@ -129,10 +136,10 @@ def _print(facts: dict[str, Any]) -> None:
         "source": facts["source"],
         "weights": f"{facts['parameters'] / 1e9:.3f} billion as {facts['dtype']}, {bits}",
         "layers": f"{facts['layers']} of {facts['neurons']} neurons{experts}, hidden size {facts['hidden']}",
-        "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}",
+        "attention": _of_attention(facts),
         "KV": f"{size(facts['kv_bytes_per_token'])} per token",
         **_states(facts),
-        "labels": _of_labels(facts["kv_labels"]),
+        "labels": "none: latents have none" if facts["latent"] else _of_labels(facts["kv_labels"]),
         "vocabulary": str(facts["vocab"]),
         "context": f"{facts['context']} tokens",
         "size": f"{size(facts['bytes'])} in {len(facts['files'])} files",

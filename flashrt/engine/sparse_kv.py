@@ -24,6 +24,8 @@ def sparse_kv(exact: Pack, options: LoadOptions, sparsity: Sparsity | None) -> S
     """
     if options.kv == "exact":
         return None
+    if exact.spec.latent:
+        raise UsageError(f"--kv sparse: latents of this {exact.spec.family} model cannot have labels; use --kv exact")
     labels = read_labels(exact)
     if options.scaling is not None:
         labels = replace(labels, losses={})  # they were measured with the model's own rotation

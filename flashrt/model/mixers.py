@@ -14,11 +14,8 @@ from flashrt.model.latent import LatentBlocks
 from flashrt.model.mixer import MixedRows, MixerBlocks
 from flashrt.model.workspace import Workspace
 
-KINDS: Sequence[type[MixerBlocks]] = (
-    LatentBlocks,
-    AttentionBlocks,
-    DeltaNetBlocks,
-)  # the first that fits a layer has it
+# The first that fits a layer has it.
+KINDS: Sequence[type[MixerBlocks]] = (LatentBlocks, AttentionBlocks, DeltaNetBlocks)
 
 
 class Mixers:

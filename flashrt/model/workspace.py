@@ -66,12 +66,14 @@ class Workspace:
         for first, bundles in self.weights.runs(name):
             row0 = first * MATRIX_ROWS
             last = min(row0 + len(bundles) * MATRIX_ROWS, tensor.rows)
+            if not wide:
+                self.ops.linear_by_head(x, bundles, tensor.codec, out, row0, last - row0)
+                continue
             for head in range(row0 // count, -(-last // count)):
                 begin, end = max(head * count, row0), min((head + 1) * count, last)
                 part = bundles[(begin - row0) // MATRIX_ROWS :]
-                self.multiply(
-                    x[:, head], part, tensor.codec, out[:, head], begin - head * count, end - begin, None, wide
-                )
+                place = out[:, head], begin - head * count, end - begin
+                self.ops.gemm_linear(x[:, head], part, tensor.codec, *place, None, self.scratch)
 
     def multiply(
         self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool

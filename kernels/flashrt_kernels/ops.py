@@ -39,6 +39,12 @@ class Ops(Protocol[Array]):
     ) -> None:
         """out[b, row0 + r] = x[b] · W[r] + bias[r], few tokens; x [B, K], bundles [n, bytes], out [B, any]."""
 
+    def linear_by_head(self, x: Array, bundles: Array, codec: Codec, out: Array, row0: int, rows: int) -> None:
+        """out[b, h] = x[b, h] · W[h N : (h + 1) N], few tokens, of what rows row0 to row0 + rows of W give.
+
+        x [B, H, K], out [B, H, N], bundles [n, bytes] from row0 on; N, row0 and rows are whole bundles.
+        """
+
     def gemm_linear(
         self,
         x: Array,

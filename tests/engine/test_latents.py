@@ -14,6 +14,7 @@ from flashrt.budget.plan import FixedCosts, Workload
 from flashrt.budget.planner import GIB, plan
 from flashrt.calibration.kv_pipeline import labelled_layers
 from flashrt.calibration.methods import method_for
+from flashrt.cli.inspect import _facts, _print
 from flashrt.errors import PackError, UnsupportedModelError, UsageError
 from flashrt.rope import parse_rope_scaling
 from flashrt.storage.layout import pack_layout
@@ -129,6 +130,8 @@ def test_what_is_not_built_is_named(packed: Pack) -> None:
         labelled_layers(packed.spec)
     with pytest.raises(UsageError, match="is that of its own rotary embedding"):
         packed.spec.scaled(parse_rope_scaling("yarn:4"))
+    with pytest.raises(UsageError, match="--kv sparse: latents of this deepseek_v3 model cannot have labels"):
+        load(packed.path, kv="sparse", cache_dir=packed.path / "cache")
     with pytest.raises(UsageError, match="--kv-dtype int4: values of this deepseek_v3 model are parts of its keys"):
         load(packed.path, kv_dtype="int4", cache_dir=packed.path / "cache")
 
@@ -155,3 +158,10 @@ def test_a_manifest_with_another_latent_attention_is_refused(packed: Pack, chang
     body["checksum"] = _checksum(body)
     with pytest.raises(PackError, match=reason):
         Manifest.from_bytes(json.dumps(body).encode(), "here")
+
+
+def test_inspect_says_what_is_kept(packed: Pack, capsys: pytest.CaptureFixture) -> None:
+    _print(_facts(packed))
+    shown = capsys.readouterr().out
+    assert "6 heads over latents of 24 numbers and 6 rotated ones" in shown
+    assert "none: latents have none" in shown

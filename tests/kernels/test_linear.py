@@ -157,3 +157,42 @@ def test_wrong_arguments_are_named(call):
             call(*arguments)
     with pytest.raises(ValueError, match="^scratch"):
         cpu.gemm_linear(x, w, codec, out, 0, 16, scratch=np.empty(10, np.uint8))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("heads", "k", "each"), [(1, 13, 8), (5, 100, 24), (3, 576, 72), (7, 128, 512)])
+def test_by_head_has_the_bits_of_each_head(isa, codec, heads, k, each):
+    """Wherever calls are cut, within heads too; nothing around the result is touched."""
+    rows = heads * each
+    w = matrix(1, rows, k, codec)
+    for tokens, threads in ((1, 2), (16, 3), (19, 1)):
+        cpu.set_threads(threads)
+        x, out = normal(2, tokens, heads, k + 3)[:, :, 3:], empty(tokens, heads, each + 5)
+        cut = rows // 3 // 8 * 8
+        for row0, last in ((0, cut), (cut, rows)):
+            cpu.linear_by_head(x, w[row0 // 8 :], codec, out[:, :, :each], row0, last - row0)
+        whole, expected = empty(tokens, heads, each), torch.empty(tokens, heads, each)
+        for head in range(heads):
+            cpu.linear(x[:, head].copy(), w[head * each // 8 :], codec, whole[:, head], 0, each)
+        assert same(out[:, :, :each].copy(), whole)
+        assert np.isnan(out[:, :, each:]).all()
+        met = as_met(x.reshape(-1, k), codec).reshape(x.shape)
+        reference.linear_by_head(torch.from_numpy(met), torch.from_numpy(w), codec, expected, 0, rows)
+        assert rms_ratio(whole, expected) < tolerance(codec)
+
+
+def test_wrong_arguments_of_heads_are_named():
+    good = {"x": normal(1, 2, 3, 40), "bundles": matrix(1, 48, 40, Codec.INT8), "codec": Codec.INT8}
+    good |= {"out": empty(2, 3, 16), "row0": 8, "rows": 40}
+    for name, wrong in [
+        ("x", normal(1, 2, 3, 577)),
+        ("out", empty(2, 4, 16)),
+        ("out", empty(2, 3, 12)),
+        ("row0", 4),
+        ("row0", -8),
+        ("rows", 41),
+        ("rows", 48),
+        ("bundles", np.empty((6, 64), np.uint8)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}"):
+            cpu.linear_by_head(**good | {name: wrong})

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.storage.sources import open_checkpoint
+from tests import latents
 from tests.arch.test_forward import check
 from tests.families import FAMILIES, GGUF_FAMILIES, GGUF_FIELDS, HYBRIDS, tiny_checkpoint, tiny_gguf
 from tests.sources.test_checkpoint import check_equal
@@ -108,7 +109,7 @@ def test_the_first_of_many_are_named(saved: dict[str, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("projections", [("q_proj", "k_proj", "v_proj"), ("o_proj",)])
-@pytest.mark.parametrize("family", sorted({*GGUF_FAMILIES} - {*HYBRIDS}))
+@pytest.mark.parametrize("family", sorted({*GGUF_FAMILIES} - {*HYBRIDS, *latents.FAMILIES}))
 def test_attention_biases_of_a_gguf_file_count(family: str, projections: tuple[str, ...], tmp_path: Path) -> None:
     """llama.cpp adds the biases that a file holds, whatever its family."""
 

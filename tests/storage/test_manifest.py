@@ -158,7 +158,7 @@ LIES: dict[str, Callable[[Body], None]] = {
     "layers 0 times": _set("spec/layers/0/count", 0),
     "heads": _set(f"{LAYER}/attention/heads", 3),
     "rows that no kernel takes": _set("spec/hidden", 65537),
-    "heads that no kernel takes": _set(f"{LAYER}/attention/head_dim", 258),
+    "heads that no kernel takes": _set(f"{LAYER}/attention/head_dim", 578),
     "more heads than kernels take": lambda body: body["spec"]["layers"][1]["layer"]["attention"].update(
         heads=258, kv_heads=2, head_dim=256
     ),
@@ -211,7 +211,7 @@ def test_a_lie_is_one_pack_error(opened_with: Callable[[bytes], Pack], body: Bod
     ("lie", "reason"),
     [
         ("rows that no kernel takes", "a hidden size of 65537"),
-        ("heads that no kernel takes", "heads of 258 numbers"),
+        ("heads that no kernel takes", "heads of 578 numbers"),
         ("more heads than kernels take", "258 heads of 256"),
         ("positions that end before the context", "a table of 31 positions"),
         ("positions that end before the context with their offset", "a table of 33 positions"),

@@ -55,6 +55,7 @@ __all__ = [
     "label_append",
     "layer_norm",
     "linear",
+    "linear_by_head",
     "quantize",
     "read_bandwidth",
     "reserve",
@@ -152,6 +153,16 @@ def linear(
     stride between bundles. bias [rows].
     """
     _cpu.linear(x, bundles, _codec(codec), out, row0, rows, bias)
+
+
+def linear_by_head(x: Floats, bundles: Bytes, codec: Codec, out: Floats, row0: int, rows: int) -> None:
+    """out[b, h] = x[b, h] · W[h N : (h + 1) N] for a few tokens, of what rows row0 to row0 + rows of W give.
+
+    x [B, H, K], K of at most `WIDEST_HEAD`, and out [B, H, N] may have strides in the first two dimensions. bundles
+    uint8 [n, bytes] begin with row0. N, row0 and rows are multiples of eight. The bits are those of `linear` head by
+    head.
+    """
+    _cpu.linear_by_head(x, bundles, _codec(codec), out, row0, rows)
 
 
 def gemm_linear(

@@ -47,6 +47,25 @@ LinearJob linear_job(handle x_, handle bundles, int codec, handle out_, int64_t 
             static_cast<size_t>(out.step[0]), row0, rows, vector_or_null<float>("bias", bias, rows)};
 }
 
+HeadsJob heads_job(handle x_, handle bundles, int codec, handle out_, int64_t row0, int64_t rows) {
+    const Array<const float> x("x", x_, 3);
+    if (x.shape[2] > WIDEST_HEAD)
+        wrong("x", "heads of 1 to " + std::to_string(WIDEST_HEAD) + " are supported, found " + std::to_string(x.shape[2]));
+    const Rows w = bundles_of(bundles, codec, MATRIX_ROWS, x.shape[2]);
+    const Array<float> out("out", out_, 3);
+    for (int i = 0; i < 2; ++i) out.expect(i, x.shape[i]);
+    const int64_t each = out.shape[2];
+    if (each < 1 || each % MATRIX_ROWS)
+        wrong("out", "expected whole bundles of rows for each head, found " + std::to_string(each));
+    if (row0 < 0 || row0 % MATRIX_ROWS || row0 > each * x.shape[1])
+        wrong("row0", "expected the first row of a bundle, found " + std::to_string(row0));
+    if (rows < 0 || rows % MATRIX_ROWS || rows > MATRIX_ROWS * w.bundles || rows > each * x.shape[1] - row0)
+        wrong("rows", "expected whole bundles, of " + std::to_string(w.bundles) + " and up to row " +
+                          std::to_string(each * x.shape[1]) + ", found " + std::to_string(rows));
+    return {x.data, static_cast<size_t>(x.step[0]), static_cast<size_t>(x.step[1]), static_cast<int>(x.shape[0]), w,
+            out.data, static_cast<size_t>(out.step[0]), static_cast<size_t>(out.step[1]), row0, rows, each};
+}
+
 // Places of bundles, in any order; -1 - i is number i of those streamed.
 const int32_t* slots_of(handle object, int64_t bundles, int64_t streamed, int64_t& count) {
     if (object.is_none()) return nullptr;
@@ -402,6 +421,11 @@ NB_MODULE(_cpu, m) {
         Released release;
         if (job.tokens && rows) linear(job);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+    m.def("linear_by_head", [](handle x, handle bundles, int codec, handle out, int64_t row0, int64_t rows) {
+        const HeadsJob job = heads_job(x, bundles, codec, out, row0, rows);
+        Released release;
+        if (job.tokens && rows) linear_by_head(job);
+    });
     m.def("gemm_linear", [](handle x, handle bundles, int codec, handle out, int64_t row0, int64_t rows, handle bias,
                             handle scratch) {
         const LinearJob job = linear_job(x, bundles, codec, out, row0, rows, bias);

@@ -42,7 +42,35 @@ void linear_batch(const LinearJob& job, int first, int count) {
     });
 }
 
+// Of any k that `linear_by_head` takes.
+constexpr size_t HEAD_SPANS = (WIDEST_HEAD + SPAN_WEIGHTS - 1) / SPAN_WEIGHTS;
+constexpr size_t HEAD_BYTES = 64 + NARROW_TOKENS * (4 * (WIDEST_HEAD + CHUNK) + HEAD_SPANS * (2 * SPAN_WEIGHTS + 8 * INT4_SPAN + 4 * 32));
+
+// Rows [begin, end) of the matrix, all of one head.
+void one_head(const HeadsJob& job, int64_t begin, int64_t end) {
+    alignas(64) char memory[HEAD_BYTES];
+    const int64_t head = begin / job.each;
+    Rows w = job.weights;
+    w.data += (begin - job.row0) / MATRIX_ROWS * w.stride;
+    for (int first = 0; first < job.tokens; first += NARROW_TOKENS) {
+        const int count = job.tokens - first < NARROW_TOKENS ? job.tokens - first : NARROW_TOKENS;
+        Tokens tokens = tokens_in(memory, count, w.k);
+        for (int i = 0; i < count; ++i)
+            kernels().prepare(w.codec, job.x + (first + i) * job.x_step + head * job.x_head, i, tokens);
+        float* out = job.out + first * job.out_step + head * job.out_head + (begin - head * job.each);
+        products(w, 0, (end - begin) / MATRIX_ROWS, MATRIX_ROWS, 0, tokens, out, job.out_step);
+    }
+}
+
 }  // namespace
+
+void linear_by_head(const HeadsJob& job) {
+    const int64_t first = job.row0 / job.each, last = job.row0 + job.rows;
+    parallel_for((last + job.each - 1) / job.each - first, [&](int64_t item, int) {
+        const int64_t begin = (first + item) * job.each, end = begin + job.each;
+        one_head(job, begin > job.row0 ? begin : job.row0, end < last ? end : last);
+    });
+}
 
 void linear(const LinearJob& job) {
     for (int i = 0; i < job.tokens; i += NARROW_TOKENS)

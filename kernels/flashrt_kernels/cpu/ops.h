@@ -43,6 +43,16 @@ struct LinearJob {
     const float* bias;
 };
 
+struct HeadsJob {  // rows row0 to row0 + rows of a matrix that has `each` rows for each head: whole bundles
+    const float* x;  // [tokens, heads, k]
+    size_t x_step, x_head;
+    int tokens;
+    Rows weights;  // from row0 on
+    float* out;    // [tokens, heads, each]
+    size_t out_step, out_head;
+    int64_t row0, rows, each;
+};
+
 struct GluJob {
     const float* x;
     size_t x_step;
@@ -217,6 +227,7 @@ struct DeltaJob {  // rows of a gated delta net: the first `advance` move the st
 };
 
 void linear(const LinearJob&);
+void linear_by_head(const HeadsJob&);  // k of at most WIDEST_HEAD
 void glu(const GluJob&);
 void glu_groups(const GluJob&);  // `glu` where bundles have more than one neuron
 ChannelCount gate_up(const GateUpJob&);

@@ -18,7 +18,7 @@ from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_by
 from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope, softcap
 from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.kv import kv_append
-from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear
+from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear, linear_by_head
 from flashrt_kernels.reference.quantize import dequantize, quantize
 from flashrt_kernels.reference.recurrent import (
     delta_rule,
@@ -58,6 +58,7 @@ __all__ = [
     "label_append",
     "layer_norm",
     "linear",
+    "linear_by_head",
     "quantize",
     "reserve",
     "reserve_groups",

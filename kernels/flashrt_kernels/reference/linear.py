@@ -34,6 +34,15 @@ def linear(
     _linear(x, bundles, codec, out, row0, rows, bias, wide=False)
 
 
+def linear_by_head(x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int) -> None:
+    """out[b, h] = x[b, h] · W[h N : (h + 1) N], of what rows row0 to row0 + rows of W give, in whole bundles."""
+    each, last = out.shape[2], row0 + rows
+    for head in range(row0 // each, -(-last // each)):
+        begin, end = max(head * each, row0), min((head + 1) * each, last)
+        part = bundles[(begin - row0) // MATRIX_ROWS :]
+        linear(x[:, head], part, codec, out[:, head], begin - head * each, end - begin)
+
+
 def gemm_linear(
     x: Tensor,
     bundles: Tensor,
