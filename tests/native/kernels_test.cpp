@@ -134,6 +134,33 @@ void check_rows() {
         }
 }
 
+// The matrices of all heads at once, cut within a head, give what each gives alone.
+void check_heads() {
+    constexpr int HEADS = 3, BUNDLES = 2, EACH = BUNDLES * MATRIX_ROWS, CUT = 3 * MATRIX_ROWS;
+    for (Codec codec : CODECS)
+        for (int k : {1, 63, WIDEST_HEAD})
+            for (int tokens : {1, 16, 17}) {
+                const Packed w(codec, k, MATRIX_ROWS, HEADS * BUNDLES);
+                const std::vector<float> x = normal(static_cast<size_t>(tokens) * HEADS * k, 5);
+                std::vector<float> out(tokens * HEADS * EACH), alone(out.size());
+                const size_t x_step = HEADS * k, out_step = HEADS * EACH, own = k;
+                set_threads(3);
+                for (int row0 : {0, CUT}) {
+                    Rows part = w.rows;
+                    part.data += row0 / MATRIX_ROWS * part.stride;
+                    const int64_t rows = row0 ? HEADS * EACH - CUT : CUT;
+                    linear_by_head({x.data(), x_step, own, tokens, part, out.data(), out_step, EACH, row0, rows, EACH});
+                }
+                set_threads(1);
+                for (int h = 0; h < HEADS; ++h) {
+                    Rows part = w.rows;
+                    part.data += h * BUNDLES * part.stride;
+                    linear({x.data() + h * k, x_step, tokens, part, alone.data(), out_step, h * EACH, EACH, nullptr});
+                }
+                CHECK(out == alone);
+            }
+}
+
 constexpr KvCodecs KV_CODECS[] = {
     {Codec::F32, Codec::F32}, {Codec::BF16, Codec::BF16}, {Codec::Q8_0, Codec::Q8_0}, {Codec::Q8_0, Codec::Q4_0},
     {Codec::F32, Codec::F32, true}, {Codec::BF16, Codec::BF16, true}, {Codec::Q8_0, Codec::Q8_0, true}};
@@ -240,6 +267,7 @@ void check_callers() {
 
 int main() {
     check_rows();
+    check_heads();
     const char* names[8];
     for (int i = available_isas(names, 8); i-- > 0;) {
         force_isa(names[i]);
