@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flashrt.server.anthropic import counted, message
 from flashrt.server.chat import chat
 from flashrt.server.completions import completion
 from flashrt.server.errors import ApiError
@@ -37,8 +38,11 @@ def build(service: Service) -> ASGIApp:
 
         return endpoint
 
-    async def tokenize(request: Request) -> ASGIApp:
-        return json_reply(await service.read(tokenized, await intake.read(request)))
+    def telling(read: Read) -> Callable[[Request], Awaitable[ASGIApp]]:
+        async def endpoint(request: Request) -> ASGIApp:
+            return json_reply(await service.read(read, await intake.read(request)))
+
+        return endpoint
 
     async def models(request: Request) -> ASGIApp:
         names = [service.name, *service.options.names]
@@ -64,7 +68,9 @@ def build(service: Service) -> ASGIApp:
     routes = [
         route("/v1/chat/completions", answering(chat), "POST"),
         route("/v1/completions", answering(completion), "POST"),
-        route("/tokenize", tokenize, "POST"),
+        route("/v1/messages", answering(message), "POST"),
+        route("/v1/messages/count_tokens", telling(counted), "POST"),
+        route("/tokenize", telling(tokenized), "POST"),
         route("/v1/models", models, "GET"),
         route("/v1/models/{name:path}", model, "GET"),
         route("/health", health, "GET"),

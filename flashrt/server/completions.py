@@ -97,6 +97,8 @@ class Whole:
 class Completions:
     """Events as chunks, and all chunks of an answer as one object. See `Answers`."""
 
+    named = False
+
     def __init__(self, shape: Shape, parts: list[Part], usage: Usage) -> None:
         self._shape, self._parts, self.usage = shape, parts, usage
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": shape.name}

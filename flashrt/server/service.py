@@ -28,6 +28,7 @@ Chunk = dict[str, Any]
 class Answers(Protocol):
     """Events of a job as the chunks of a stream, and these as one object."""
 
+    named: bool  # whether each event of a stream has the name of its type, and nothing marks the end
     usage: Usage
 
     def first(self) -> Iterator[Chunk]:
