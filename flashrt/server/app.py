@@ -20,8 +20,10 @@ from flashrt.server.guard import Guard
 from flashrt.server.intake import Intake
 from flashrt.server.memory import BODIES
 from flashrt.server.metrics import CONTENT_TYPE
+from flashrt.server.page import page
 from flashrt.server.replies import StreamReply, WholeReply, error_reply, json_reply
 from flashrt.server.service import Asked, Service
+from flashrt.server.status import status
 from flashrt.server.tokens import tokenized
 
 Read = Callable[[Service, dict[str, Any]], Any]
@@ -59,6 +61,14 @@ def build(service: Service) -> ASGIApp:
             return json_reply({"status": "ok"})
         return json_reply({"status": "loading"}, 503, {"Retry-After": "2"})
 
+    async def shown(request: Request) -> ASGIApp:
+        return json_reply(status(service))
+
+    the_page = page()
+
+    async def front(request: Request) -> ASGIApp:
+        return the_page
+
     async def metrics(request: Request) -> ASGIApp:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
@@ -74,6 +84,8 @@ def build(service: Service) -> ASGIApp:
         route("/v1/models", models, "GET"),
         route("/v1/models/{name:path}", model, "GET"),
         route("/health", health, "GET"),
+        route("/status", shown, "GET"),
+        route("/", front, "GET"),
         route("/metrics", metrics, "GET"),
     ]
     handlers = {HTTPException: _http_error}

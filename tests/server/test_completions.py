@@ -95,7 +95,7 @@ def test_logprobs_of_an_answer(server: Server) -> None:
         ([1, "two"], "all texts or all lists"),
         ([[1], "two"], "all texts or all lists"),
         (["on"] * 257, "at most 256"),
-        ("on " * 200, "do not fit|the context is 256"),
+        ("on " * 200, "which is the context|the context is 256"),
         ([5] * 256, "the context is 256"),
     ],
 )
