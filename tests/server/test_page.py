@@ -52,7 +52,7 @@ def page(server: Server) -> Iterator[Any]:
         browser = runner.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         found = browser.new_page(viewport={"width": 1200, "height": 800})
         found.goto(server.base)
-        found.wait_for_function("document.getElementById('model').textContent.length > 0")
+        named(found, server)
         yield found
         browser.close()
 
@@ -64,20 +64,25 @@ def send(page: Any, text: str, most: int = 20) -> None:
 
 
 def over(page: Any) -> None:
-    page.wait_for_function("document.getElementById('stop').disabled")
+    page.locator("#stop:disabled").wait_for()
+
+
+def named(page: Any, server: Server) -> None:
+    """The page knows what it talks to."""
+    page.locator("#model", has_text=server.name).wait_for()
 
 
 @pytest.mark.slow
-def test_a_message_is_answered_kept_and_answered_again(page: Any) -> None:
+def test_a_message_is_answered_kept_and_answered_again(page: Any, server: Server) -> None:
     send(page, "the thing on and on")
     over(page)
     answer = page.locator(".turn.answer").inner_text()
     assert len(answer) > 5
-    page.wait_for_function("document.querySelectorAll('#owners tr').length > 3")
+    page.locator("#owners tr").nth(3).wait_for()
     page.reload()
     assert page.locator(".turn.answer").inner_text() == answer
     assert page.locator(".turn.user").inner_text() == "the thing on and on"
-    page.wait_for_function("document.getElementById('model').textContent.length > 0")
+    named(page, server)
     page.get_by_role("button", name="Regenerate").click()
     over(page)
     assert page.locator(".turn").count() == 2
@@ -114,3 +119,16 @@ def test_an_error_is_shown(page: Any) -> None:
 def test_a_phone_has_room_for_it(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 720})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.slow
+def test_an_answer_is_stopped(slow_server: Server, page: Any) -> None:
+    page.goto(slow_server.base)
+    named(page, slow_server)
+    send(page, "on and on", most=15000)
+    page.get_by_role("button", name="Stop").click()
+    over(page)
+    assert page.locator(".error").count() == 0
+    send(page, "on", most=2)
+    over(page)
+    assert page.locator(".turn").count() == 4
