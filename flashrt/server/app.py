@@ -34,7 +34,8 @@ def build(service: Service) -> ASGIApp:
 
     def answering(read: Callable[[Service, dict[str, Any]], Asked]) -> Callable[[Request], Awaitable[ASGIApp]]:
         async def endpoint(request: Request) -> ASGIApp:
-            asked = await service.read(read, await intake.read(request))
+            async with intake.body(request) as body:
+                asked = await service.read(read, body)
             job = service.submit(asked, request.client.host if request.client else "")
             return StreamReply(asked, job, service.options.alive_seconds) if asked.stream else WholeReply(asked, job)
 
@@ -42,7 +43,8 @@ def build(service: Service) -> ASGIApp:
 
     def telling(read: Read) -> Callable[[Request], Awaitable[ASGIApp]]:
         async def endpoint(request: Request) -> ASGIApp:
-            return json_reply(await service.read(read, await intake.read(request)))
+            async with intake.body(request) as body:
+                return json_reply(await service.read(read, body))
 
         return endpoint
 

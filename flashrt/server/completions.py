@@ -121,7 +121,7 @@ class Completions:
                 self._lists(part, len(text)).add(event.token.id, event.token.logprobs)
             yield self._chunk(part, text + event.token.text, None)
         elif isinstance(event, Ended):
-            self.usage.add(event.report)
+            self.usage.add(event.report, self._parts[part].prompt_logprobs is not None)
             yield self._chunk(part, text, finish_of(event.report))
 
     def first(self) -> Iterator[dict[str, Any]]:

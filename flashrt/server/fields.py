@@ -86,7 +86,7 @@ def checked_stops(stops: list[str]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def decode(body: bytes) -> dict[str, Any]:
+def decode(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object. Raises ApiError for all else."""
     try:
         found = msgspec.json.decode(body)
