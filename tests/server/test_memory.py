@@ -50,6 +50,7 @@ def mixed(server: Server, i: int) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.budget
 def test_mixed_requests_stay_within_the_smallest_budget(start: Start, packs: Any) -> None:
     pack = packs("qwen3", num_hidden_layers=8, max_position_embeddings=1 << 14)
