@@ -110,9 +110,9 @@ def run(
     model = session.open_model(pack, load)
     ids = _prompt_ids(model.tokenizer, text, chat, system)
     checked_context(model.spec, load.context, 1)
-    grammar = (
-        None if schema is None else Grammars(model.tokenizer, model.spec.vocab, model.spec.eos).json_schema(schema)
-    )
+    grammar = None
+    if schema is not None:
+        grammar = Grammars(model.tokenizer, model.spec.vocab, model.spec.eos).json_schema(schema)
     length, new = _lengths(model.spec.context, load.context, len(ids), max_new_tokens)
     with Progress() as progress, session.load(model, Workload(length, prompt=len(ids)), progress) as engine:
         session.resume(engine, load.session, chat=False, prompt=ids)

@@ -23,12 +23,13 @@ class Usage:
     cached: int = 0
     _counted: bool = field(default=False, repr=False)
 
-    def add(self, report: Report | None) -> None:
+    def add(self, report: Report | None, scored: bool = False) -> None:
+        """`scored`: the prompt was computed before, for its log-probabilities."""
         if report is None:
             return
         self.completion += report.new_tokens
         if not self._counted:
-            self.cached, self._counted = report.resumed_tokens, True
+            self.cached, self._counted = 0 if scored else report.resumed_tokens, True
 
     def to_json(self) -> dict[str, Any]:
         return {

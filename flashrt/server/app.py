@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flashrt.server.anthropic import counted, message
 from flashrt.server.chat import chat
 from flashrt.server.completions import completion
 from flashrt.server.errors import ApiError
@@ -19,8 +20,10 @@ from flashrt.server.guard import Guard
 from flashrt.server.intake import Intake
 from flashrt.server.memory import BODIES
 from flashrt.server.metrics import CONTENT_TYPE
+from flashrt.server.page import page
 from flashrt.server.replies import StreamReply, WholeReply, error_reply, json_reply
 from flashrt.server.service import Asked, Service
+from flashrt.server.status import status
 from flashrt.server.tokens import tokenized
 
 Read = Callable[[Service, dict[str, Any]], Any]
@@ -31,14 +34,19 @@ def build(service: Service) -> ASGIApp:
 
     def answering(read: Callable[[Service, dict[str, Any]], Asked]) -> Callable[[Request], Awaitable[ASGIApp]]:
         async def endpoint(request: Request) -> ASGIApp:
-            asked = await service.read(read, await intake.read(request))
+            async with intake.body(request) as body:
+                asked = await service.read(read, body)
             job = service.submit(asked, request.client.host if request.client else "")
             return StreamReply(asked, job, service.options.alive_seconds) if asked.stream else WholeReply(asked, job)
 
         return endpoint
 
-    async def tokenize(request: Request) -> ASGIApp:
-        return json_reply(await service.read(tokenized, await intake.read(request)))
+    def telling(read: Read) -> Callable[[Request], Awaitable[ASGIApp]]:
+        async def endpoint(request: Request) -> ASGIApp:
+            async with intake.body(request) as body:
+                return json_reply(await service.read(read, body))
+
+        return endpoint
 
     async def models(request: Request) -> ASGIApp:
         names = [service.name, *service.options.names]
@@ -55,6 +63,14 @@ def build(service: Service) -> ASGIApp:
             return json_reply({"status": "ok"})
         return json_reply({"status": "loading"}, 503, {"Retry-After": "2"})
 
+    async def shown(request: Request) -> ASGIApp:
+        return json_reply(status(service))
+
+    the_page = page()
+
+    async def front(request: Request) -> ASGIApp:
+        return the_page
+
     async def metrics(request: Request) -> ASGIApp:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
@@ -64,10 +80,14 @@ def build(service: Service) -> ASGIApp:
     routes = [
         route("/v1/chat/completions", answering(chat), "POST"),
         route("/v1/completions", answering(completion), "POST"),
-        route("/tokenize", tokenize, "POST"),
+        route("/v1/messages", answering(message), "POST"),
+        route("/v1/messages/count_tokens", telling(counted), "POST"),
+        route("/tokenize", telling(tokenized), "POST"),
         route("/v1/models", models, "GET"),
         route("/v1/models/{name:path}", model, "GET"),
         route("/health", health, "GET"),
+        route("/status", shown, "GET"),
+        route("/", front, "GET"),
         route("/metrics", metrics, "GET"),
     ]
     handlers = {HTTPException: _http_error}

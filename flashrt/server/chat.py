@@ -115,6 +115,8 @@ class Whole:
 class ChatAnswers:
     """See `service.Answers`."""
 
+    named = False
+
     def __init__(self, shape: Shape, usage: Usage) -> None:
         self.usage = usage
         self._shape = shape

@@ -97,6 +97,8 @@ class Whole:
 class Completions:
     """Events as chunks, and all chunks of an answer as one object. See `Answers`."""
 
+    named = False
+
     def __init__(self, shape: Shape, parts: list[Part], usage: Usage) -> None:
         self._shape, self._parts, self.usage = shape, parts, usage
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": shape.name}
@@ -119,7 +121,7 @@ class Completions:
                 self._lists(part, len(text)).add(event.token.id, event.token.logprobs)
             yield self._chunk(part, text + event.token.text, None)
         elif isinstance(event, Ended):
-            self.usage.add(event.report)
+            self.usage.add(event.report, self._parts[part].prompt_logprobs is not None)
             yield self._chunk(part, text, finish_of(event.report))
 
     def first(self) -> Iterator[dict[str, Any]]:

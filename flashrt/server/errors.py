@@ -27,7 +27,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         fields = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": fields}
+        return {"type": "error", "error": fields}  # the type is Anthropic's
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry is None else {"Retry-After": str(self.retry)}

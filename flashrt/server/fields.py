@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -64,10 +65,7 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MOST_STOPS or any(not 0 < len(stop) <= LONGEST_STOP for stop in stops):
-            raise invalid("stop", f"stop: expected at most {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters")
-        return tuple(stops)
+        return checked_stops([self.stop] if isinstance(self.stop, str) else self.stop or [])
 
     @property
     def include_usage(self) -> bool:
@@ -77,10 +75,18 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
+Recommended = Callable[[dict[str, Any]], dict[str, Any]]
 Refusals = Mapping[str, tuple[str, tuple[Any, ...]]]  # field → why, and the values that ask for nothing
 
 
-def decode(body: bytes) -> dict[str, Any]:
+def checked_stops(stops: list[str]) -> tuple[str, ...]:
+    """Raises ApiError."""
+    if len(stops) > MOST_STOPS or any(not 0 < len(stop) <= LONGEST_STOP for stop in stops):
+        raise invalid("stop", f"stop: expected at most {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters")
+    return tuple(stops)
+
+
+def decode(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object. Raises ApiError for all else."""
     try:
         found = msgspec.json.decode(body)
@@ -114,14 +120,21 @@ def convert(given: dict[str, Any], kind: type[Kind], refusals: Refusals) -> Kind
         ) from None
 
 
-def sampling(fields: Fields, recommended: Callable[[dict[str, Any]], dict[str, Any]]) -> Sampling:
-    """How tokens are chosen; what is not given is what `recommended` says beside what is. Raises ApiError."""
+def sampling(fields: Fields, recommended: Recommended) -> Sampling:
+    """How tokens are chosen; see `bias_free_sampling`. Raises ApiError."""
     given = {name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None}
     try:
-        return Sampling(**{**recommended(given), **given}, logit_bias=_bias(fields.logit_bias or {}))
+        return replace(bias_free_sampling(given, recommended), logit_bias=_bias(fields.logit_bias or {}))
     except UsageError as error:
-        name = str(error).split()[0]
-        raise invalid(name if name in _SAMPLED else "logit_bias", str(error)) from None
+        raise invalid("logit_bias", str(error)) from None
+
+
+def bias_free_sampling(given: dict[str, Any], recommended: Recommended) -> Sampling:
+    """What is not given is what `recommended` says beside what is. Raises ApiError."""
+    try:
+        return Sampling(**{**recommended(given), **given})
+    except UsageError as error:
+        raise invalid(str(error).split()[0], str(error)) from None
 
 
 def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flashrt.server.job import Part
 
 RESULT_BYTES = 4 << 20  # of one answer, while it is put together
-BODIES = 2  # of the largest size, that may be arriving at a time
+BODIES = 2  # of the largest size, that may be arriving or waiting to be read at a time
 READ_FACTOR = 10  # times its size, that a body takes while it is parsed and rendered
 ENCODED = 320  # bytes that encoding takes for a token of context
 TOKEN = 40  # bytes of an answer's token as it comes and is written
@@ -22,8 +22,13 @@ def request_bytes(body: int, context: int, queue: int) -> int:
     A result that a slow client has not read yet may stand beside the one that is computed.
     """
     bodies = (BODIES + READ_FACTOR) * body
-    prompts = (ENCODED + 4 * (queue + 1)) * context
+    prompts = ENCODED * context + 4 * (queue + 1) * most_prompt_tokens(context)
     return bodies + prompts + 2 * RESULT_BYTES + CONNECTION * most_connections(queue) // 4
+
+
+def most_prompt_tokens(context: int) -> int:
+    """Of all prompts of a request."""
+    return max(context, 1 << 14)
 
 
 def most_connections(queue: int) -> int:

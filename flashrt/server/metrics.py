@@ -17,6 +17,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()
+        self.last: Report | None = None
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests answered, by route and status.", "route", "status")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts, those that were not computed included.")
@@ -43,6 +44,7 @@ class Metrics:
 
     def generated(self, report: Report) -> None:
         """A generation is over."""
+        self.last = report
         self._prompt.inc(report.prompt_tokens)
         self._resumed.inc(report.resumed_tokens)
         self._generated.inc(report.new_tokens)

@@ -70,7 +70,8 @@ class StreamReply:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # a client that reads no more has gone
-                await self._send(send, b"".join(map(_data, self._asked.answers.first())) + b"".join(self._lines(first)))
+                begun = b"".join(map(self._data, self._asked.answers.first()))
+                await self._send(send, begun + b"".join(self._lines(first)))
                 async for event in events:
                     await self._send(send, b"".join(self._lines(event)))
                 await self._send(send, self._end())
@@ -80,20 +81,22 @@ class StreamReply:
         if event is None:
             yield COMMENT
         elif isinstance(event, Failed):
-            yield _data(event.error.body())
+            yield self._data(event.error.body())
         else:
-            yield from map(_data, self._asked.answers.chunks(event))
+            yield from map(self._data, self._asked.answers.chunks(event))
 
     def _end(self) -> bytes:
-        return (_data(self._asked.answers.last()) if self._asked.include_usage else b"") + DONE
+        if self._asked.answers.named:
+            return b""
+        return (self._data(self._asked.answers.last()) if self._asked.include_usage else b"") + DONE
+
+    def _data(self, chunk: Any) -> bytes:
+        name = b"event: " + chunk["type"].encode() + b"\n" if self._asked.answers.named else b""
+        return name + b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
     async def _send(self, send: Send, body: bytes) -> None:
         if body:
             await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), SEND_SECONDS)
-
-
-def _data(chunk: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
 async def _or_none(events: AsyncIterator[Event], seconds: float) -> AsyncIterator[Event | None]:

@@ -15,7 +15,7 @@ from flashrt.server import fields as request_fields
 from flashrt.server.answers import Usage
 from flashrt.server.errors import ApiError, invalid
 from flashrt.server.job import Event, Job, Part, Rules
-from flashrt.server.memory import RESULT_BYTES, result_bytes
+from flashrt.server.memory import RESULT_BYTES, most_prompt_tokens, result_bytes
 from flashrt.server.metrics import Metrics
 from flashrt.server.options import ServerOptions
 from flashrt.server.prompts import Prompts
@@ -28,6 +28,7 @@ Chunk = dict[str, Any]
 class Answers(Protocol):
     """Events of a job as the chunks of a stream, and these as one object."""
 
+    named: bool  # whether each event of a stream has the name of its type, and nothing marks the end
     usage: Usage
 
     def first(self) -> Iterator[Chunk]:
@@ -79,7 +80,7 @@ class Service:
     def ready(self) -> bool:
         return self.worker.engine is not None
 
-    async def read(self, read: Callable[[Service, dict[str, Any]], Any], body: bytes) -> Any:
+    async def read(self, read: Callable[[Service, dict[str, Any]], Any], body: bytearray) -> Any:
         """What `read` makes of the JSON object that a body is. Raises ApiError."""
 
         def at_the_desk() -> Any:
@@ -111,7 +112,11 @@ class Service:
             yield sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
 
     def check_size(self, parts: list[Part], top_logprobs: int | None) -> None:
-        """Refuse what takes more memory to say than the plan has for it. Raises ApiError."""
+        """Refuse what takes more memory to hold or to say than the plan has for it. Raises ApiError."""
+        most = most_prompt_tokens(self.prompts.context)
+        if sum(len(prompt) for prompt in {id(part.prompt): part.prompt for part in parts}.values()) > most:
+            what = f"the prompts have more than {most} tokens together: ask with several requests"
+            raise ApiError(400, what, param="prompt", code="too_large")
         if result_bytes(parts, top_logprobs) > RESULT_BYTES:
             raise ApiError(
                 400,

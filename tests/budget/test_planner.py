@@ -220,6 +220,16 @@ def test_a_70b_holds_an_eighth_to_a_quarter_of_its_weights_in_8_gib() -> None:
     assert 1 / 8 < the_plan.pinned_bytes / the_plan.weight_bytes < 0.25
 
 
+def test_requests_are_paid_for_first() -> None:
+    """What a server reads and writes stands in the plan, and the smallest budget grows by it."""
+    layout = pack_layout(LLAMA_70B, Codec.INT4)
+    without, beside = Workload(1024), Workload(1024, request_bytes=50 * MIB)
+    assert plan(LLAMA_70B, layout, 8 * GIB, beside, fixed_costs()).owners["requests"] == 50 * MIB
+    assert "requests" not in plan(LLAMA_70B, layout, 8 * GIB, without, fixed_costs()).owners
+    least, more = (smallest_budget(LLAMA_70B, layout, workload, fixed_costs()) for workload in (without, beside))
+    assert 50 * MIB <= more - least < 51 * MIB
+
+
 def test_planning_is_pure() -> None:
     layout = pack_layout(MIXTRAL, Codec.INT4)
     assert plan(MIXTRAL, layout, 4 * GIB, Workload(512), fixed_costs()) == plan(

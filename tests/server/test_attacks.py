@@ -135,6 +135,7 @@ def test_other_methods_are_refused(server: Server, method: str) -> None:
     assert b" 405 " in reply
 
 
+@pytest.mark.slow
 def test_connections_that_say_nothing_hold_nobody_up(start: Start, tiny: Path) -> None:
     """Nor those that never come to an end of their headers, or of their body."""
     server = start(tiny)

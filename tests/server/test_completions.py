@@ -38,6 +38,7 @@ def test_several_prompts(server: Server) -> None:
     assert [choice.index for choice in answer.choices] == list(range(6))
     ids = [server.post("/tokenize", json={"prompt": prompt}).json()["tokens"] for prompt in prompts]
     assert answer.usage.prompt_tokens == sum(map(len, ids))
+    assert ask(server, tokens=1, echo=True, logprobs=1).usage.prompt_tokens_details.cached_tokens == 0
     assert answer.usage.completion_tokens == 72
     assert [c.text for c in ask(server, ids, n=2, temperature=1.0, seed=3).choices] == alone
 
@@ -95,7 +96,8 @@ def test_logprobs_of_an_answer(server: Server) -> None:
         ([1, "two"], "all texts or all lists"),
         ([[1], "two"], "all texts or all lists"),
         (["on"] * 257, "at most 256"),
-        ("on " * 200, "do not fit|the context is 256"),
+        ([[5] * 200] * 100, "prompts have more than 16384 tokens"),
+        ("on " * 200, "which is the context|the context is 256"),
         ([5] * 256, "the context is 256"),
     ],
 )

@@ -43,10 +43,14 @@ def mixed(server: Server, i: int) -> None:
             client.chat.completions.create(messages=user("in " * (i % 300)), n=3, temperature=1.0, **fields)
         else:
             client.completions.create(prompt="x" * 1_040_000, **fields)
+    except openai.InternalServerError as error:
+        if error.status_code != 503:  # too many bodies at a time
+            raise
     except (openai.BadRequestError, openai.APITimeoutError, openai.RateLimitError):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.budget
 def test_mixed_requests_stay_within_the_smallest_budget(start: Start, packs: Any) -> None:
     pack = packs("qwen3", num_hidden_layers=8, max_position_embeddings=1 << 14)

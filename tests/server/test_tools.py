@@ -89,9 +89,8 @@ def test_calls_are_read() -> None:
     tokenizer = byte_level()
     shape = Shape("m", tokenizer, 1, False, Style(HERMES, reasons=True))
     text = '<think>so</think>I look.<tool_call>{"name": "look", "arguments": {"at": "ring"}}</tool_call>'
-    answers, stream = ChatAnswers(shape, Usage(3)), tokenizer.stream()
-    tokens = [Token(token, stream.push(token)) for token in tokenizer.encode(text, special=False)]
-    chunks = [chunk for token in tokens for chunk in answers.chunks(Came(0, token))]
+    answers = ChatAnswers(shape, Usage(3))
+    chunks = [chunk for token in tokens_of(text) for chunk in answers.chunks(Came(0, token))]
     chunks += answers.chunks(Ended(0, ended()))
     for chunk in chunks:
         answers.collect(chunk)
@@ -103,6 +102,13 @@ def test_calls_are_read() -> None:
     assert call["function"]["name"] == "look"
     assert json.loads(call["function"]["arguments"]) == {"at": "ring"}
     assert call["id"].startswith("call_")
+
+
+def tokens_of(text: str) -> list[Token]:
+    """A text as it comes."""
+    tokenizer = byte_level()
+    stream = tokenizer.stream()
+    return [Token(token, stream.push(token)) for token in tokenizer.encode(text, special=False)]
 
 
 def ended() -> Any:

@@ -1,0 +1,156 @@
+"""/v1/messages and its count_tokens: Anthropic's form of a conversation, as one that templates read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from flashrt.server.answers import Usage
+from flashrt.server.anthropic_answers import MessageAnswers, MessageShape
+from flashrt.server.chat import ENDING
+from flashrt.server.deltas import style_of
+from flashrt.server.errors import ApiError, invalid, refused
+from flashrt.server.fields import Refusals, bias_free_sampling, checked_stops, convert
+from flashrt.server.job import Part, Rules
+from flashrt.server.service import Asked, Service
+from flashrt.server.tools import Function, Tool, shown
+
+REFUSED: Refusals = {
+    "thinking": ("a model thinks as its template has it", ({"type": "disabled"},)),
+    "service_tier": ("there is one", ("auto", "standard_only")),
+    "container": ("nothing is run", ()),
+    "mcp_servers": ("nothing is called", ([],)),
+    "context_management": ("the conversation is taken as it is", ({"edits": []},)),
+    "output_config": ("use response_format of /v1/chat/completions", ({},)),
+    "output_format": ("use response_format of /v1/chat/completions", ()),
+}
+_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
+_BESIDE = {"cache_control", "citations"}  # of a block: what is kept is found without being told
+
+
+class Turn(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[dict[str, Any]]
+
+
+class AnthropicTool(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: str | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class CountFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: str
+    messages: list[Turn]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[AnthropicTool] | None = None
+    tool_choice: dict[str, Any] | None = None
+
+
+class MessageFields(CountFields, kw_only=True):
+    """`metadata` says who asks; it changes nothing."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    metadata: dict[str, Any] | None = None
+
+
+def message(service: Service, given: dict[str, Any]) -> Asked:
+    """Raises ApiError."""
+    fields = convert(given, MessageFields, REFUSED)
+    if fields.max_tokens < 1:
+        raise invalid("max_tokens", f"max_tokens is {fields.max_tokens}, expected 1 or more")
+    prompts, (prompt, tools) = service.prompts, _prompt(service, fields)
+    limit, stops = prompts.limit(prompt, fields.max_tokens, "max_tokens"), checked_stops(fields.stop_sequences or [])
+    named = {"temperature": fields.temperature, "top_p": fields.top_p, "top_k": fields.top_k}
+    sampling = bias_free_sampling({k: v for k, v in named.items() if v is not None}, service.recommended)
+    style = style_of(_template(service), prompts.tokenizer.decode(prompt[-ENDING:], False), bool(tools))
+    parts = [Part(prompt, limit, sampling)]
+    service.check_size(parts, None)
+    shape = MessageShape(service.name, prompts.tokenizer, style, stops)
+    return Asked(parts, Rules(stops), MessageAnswers(shape, Usage(len(prompt))), bool(fields.stream), False)
+
+
+def counted(service: Service, given: dict[str, Any]) -> dict[str, Any]:
+    """Raises ApiError."""
+    prompt, _ = _prompt(service, convert(given, CountFields, REFUSED))
+    return {"input_tokens": len(prompt)}
+
+
+def _prompt(service: Service, fields: CountFields) -> tuple[Any, list[dict[str, Any]] | None]:
+    """Tokens of the prompt, and the tools that it shows."""
+    tools = shown([_tool(tool) for tool in fields.tools or []], _choice(fields.tool_choice), _template(service))
+    conversation = [{"role": "system", "content": _text("system", fields.system)}] if fields.system else []
+    for i, turn in enumerate(fields.messages):
+        conversation += _turn(f"messages[{i}]", turn)
+    if not conversation:
+        raise invalid("messages", "messages: none, expected 1 or more")
+    return service.prompts.conversation(conversation, **({"tools": tools} if tools else {})), tools
+
+
+def _template(service: Service) -> str:
+    return service.prompts.template.source if service.prompts.template else ""
+
+
+def _tool(tool: AnthropicTool) -> Tool:
+    if tool.type not in (None, "custom"):
+        raise refused("tools", "tools are the client's own: nothing is looked up or run here")
+    return Tool(Function(tool.name, tool.description, tool.input_schema))
+
+
+def _choice(choice: dict[str, Any] | None) -> str | None:
+    if choice is None:
+        return None
+    if choice.get("disable_parallel_tool_use"):
+        raise refused("tool_choice.disable_parallel_tool_use", "how many calls there are is for the model to say")
+    return _CHOICES.get(str(choice.get("type")), "unknown")
+
+
+def _turn(where: str, turn: Turn) -> list[dict[str, Any]]:
+    """A message, those that results of tools are before it."""
+    if turn.role not in ("user", "assistant"):
+        raise invalid(f"{where}.role", f"{where}.role is {turn.role!r:.50}, expected user or assistant")
+    blocks = [{"type": "text", "text": turn.content}] if isinstance(turn.content, str) else turn.content
+    found: list[dict[str, Any]] = []
+    texts: list[str] = []
+    own: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        at, kind = f"{where}.content[{i}]", block.get("type")
+        if kind == "text":
+            texts.append(_text(at, [block]))
+        elif kind == "tool_result" and turn.role == "user":
+            content = _text(at, block.get("content") or "")
+            found.append({"role": "tool", "tool_call_id": _field(at, block, "tool_use_id", str), "content": content})
+        elif kind == "tool_use" and turn.role == "assistant":
+            call = {"name": _field(at, block, "name", str), "arguments": _field(at, block, "input", dict)}
+            own.setdefault("tool_calls", []).append({"id": block.get("id"), "type": "function", "function": call})
+        elif kind == "thinking" and turn.role == "assistant":
+            own["reasoning_content"] = own.get("reasoning_content", "") + _field(at, block, "thinking", str)
+        else:
+            raise refused(f"{at}.type", f"a {turn.role}'s message holds no {kind!r:.50} that the model could read")
+    if texts or own or not found:
+        found.append({"role": turn.role, "content": "\n".join(texts), **own})
+    return found
+
+
+def _text(where: str, content: str | list[dict[str, Any]]) -> str:
+    """Blocks of text, a line each."""
+    if isinstance(content, str):
+        return content
+    for block in content:
+        if block.get("type") != "text" or block.keys() - {"type", "text"} - _BESIDE:
+            raise refused(where, f"the model reads text, not {block.get('type')!r:.50}")
+    return "\n".join(_field(where, block, "text", str) for block in content)
+
+
+def _field(where: str, block: dict[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(block.get(name), kind):
+        raise ApiError(400, f"{where}.{name} is missing, or no {kind.__name__}", param=f"{where}.{name}")
+    return block[name]
