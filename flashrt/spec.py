@@ -11,9 +11,10 @@ family. `{i}` is the layer:
         {i}.qkv.bias  {i}.out.bias  {i}.sinks [heads]
         {i}.gate.bias  {i}.up.bias  {i}.down.bias      one after the other of all experts
         {i}.router.bias  {i}.router.correction         [experts]
+        {i}.scale                                      [1], of the residual stream behind the layer
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
-        {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows
+        {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows, if any
         {i}.gate [heads * head_dim, hidden]                               of what the heads give
         {i}.out [hidden, heads * head_dim]
         {i}.router [experts, hidden]   {i}.shared_gate [1, hidden]
@@ -68,20 +69,24 @@ class Attention:
     qk_unit: bool = False  # queries and keys are divided by their root mean square, once rotated
     output_gate: bool = False  # what the heads give is multiplied by sigmoids of rows of their own
     sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
+    keys_as_values: bool = False  # values are what is projected to keys, before these are normed and rotated
+    value_norm: bool = False  # each value is divided by its root mean square
 
     @property
     def row_width(self) -> int:
-        """Numbers of a token that are projected, beside a gate."""
-        return self.qkv_rows
+        """Numbers of a token's queries, keys and values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
     def qkv_rows(self) -> int:
+        """Numbers of these that are projected."""
         return sum(self.qkv_parts)
 
     @property
     def qkv_parts(self) -> tuple[int, int, int]:
-        """Rows of queries, keys and values."""
-        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+        """Rows of the projections to queries, keys and values."""
+        keys = self.kv_heads * self.head_dim
+        return self.heads * self.head_dim, keys, 0 if self.keys_as_values else keys
 
     @property
     def width(self) -> int:
@@ -289,6 +294,7 @@ class ModelSpec:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     longest: int = 0  # sequences beyond this are not what its layers say, however they are scaled; 0: no such bound
+    layer_scales: bool = False  # the residual stream behind each layer is multiplied by a number of its own
 
     def unsupported(self) -> str | None:
         """Why these shapes cannot be computed, as one clause; None when they can."""
@@ -336,6 +342,11 @@ class ModelSpec:
             raise UsageError(
                 f"--rope-scaling {scaling}: this model's own scaling is linear, which does not say for how many tokens "
                 "the model was trained: leave --rope-scaling out"
+            )
+        if any(rope.kind == "proportional" for rope in ropes):
+            raise UsageError(
+                f"--rope-scaling {scaling}: this model rotates a share of the pairs of each head, of which no scaling "
+                "is known: leave --rope-scaling out"
             )
         trained = min(rope.original_context or self.context for rope in ropes)
         context = int(scaling.factor * trained)
@@ -389,6 +400,8 @@ class ModelSpec:
                     result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
                 if self.post_norms:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
+            if self.layer_scales:
+                result[f"{i}.scale"] = 1
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
             if ffn.bias:
                 gate = {f"{i}.gate.bias": ffn.runs * ffn.neurons} if ffn.gate_bias else {}
@@ -482,7 +495,7 @@ class ModelSpec:
 
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
-    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest"),
+    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest", "layer_scales"),
     Attention: (
         "qk_norm_whole",
         "softcap",
@@ -492,6 +505,8 @@ _ADDITIONS = {
         "qk_unit",
         "output_gate",
         "sinks",
+        "keys_as_values",
+        "value_norm",
     ),
     DeltaNet: (),
     Ffn: (

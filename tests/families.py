@@ -58,6 +58,21 @@ _SIGMOID_ROUTER = {
     "norm_topk_prob": True,
 }
 
+_GEMMA4 = {
+    **_COMMON,
+    "num_hidden_layers": 5,
+    "head_dim": 20,
+    "global_head_dim": 36,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.28, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    },
+}
+
 # Variant → (config class, model class, config fields).
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
@@ -126,6 +141,17 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "attn_logit_softcapping": 2.5,
             "final_logit_softcapping": 3.5,
             "tie_word_embeddings": True,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_key_value_heads": 3,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 3.5,
         },
     ),
     "phi3": (
@@ -404,6 +430,7 @@ GGUF_FAMILIES = (
     "qwen3_5_moe_text",
     "gemma2",
     "gemma3",
+    "gemma4",
     "mixtral",
     "qwen3_moe",
     "phi3",
@@ -458,7 +485,7 @@ def tiny_model(family: str, seed: int = 0, config: Any = None, **overrides: Any)
         for name, parameter in model.named_parameters():
             _randomise(name, parameter, generator)
         for buffer in stored_buffers(model):
-            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+            buffer.mul_(1 + torch.randn(buffer.shape, generator=generator) * 0.3)
     return model
 
 
@@ -495,7 +522,7 @@ def tiny_checkpoint(
     with torch.no_grad():
         for values in (*model.parameters(), *stored_buffers(model)):
             values.copy_(values.to(dtype))
-    if family in ("gemma2", "gemma3"):
+    if family.startswith(("gemma2", "gemma3", "gemma4")):
         # transformers rounds the scale to the type of the weights; the float32 model has to follow the saved one.
         embed = model.model.embed_tokens
         embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
@@ -504,7 +531,7 @@ def tiny_checkpoint(
 
 def stored_buffers(model: Any) -> list[torch.Tensor]:
     """Weights of a model that are no parameters."""
-    return [buffer for name, buffer in model.named_buffers() if "correction" in name]
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(("correction_bias", "layer_scalar"))]
 
 
 def tiny_tokens() -> tuple[list[str], list[tuple[str, str]]]:
@@ -608,9 +635,11 @@ _SANDWICH = {
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
 }
+_GEMMA4_LEAVES = {**_SANDWICH, "layer_scalar": "layer_output_scale.weight"}
 _OTHER_LEAVES = {
     "gemma2": _SANDWICH,
     "gemma3": _SANDWICH,
+    "gemma4": _GEMMA4_LEAVES,
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), hybrids.LEAVES),
@@ -660,6 +689,7 @@ def tiny_gguf(
     if change is not None:
         change(model)
     config = model.config
+    config.allow_global_per_layer_attribute_access = True  # of Gemma 4's: what layers have in common
     base = family.partition("-")[0]
     arch = _GGUF_ARCH.get(base, base)
     writer = gguf.GGUFWriter(path, arch)
@@ -698,7 +728,7 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
         writer.add_value_length(head_dim)
     if family in ("gemma3", "olmo3"):
         _write_gemma_metadata(writer, config)
-    elif arch != "gemma2":
+    elif arch not in ("gemma2", "gemma4"):
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if arch in _METADATA:
         _METADATA[arch](writer, config)
@@ -739,6 +769,28 @@ def _write_gemma2_metadata(writer: Any, config: Any) -> None:
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_sliding_window(config.sliding_window)
+
+
+def _write_gemma4_metadata(writer: Any, config: Any) -> None:
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    full = config.per_layer_config["full_attention"]
+    for name in ("key_length", "value_length", "head_count_kv"):
+        writer.kv_data[0].pop(f"gemma4.attention.{name}", None)
+    writer.add_head_count_kv([own.num_key_value_heads for own in config.per_layer_config])
+    writer.add_key_length(full.head_dim)
+    writer.add_value_length(full.head_dim)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count(full.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def _write_phi3_metadata(writer: Any, config: Any) -> None:
@@ -846,6 +898,7 @@ def gguf_type(name: str) -> Any:
 
 _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "gemma2": _write_gemma2_metadata,
+    "gemma4": _write_gemma4_metadata,
     "phi3": _write_phi3_metadata,
     "granite": _write_granite_metadata,
     "glm4": _write_glm4_metadata,
@@ -886,7 +939,7 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
     leaves = _GGUF_LEAVES | _OTHER_LEAVES.get(family, {})
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
-        values = values.squeeze(0) if len(values) == 1 else values  # as the converter does
+        values = values.squeeze(0) if len(values) == 1 < values.ndim else values  # as the converter does
         if name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 result["output.weight"] = values
@@ -911,6 +964,9 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
         for kind in ("short", "long"):
             factors = config.rope_parameters[f"{kind}_factor"]
             result[f"rope_factors_{kind}.weight"] = np.asarray(factors, np.float32)
+    if family.startswith("gemma4"):
+        still = model.model.rotary_emb.full_attention_inv_freq.numpy() == 0
+        result["rope_freqs.weight"] = np.where(still, 1e30, 1).astype(np.float32)
     if family == "llama-llama3":
         result["rope_freqs.weight"] = _rope_factors(model)
     return result

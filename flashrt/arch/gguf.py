@@ -13,6 +13,7 @@ from flashrt.arch import (
     ernie4_5_moe,
     gemma2,
     gemma3,
+    gemma4,
     glm4_moe,
     gpt_oss,
     granite,
@@ -29,7 +30,7 @@ from flashrt.arch import (
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
-from flashrt.spec import Attention, ModelSpec
+from flashrt.spec import MAX_LAYERS, Attention, ModelSpec
 
 _PATTERN = "attention.sliding_window_pattern"
 
@@ -45,6 +46,7 @@ class _Architecture:
     read: Callable[[Mapping[str, Any], Metadata], dict[str, Any]] = lambda config, fields: {}
     keys: Collection[str] = ()
     partial: bool = False  # a part of each head may be rotated
+    by_layer: Collection[str] = ()  # fields of _LAYER_FIELDS that `read` gives
 
 
 def _llama(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
@@ -72,6 +74,7 @@ ARCHITECTURES = {
     "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
     "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),
     "gemma3": _Architecture("gemma3_text", gemma3.gguf, (_PATTERN,)),
+    "gemma4": _Architecture("gemma4_text", gemma4.gguf, gemma4.GGUF_KEYS, by_layer=("num_key_value_heads",)),
     "phi3": _Architecture("phi3", phi3.gguf, partial=True),
     "olmo2": _Architecture("olmo2", olmo2.gguf, (_PATTERN,)),
     "granite": _Architecture("granite", granite.gguf, granite.GGUF_KEYS),
@@ -129,6 +132,7 @@ _REFUSED = (
 ROPE_FREQS = "rope_freqs.weight"
 LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 ROPE_FACTORS = (ROPE_FREQS, *LONGROPE_FACTORS)
+_STILL = 1e20  # a factor beyond this leaves its pair unrotated in any context
 # Numbers that change results in ways that few families or none compute, with the value that changes nothing.
 _NEUTRAL = {
     "expert_gating_func": 1,  # softmax
@@ -160,7 +164,8 @@ def gguf_config(
         if key not in own.keys and fields.get(key):
             raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r:.80} is not supported")
     config: dict[str, Any] = {ours: fields.integer(theirs) for ours, theirs in _FIELDS.items()}
-    config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in _LAYER_FIELDS.items()}
+    uniform = {ours: theirs for ours, theirs in _LAYER_FIELDS.items() if ours not in own.by_layer}
+    config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in uniform.items()}
     config |= {
         "model_type": own.model_type,
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
@@ -169,6 +174,7 @@ def gguf_config(
         "bos_token_id": values.integer("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos(values.below("tokenizer.ggml.")),
         "use_qk_norm": shape("blk.0.attn_q_norm.weight") is not None,
+        "layers_without_values": _without_values(config["num_hidden_layers"] or 0, shape),
     }
     rotary = _check_heads(config, fields, own.partial)
     for key, neutral in _NEUTRAL.items():
@@ -200,6 +206,12 @@ def _rows(shape: Callable[[str], Sequence[int] | None], name: str) -> int:
     if found is None or len(found) != 2:
         raise CheckpointError(f"the GGUF file has no matrix {name}")
     return found[0]
+
+
+def _without_values(layers: int, shape: Callable[[str], Sequence[int] | None]) -> list[int]:
+    """Layers with a projection to keys and none to values."""
+    known = range(min(layers, MAX_LAYERS))
+    return [i for i in known if shape(f"blk.{i}.attn_k.weight") and not shape(f"blk.{i}.attn_v.weight")]
 
 
 def _eos(fields: Metadata) -> list[int]:
@@ -259,7 +271,7 @@ def _scaling(
 ) -> dict[str, Any]:
     if kind == "none":
         if ROPE_FREQS in factors:
-            return llama3_parameters(factors[ROPE_FREQS], theta)
+            return proportional_parameters(factors[ROPE_FREQS]) or llama3_parameters(factors[ROPE_FREQS], theta)
         # Files older than the scaling type say it with a scale alone.
         scale = fields.number("rope.scale_linear", 1.0)
         return {"rope_type": "linear", "factor": scale} if scale not in (0, 1) else {}
@@ -287,6 +299,18 @@ def _scaling(
             raise CheckpointError(f"GGUF with rope scaling 'longrope' has no {name}")
     short, long = (list(factors[name]) for name in LONGROPE_FACTORS)
     return result | {"short_factor": short, "long_factor": long, "attention_factor": attention}
+
+
+def proportional_parameters(factors: Sequence[float]) -> dict[str, Any]:
+    """The rope parameters of heads of which the first pairs alone are rotated; none where factors say otherwise.
+
+    llama.cpp's converter has the others rotate by 1e-30 of what they would.
+    """
+    pairs = sum(factor == 1 for factor in factors)
+    if not 0 < pairs < len(factors) or any(factor < _STILL for factor in factors[pairs:]):
+        return {}
+    # Half a number more, so that int() of its product with all numbers of a head is exact.
+    return {"rope_type": "proportional", "partial_rotary_factor": (2 * pairs + 0.5) / (2 * len(factors))}
 
 
 def llama3_parameters(factors: Sequence[float], theta: float) -> dict[str, Any]:

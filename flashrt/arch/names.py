@@ -130,7 +130,10 @@ class TensorMap:
         mixer = self.spec.layers[int(layer)].mixer
         if isinstance(mixer, DeltaNet) and name in self.names.recurrent:
             return self._recurrent(int(layer), name, mixer)
-        parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
+        templates = self.names.layer[name]
+        if name in ("qkv", "qkv.bias") and len(templates) > 1:  # some layers do not have all three
+            templates = tuple(own for own, rows in zip(templates, mixer.qkv_parts, strict=True) if rows)
+        parts = [Part(self._layer(int(layer), template)) for template in templates]
         if isinstance(mixer, Attention) and mixer.output_gate and name in ("qkv", "gate"):  # beside the queries
             first, groups = (0 if name == "qkv" else mixer.head_dim), (mixer.heads, 2 * mixer.head_dim)
             parts[0] = replace(parts[0], groups=groups, rows=(first, first + mixer.head_dim))

@@ -34,7 +34,8 @@ class AttentionBlocks(MixerBlocks):
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
         attentions = work.spec.attentions.values()
         self._temperatures = {_temperature(a) for a in attentions if a.temperature}
-        self._units = {a.head_dim: work.device.make(np.ones(a.head_dim, np.float32)) for a in attentions if a.qk_unit}
+        unit = {a.head_dim for a in attentions if a.qk_unit or a.value_norm}
+        self._units = {dim: work.device.make(np.ones(dim, np.float32)) for dim in unit}
         self._scales: dict[tuple[float, int, int], Tensor] = {}  # of the queries of a pass, where they are not all one
         self._observe: HeadObserver | None = None
 
@@ -72,9 +73,9 @@ class AttentionBlocks(MixerBlocks):
         return out
 
     def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
-        """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""
+        """Queries, keys and values of layer `i`, float32 [T, row_width]; queries of the chosen heads only."""
         attention = self.work.spec.layers[i].attention
-        qkv = self.work.view("qkv", len(normed), attention.qkv_rows)
+        qkv = self.work.view("qkv", len(normed), attention.row_width)
         rows = None if chosen is None else computed_rows(chosen.spans, attention)
         self.work.linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
         return qkv
@@ -89,6 +90,10 @@ class AttentionBlocks(MixerBlocks):
         out = self.work.view("attended", count, heads * dim)
         split = qkv.reshape(count, -1, dim)
         query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
+        if attention.keys_as_values:
+            value[:] = key
+        if attention.value_norm:
+            self._norm_heads(value, self._units[dim])
         self._norm_part(attention, qkv[:, : heads * dim], f"{i}.q_norm")
         self._norm_part(attention, qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
         if self._observe is not None:
@@ -123,7 +128,7 @@ class AttentionBlocks(MixerBlocks):
             return
         attention, count = spec.layers[i].attention, len(residual)
         normed = work.block_input(i, "attention", residual, work.view("y", count, spec.hidden))
-        qkv = work.view("qkv", count, attention.qkv_rows)
+        qkv = work.view("qkv", count, attention.row_width)
         width = attention.heads * attention.head_dim
         end = min(align(width, MATRIX_ROWS), attention.qkv_rows)
         work.linear(f"{i}.qkv", normed, qkv, False, f"{i}.qkv.bias" if attention.qkv_bias else None, [(0, end)])

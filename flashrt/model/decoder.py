@@ -81,6 +81,8 @@ class Decoder:
         for i in range(len(self.spec.layers)):
             self._mix(i, tokens, batch.wide)
             self._ffn(i, tokens, batch)
+            if self.spec.layer_scales:
+                x *= self.weights.vector(f"{i}.scale")
         normed = self.work.view("normed", len(batch), self.spec.hidden)
         self.work.norm("norm.final", x, normed)
         return normed

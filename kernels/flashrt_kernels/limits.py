@@ -10,5 +10,5 @@ DOWN_STEP = 512  # rows of down, likewise, where gate and up lie by channel
 ATTENTION_SEGMENT = 256  # positions that attention sums by themselves, from multiples of it on
 LARGEST_GROUP = 2048  # neurons of one bundle
 LONGEST_ROW = 65536  # weights: longer rows no kernel takes
-WIDEST_HEAD = 256  # numbers of one attention head, likewise
+WIDEST_HEAD = 512  # numbers of one attention head, likewise
 MOST_TAPS = 8  # rows that the convolution of a delta net takes together, likewise

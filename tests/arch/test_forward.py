@@ -65,6 +65,7 @@ class PlainModel:
             else:
                 y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x)
             x = x + self.given(f"{i}.norm.ffn_post", y)
+            x = x * self.vector(f"{i}.scale") if spec.layer_scales else x
         logits = self.norm(x, "norm.final") @ self.matrix(spec.head, spec.vocab).T * spec.logit_scale
         return (logits / spec.logit_softcap).tanh() * spec.logit_softcap if spec.logit_softcap else logits
 
@@ -74,7 +75,10 @@ class PlainModel:
     def attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
         a: Attention = self.spec.layers[i].attention
         qkv = x @ self.matrix(f"{i}.qkv", a.qkv_rows).T + self.bias(f"{i}.qkv.bias")
-        q, k, v = qkv.view(len(x), -1, a.head_dim).transpose(0, 1).split([a.heads, a.kv_heads, a.kv_heads])
+        parts = [rows // a.head_dim for rows in a.qkv_parts]
+        q, k, v = qkv.view(len(x), -1, a.head_dim).transpose(0, 1).split(parts)
+        v = k if a.keys_as_values else v
+        v = self.unit(v) if a.value_norm else v
         if a.qk_norm_whole:
             q, k = (self.norm_whole(t, f"{i}.{name}_norm") for t, name in ((q, "q"), (k, "k")))
         elif a.qk_norm:
@@ -82,7 +86,7 @@ class PlainModel:
         if a.rope:
             q, k = rotate(q, a.rope), rotate(k, a.rope)
         if a.qk_unit:
-            q, k = (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + self.spec.norm_eps) for t in (q, k))
+            q, k = self.unit(q), self.unit(k)
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
         seen = (distance >= 0) & (distance < (a.window or len(x)))
@@ -117,6 +121,9 @@ class PlainModel:
         gate = F.silu(x @ self.matrix(f"{i}.gate", net.width).T)
         joined = (normed * self.vector(f"{i}.head_norm")).flatten(1) * gate
         return joined @ self.matrix(f"{i}.out", self.spec.hidden).T
+
+    def unit(self, heads: torch.Tensor) -> torch.Tensor:
+        return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + self.spec.norm_eps)
 
     def norm_whole(self, heads: torch.Tensor, key: str) -> torch.Tensor:
         joined = heads.transpose(0, 1).flatten(1)

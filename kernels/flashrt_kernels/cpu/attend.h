@@ -40,7 +40,7 @@ FLASHRT_INLINE void load_head(const Segment& s, int position, bool value, float*
 
 // `pack_keys` for bfloat16 and whole pairs of lanes: numbers are transposed two at a time, and widened after.
 inline void pack_half_keys(const Segment& s, int begin, int n16) {
-    static const uint16_t nothing[256] = {};
+    static const uint16_t nothing[WIDEST_HEAD] = {};
     alignas(64) uint32_t block[16][16];
     for (int p = 0; p < n16; p += 16) {
         const uint16_t* keys[16];
@@ -71,7 +71,7 @@ inline void pack_half_keys(const Segment& s, int begin, int n16) {
 inline void pack_keys(const Segment& s, int begin, int n16) {
     if (s.codecs.key == Codec::BF16 && s.dim % 32 == 0) return pack_half_keys(s, begin, n16);
     const int dim16 = (s.dim + 15) / 16 * 16;
-    alignas(64) float keys[16][256];
+    alignas(64) float keys[16][WIDEST_HEAD];
     for (int p = 0; p < n16; p += 16) {
         for (int i = 0; i < 16; ++i) {
             if (begin + p + i < s.end) load_head(s, begin + p + i, false, keys[i]);
@@ -100,7 +100,7 @@ inline void pack_values(const Segment& s, int begin, int n) {
         }
         return;
     }
-    alignas(64) float value[256];
+    alignas(64) float value[WIDEST_HEAD];
     for (int p = 0; p < n; ++p) {
         load_head(s, begin + p, true, value);
         for (int d = 0; d < dim16; d += 16) store(s.panel + (static_cast<size_t>(d) * n + 16 * p), load(value + d));

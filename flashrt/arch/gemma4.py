@@ -1,0 +1,168 @@
+"""Gemma 4, text: as Gemma 3, with wider heads and values that are keys in layers that see everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flashrt.arch.config import Config, rope_from
+from flashrt.arch.decoder import attention, decoder_spec, layer_count
+from flashrt.arch.gemma3 import embed_scale
+from flashrt.arch.gemma3 import layer_types as gguf_types
+from flashrt.arch.metadata import Metadata
+from flashrt.arch.names import GGUF_NAMES, HF_DECODER, HF_LAYER
+from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.rope import Rope
+from flashrt.spec import Attention, Ffn, Layer, ModelSpec
+
+NAMES = replace(
+    HF_DECODER,
+    layer={
+        **HF_LAYER,
+        "norm.attention_post": ("post_attention_layernorm.weight",),
+        "norm.ffn": ("pre_feedforward_layernorm.weight",),
+        "norm.ffn_post": ("post_feedforward_layernorm.weight",),
+        "scale": ("layer_scalar",),
+    },
+)
+GGUF = replace(GGUF_NAMES, layer={**GGUF_NAMES.layer, "scale": ("layer_output_scale.weight",)})
+GGUF_KEYS = ("attention.sliding_window_pattern", "final_logit_softcapping")
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# What transformers' Gemma4TextConfig takes for what a config leaves out.
+_DEFAULTS = {
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "max_position_embeddings": 131072,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+_ROPES: dict[str, dict[str, Any]] = {
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def spec(config: Config) -> ModelSpec:
+    stated = {key: value for key, value in config.data.items() if value is not None}
+    text = Config({**_DEFAULTS, **stated}, "gemma4")
+    text.refuse("use_bidirectional_attention", "vision")  # which text is not
+    text.refuse("enable_moe_block", False)
+    text.refuse("hidden_size_per_layer_input", 0)
+    text.refuse("num_kv_shared_layers", 0)
+    ffn = Ffn(text.integer("intermediate_size"), text.activation("hidden_activation", "gelu_pytorch_tanh"))
+    layers = [Layer(own, ffn) for own in _attentions(text)]
+    options = {"embed_scale": embed_scale(text), "logit_softcap": text.cap("final_logit_softcapping")}
+    return decoder_spec(text, layers, post_norms=True, tied=True, layer_scales=True, **options)
+
+
+def _attentions(config: Config) -> list[Attention]:
+    """Of every layer. Those of one kind are alike."""
+    types, bias = _layer_types(config), config.flag("attention_bias")
+    shapes, ropes = _shapes(config, types), _ropes(config)
+    window = config.integer("sliding_window")
+    kinds = {
+        kind: attention(
+            Config({**config.data, **shapes[kind]}, config.family),
+            shapes[kind]["head_dim"],
+            ropes[kind],
+            scale=1.0,
+            window=window if kind == SLIDING else None,
+            qkv_bias=bias,
+            out_bias=bias,
+            qk_norm=True,
+            value_norm=True,
+            keys_as_values=kind == FULL and config.flag("attention_k_eq_v"),
+        )
+        for kind in set(types)
+    }
+    return [kinds[kind] for kind in types]
+
+
+def _layer_types(config: Config) -> list[str]:
+    """Of every layer; the last sees everything, whatever is said of it."""
+    count = layer_count(config)
+    found = config.names("layer_types", count) or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
+    for name in found:
+        if name not in (FULL, SLIDING):
+            raise UnsupportedModelError(f"gemma4 with {name!r} layers is not supported")
+    return [*found[:-1], FULL]
+
+
+def _shapes(config: Config, types: list[str]) -> dict[str, dict[str, int]]:
+    """Size of a head, and KV heads, by kind of layer.
+
+    Published configs say what differs by names of their own; transformers saves it by layer.
+    """
+    common = {"head_dim": config.head_dim(), "num_key_value_heads": config.heads()[1]}
+    if "per_layer_config" not in config.data:
+        own = {"head_dim": config.integer("global_head_dim", maximum=1 << 16)}
+        if config.flag("attention_k_eq_v") and config.data.get("num_global_key_value_heads") is not None:
+            own["num_key_value_heads"] = config.integer("num_global_key_value_heads", maximum=1 << 16)
+        return {SLIDING: common, FULL: common | own}
+    by_layer = Config(config.object("per_layer_config"), config.family)
+    result: dict[str, dict[str, int]] = {}
+    for i, kind in enumerate(types):
+        layer = Config(by_layer.object(str(i)), config.family)
+        if odd := set(layer.data) - set(common):
+            raise UnsupportedModelError(f"gemma4 with {min(odd)!r} in per_layer_config is not supported")
+        own = common | {key: layer.integer(key, maximum=1 << 16) for key in layer.data}
+        if result.setdefault(kind, own) != own:
+            raise UnsupportedModelError(f"gemma4 whose {kind} layers have heads of different kinds is not supported")
+    return result
+
+
+def _ropes(config: Config) -> dict[str, Rope]:
+    """By kind of layer."""
+    parameters = Config(config.object("rope_parameters") or _ROPES, config.family)
+    if missing := [kind for kind in _ROPES if not parameters.object(kind)]:
+        raise CheckpointError(f"gemma4 config: rope_parameters say nothing of {missing[0]}")
+    return {kind: rope_from(config, parameters.object(kind), own["rope_theta"]) for kind, own in _ROPES.items()}
+
+
+def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
+    types = gguf_types(config, fields)
+    head_dim = fields.integer("attention.key_length_swa", config["head_dim"])
+    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        if (found := fields.integer(key, head_dim)) != head_dim:
+            raise UnsupportedModelError(f"GGUF with {key}={found} but head size {head_dim} is not supported")
+    kv_heads = _of_layers(fields, "attention.head_count_kv", len(types), config["num_attention_heads"])
+    dims = {SLIDING: head_dim, FULL: config["head_dim"]}
+    shapes = [{"head_dim": dims[kind], "num_key_value_heads": n} for kind, n in zip(types, kv_heads, strict=True)]
+    without = config["layers_without_values"]
+    if without not in ([], full := [i for i, kind in enumerate(types) if kind == FULL]):
+        raise UnsupportedModelError(
+            f"GGUF gemma4 without values in layers {without} is not supported, expected {full} or none"
+        )
+    return {
+        "layer_types": types,
+        "per_layer_config": {str(i): shape for i, shape in enumerate(shapes)},
+        "attention_k_eq_v": bool(without),
+        "sliding_window": fields.integer("attention.sliding_window"),
+        "final_logit_softcapping": fields.number("final_logit_softcapping"),
+        "hidden_size_per_layer_input": fields.integer("embedding_length_per_layer_input", 0),
+        "num_kv_shared_layers": fields.integer("attention.shared_kv_layers", 0),
+        "rope_parameters": {
+            FULL: config["rope_parameters"],
+            SLIDING: {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
+        },
+    }
+
+
+def _of_layers(fields: Metadata, key: str, layers: int, default: int) -> list[int]:
+    """The number that a field gives to each layer, or all of them."""
+    found = fields.per_layer(key)
+    numbers = [default if found is None else found] * layers if found is None or isinstance(found, int) else [*found]
+    if len(numbers) != layers:
+        raise CheckpointError(f"GGUF metadata: {key} has {len(numbers)} numbers, expected {layers}")
+    return numbers
