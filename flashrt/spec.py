@@ -5,6 +5,7 @@ family. `{i}` is the layer:
 
     vectors   (float32, always resident)
         norm.final  norm.final.bias
+        norm.inputs [layer_inputs]  {i}.norm.input_post
         {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
@@ -18,6 +19,8 @@ family. `{i}` is the layer:
         {i}.gate [heads * head_dim, hidden]                               of what the heads give
         {i}.out [hidden, heads * head_dim]
         {i}.router [experts, hidden]   {i}.shared_gate [1, hidden]
+        inputs.embed [vocab, layers * layer_inputs]   inputs.project [layers * layer_inputs, hidden]
+        {i}.input_gate [layer_inputs, hidden]         {i}.input_out [hidden, layer_inputs]
     neurons   (packed bundles: gate row, up row, down column)
         {i}.ffn   [experts * neurons] bundles; expert e is the run starting at e * neurons
         {i}.shared  [shared] bundles: an expert that every token goes to
@@ -71,11 +74,17 @@ class Attention:
     sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
     keys_as_values: bool = False  # values are what is projected to keys, before these are normed and rotated
     value_norm: bool = False  # each value is divided by its root mean square
+    kv_from: int | None = None  # the earlier layer whose keys and values it attends to; None: it has its own
 
     @property
     def row_width(self) -> int:
         """Numbers of a token's queries, keys and values."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return (self.heads + 2 * self.kept_heads) * self.head_dim
+
+    @property
+    def kept_heads(self) -> int:
+        """KV heads of which it keeps keys and values."""
+        return self.kv_heads if self.kv_from is None else 0
 
     @property
     def qkv_rows(self) -> int:
@@ -85,7 +94,7 @@ class Attention:
     @property
     def qkv_parts(self) -> tuple[int, int, int]:
         """Rows of the projections to queries, keys and values."""
-        keys = self.kv_heads * self.head_dim
+        keys = self.kept_heads * self.head_dim
         return self.heads * self.head_dim, keys, 0 if self.keys_as_values else keys
 
     @property
@@ -103,7 +112,9 @@ class Attention:
         result: dict[str, int] = {}
         if self.qk_norm:
             queries, keys = (self.heads, self.kv_heads) if self.qk_norm_whole else (1, 1)
-            result |= {"q_norm": queries * self.head_dim, "k_norm": keys * self.head_dim}
+            result["q_norm"] = queries * self.head_dim
+            if self.kv_from is None:
+                result["k_norm"] = keys * self.head_dim
         if self.qkv_bias:
             result["qkv.bias"] = self.qkv_rows
         if self.out_bias:
@@ -295,6 +306,8 @@ class ModelSpec:
     eos: tuple[int, ...] = ()
     longest: int = 0  # sequences beyond this are not what its layers say, however they are scaled; 0: no such bound
     layer_scales: bool = False  # the residual stream behind each layer is multiplied by a number of its own
+    layer_inputs: int = 0  # numbers that each layer is given of a token beside the residual stream
+    layer_input_scale: float = 1.0  # of those that the token's row holds
 
     def unsupported(self) -> str | None:
         """Why these shapes cannot be computed, as one clause; None when they can."""
@@ -308,12 +321,32 @@ class ModelSpec:
         for ffn in {layer.ffn for layer in self.layers}:
             if problem := ffn.unsupported():
                 return problem
+        for i, attention in self.attentions.items():
+            if problem := self._borrowing_problem(i, attention):
+                return problem
+        if self.layer_inputs and self.layer_inputs * len(self.layers) > LONGEST_ROW:
+            return f"{self.layer_inputs} numbers for each layer of a token are more than kernels take"
+        if not all(parse(layer.ffn.activation).gate_only for layer in self.layers) and self.layer_inputs:
+            return "layer inputs beside an activation that bounds what the gate is multiplied by"
         if self.positions and self.positions < self.context + self.position_offset:
             return (
                 f"a table of {self.positions} positions, the first {self.position_offset} of them unused, "
                 f"does not reach the end of a context of {self.context}"
             )
         return None
+
+    def _borrowing_problem(self, i: int, attention: Attention) -> str | None:
+        """Why layer `i` cannot attend to the keys and values of another, as one clause."""
+        if attention.kv_from is None:
+            return None
+        if not 0 <= attention.kv_from < i or self.layers[attention.kv_from].mixer != replace(attention, kv_from=None):
+            return f"layer {i} attends to what layer {attention.kv_from} keeps, which is none before it that is alike"
+        return None
+
+    def kv_layer(self, i: int) -> int:
+        """The layer whose keys and values layer `i` attends to: itself for most."""
+        mixer = self.layers[i].mixer
+        return mixer.kv_from if isinstance(mixer, Attention) and mixer.kv_from is not None else i
 
     @property
     def attentions(self) -> dict[int, Attention]:
@@ -393,6 +426,8 @@ class ModelSpec:
         """Logical name → length of every vector, in the order in which they are stored."""
         norms = ("", ".bias") if self.norm == "layer" and self.norm_bias else ("",)
         result = {f"norm.final{suffix}": self.hidden for suffix in norms}
+        if self.layer_inputs:
+            result["norm.inputs"] = self.layer_inputs
         for i, layer in enumerate(self.layers):
             ffn = layer.ffn
             for name in ("attention", "ffn"):
@@ -400,6 +435,8 @@ class ModelSpec:
                     result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
                 if self.post_norms:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
+            if self.layer_inputs:
+                result[f"{i}.norm.input_post"] = self.hidden
             if self.layer_scales:
                 result[f"{i}.scale"] = 1
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
@@ -425,6 +462,9 @@ class ModelSpec:
             result["head"] = (self.vocab, self.hidden)
         if self.positions:
             result["positions"] = (self.positions, self.hidden)
+        if self.layer_inputs:
+            width = len(self.layers) * self.layer_inputs
+            result |= {"inputs.embed": (self.vocab, width), "inputs.project": (width, self.hidden)}
         return result
 
     def layer_matrices(self, i: int) -> dict[str, tuple[int, int]]:
@@ -435,6 +475,9 @@ class ModelSpec:
             result[f"{i}.router"] = (ffn.experts, self.hidden)
         if ffn.shared_gate:
             result[f"{i}.shared_gate"] = (1, self.hidden)
+        if self.layer_inputs:
+            result[f"{i}.input_gate"] = (self.layer_inputs, self.hidden)
+            result[f"{i}.input_out"] = (self.hidden, self.layer_inputs)
         return result
 
     def layer_neurons(self, i: int) -> dict[str, tuple[int, int]]:
@@ -460,7 +503,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, codec: KvCodec) -> int:
         """Bytes of keys and values of one token over all layers."""
-        return sum(a.kv_heads * codec.nbytes(a.head_dim) for a in self.attentions.values())
+        return sum(a.kept_heads * codec.nbytes(a.head_dim) for a in self.attentions.values())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; equal layers are written once, with a count."""
@@ -495,7 +538,7 @@ class ModelSpec:
 
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
-    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest", "layer_scales"),
+    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest", "layer_scales", "layer_inputs", "layer_input_scale"),
     Attention: (
         "qk_norm_whole",
         "softcap",
@@ -507,6 +550,7 @@ _ADDITIONS = {
         "sinks",
         "keys_as_values",
         "value_norm",
+        "kv_from",
     ),
     DeltaNet: (),
     Ffn: (

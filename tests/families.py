@@ -154,6 +154,23 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "final_logit_softcapping": 3.5,
         },
     ),
+    "gemma4-inputs": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 7,
+            "rms_norm_eps": 1e-5,
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": VOCAB,
+            "layer_types": [
+                *("sliding_attention", "full_attention", "full_attention", "sliding_attention"),
+                *("full_attention", "sliding_attention", "full_attention"),
+            ],
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+        },
+    ),
     "phi3": (
         "Phi3Config",
         "Phi3ForCausalLM",
@@ -431,6 +448,7 @@ GGUF_FAMILIES = (
     "gemma2",
     "gemma3",
     "gemma4",
+    "gemma4-inputs",
     "mixtral",
     "qwen3_moe",
     "phi3",
@@ -524,8 +542,9 @@ def tiny_checkpoint(
             values.copy_(values.to(dtype))
     if family.startswith(("gemma2", "gemma3", "gemma4")):
         # transformers rounds the scale to the type of the weights; the float32 model has to follow the saved one.
-        embed = model.model.embed_tokens
-        embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
+        for embed in (model.model.embed_tokens, getattr(model.model, "embed_tokens_per_layer", None)):
+            if embed is not None:
+                embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
     return model, directory
 
 
@@ -635,11 +654,18 @@ _SANDWICH = {
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
 }
-_GEMMA4_LEAVES = {**_SANDWICH, "layer_scalar": "layer_output_scale.weight"}
+_GEMMA4_LEAVES = {
+    **_SANDWICH,
+    "layer_scalar": "layer_output_scale.weight",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
 _OTHER_LEAVES = {
     "gemma2": _SANDWICH,
     "gemma3": _SANDWICH,
     "gemma4": _GEMMA4_LEAVES,
+    "gemma4-inputs": _GEMMA4_LEAVES,
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), hybrids.LEAVES),
@@ -774,8 +800,10 @@ def _write_gemma2_metadata(writer: Any, config: Any) -> None:
 def _write_gemma4_metadata(writer: Any, config: Any) -> None:
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     full = config.per_layer_config["full_attention"]
-    for name in ("key_length", "value_length", "head_count_kv"):
-        writer.kv_data[0].pop(f"gemma4.attention.{name}", None)
+    for name in ("attention.key_length", "attention.value_length", "attention.head_count_kv", "feed_forward_length"):
+        writer.kv_data[0].pop(f"gemma4.{name}", None)
+    double = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
+    writer.add_feed_forward_length([config.intermediate_size * (2 if own else 1) for own in double])
     writer.add_head_count_kv([own.num_key_value_heads for own in config.per_layer_config])
     writer.add_key_length(full.head_dim)
     writer.add_value_length(full.head_dim)
@@ -994,11 +1022,18 @@ def _llama4_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+_GGUF_SHARED = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+
+
 def _gguf_name(name: str, leaves: dict[str, str]) -> str:
-    if name.startswith("model.embed_tokens"):
-        return "token_embd.weight"
-    if name == "model.norm.weight":
-        return "output_norm.weight"
+    if name in _GGUF_SHARED:
+        return _GGUF_SHARED[name]
     _, _, layer, leaf = name.split(".", 3)
     for ours, theirs in leaves.items():
         if leaf.startswith(ours):

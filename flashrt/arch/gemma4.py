@@ -18,16 +18,46 @@ from flashrt.spec import Attention, Ffn, Layer, ModelSpec
 
 NAMES = replace(
     HF_DECODER,
+    shared={
+        **HF_DECODER.shared,
+        "inputs.embed": "embed_tokens_per_layer.weight",
+        "inputs.project": "per_layer_model_projection.weight",
+        "norm.inputs": "per_layer_projection_norm.weight",
+    },
     layer={
         **HF_LAYER,
         "norm.attention_post": ("post_attention_layernorm.weight",),
         "norm.ffn": ("pre_feedforward_layernorm.weight",),
         "norm.ffn_post": ("post_feedforward_layernorm.weight",),
+        "input_gate": ("per_layer_input_gate.weight",),
+        "input_out": ("per_layer_projection.weight",),
+        "norm.input_post": ("post_per_layer_input_norm.weight",),
         "scale": ("layer_scalar",),
     },
 )
-GGUF = replace(GGUF_NAMES, layer={**GGUF_NAMES.layer, "scale": ("layer_output_scale.weight",)})
-GGUF_KEYS = ("attention.sliding_window_pattern", "final_logit_softcapping")
+GGUF = replace(
+    GGUF_NAMES,
+    shared={
+        **GGUF_NAMES.shared,
+        "inputs.embed": "per_layer_token_embd.weight",
+        "inputs.project": "per_layer_model_proj.weight",
+        "norm.inputs": "per_layer_proj_norm.weight",
+    },
+    layer={
+        **GGUF_NAMES.layer,
+        "input_gate": ("inp_gate.weight",),
+        "input_out": ("proj.weight",),
+        "norm.input_post": ("post_norm.weight",),
+        "scale": ("layer_output_scale.weight",),
+    },
+)
+GGUF_KEYS = (
+    "attention.shared_kv_layers",
+    "attention.sliding_window_pattern",
+    "embedding_length_per_layer_input",
+    "final_logit_softcapping",
+)
+GGUF_BY_LAYER = ("intermediate_size", "num_key_value_heads")
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -44,6 +74,7 @@ _DEFAULTS = {
     "max_position_embeddings": 131072,
     "sliding_window": 512,
     "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144,
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
@@ -58,16 +89,30 @@ def spec(config: Config) -> ModelSpec:
     text = Config({**_DEFAULTS, **stated}, "gemma4")
     text.refuse("use_bidirectional_attention", "vision")  # which text is not
     text.refuse("enable_moe_block", False)
-    text.refuse("hidden_size_per_layer_input", 0)
-    text.refuse("num_kv_shared_layers", 0)
-    ffn = Ffn(text.integer("intermediate_size"), text.activation("hidden_activation", "gelu_pytorch_tanh"))
-    layers = [Layer(own, ffn) for own in _attentions(text)]
+    layers = [Layer(own, _ffn(text, own)) for own in _attentions(text)]
     options = {"embed_scale": embed_scale(text), "logit_softcap": text.cap("final_logit_softcapping")}
-    return decoder_spec(text, layers, post_norms=True, tied=True, layer_scales=True, **options)
+    return decoder_spec(text, layers, post_norms=True, tied=True, layer_scales=True, **options, **_inputs(text))
+
+
+def _inputs(config: Config) -> dict[str, Any]:
+    """What the spec says of layer inputs."""
+    width = config.integer("hidden_size_per_layer_input", minimum=0)
+    if width == 0:
+        return {}
+    vocab, rows = config.integer("vocab_size"), config.integer("vocab_size_per_layer_input")
+    if rows != vocab:
+        raise UnsupportedModelError(f"gemma4 with per-layer embeddings of {rows} of {vocab} tokens is not supported")
+    return {"layer_inputs": width, "layer_input_scale": embed_scale(config, "hidden_size_per_layer_input")}
+
+
+def _ffn(config: Config, attention: Attention) -> Ffn:
+    wide = config.flag("use_double_wide_mlp") and attention.kv_from is not None
+    neurons = config.integer("intermediate_size") * (2 if wide else 1)
+    return Ffn(neurons, config.activation("hidden_activation", "gelu_pytorch_tanh"))
 
 
 def _attentions(config: Config) -> list[Attention]:
-    """Of every layer. Those of one kind are alike."""
+    """Of every layer. Those of one kind are alike, but for the last, which attend to what one before them keeps."""
     types, bias = _layer_types(config), config.flag("attention_bias")
     shapes, ropes = _shapes(config, types), _ropes(config)
     window = config.integer("sliding_window")
@@ -86,7 +131,12 @@ def _attentions(config: Config) -> list[Attention]:
         )
         for kind in set(types)
     }
-    return [kinds[kind] for kind in types]
+    shared = config.integer("num_kv_shared_layers", 0, minimum=0, maximum=len(types) - 1)
+    own, others = types[: len(types) - shared], types[len(types) - shared :]
+    if missing := set(others) - set(own):
+        raise CheckpointError(f"gemma4 config: no {min(missing)} layer is before the {shared} that share keys and values")
+    last = {kind: i for i, kind in enumerate(own)}
+    return [kinds[kind] for kind in own] + [replace(kinds[kind], kv_from=last[kind]) for kind in others]
 
 
 def _layer_types(config: Config) -> list[str]:
@@ -139,24 +189,38 @@ def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     kv_heads = _of_layers(fields, "attention.head_count_kv", len(types), config["num_attention_heads"])
     dims = {SLIDING: head_dim, FULL: config["head_dim"]}
     shapes = [{"head_dim": dims[kind], "num_key_value_heads": n} for kind, n in zip(types, kv_heads, strict=True)]
-    without = config["layers_without_values"]
-    if without not in ([], full := [i for i, kind in enumerate(types) if kind == FULL]):
+    shared = fields.integer("attention.shared_kv_layers", 0)
+    full = [i for i, kind in enumerate(types[: len(types) - shared]) if kind == FULL]
+    without = [i for i in config["layers_without_values"] if i < len(types) - shared]
+    if without not in ([], full):
         raise UnsupportedModelError(
             f"GGUF gemma4 without values in layers {without} is not supported, expected {full} or none"
         )
     return {
         "layer_types": types,
+        **shapes[0],
         "per_layer_config": {str(i): shape for i, shape in enumerate(shapes)},
         "attention_k_eq_v": bool(without),
         "sliding_window": fields.integer("attention.sliding_window"),
         "final_logit_softcapping": fields.number("final_logit_softcapping"),
         "hidden_size_per_layer_input": fields.integer("embedding_length_per_layer_input", 0),
-        "num_kv_shared_layers": fields.integer("attention.shared_kv_layers", 0),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "num_kv_shared_layers": shared,
+        **_widths(fields, len(types), shared),
         "rope_parameters": {
             FULL: config["rope_parameters"],
             SLIDING: {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
         },
     }
+
+
+def _widths(fields: Metadata, layers: int, shared: int) -> dict[str, Any]:
+    """Of the feed-forward blocks: the same of all layers, or twice that of those that share keys and values."""
+    found = _of_layers(fields, "feed_forward_length", layers, 0)
+    own, others = set(found[: layers - shared]), set(found[layers - shared :])
+    if len(own) != 1 or len(others) > 1 or not others <= {min(own), 2 * min(own)}:
+        raise UnsupportedModelError(f"GGUF gemma4 with feed_forward_length={found!r:.80} is not supported")
+    return {"intermediate_size": min(own), "use_double_wide_mlp": bool(others - own)}
 
 
 def _of_layers(fields: Metadata, key: str, layers: int, default: int) -> list[int]:

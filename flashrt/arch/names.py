@@ -6,6 +6,7 @@ is found under several ('model.', 'language_model.model.' in multimodal checkpoi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,7 @@ class Names:
         return TensorMap(self, spec, prefix, head, has)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorMap:
     """Logical name → parts, for one checkpoint."""
 
@@ -182,7 +183,16 @@ class TensorMap:
 
     def is_harmless(self, tensor: str) -> bool:
         """Whether no logit depends on a tensor that no part names."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless) or self._is_beyond(tensor)
+        known = any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless)
+        return known or self._is_beyond(tensor) or tensor in self._unused
+
+    @functools.cached_property
+    def _unused(self) -> frozenset[str]:
+        """What checkpoints may hold of layers that attend to the keys and values of another."""
+        layer = self.names.layer
+        unused = [name for key in ("qkv", "qkv.bias") if len(layer[key]) > 1 for name in layer[key][1:]]
+        borrowing = [i for i, attention in self.spec.attentions.items() if attention.kv_from is not None]
+        return frozenset(self._layer(i, name) for i in borrowing for name in (*unused, *layer["k_norm"]))
 
     def _is_beyond(self, tensor: str) -> bool:
         """Whether a tensor belongs to a layer behind the last that only predicts further tokens."""

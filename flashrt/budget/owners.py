@@ -8,6 +8,7 @@ from flashrt_kernels.rows import align
 
 OWNERS = {  # by kind
     **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", "out"), "attention"),
+    **dict.fromkeys(("project", "input_gate", "input_out"), "layer inputs"),
     "router": "router",
     "shared_gate": "router",
     "shared": "shared experts",
@@ -15,7 +16,7 @@ OWNERS = {  # by kind
     "down": "FFN",
 }
 # Owners of weights, in order of claim.
-WEIGHTS = ("router", "attention", "head", "shared experts", "FFN", "experts", "embeddings")
+WEIGHTS = ("router", "attention", "layer inputs", "head", "shared experts", "FFN", "experts", "embeddings")
 VECTOR_STEP = 16  # float32 numbers in a cache line
 
 

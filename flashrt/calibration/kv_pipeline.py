@@ -155,7 +155,7 @@ def labelled_layers(spec: ModelSpec) -> list[int]:
     """The layers that can have labels. Raises UnsupportedModelError for a model that has none."""
     layers = [i for i, attention in spec.attentions.items() if most_channels(attention) is not None]
     for attention in (spec.layers[i].attention for i in layers):
-        partial = attention.rope is not None and attention.rope.dims
+        partial = attention.rope is not None and (attention.rope.dims or attention.rope.share < 1)
         if attention.softcap or attention.temperature or attention.qk_unit or partial:
             what = "heads that are rotated in part" if partial else "attention scores that are soft-capped or scaled"
             raise UnsupportedModelError(f"{spec.family}: {what} cannot have labels; use --kv exact")

@@ -86,24 +86,15 @@ class AttentionBlocks(MixerBlocks):
         The others give zeros, whatever their queries hold.
         """
         attention, count = self.work.spec.layers[i].attention, len(qkv)
-        heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
+        heads, dim = attention.heads, attention.head_dim
         out = self.work.view("attended", count, heads * dim)
-        split = qkv.reshape(count, -1, dim)
-        query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
-        if attention.keys_as_values:
-            value[:] = key
-        if attention.value_norm:
-            self._norm_heads(value, self._units[dim])
-        self._norm_part(attention, qkv[:, : heads * dim], f"{i}.q_norm")
-        self._norm_part(attention, qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
-        if self._observe is not None:
-            self._observe(i, query, key)
-        self._rotate(attention, split[:, : heads + kv_heads])
-        self._scale(attention, query)
-        group, sinks = heads // kv_heads, self.work.weights.vector(f"{i}.sinks") if attention.sinks else None
+        query, key, value = self._prepare(i, qkv)
+        group, source = heads // attention.kv_heads, self.work.spec.kv_layer(i)
+        sinks = self.work.weights.vector(f"{i}.sinks") if attention.sinks else None
         for own, kv, rows in self.parts:
-            store = kv.keys_of(i)
-            store.append(key[own], value[own], rows.start)
+            store = kv.keys_of(source)
+            if source == i:
+                store.append(key[own], value[own], rows.start)
             for first, end in [(0, heads)] if chosen is None or store.whole else chosen.spans:
                 part = out[own, first * dim : end * dim]
                 beside = None if sinks is None else sinks[first:end]
@@ -112,6 +103,25 @@ class AttentionBlocks(MixerBlocks):
             out.reshape(count, -1, dim)[~chosen.each] = 0
         return out
 
+    def _prepare(self, i: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, heads, head_dim], keys and values as they are kept, normed and rotated in place."""
+        attention = self.work.spec.layers[i].attention
+        heads, kept, dim = attention.heads, attention.kept_heads, attention.head_dim
+        split = qkv.reshape(len(qkv), -1, dim)
+        query, key, value = split[:, :heads], split[:, heads : heads + kept], split[:, heads + kept :]
+        if attention.keys_as_values:
+            value[:] = key
+        if attention.value_norm:
+            self._norm_heads(value, self._units[dim])
+        self._norm_part(attention, qkv[:, : heads * dim], f"{i}.q_norm")
+        if kept:
+            self._norm_part(attention, qkv[:, heads * dim : (heads + kept) * dim], f"{i}.k_norm")
+        if self._observe is not None:
+            self._observe(i, query, key)
+        self._rotate(attention, split[:, : heads + kept])
+        self._scale(attention, query)
+        return query, key, value
+
     def look_ahead(self, i: int, residual: Tensor) -> None:
         """Start to bring what narrow rows will probably attend to in layer `i`, by the stream before the layer ahead.
 
@@ -119,10 +129,11 @@ class AttentionBlocks(MixerBlocks):
         queries again, so none is made where that would wait for weights.
         """
         work, spec, began = self.work, self.work.spec, time.perf_counter()
+        source = spec.kv_layer(i)
         parts = [
-            (own, kv.keys_of(i), rows)
+            (own, kv.keys_of(source), rows)
             for own, kv, rows in self.parts
-            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.keys_of(i).looks_ahead
+            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.keys_of(source).looks_ahead
         ]
         if not parts or not work.weights.resident(f"{i}.qkv"):
             return

@@ -44,13 +44,18 @@ class Schedule:
 
     def __init__(self, weights: Weights, ffns: Ffns, pages: RingPages | None = None) -> None:
         self._weights, self._ffns, self._pages = weights, ffns, pages
+        spec = weights.spec
+        beside = ("input_gate", "input_out") if spec.layer_inputs else ()
         steps: list[tuple[Expect, Submit | None]] = []
+        if spec.layer_inputs:
+            steps.append((partial(_weights, weights, "inputs.project"), None))
         for i, block in enumerate(ffns.blocks):
-            *inputs, output = weights.spec.layers[i].mixer.matrices(weights.spec.hidden)
+            *inputs, output = spec.layers[i].mixer.matrices(spec.hidden)
             steps += [(partial(_weights, weights, f"{i}.{name}"), None) for name in inputs]
-            if pages is not None and i in pages.layers:
-                steps.append((partial(_far, pages, i), pages.submit(i)))
+            if pages is not None and (source := spec.kv_layer(i)) in pages.layers:
+                steps.append((partial(_far, pages, source), pages.submit(source)))
             steps += (partial(_weights, weights, f"{i}.{output}"), None), (partial(_ffn, block), block.submit)
+            steps += [(partial(_weights, weights, f"{i}.{name}"), None) for name in beside]
         alike = itertools.groupby(steps, key=lambda step: step[1])
         self._body = [_Stretch([expect for expect, _ in own], submit) for submit, own in alike]
         cells = pages is not None and pages.cells is not None

@@ -311,7 +311,7 @@ def pack_layout(
     file_bytes: dict[str, int] = {}
     for layer in (None, *range(len(spec.layers))):
         file = RESIDENT_FILE if layer is None else layer_file(layer)
-        prefix = "norm.final" if layer is None else f"{layer}."
+        prefix = "norm." if layer is None else f"{layer}."
         matrices = spec.shared_matrices() if layer is None else spec.layer_matrices(layer)
         shapes_of = [*(_matrices(matrices, dtype) if kept is None else _kept_matrices(matrices, dtype, kept, spec))]
         own_vectors = {name: n for name, n in lengths.items() if name.startswith(prefix)}

@@ -45,7 +45,7 @@ def rope_of(**fields: Any) -> Rope:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"head_dim": 512}, "heads of 512 numbers are wider than the 256"),
+        ({"head_dim": 514}, "heads of 514 numbers are wider than the 512"),
         ({"hidden_size": 1 << 17, "head_dim": 128}, "a hidden size of 131072"),
         ({"num_attention_heads": 1024, "head_dim": 128}, "1024 heads of 128"),
     ],

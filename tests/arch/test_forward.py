@@ -55,6 +55,8 @@ class PlainModel:
         x = self.matrix("embed", spec.vocab)[tokens] * spec.embed_scale
         if spec.positions:
             x = x + self.matrix("positions", spec.positions)[torch.arange(len(tokens)) + spec.position_offset]
+        inputs = self.layer_inputs(tokens, x) if spec.layer_inputs else None
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for i in range(len(spec.layers)):
             before = x
             mix = self.attention if i in spec.attentions else self.delta_net
@@ -65,9 +67,21 @@ class PlainModel:
             else:
                 y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x)
             x = x + self.given(f"{i}.norm.ffn_post", y)
+            if inputs is not None:
+                gate = x @ self.matrix(f"{i}.input_gate", spec.layer_inputs).T
+                own = _ACTIVATIONS[spec.layers[i].ffn.activation](gate) * inputs[:, i]
+                x = x + self.norm(own @ self.matrix(f"{i}.input_out", spec.hidden).T, f"{i}.norm.input_post")
             x = x * self.vector(f"{i}.scale") if spec.layer_scales else x
         logits = self.norm(x, "norm.final") @ self.matrix(spec.head, spec.vocab).T * spec.logit_scale
         return (logits / spec.logit_softcap).tanh() * spec.logit_softcap if spec.logit_softcap else logits
+
+    def layer_inputs(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[T, layers, layer_inputs]"""
+        count, width = len(self.spec.layers), self.spec.layer_inputs
+        projected = x @ self.matrix("inputs.project", count * width).T * self.spec.hidden**-0.5
+        rows = self.matrix("inputs.embed", self.spec.vocab)[tokens] * self.spec.layer_input_scale
+        normed = self.norm(projected.view(-1, count, width), "norm.inputs")
+        return (normed + rows.view(-1, count, width)) * 2**-0.5
 
     def given(self, key: str, y: torch.Tensor) -> torch.Tensor:
         return (self.norm(y, key) if self.spec.post_norms else y) * self.spec.residual_scale
@@ -82,12 +96,14 @@ class PlainModel:
         if a.qk_norm_whole:
             q, k = (self.norm_whole(t, f"{i}.{name}_norm") for t, name in ((q, "q"), (k, "k")))
         elif a.qk_norm:
-            q, k = self.norm(q, f"{i}.q_norm"), self.norm(k, f"{i}.k_norm")
+            q, k = self.norm(q, f"{i}.q_norm"), k if a.kv_from is not None else self.norm(k, f"{i}.k_norm")
         if a.rope:
             q, k = rotate(q, a.rope), rotate(k, a.rope)
         if a.qk_unit:
             q, k = self.unit(q), self.unit(k)
-        k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
+        if a.kv_from is None:
+            self.kept[i] = k, v
+        k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in self.kept[self.spec.kv_layer(i)])
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
         seen = (distance >= 0) & (distance < (a.window or len(x)))
         if a.temperature:

@@ -45,7 +45,7 @@ def widened(kv, dim):
 
 SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "softcap"),
-    [(12, 2, 128, None), (9, 3, 20, None), (5, 1, 80, 20.0), (4, 4, 256, None), (22, 2, 10, 5.0), (7, 7, 1, None)],
+    [(12, 2, 128, None), (9, 3, 20, None), (5, 1, 80, 20.0), (4, 4, 256, None), (3, 1, 512, None), (22, 2, 10, 5.0), (7, 7, 1, None)],
 )
 
 
@@ -166,7 +166,7 @@ def test_wrong_arguments_are_named():
     beyond[2, 1, 6], before[2, 1, 6] = 32, -6
     for name, wrong in [
         ("q", normal(1, 3, 8, 16)[:, ::2]),
-        ("q", normal(1, 3, 4, 257)),
+        ("q", normal(1, 3, 4, 513)),
         ("near", near.astype(np.float64)),
         ("near", near[:, :, :, :8]),
         ("near", near[:, ::2]),

@@ -111,7 +111,7 @@ def test_wrong_arguments_are_named(device):
     gpu.attention_list(**good)
     for name, wrong in [
         ("q", normal(3, 3, 8, 16).to(device)[:, ::2]),
-        ("q", normal(3, 3, 4, 257).to(device)),
+        ("q", normal(3, 3, 4, 513).to(device)),
         ("near", near.double()),
         ("near", near[:, :, :, :8]),
         ("near", near[:, ::2]),

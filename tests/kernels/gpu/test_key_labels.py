@@ -94,7 +94,7 @@ def test_wrong_arguments_are_named(device):
     for name, wrong in [
         ("kv", kv.double()),
         ("kv", kv[:, ::2]),
-        ("kv", torch.zeros((2, 40, 2, 257), device=device)),
+        ("kv", torch.zeros((2, 40, 2, 513), device=device)),
         ("k", k[:, :1]),
         ("k", k.to(torch.bfloat16)),
         ("v", k[:2]),
