@@ -11,7 +11,8 @@ family. `{i}` is the layer:
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
         {i}.qkv.bias  {i}.out.bias  {i}.sinks [heads]
         {i}.gate.bias  {i}.up.bias  {i}.down.bias      one after the other of all experts
-        {i}.router.bias  {i}.router.correction         [experts]
+        {i}.router.bias  {i}.router.correction  {i}.router.scales    [experts]
+        {i}.norm.router  {i}.norm.experts  {i}.norm.experts_post  {i}.norm.shared_post
         {i}.scale                                      [1], of the residual stream behind the layer
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
@@ -226,6 +227,10 @@ class Ffn:
     router_groups_used: int = 1
     router_input: bool = False  # the score of the one expert chosen multiplies what it is given, not what it gives
     router_scale: float = 1.0  # of the chosen experts' scores, once rescaled
+    expert_scales: bool = False  # each expert's score is multiplied by a number of its own besides
+    router_norm: bool = False  # the router is given the residual stream, by a norm of its own
+    router_logit_scale: float = 1.0
+    branch_norms: bool = False  # experts and shared one are not given the same, and are normed before they are added
     shared: int = 0  # neurons of an expert that every token goes to; 0: there is none
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a row of its own
 
@@ -237,6 +242,12 @@ class Ffn:
     def gate_bias(self) -> bool:
         """Whether gates have biases."""
         return self.gated and self.bias
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of norms within the block."""
+        branches = ("experts", "experts_post", "shared_post") if self.branch_norms else ()
+        return (*(("router",) if self.router_norm else ()), *branches)
 
     @property
     def runs(self) -> int:
@@ -255,6 +266,10 @@ class Ffn:
             return f"a router that weighs the input of {self.experts_per_token} experts"
         if self.shared_gate and not self.shared:
             return "a gate of a shared expert without one"
+        if not self.experts and (self.expert_scales or self.router_norm or self.router_logit_scale != 1.0):
+            return "what belongs to a router without one"
+        if self.branch_norms and (not self.shared or self.router_input):
+            return "norms of experts and of a shared one that are not given the normed stream each"
         if self.shared and self.bias:
             return "biases of experts beside a shared one"
         if self.router_groups == 1:
@@ -324,6 +339,8 @@ class ModelSpec:
         for i, attention in self.attentions.items():
             if problem := self._borrowing_problem(i, attention):
                 return problem
+        if self.layer_inputs and self.norm != "rms":
+            return "layer inputs beside layer norms"
         if self.layer_inputs and self.layer_inputs * len(self.layers) > LONGEST_ROW:
             return f"{self.layer_inputs} numbers for each layer of a token are more than kernels take"
         if not all(parse(layer.ffn.activation).gate_only for layer in self.layers) and self.layer_inputs:
@@ -435,8 +452,8 @@ class ModelSpec:
                     result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
                 if self.post_norms:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
-            if self.layer_inputs:
-                result[f"{i}.norm.input_post"] = self.hidden
+            beside = ("input_post",) if self.layer_inputs else ()
+            result |= {f"{i}.norm.{name}{suffix}": self.hidden for name in (*ffn.norms, *beside) for suffix in norms}
             if self.layer_scales:
                 result[f"{i}.scale"] = 1
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
@@ -447,6 +464,8 @@ class ModelSpec:
                 result[f"{i}.router.bias"] = ffn.experts
             if ffn.router_correction:
                 result[f"{i}.router.correction"] = ffn.experts
+            if ffn.expert_scales:
+                result[f"{i}.router.scales"] = ffn.experts
         return result
 
     def input_norm(self, i: int, block: str) -> str | None:
@@ -561,6 +580,10 @@ _ADDITIONS = {
         "router_groups_used",
         "router_scale",
         "router_input",
+        "expert_scales",
+        "router_norm",
+        "router_logit_scale",
+        "branch_norms",
         "shared",
         "shared_gate",
     ),

@@ -68,7 +68,7 @@ _GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "tie_word_embeddings": True,
     "rope_parameters": {
-        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.28, "rope_theta": 5000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 10.5 / 36, "rope_theta": 5000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     },
 }
@@ -169,6 +169,20 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             ],
             "num_kv_shared_layers": 3,
             "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4-experts": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_key_value_heads": 3,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 7,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 24,
         },
     ),
     "phi3": (
@@ -449,6 +463,7 @@ GGUF_FAMILIES = (
     "gemma3",
     "gemma4",
     "gemma4-inputs",
+    "gemma4-experts",
     "mixtral",
     "qwen3_moe",
     "phi3",
@@ -666,6 +681,17 @@ _OTHER_LEAVES = {
     "gemma3": _SANDWICH,
     "gemma4": _GEMMA4_LEAVES,
     "gemma4-inputs": _GEMMA4_LEAVES,
+    "gemma4-experts": {
+        "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+        "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+        "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+        "router.proj": "ffn_gate_inp",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+        "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+        "experts.down_proj": "ffn_down_exps.weight",
+        **_GEMMA4_LEAVES,
+    },
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), hybrids.LEAVES),
@@ -817,6 +843,10 @@ def _write_gemma4_metadata(writer: Any, config: Any) -> None:
     writer.add_sliding_window_pattern(sliding)
     writer.add_shared_kv_layers(config.num_kv_shared_layers)
     writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
@@ -975,7 +1005,7 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
             result |= _gpt_oss_experts(name, values)
         elif family == "llama4" and "experts." in name:
             result |= _llama4_experts(name, values)
-        elif name.endswith("experts.gate_up_proj"):
+        elif name.endswith("experts.gate_up_proj") and not family.startswith("gemma4"):
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
             result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])

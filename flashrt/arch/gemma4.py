@@ -11,10 +11,10 @@ from flashrt.arch.decoder import attention, decoder_spec, layer_count
 from flashrt.arch.gemma3 import embed_scale
 from flashrt.arch.gemma3 import layer_types as gguf_types
 from flashrt.arch.metadata import Metadata
-from flashrt.arch.names import GGUF_NAMES, HF_DECODER, HF_LAYER
+from flashrt.arch.names import GGUF_NAMES, HF_DECODER, HF_LAYER, FfnNames
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import Rope
-from flashrt.spec import Attention, Ffn, Layer, ModelSpec
+from flashrt.spec import MOST_EXPERTS, Attention, Ffn, Layer, ModelSpec
 
 NAMES = replace(
     HF_DECODER,
@@ -33,7 +33,15 @@ NAMES = replace(
         "input_out": ("per_layer_projection.weight",),
         "norm.input_post": ("post_per_layer_input_norm.weight",),
         "scale": ("layer_scalar",),
+        "router": ("router.proj.weight",),
+        "router.scales": ("router.per_expert_scale",),
+        "norm.router": ("router.scale",),
+        "norm.experts": ("pre_feedforward_layernorm_2.weight",),
+        "norm.experts_post": ("post_feedforward_layernorm_2.weight",),
+        "norm.shared_post": ("post_feedforward_layernorm_1.weight",),
     },
+    experts=(FfnNames("experts.gate_up_proj", "experts.gate_up_proj", "experts.down_proj", stacked=True, fused=True),),
+    shared_expert=HF_DECODER.dense,
 )
 GGUF = replace(
     GGUF_NAMES,
@@ -49,7 +57,13 @@ GGUF = replace(
         "input_out": ("proj.weight",),
         "norm.input_post": ("post_norm.weight",),
         "scale": ("layer_output_scale.weight",),
+        "router.scales": ("ffn_down_exps.scale",),
+        "norm.router": ("ffn_gate_inp.scale",),
+        "norm.experts": ("pre_ffw_norm_2.weight",),
+        "norm.experts_post": ("post_ffw_norm_2.weight",),
+        "norm.shared_post": ("post_ffw_norm_1.weight",),
     },
+    shared_expert=GGUF_NAMES.dense,
 )
 GGUF_KEYS = (
     "attention.shared_kv_layers",
@@ -88,7 +102,6 @@ def spec(config: Config) -> ModelSpec:
     stated = {key: value for key, value in config.data.items() if value is not None}
     text = Config({**_DEFAULTS, **stated}, "gemma4")
     text.refuse("use_bidirectional_attention", "vision")  # which text is not
-    text.refuse("enable_moe_block", False)
     layers = [Layer(own, _ffn(text, own)) for own in _attentions(text)]
     options = {"embed_scale": embed_scale(text), "logit_softcap": text.cap("final_logit_softcapping")}
     return decoder_spec(text, layers, post_norms=True, tied=True, layer_scales=True, **options, **_inputs(text))
@@ -108,7 +121,22 @@ def _inputs(config: Config) -> dict[str, Any]:
 def _ffn(config: Config, attention: Attention) -> Ffn:
     wide = config.flag("use_double_wide_mlp") and attention.kv_from is not None
     neurons = config.integer("intermediate_size") * (2 if wide else 1)
-    return Ffn(neurons, config.activation("hidden_activation", "gelu_pytorch_tanh"))
+    activation = config.activation("hidden_activation", "gelu_pytorch_tanh")
+    if not config.flag("enable_moe_block"):
+        return Ffn(neurons, activation)
+    experts = config.integer("num_experts", maximum=MOST_EXPERTS)
+    return Ffn(
+        config.integer("moe_intermediate_size"),
+        activation,
+        experts=experts,
+        experts_per_token=config.integer("top_k_experts", maximum=experts),
+        normalize_router=True,
+        router_norm=True,
+        router_logit_scale=config.integer("hidden_size") ** -0.5,
+        expert_scales=True,
+        shared=neurons,
+        branch_norms=True,
+    )
 
 
 def _attentions(config: Config) -> list[Attention]:
@@ -207,6 +235,10 @@ def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
         "vocab_size_per_layer_input": config["vocab_size"],
         "num_kv_shared_layers": shared,
         **_widths(fields, len(types), shared),
+        "enable_moe_block": bool(fields.integer("expert_count", 0)),
+        "num_experts": fields.integer("expert_count"),
+        "top_k_experts": fields.integer("expert_used_count"),
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
         "rope_parameters": {
             FULL: config["rope_parameters"],
             SLIDING: {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},

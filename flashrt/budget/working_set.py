@@ -64,6 +64,8 @@ def working_set(
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))
+    if any(layer.ffn.branch_norms for layer in spec.layers):
+        shapes["branch"] = BufferShape((tokens, spec.hidden))
     if spec.layer_inputs:
         width = len(spec.layers) * spec.layer_inputs
         shapes["inputs"] = BufferShape((tokens, width))

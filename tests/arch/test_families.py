@@ -286,7 +286,7 @@ def test_further_layers_of_a_hybrid_are_not_read(tmp_path: Path, family: str, li
         ({"layer_types": ["full_attention"]}, "expected 4 names"),
         ({"linear_num_key_heads": 4}, "6 heads of a delta net do not share 4 key heads"),
         ({"linear_conv_kernel_dim": 9}, "a convolution of 9 taps"),
-        ({"linear_value_head_dim": 512}, "heads of 512 numbers"),
+        ({"linear_value_head_dim": 1024}, "heads of 1024 numbers"),
         ({"linear_key_head_dim": 0}, "linear_key_head_dim is 0"),
         ({"partial_rotary_factor": 0.0, "rope_parameters": {}}, "partial_rotary_factor=0.0"),
     ],

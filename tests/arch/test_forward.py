@@ -63,9 +63,9 @@ class PlainModel:
             y = mix(i, self.norm(x, f"{i}.norm.attention") if spec.pre_norms else x)
             x = x + self.given(f"{i}.norm.attention_post", y)
             if spec.parallel:
-                y = self.ffn(i, self.norm(before, f"{i}.norm.attention"))
+                y = self.ffn(i, self.norm(before, f"{i}.norm.attention"), before)
             else:
-                y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x)
+                y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x, x)
             x = x + self.given(f"{i}.norm.ffn_post", y)
             if inputs is not None:
                 gate = x @ self.matrix(f"{i}.input_gate", spec.layer_inputs).T
@@ -145,15 +145,19 @@ class PlainModel:
         joined = heads.transpose(0, 1).flatten(1)
         return self.norm(joined, key).view(len(joined), len(heads), -1).transpose(0, 1)
 
-    def ffn(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def ffn(self, i: int, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
         if not ffn.experts:
             return self.block(i, f"{i}.ffn", 0, x)
-        weights, chosen = self.route(i, x)
-        given = x * weights if ffn.router_input else x
+        weights, chosen = self.route(i, self.norm(residual, f"{i}.norm.router") if ffn.router_norm else x)
+        given = self.norm(residual, f"{i}.norm.experts") if ffn.branch_norms else x
+        given = given * weights if ffn.router_input else given
         weights = torch.ones_like(weights) if ffn.router_input else weights
         outputs = torch.stack([self.block(i, f"{i}.ffn", e, given) for e in range(ffn.experts)], 1)
         y = (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        if ffn.branch_norms:
+            shared = self.norm(self.block(i, f"{i}.shared", 0, x), f"{i}.norm.shared_post")
+            return self.norm(y, f"{i}.norm.experts_post") + shared
         if not ffn.shared:
             return y
         weight = (x @ self.matrix(f"{i}.shared_gate", 1).T).sigmoid() if ffn.shared_gate else 1.0
@@ -162,6 +166,7 @@ class PlainModel:
     def route(self, i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ffn = self.spec.layers[i].ffn
         logits = x @ self.matrix(f"{i}.router", ffn.experts).T + self.bias(f"{i}.router.bias")
+        logits = logits * ffn.router_logit_scale
         scores = logits.sigmoid() if ffn.router_scores == "sigmoid" else logits.softmax(-1)
         worth = scores + self.bias(f"{i}.router.correction")
         groups = worth.unflatten(1, (ffn.router_groups, -1))
@@ -171,6 +176,7 @@ class PlainModel:
         weights = scores.gather(1, chosen)
         if ffn.normalize_router:
             weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights * self.vector(f"{i}.router.scales")[chosen] if ffn.expert_scales else weights
         return weights * ffn.router_scale, chosen
 
     def block(self, i: int, key: str, run: int, x: torch.Tensor) -> torch.Tensor:
