@@ -557,7 +557,18 @@ class ModelSpec:
 
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
-    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest", "layer_scales", "layer_inputs", "layer_input_scale"),
+    ModelSpec: (
+        "norm_bias",
+        "pre_norms",
+        "parallel",
+        "residual_scale",
+        "logit_scale",
+        "logit_softcap",
+        "longest",
+        "layer_scales",
+        "layer_inputs",
+        "layer_input_scale",
+    ),
     Attention: (
         "qk_norm_whole",
         "softcap",

@@ -154,6 +154,16 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "final_logit_softcapping": 3.5,
         },
     ),
+    "gemma4_unified": (
+        "Gemma4UnifiedTextConfig",
+        "Gemma4UnifiedForCausalLM",
+        {
+            **{key: value for key, value in _GEMMA4.items() if key != "hidden_size_per_layer_input"},
+            "num_kv_shared_layers": 2,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
     "gemma4-inputs": (
         "Gemma4TextConfig",
         "Gemma4ForCausalLM",

@@ -95,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
     "gemma4_text": Family("gemma4", gemma4.spec, gemma4.NAMES, gemma4.GGUF),
+    "gemma4_unified_text": Family("gemma4", gemma4.unified_spec, gemma4.NAMES, gemma4.GGUF),
     "opt": Family("opt", opt.spec, opt.NAMES),
     "phi3": Family("phi3", phi3.spec, phi3.NAMES, phi3.GGUF),
     "olmo2": Family("olmo2", olmo2.spec, olmo2.NAMES),

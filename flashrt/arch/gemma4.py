@@ -1,16 +1,17 @@
-"""Gemma 4, text: as Gemma 3, with wider heads and values that are keys in layers that see everything."""
+"""Gemma 4, text: Gemma 3 with heads of another width, and values that are keys, in layers that see everything.
+
+The E-series has layer inputs, and layers at its end that attend to the keys and values of others; the mixture has
+experts beside each dense block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from flashrt.arch.config import Config, rope_from
 from flashrt.arch.decoder import attention, decoder_spec, layer_count
 from flashrt.arch.gemma3 import embed_scale
-from flashrt.arch.gemma3 import layer_types as gguf_types
-from flashrt.arch.metadata import Metadata
 from flashrt.arch.names import GGUF_NAMES, HF_DECODER, HF_LAYER, FfnNames
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import Rope
@@ -65,14 +66,6 @@ GGUF = replace(
     },
     shared_expert=GGUF_NAMES.dense,
 )
-GGUF_KEYS = (
-    "attention.shared_kv_layers",
-    "attention.sliding_window_pattern",
-    "embedding_length_per_layer_input",
-    "final_logit_softcapping",
-)
-GGUF_BY_LAYER = ("intermediate_size", "num_key_value_heads")
-
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # What transformers' Gemma4TextConfig takes for what a config leaves out.
@@ -98,9 +91,21 @@ _ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+# The same of its Gemma4UnifiedTextConfig, which has neither layer inputs nor experts.
+_UNIFIED = {"max_position_embeddings": 262144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
+
+
 def spec(config: Config) -> ModelSpec:
+    return _spec(config, _DEFAULTS)
+
+
+def unified_spec(config: Config) -> ModelSpec:
+    return _spec(config, _DEFAULTS | _UNIFIED)
+
+
+def _spec(config: Config, defaults: dict[str, Any]) -> ModelSpec:
     stated = {key: value for key, value in config.data.items() if value is not None}
-    text = Config({**_DEFAULTS, **stated}, "gemma4")
+    text = Config({**defaults, **stated}, "gemma4")
     text.refuse("use_bidirectional_attention", "vision")  # which text is not
     layers = [Layer(own, _ffn(text, own)) for own in _attentions(text)]
     options = {"embed_scale": embed_scale(text), "logit_softcap": text.cap("final_logit_softcapping")}
@@ -162,7 +167,9 @@ def _attentions(config: Config) -> list[Attention]:
     shared = config.integer("num_kv_shared_layers", 0, minimum=0, maximum=len(types) - 1)
     own, others = types[: len(types) - shared], types[len(types) - shared :]
     if missing := set(others) - set(own):
-        raise CheckpointError(f"gemma4 config: no {min(missing)} layer is before the {shared} that share keys and values")
+        raise CheckpointError(
+            f"gemma4 config: no {min(missing)} layer is before the {shared} that share keys and values"
+        )
     last = {kind: i for i, kind in enumerate(own)}
     return [kinds[kind] for kind in own] + [replace(kinds[kind], kv_from=last[kind]) for kind in others]
 
@@ -206,59 +213,3 @@ def _ropes(config: Config) -> dict[str, Rope]:
     if missing := [kind for kind in _ROPES if not parameters.object(kind)]:
         raise CheckpointError(f"gemma4 config: rope_parameters say nothing of {missing[0]}")
     return {kind: rope_from(config, parameters.object(kind), own["rope_theta"]) for kind, own in _ROPES.items()}
-
-
-def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
-    types = gguf_types(config, fields)
-    head_dim = fields.integer("attention.key_length_swa", config["head_dim"])
-    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
-        if (found := fields.integer(key, head_dim)) != head_dim:
-            raise UnsupportedModelError(f"GGUF with {key}={found} but head size {head_dim} is not supported")
-    kv_heads = _of_layers(fields, "attention.head_count_kv", len(types), config["num_attention_heads"])
-    dims = {SLIDING: head_dim, FULL: config["head_dim"]}
-    shapes = [{"head_dim": dims[kind], "num_key_value_heads": n} for kind, n in zip(types, kv_heads, strict=True)]
-    shared = fields.integer("attention.shared_kv_layers", 0)
-    full = [i for i, kind in enumerate(types[: len(types) - shared]) if kind == FULL]
-    without = [i for i in config["layers_without_values"] if i < len(types) - shared]
-    if without not in ([], full):
-        raise UnsupportedModelError(
-            f"GGUF gemma4 without values in layers {without} is not supported, expected {full} or none"
-        )
-    return {
-        "layer_types": types,
-        **shapes[0],
-        "per_layer_config": {str(i): shape for i, shape in enumerate(shapes)},
-        "attention_k_eq_v": bool(without),
-        "sliding_window": fields.integer("attention.sliding_window"),
-        "final_logit_softcapping": fields.number("final_logit_softcapping"),
-        "hidden_size_per_layer_input": fields.integer("embedding_length_per_layer_input", 0),
-        "vocab_size_per_layer_input": config["vocab_size"],
-        "num_kv_shared_layers": shared,
-        **_widths(fields, len(types), shared),
-        "enable_moe_block": bool(fields.integer("expert_count", 0)),
-        "num_experts": fields.integer("expert_count"),
-        "top_k_experts": fields.integer("expert_used_count"),
-        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
-        "rope_parameters": {
-            FULL: config["rope_parameters"],
-            SLIDING: {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
-        },
-    }
-
-
-def _widths(fields: Metadata, layers: int, shared: int) -> dict[str, Any]:
-    """Of the feed-forward blocks: the same of all layers, or twice that of those that share keys and values."""
-    found = _of_layers(fields, "feed_forward_length", layers, 0)
-    own, others = set(found[: layers - shared]), set(found[layers - shared :])
-    if len(own) != 1 or len(others) > 1 or not others <= {min(own), 2 * min(own)}:
-        raise UnsupportedModelError(f"GGUF gemma4 with feed_forward_length={found!r:.80} is not supported")
-    return {"intermediate_size": min(own), "use_double_wide_mlp": bool(others - own)}
-
-
-def _of_layers(fields: Metadata, key: str, layers: int, default: int) -> list[int]:
-    """The number that a field gives to each layer, or all of them."""
-    found = fields.per_layer(key)
-    numbers = [default if found is None else found] * layers if found is None or isinstance(found, int) else [*found]
-    if len(numbers) != layers:
-        raise CheckpointError(f"GGUF metadata: {key} has {len(numbers)} numbers, expected {layers}")
-    return numbers

@@ -114,6 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_id": 130,
         },
     ),
+    "gemma4_unified": ("Gemma4Unified", {"text_config": text("gemma4_unified_text", **GEMMA4 | DENSE)}),
     "gemma4, untied, dense": (
         "Gemma4",
         {

@@ -64,7 +64,14 @@ def test_blocks_are_those_of_gguf_files(isa, codec, scale):
 @CODEC
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap"),
-    [(4, 1, 48, None, None), (8, 2, 64, 100, None), (6, 6, 80, None, 20.0), (3, 1, 10, 7, None), (2, 1, 256, 300, 5.0), (4, 2, 512, 90, None)],
+    [
+        (4, 1, 48, None, None),
+        (8, 2, 64, 100, None),
+        (6, 6, 80, None, 20.0),
+        (3, 1, 10, 7, None),
+        (2, 1, 256, 300, 5.0),
+        (4, 2, 512, 90, None),
+    ],
 )
 def test_attention_matches_reference(isa, codec, heads, kv_heads, dim, window, softcap):
     kv, tensor = cache(1, kv_heads, 700, dim, codec)
@@ -239,7 +246,8 @@ def by_pages(q, kv, far, start, scale, softcap, out, sinks=None, **options):
 
 @CODEC
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "softcap"), [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0), (5, 1, 500, None)]
+    ("heads", "kv_heads", "dim", "softcap"),
+    [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0), (5, 1, 500, None)],
 )
 def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, softcap):
     context = 11 * SEGMENT + 57

@@ -45,7 +45,15 @@ def widened(kv, dim):
 
 SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "softcap"),
-    [(12, 2, 128, None), (9, 3, 20, None), (5, 1, 80, 20.0), (4, 4, 256, None), (3, 1, 512, None), (22, 2, 10, 5.0), (7, 7, 1, None)],
+    [
+        (12, 2, 128, None),
+        (9, 3, 20, None),
+        (5, 1, 80, 20.0),
+        (4, 4, 256, None),
+        (3, 1, 512, None),
+        (22, 2, 10, 5.0),
+        (7, 7, 1, None),
+    ],
 )
 
 

@@ -26,6 +26,7 @@ _OTHER_NORMS = {
     "gemma2": _GEMMA_NORMS,
     "gemma3": _GEMMA_NORMS,
     "gemma4": _GEMMA_NORMS,
+    "gemma4_unified": _GEMMA_NORMS,
     "gemma4-inputs": {**_GEMMA_NORMS, "norm.input_post": "post_per_layer_input_norm"},
     "gemma4-experts": {
         **_GEMMA_NORMS,

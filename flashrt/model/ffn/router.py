@@ -11,9 +11,7 @@ Array = np.ndarray
 GROUP_BEST = 2  # experts of a group whose sum says what the group is worth (DeepSeek-V3, arXiv:2412.19437)
 
 
-def route(
-    logits: Array, ffn: Ffn, correction: Array | None = None, scales: Array | None = None
-) -> tuple[Array, Array]:
+def route(logits: Array, ffn: Ffn, correction: Array | None = None, scales: Array | None = None) -> tuple[Array, Array]:
     """Choose `ffn.experts_per_token` experts for each token.
 
     logits: float32 [T, experts]; correction: float32 [experts], added to scores for the choice alone; scales: float32
