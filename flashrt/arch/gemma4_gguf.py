@@ -22,7 +22,9 @@ BY_LAYER = ("intermediate_size", "num_key_value_heads")
 def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     types = layer_types(config, fields)
     if types[-1] != FULL:
-        raise UnsupportedModelError("GGUF gemma4 whose last layer sees a window is not supported")
+        raise UnsupportedModelError(
+            "GGUF gemma4 with attention.sliding_window_pattern by which the last layer slides is not supported"
+        )
     head_dim = fields.integer("attention.key_length_swa", config["head_dim"])
     for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
         if (found := fields.integer(key, head_dim)) != head_dim:
