@@ -12,7 +12,10 @@ from flashrt.cli.console import Progress, emit, show, size, table
 from flashrt.errors import PackError
 
 if TYPE_CHECKING:
+    from flashrt.spec import ModelSpec
     from flashrt.storage.pack import Pack
+
+_HEADS = ("heads", "kv_heads", "head_dim")
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -70,7 +73,8 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "hidden": spec.hidden,
         "layers": len(spec.layers),
         "attending_layers": len(spec.attentions),
-        **{name: getattr(attention, name, 0) for name in ("heads", "kv_heads", "head_dim")},
+        **{name: getattr(attention, name, 0) for name in _HEADS},
+        "head_shapes": [dict(zip(_HEADS, shape, strict=True)) for shape in _head_shapes(spec)],
         "neurons": ffn.neurons,
         "experts": ffn.experts,
         "experts_per_token": ffn.experts_per_token,
@@ -109,6 +113,17 @@ def _of_labels(labels: dict[str, Any] | None) -> str:
     return f"{size(labels['bytes'])}, of {labels['layers']} layers; perplexity {losses or 'not measured'}"
 
 
+def _head_shapes(spec: ModelSpec) -> list[tuple[int, int, int]]:
+    """The distinct numbers of `_HEADS` of layers, in the order of these."""
+    return list(dict.fromkeys((a.heads, a.kv_heads, a.head_dim) for a in spec.attentions.values()))
+
+
+def _of_heads(shapes: list[dict[str, int]]) -> str:
+    return (
+        "; ".join(f"{own['heads']} heads, {own['kv_heads']} KV heads of {own['head_dim']}" for own in shapes) or "none"
+    )
+
+
 def _states(facts: dict[str, Any]) -> dict[str, str]:
     """A line on recurrent layers, where there are any."""
     recurrent = facts["layers"] - facts["attending_layers"]
@@ -129,7 +144,7 @@ def _print(facts: dict[str, Any]) -> None:
         "source": facts["source"],
         "weights": f"{facts['parameters'] / 1e9:.3f} billion as {facts['dtype']}, {bits}",
         "layers": f"{facts['layers']} of {facts['neurons']} neurons{experts}, hidden size {facts['hidden']}",
-        "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}",
+        "attention": _of_heads(facts["head_shapes"]),
         "KV": f"{size(facts['kv_bytes_per_token'])} per token",
         **_states(facts),
         "labels": _of_labels(facts["kv_labels"]),

@@ -322,7 +322,7 @@ def test_what_is_not_built_for_recurrent_layers_is_named(packed, tmp_path):
         ({"key_heads": 5}, "6 heads of a delta net do not share 5 key heads"),
         ({"taps": 9}, "a convolution of 9 taps"),
         ({"taps": True}, "taps is True"),
-        ({"value_dim": 300}, "heads of 300 numbers"),
+        ({"value_dim": 600}, "heads of 600 numbers"),
         ({"tiled": 1}, "tiled is 1"),
         ({"more": 1}, "unexpected keyword"),
     ],
