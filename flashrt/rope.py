@@ -12,7 +12,7 @@ from typing import Any
 
 from flashrt.errors import UsageError
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 SCALING_KINDS = ("linear", "dynamic", "yarn")  # those that a factor alone describes
 MAX_CONTEXT = 1 << 31  # tokens
 MAX_FACTOR = 1 << 16  # of a config
@@ -24,7 +24,8 @@ class Rope:
     """Rotary position embedding, halves rotated against each other (the NeoX layout).
 
     kind: 'default', 'linear' (positions / factor), 'dynamic' (NTK-aware theta), 'llama3' (Llama 3.1's piecewise
-    scaling), 'yarn' (arXiv:2309.00071) or 'longrope' (arXiv:2402.13753). Unused fields keep their defaults.
+    scaling), 'yarn' (arXiv:2309.00071), 'longrope' (arXiv:2402.13753) or 'proportional' (the slowest pairs of a head
+    stay as they are, the others have the frequencies of a whole head). Unused fields keep their defaults.
 
     Frequencies of 'dynamic' and 'longrope' depend on a length. It is the context that a sequence is planned for, never
     the length reached so far: all keys of a sequence are rotated alike, however its tokens are cut into passes.
@@ -43,6 +44,7 @@ class Rope:
     short_factors: tuple[float, ...] = ()  # longrope: divide the head_dim / 2 frequencies up to the original context
     long_factors: tuple[float, ...] = ()  # longrope: beyond it
     dims: int = 0  # numbers of a head that are rotated, the first ones; 0: all
+    share: float = 1.0  # proportional: of the pairs of a head, those that are rotated
 
     def width(self, head_dim: int) -> int:
         """Numbers of a head of `head_dim` that are rotated."""
@@ -73,6 +75,9 @@ class Rope:
         if self.kind == "longrope":
             factors = self.long_factors if context > self.original_context else self.short_factors
             return [f / by for f, by in zip(plain, factors, strict=True)]
+        if self.kind == "proportional":
+            pairs = int(self.share * width // 2)
+            return [f / self.factor if i < pairs else 0.0 for i, f in enumerate(plain)]
         return plain
 
     def problem(self, head_dim: int, context: int) -> str | None:
@@ -80,6 +85,8 @@ class Rope:
         width = self.width(head_dim)
         if self.kind not in ROPE_KINDS or type(width) is not int or width % 2 or not 0 < width <= head_dim:
             return f"cannot rotate {width} of the {head_dim} numbers of a head by rope {self.kind!r}"
+        if not 0 < self.share <= 1:
+            return f"rope {self.kind!r} of {self.share} of a head"
         if self.kind == "longrope":
             for name in ("short_factors", "long_factors"):
                 factors = getattr(self, name)
@@ -95,8 +102,9 @@ class Rope:
         return None if finite else f"{self} gives no frequencies"
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; lists of factors, and `dims`, are left out where they say nothing."""
-        return {name: value for name, value in asdict(self).items() if value != () and (name, value) != ("dims", 0)}
+        """A JSON object; lists of factors, `dims` and `share` are left out where they say nothing."""
+        silent = (("dims", 0), ("share", 1.0))
+        return {name: value for name, value in asdict(self).items() if value != () and (name, value) not in silent}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Rope:

@@ -5,18 +5,23 @@ family. `{i}` is the layer:
 
     vectors   (float32, always resident)
         norm.final  norm.final.bias
+        norm.inputs [layer_inputs]  {i}.norm.input_post
         {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
         {i}.qkv.bias  {i}.out.bias  {i}.sinks [heads]
         {i}.gate.bias  {i}.up.bias  {i}.down.bias      one after the other of all experts
-        {i}.router.bias  {i}.router.correction         [experts]
+        {i}.router.bias  {i}.router.correction  {i}.router.scales    [experts]
+        {i}.norm.router  {i}.norm.experts  {i}.norm.experts_post  {i}.norm.shared_post
+        {i}.scale                                      [1], of the residual stream behind the layer
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
-        {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows
+        {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows, if any
         {i}.gate [heads * head_dim, hidden]                               of what the heads give
         {i}.out [hidden, heads * head_dim]
         {i}.router [experts, hidden]   {i}.shared_gate [1, hidden]
+        inputs.embed [vocab, layers * layer_inputs]   inputs.project [layers * layer_inputs, hidden]
+        {i}.input_gate [layer_inputs, hidden]         {i}.input_out [hidden, layer_inputs]
     neurons   (packed bundles: gate row, up row, down column)
         {i}.ffn   [experts * neurons] bundles; expert e is the run starting at e * neurons
         {i}.shared  [shared] bundles: an expert that every token goes to
@@ -74,20 +79,30 @@ class Attention:
     qk_unit: bool = False  # queries and keys are divided by their root mean square, once rotated
     output_gate: bool = False  # what the heads give is multiplied by sigmoids of rows of their own
     sinks: bool = False  # each head has a score of its own beside those of its keys, whose value is zero
+    keys_as_values: bool = False  # values are what is projected to keys, before these are normed and rotated
+    value_norm: bool = False  # each value is divided by its root mean square
+    kv_from: int | None = None  # the earlier layer whose keys and values it attends to; None: it has its own
 
     @property
     def row_width(self) -> int:
-        """Numbers of a token that are projected, beside a gate."""
-        return self.qkv_rows
+        """Numbers of a token's queries, keys and values."""
+        return (self.heads + 2 * self.kept_heads) * self.head_dim
+
+    @property
+    def kept_heads(self) -> int:
+        """KV heads of which it keeps keys and values."""
+        return self.kv_heads if self.kv_from is None else 0
 
     @property
     def qkv_rows(self) -> int:
+        """Numbers of these that are projected."""
         return sum(self.qkv_parts)
 
     @property
     def qkv_parts(self) -> tuple[int, int, int]:
-        """Rows of queries, keys and values."""
-        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+        """Rows of the projections to queries, keys and values."""
+        keys = self.kept_heads * self.head_dim
+        return self.heads * self.head_dim, keys, 0 if self.keys_as_values else keys
 
     @property
     def width(self) -> int:
@@ -127,7 +142,9 @@ class Attention:
         result: dict[str, int] = {}
         if self.qk_norm:
             queries, keys = (self.heads, self.kv_heads) if self.qk_norm_whole else (1, 1)
-            result |= {"q_norm": queries * self.head_dim, "k_norm": keys * self.head_dim}
+            result["q_norm"] = queries * self.head_dim
+            if self.kv_from is None:
+                result["k_norm"] = keys * self.head_dim
         if self.qkv_bias:
             result["qkv.bias"] = self.qkv_rows
         if self.out_bias:
@@ -319,6 +336,10 @@ class Ffn:
     router_group_best: int = 2
     router_input: bool = False  # the score of the one expert chosen multiplies what it is given, not what it gives
     router_scale: float = 1.0  # of the chosen experts' scores, once rescaled
+    expert_scales: bool = False  # each expert's score is multiplied by a number of its own besides
+    router_norm: bool = False  # the router is given the residual stream, by a norm of its own
+    router_logit_scale: float = 1.0
+    branch_norms: bool = False  # experts and shared one are not given the same, and are normed before they are added
     shared: int = 0  # neurons of an expert that every token goes to; 0: there is none
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a row of its own
 
@@ -330,6 +351,12 @@ class Ffn:
     def gate_bias(self) -> bool:
         """Whether gates have biases."""
         return self.gated and self.bias
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of norms within the block."""
+        branches = ("experts", "experts_post", "shared_post") if self.branch_norms else ()
+        return (*(("router",) if self.router_norm else ()), *branches)
 
     @property
     def runs(self) -> int:
@@ -348,6 +375,10 @@ class Ffn:
             return f"a router that weighs the input of {self.experts_per_token} experts"
         if self.shared_gate and not self.shared:
             return "a gate of a shared expert without one"
+        if not self.experts and (self.expert_scales or self.router_norm or self.router_logit_scale != 1.0):
+            return "what belongs to a router without one"
+        if self.branch_norms and (not self.shared or self.router_input):
+            return "norms of experts and of a shared one that are not given the normed stream each"
         if self.shared and self.bias:
             return "biases of experts beside a shared one"
         if self.router_groups == 1:
@@ -398,6 +429,9 @@ class ModelSpec:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     longest: int = 0  # sequences beyond this are not what its layers say, however they are scaled; 0: no such bound
+    layer_scales: bool = False  # the residual stream behind each layer is multiplied by a number of its own
+    layer_inputs: int = 0  # numbers that each layer is given of a token beside the residual stream
+    layer_input_scale: float = 1.0  # of those that the token's row holds
 
     def unsupported(self) -> str | None:
         """Why these shapes cannot be computed, as one clause; None when they can."""
@@ -411,12 +445,34 @@ class ModelSpec:
         for ffn in {layer.ffn for layer in self.layers}:
             if problem := ffn.unsupported():
                 return problem
+        for i, attention in self.attentions.items():
+            if problem := self._borrowing_problem(i, attention):
+                return problem
+        if self.layer_inputs and self.norm != "rms":
+            return "layer inputs beside layer norms"
+        if self.layer_inputs and self.layer_inputs * len(self.layers) > LONGEST_ROW:
+            return f"{self.layer_inputs} numbers for each layer of a token are more than kernels take"
+        if not all(parse(layer.ffn.activation).gate_only for layer in self.layers) and self.layer_inputs:
+            return "layer inputs beside an activation that bounds what the gate is multiplied by"
         if self.positions and self.positions < self.context + self.position_offset:
             return (
                 f"a table of {self.positions} positions, the first {self.position_offset} of them unused, "
                 f"does not reach the end of a context of {self.context}"
             )
         return None
+
+    def _borrowing_problem(self, i: int, attention: Attention) -> str | None:
+        """Why layer `i` cannot attend to the keys and values of another, as one clause."""
+        if attention.kv_from is None:
+            return None
+        if not 0 <= attention.kv_from < i or self.layers[attention.kv_from].mixer != replace(attention, kv_from=None):
+            return f"layer {i} attends to what layer {attention.kv_from} keeps, which is none before it that is alike"
+        return None
+
+    def kv_layer(self, i: int) -> int:
+        """The layer whose keys and values layer `i` attends to: itself for most."""
+        mixer = self.layers[i].mixer
+        return mixer.kv_from if isinstance(mixer, Attention) and mixer.kv_from is not None else i
 
     @property
     def attentions(self) -> dict[int, Attention]:
@@ -455,6 +511,11 @@ class ModelSpec:
             raise UsageError(
                 f"--rope-scaling {scaling}: this model's own scaling is linear, which does not say for how many tokens "
                 "the model was trained: leave --rope-scaling out"
+            )
+        if any(rope.kind == "proportional" for rope in ropes):
+            raise UsageError(
+                f"--rope-scaling {scaling}: this model rotates a share of the pairs of each head, of which no scaling "
+                "is known: leave --rope-scaling out"
             )
         trained = min(rope.original_context or self.context for rope in ropes)
         context = int(scaling.factor * trained)
@@ -501,6 +562,8 @@ class ModelSpec:
         """Logical name → length of every vector, in the order in which they are stored."""
         norms = ("", ".bias") if self.norm == "layer" and self.norm_bias else ("",)
         result = {f"norm.final{suffix}": self.hidden for suffix in norms}
+        if self.layer_inputs:
+            result["norm.inputs"] = self.layer_inputs
         for i, layer in enumerate(self.layers):
             ffn = layer.ffn
             for name in ("attention", "ffn"):
@@ -508,6 +571,10 @@ class ModelSpec:
                     result |= {f"{i}.norm.{name}{suffix}": self.hidden for suffix in norms}
                 if self.post_norms:
                     result |= {f"{i}.norm.{name}_post{suffix}": self.hidden for suffix in norms}
+            beside = ("input_post",) if self.layer_inputs else ()
+            result |= {f"{i}.norm.{name}{suffix}": self.hidden for name in (*ffn.norms, *beside) for suffix in norms}
+            if self.layer_scales:
+                result[f"{i}.scale"] = 1
             result |= {f"{i}.{name}": length for name, length in layer.mixer.vectors(self.hidden).items()}
             if ffn.bias:
                 gate = {f"{i}.gate.bias": ffn.runs * ffn.neurons} if ffn.gate_bias else {}
@@ -516,6 +583,8 @@ class ModelSpec:
                 result[f"{i}.router.bias"] = ffn.experts
             if ffn.router_correction:
                 result[f"{i}.router.correction"] = ffn.experts
+            if ffn.expert_scales:
+                result[f"{i}.router.scales"] = ffn.experts
         return result
 
     def input_norm(self, i: int, block: str) -> str | None:
@@ -531,6 +600,9 @@ class ModelSpec:
             result["head"] = (self.vocab, self.hidden)
         if self.positions:
             result["positions"] = (self.positions, self.hidden)
+        if self.layer_inputs:
+            width = len(self.layers) * self.layer_inputs
+            result |= {"inputs.embed": (self.vocab, width), "inputs.project": (width, self.hidden)}
         return result
 
     def layer_matrices(self, i: int) -> dict[str, tuple[int, int]]:
@@ -541,6 +613,9 @@ class ModelSpec:
             result[f"{i}.router"] = (ffn.experts, self.hidden)
         if ffn.shared_gate:
             result[f"{i}.shared_gate"] = (1, self.hidden)
+        if self.layer_inputs:
+            result[f"{i}.input_gate"] = (self.layer_inputs, self.hidden)
+            result[f"{i}.input_out"] = (self.hidden, self.layer_inputs)
         return result
 
     def layer_neurons(self, i: int) -> dict[str, tuple[int, int]]:
@@ -566,7 +641,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, codec: KvCodec) -> int:
         """Bytes of keys and values of one token over all layers."""
-        return sum(attention.kv_bytes(codec) for attention in self.attentions.values())
+        return sum(a.kv_bytes(codec) for a in self.attentions.values() if a.kept_heads)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; equal layers are written once, with a count."""
@@ -601,7 +676,18 @@ class ModelSpec:
 
 # Written only where they say something: a pack keeps its hash, to which sessions and labels are bound.
 _ADDITIONS = {
-    ModelSpec: ("norm_bias", "pre_norms", "parallel", "residual_scale", "logit_scale", "logit_softcap", "longest"),
+    ModelSpec: (
+        "norm_bias",
+        "pre_norms",
+        "parallel",
+        "residual_scale",
+        "logit_scale",
+        "logit_softcap",
+        "longest",
+        "layer_scales",
+        "layer_inputs",
+        "layer_input_scale",
+    ),
     Attention: (
         "qk_norm_whole",
         "softcap",
@@ -611,6 +697,9 @@ _ADDITIONS = {
         "qk_unit",
         "output_gate",
         "sinks",
+        "keys_as_values",
+        "value_norm",
+        "kv_from",
     ),
     DeltaNet: (),
     Ffn: (
@@ -622,6 +711,10 @@ _ADDITIONS = {
         "router_group_best",
         "router_scale",
         "router_input",
+        "expert_scales",
+        "router_norm",
+        "router_logit_scale",
+        "branch_norms",
         "shared",
         "shared_gate",
     ),

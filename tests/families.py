@@ -59,6 +59,20 @@ _SIGMOID_ROUTER = {
 }
 
 _SOFTMAX_ROUTER = {**_SIGMOID_ROUTER, "norm_topk_prob": False}
+_GEMMA4 = {
+    **_COMMON,
+    "num_hidden_layers": 5,
+    "head_dim": 20,
+    "global_head_dim": 36,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 10.5 / 36, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    },
+}
 
 # Variant → (config class, model class, config fields).
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -128,6 +142,58 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "attn_logit_softcapping": 2.5,
             "final_logit_softcapping": 3.5,
             "tie_word_embeddings": True,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_key_value_heads": 3,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 3.5,
+        },
+    ),
+    "gemma4_unified": (
+        "Gemma4UnifiedTextConfig",
+        "Gemma4UnifiedForCausalLM",
+        {
+            **{key: value for key, value in _GEMMA4.items() if key != "hidden_size_per_layer_input"},
+            "num_kv_shared_layers": 2,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "gemma4-inputs": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 7,
+            "rms_norm_eps": 1e-5,
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": VOCAB,
+            "layer_types": [
+                *("sliding_attention", "full_attention", "full_attention", "sliding_attention"),
+                *("full_attention", "sliding_attention", "full_attention"),
+            ],
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4-experts": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "num_key_value_heads": 3,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 7,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 24,
         },
     ),
     "phi3": (
@@ -457,6 +523,9 @@ GGUF_FAMILIES = (
     "qwen3_5_moe_text",
     "gemma2",
     "gemma3",
+    "gemma4",
+    "gemma4-inputs",
+    "gemma4-experts",
     "mixtral",
     "qwen3_moe",
     "phi3",
@@ -515,7 +584,7 @@ def tiny_model(family: str, seed: int = 0, config: Any = None, **overrides: Any)
         for name, parameter in model.named_parameters():
             _randomise(name, parameter, generator)
         for buffer in stored_buffers(model):
-            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+            buffer.mul_(1 + torch.randn(buffer.shape, generator=generator) * 0.3)
     return model
 
 
@@ -552,16 +621,17 @@ def tiny_checkpoint(
     with torch.no_grad():
         for values in (*model.parameters(), *stored_buffers(model)):
             values.copy_(values.to(dtype))
-    if family in ("gemma2", "gemma3"):
+    if family.startswith(("gemma2", "gemma3", "gemma4")):
         # transformers rounds the scale to the type of the weights; the float32 model has to follow the saved one.
-        embed = model.model.embed_tokens
-        embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
+        for embed in (model.model.embed_tokens, getattr(model.model, "embed_tokens_per_layer", None)):
+            if embed is not None:
+                embed.embed_scale.copy_(torch.tensor(embed.scalar_embed_scale).to(dtype).float())
     return model, directory
 
 
 def stored_buffers(model: Any) -> list[torch.Tensor]:
     """Weights of a model that are no parameters."""
-    return [buffer for name, buffer in model.named_buffers() if "correction" in name]
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(("correction_bias", "layer_scalar"))]
 
 
 def tiny_tokens() -> tuple[list[str], list[tuple[str, str]]]:
@@ -667,9 +737,29 @@ _SANDWICH = {
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
 }
+_GEMMA4_LEAVES = {
+    **_SANDWICH,
+    "layer_scalar": "layer_output_scale.weight",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
 _OTHER_LEAVES = {
     "gemma2": _SANDWICH,
     "gemma3": _SANDWICH,
+    "gemma4": _GEMMA4_LEAVES,
+    "gemma4-inputs": _GEMMA4_LEAVES,
+    "gemma4-experts": {
+        "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+        "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+        "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+        "router.proj": "ffn_gate_inp",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+        "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+        "experts.down_proj": "ffn_down_exps.weight",
+        **_GEMMA4_LEAVES,
+    },
     "olmo2": _SANDWICH,
     "olmo3": _SANDWICH,
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), hybrids.LEAVES),
@@ -719,6 +809,7 @@ def tiny_gguf(
     if change is not None:
         change(model)
     config = model.config
+    config.allow_global_per_layer_attribute_access = True  # of Gemma 4's: what layers have in common
     base = family.partition("-")[0]
     arch = _GGUF_ARCH.get(base, base)
     writer = gguf.GGUFWriter(path, arch)
@@ -758,7 +849,7 @@ def _write_metadata(writer: Any, config: Any, family: str, arch: str) -> None:
         writer.add_value_length(head_dim)
     if family in ("gemma3", "olmo3"):
         _write_gemma_metadata(writer, config)
-    elif arch != "gemma2":
+    elif arch not in ("gemma2", "gemma4"):
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if arch == "deepseek2":
         latents.write_metadata(writer, config, family in latents.SPLIT)
@@ -801,6 +892,34 @@ def _write_gemma2_metadata(writer: Any, config: Any) -> None:
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_sliding_window(config.sliding_window)
+
+
+def _write_gemma4_metadata(writer: Any, config: Any) -> None:
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    full = config.per_layer_config["full_attention"]
+    for name in ("attention.key_length", "attention.value_length", "attention.head_count_kv", "feed_forward_length"):
+        writer.kv_data[0].pop(f"gemma4.{name}", None)
+    double = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
+    writer.add_feed_forward_length([config.intermediate_size * (2 if own else 1) for own in double])
+    writer.add_head_count_kv([own.num_key_value_heads for own in config.per_layer_config])
+    writer.add_key_length(full.head_dim)
+    writer.add_value_length(full.head_dim)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count(full.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def _write_phi3_metadata(writer: Any, config: Any) -> None:
@@ -908,6 +1027,7 @@ def gguf_type(name: str) -> Any:
 
 _METADATA: dict[str, Callable[[Any, Any], None]] = {
     "gemma2": _write_gemma2_metadata,
+    "gemma4": _write_gemma4_metadata,
     "phi3": _write_phi3_metadata,
     "granite": _write_granite_metadata,
     "glm4": _write_glm4_metadata,
@@ -949,7 +1069,7 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
     leaves = _GGUF_LEAVES | _OTHER_LEAVES.get(family, {})
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
-        values = values.squeeze(0) if len(values) == 1 else values  # as the converter does
+        values = values.squeeze(0) if len(values) == 1 < values.ndim else values  # as the converter does
         if name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 result["output.weight"] = values
@@ -957,7 +1077,7 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
             result |= _gpt_oss_experts(name, values)
         elif family == "llama4" and "experts." in name:
             result |= _llama4_experts(name, values)
-        elif name.endswith("experts.gate_up_proj"):
+        elif name.endswith("experts.gate_up_proj") and not family.startswith("gemma4"):
             layer, half = name.split(".")[2], values.shape[1] // 2
             result[f"blk.{layer}.ffn_gate_exps.weight"] = np.ascontiguousarray(values[:, :half])
             result[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(values[:, half:])
@@ -976,6 +1096,9 @@ def _gguf_tensors(model: Any, family: str) -> dict[str, np.ndarray]:
         for kind in ("short", "long"):
             factors = config.rope_parameters[f"{kind}_factor"]
             result[f"rope_factors_{kind}.weight"] = np.asarray(factors, np.float32)
+    if family.startswith("gemma4"):
+        still = model.model.rotary_emb.full_attention_inv_freq.numpy() == 0
+        result["rope_freqs.weight"] = np.where(still, 1e30, 1).astype(np.float32)
     if family == "llama-llama3":
         result["rope_freqs.weight"] = _rope_factors(model)
     return result
@@ -1003,11 +1126,18 @@ def _llama4_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+_GGUF_SHARED = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+
+
 def _gguf_name(name: str, leaves: dict[str, str]) -> str:
-    if name.startswith("model.embed_tokens"):
-        return "token_embd.weight"
-    if name == "model.norm.weight":
-        return "output_norm.weight"
+    if name in _GGUF_SHARED:
+        return _GGUF_SHARED[name]
     _, _, layer, leaf = name.split(".", 3)
     for ours, theirs in leaves.items():
         if leaf.startswith(ours):

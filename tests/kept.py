@@ -81,7 +81,23 @@ _GPT_OSS = {
     "token_embd.weight": "q8_0",
     "output.weight": "q8_0",
 }
+_INPUTS = {
+    "per_layer_token_embd.weight": "q5_0",
+    "per_layer_model_proj.weight": "BF16",
+    "inp_gate.weight": "q8_0",
+    ".proj.weight": "q4_0",
+    **_PLAIN,
+}
+_GEMMA4 = {"hidden_size": 96, "head_dim": 24, "num_attention_heads": 8, "global_head_dim": 32}
+_FOUR_LAYERS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 32,
+}
 CASES = {
+    "values that are keys": Case("gemma4", _PLAIN, {"intermediate_size": 1088, **_GEMMA4, "num_key_value_heads": 2}),
+    "layer inputs": Case("gemma4-inputs", _INPUTS, {"intermediate_size": 1088, **_GEMMA4, **_FOUR_LAYERS}),
     "gpt_oss": Case("gpt_oss", _GPT_OSS, {"hidden_size": 160, "intermediate_size": 192, "swiglu_limit": 7.0, **_HEADS}),
     "k": Case("qwen2", _K, {"hidden_size": 256, "intermediate_size": 1792, **_HEADS}),
     "plain": Case("llama", _PLAIN, {"hidden_size": 160, "head_dim": 20, "intermediate_size": 1088, **_HEADS}),

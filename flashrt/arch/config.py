@@ -148,6 +148,7 @@ class Config:
         share = self.number("partial_rotary_factor", default_share)
         share = Config(parameters, self.family).number("partial_rotary_factor", share)
         parameters.pop("partial_rotary_factor", None)
+        Config(parameters, self.family).refuse("rope_type", *(kind for kind in ROPE_KINDS if kind != "proportional"))
         dims = int(head_dim * share) if 0 < share <= 1 else 0
         if dims < 2 or dims % 2:
             raise UnsupportedModelError(
@@ -177,8 +178,9 @@ def rope_from(config: Config, parameters: Any, theta: float) -> Rope:
     if not isinstance(parameters, Mapping):
         raise CheckpointError(f"{config.family} config: rope parameters are {parameters!r}, expected an object")
     rope = Config(parameters, config.family)
-    rope.refuse("partial_rotary_factor", 1, 1.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind != "proportional":
+        rope.refuse("partial_rotary_factor", 1, 1.0)
     theta = rope.number("rope_theta", theta)
     if theta <= 0:
         raise CheckpointError(f"{config.family} config: rope_theta is {theta}, expected a positive number")
@@ -191,6 +193,9 @@ def rope_from(config: Config, parameters: Any, theta: float) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, "linear", _factor(rope))
+    if kind == "proportional":
+        factor = 1.0 if parameters.get("factor") is None else _factor(rope)
+        return Rope(theta, kind, factor, share=rope.number("partial_rotary_factor", 1.0))
     if kind == "dynamic":  # scales from what the config states as its context, whatever it was trained for
         return Rope(theta, "dynamic", _factor(rope), config.integer("max_position_embeddings"))
     context = config.integer("original_max_position_embeddings", _original_context(config, rope))

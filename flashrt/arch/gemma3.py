@@ -92,9 +92,9 @@ def _ropes(config: Config) -> tuple[Rope, Rope]:
     )
 
 
-def embed_scale(config: Config) -> float:
-    """sqrt(hidden), rounded as transformers does: to the type of the embedding table."""
-    scale = math.sqrt(config.integer("hidden_size"))
+def embed_scale(config: Config, width: str = "hidden_size") -> float:
+    """The root of field `width`, rounded as transformers does: to the type of the embedding table."""
+    scale = math.sqrt(config.integer(width))
     dtype = config.data.get("dtype") or config.data.get("torch_dtype")
     scale = struct.unpack("<f", struct.pack("<f", scale))[0]
     if dtype == "bfloat16":
@@ -112,20 +112,25 @@ def query_scalar(config: Mapping[str, Any], layers_of_27b: int) -> int:
     return int(config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"])
 
 
-def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
-    layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+def layer_types(config: Mapping[str, Any], fields: Metadata) -> list[str]:
+    """Of every layer of a GGUF file."""
+    layers = config["num_hidden_layers"]
     if layers is None or not 0 < layers <= MAX_LAYERS:
         raise CheckpointError(f"GGUF metadata: block_count is {layers!r}")
     pattern = fields.per_layer("attention.sliding_window_pattern")
     if pattern is None or isinstance(pattern, int):
         period = 6 if pattern is None else max(pattern, 1)
         pattern = [(i + 1) % period for i in range(layers)]
+    return ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
+
+
+def gguf(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
     return {
-        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
+        "layer_types": layer_types(config, fields),
         "sliding_window": fields.integer("attention.sliding_window"),
         "query_pre_attn_scalar": query_scalar(config, 62),
         "rope_parameters": {
-            "full_attention": rope,
+            "full_attention": config["rope_parameters"],
             "sliding_attention": {"rope_theta": fields.number("rope.freq_base_swa", 10000.0)},
         },
     }

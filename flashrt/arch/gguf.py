@@ -14,6 +14,7 @@ from flashrt.arch import (
     ernie4_5_moe,
     gemma2,
     gemma3,
+    gemma4_gguf,
     glm4_moe,
     gpt_oss,
     granite,
@@ -30,7 +31,7 @@ from flashrt.arch import (
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.rope import yarn_attention
-from flashrt.spec import Attention, ModelSpec
+from flashrt.spec import MAX_LAYERS, Attention, ModelSpec
 
 _PATTERN = "attention.sliding_window_pattern"
 
@@ -47,6 +48,7 @@ class _Architecture:
     keys: Collection[str] = ()
     partial: bool = False  # a part of each head may be rotated
     latent: bool = False  # sizes of heads are those of latent attention, which `read` checks
+    by_layer: Collection[str] = ()  # fields of _LAYER_FIELDS that `read` gives
 
 
 def _llama(config: Mapping[str, Any], fields: Metadata) -> dict[str, Any]:
@@ -74,6 +76,7 @@ ARCHITECTURES = {
     "qwen3moe": _Architecture("qwen3_moe", qwen3_moe.gguf),
     "gemma2": _Architecture("gemma2", gemma2.gguf, gemma2.GGUF_KEYS),
     "gemma3": _Architecture("gemma3_text", gemma3.gguf, (_PATTERN,)),
+    "gemma4": _Architecture("gemma4_text", gemma4_gguf.gguf, gemma4_gguf.KEYS, by_layer=gemma4_gguf.BY_LAYER),
     "phi3": _Architecture("phi3", phi3.gguf, partial=True),
     "olmo2": _Architecture("olmo2", olmo2.gguf, (_PATTERN,)),
     "granite": _Architecture("granite", granite.gguf, granite.GGUF_KEYS),
@@ -124,6 +127,8 @@ _REFUSED = (
     _PATTERN,
     "attention.temperature_scale",
     "attention.temperature_length",
+    "attention.shared_kv_layers",
+    "embedding_length_per_layer_input",
     "deepstack_mapping",
     "expert_shared_feed_forward_length",
     "rope.dimension_sections",
@@ -132,6 +137,7 @@ _REFUSED = (
 ROPE_FREQS = "rope_freqs.weight"
 LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 ROPE_FACTORS = (ROPE_FREQS, *LONGROPE_FACTORS)
+_STILL = 1e20  # a factor beyond this leaves its pair unrotated in any context
 # Numbers that change results in ways that few families or none compute, with the value that changes nothing.
 _NEUTRAL = {
     "expert_gating_func": 1,  # softmax
@@ -163,7 +169,8 @@ def gguf_config(
         if key not in own.keys and fields.get(key):
             raise UnsupportedModelError(f"GGUF {name} with {key}={fields.get(key)!r:.80} is not supported")
     config: dict[str, Any] = {ours: fields.integer(theirs) for ours, theirs in _FIELDS.items()}
-    config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in _LAYER_FIELDS.items()}
+    uniform = {ours: theirs for ours, theirs in _LAYER_FIELDS.items() if ours not in own.by_layer}
+    config |= {ours: _of_all_layers(fields, theirs) for ours, theirs in uniform.items()}
     config |= {
         "model_type": own.model_type,
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
@@ -172,6 +179,7 @@ def gguf_config(
         "bos_token_id": values.integer("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _eos(values.below("tokenizer.ggml.")),
         "use_qk_norm": shape("blk.0.attn_q_norm.weight") is not None,
+        "layers_without_values": _without_values(config["num_hidden_layers"] or 0, shape),
     }
     rotary = fields.integer("rope.dimension_count", 0) if own.latent else _check_heads(config, fields, own.partial)
     for key, neutral in _NEUTRAL.items():
@@ -203,6 +211,12 @@ def _rows(shape: Callable[[str], Sequence[int] | None], name: str) -> int:
     if found is None or len(found) != 2:
         raise CheckpointError(f"the GGUF file has no matrix {name}")
     return found[0]
+
+
+def _without_values(layers: int, shape: Callable[[str], Sequence[int] | None]) -> list[int]:
+    """Layers with a projection to keys and none to values."""
+    known = range(min(layers, MAX_LAYERS))
+    return [i for i in known if shape(f"blk.{i}.attn_k.weight") and not shape(f"blk.{i}.attn_v.weight")]
 
 
 def _eos(fields: Metadata) -> list[int]:
@@ -262,7 +276,7 @@ def _scaling(
 ) -> dict[str, Any]:
     if kind == "none":
         if ROPE_FREQS in factors:
-            return llama3_parameters(factors[ROPE_FREQS], theta)
+            return proportional_parameters(factors[ROPE_FREQS]) or llama3_parameters(factors[ROPE_FREQS], theta)
         # Files older than the scaling type say it with a scale alone.
         scale = fields.number("rope.scale_linear", 1.0)
         return {"rope_type": "linear", "factor": scale} if scale not in (0, 1) else {}
@@ -290,6 +304,18 @@ def _scaling(
             raise CheckpointError(f"GGUF with rope scaling 'longrope' has no {name}")
     short, long = (list(factors[name]) for name in LONGROPE_FACTORS)
     return result | {"short_factor": short, "long_factor": long, "attention_factor": attention}
+
+
+def proportional_parameters(factors: Sequence[float]) -> dict[str, Any]:
+    """The rope parameters of heads of which the first pairs alone are rotated; none where factors say otherwise.
+
+    llama.cpp's converter has the others rotate by 1e-30 of what they would.
+    """
+    pairs = sum(factor == 1 for factor in factors)
+    if not 0 < pairs < len(factors) or any(factor < _STILL for factor in factors[pairs:]):
+        return {}
+    # Half a number more, so that int() of its product with all numbers of a head is exact.
+    return {"rope_type": "proportional", "partial_rotary_factor": (2 * pairs + 0.5) / (2 * len(factors))}
 
 
 def llama3_parameters(factors: Sequence[float], theta: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is found under several ('model.', 'language_model.model.' in multimodal checkpoi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ class Names:
         return TensorMap(self, spec, prefix, head, has)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorMap:
     """Logical name → parts, for one checkpoint."""
 
@@ -136,7 +137,10 @@ class TensorMap:
             return self._recurrent(int(layer), name, mixer)
         if isinstance(mixer, LatentAttention) and name in (*self.names.latent, "k_b", "v_b"):
             return (self._latent(int(layer), name, mixer),)
-        parts = [Part(self._layer(int(layer), template)) for template in self.names.layer[name]]
+        templates = self.names.layer[name]
+        if isinstance(mixer, Attention) and name in ("qkv", "qkv.bias") and len(templates) > 1:  # some layers lack some
+            templates = tuple(own for own, rows in zip(templates, mixer.qkv_parts, strict=True) if rows)
+        parts = [Part(self._layer(int(layer), template)) for template in templates]
         if isinstance(mixer, Attention) and mixer.output_gate and name in ("qkv", "gate"):  # beside the queries
             first, groups = (0 if name == "qkv" else mixer.head_dim), (mixer.heads, 2 * mixer.head_dim)
             parts[0] = replace(parts[0], groups=groups, rows=(first, first + mixer.head_dim))
@@ -201,7 +205,16 @@ class TensorMap:
 
     def is_harmless(self, tensor: str) -> bool:
         """Whether no logit depends on a tensor that no part names."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless) or self._is_beyond(tensor)
+        known = any(re.fullmatch(pattern, tensor) for pattern in self.names.harmless)
+        return known or self._is_beyond(tensor) or tensor in self._unused
+
+    @functools.cached_property
+    def _unused(self) -> frozenset[str]:
+        """What checkpoints may hold of layers that attend to the keys and values of another."""
+        layer = self.names.layer
+        unused = [name for key in ("qkv", "qkv.bias") if len(layer[key]) > 1 for name in layer[key][1:]]
+        borrowing = [i for i, attention in self.spec.attentions.items() if attention.kv_from is not None]
+        return frozenset(self._layer(i, name) for i in borrowing for name in (*unused, *layer["k_norm"]))
 
     def _is_beyond(self, tensor: str) -> bool:
         """Whether a tensor belongs to a layer behind the last that only predicts further tokens."""

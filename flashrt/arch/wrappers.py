@@ -11,8 +11,10 @@ from typing import Any
 from flashrt.arch.config import without_sections
 from flashrt.errors import CheckpointError, UnsupportedModelError
 
-_TIED_UNLESS_SAID = ("internvl", "mistral3")
+_TIED_UNLESS_SAID = ("gemma4", "gemma4_unified", "internvl", "mistral3")
 WRAPPERS = (
+    "gemma4",
+    "gemma4_unified",
     "idefics3",
     "internvl",
     "llama4",
@@ -33,7 +35,10 @@ WRAPPERS = (
 """model_type of configurations that hold a `text_config`."""
 
 _TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-_TEXT_OF = {kind: f"{kind}_text" for kind in ("llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")}
+_TEXT_OF = {
+    kind: f"{kind}_text"
+    for kind in ("gemma4", "gemma4_unified", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
+}
 # What published text_configs leave out: the defaults of transformers' configuration classes.
 _QWEN = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
 _QWEN_VL = {

@@ -9,6 +9,7 @@ from flashrt_kernels.rows import align
 _LATENT = ("queries", "q_a", "q_b", "kv_a", "k_b", "v_b")
 OWNERS = {  # by kind
     **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", *_LATENT, "out"), "attention"),
+    **dict.fromkeys(("project", "input_gate", "input_out"), "layer inputs"),
     "router": "router",
     "shared_gate": "router",
     "shared": "shared experts",
@@ -16,7 +17,7 @@ OWNERS = {  # by kind
     "down": "FFN",
 }
 # Owners of weights, in order of claim.
-WEIGHTS = ("router", "attention", "head", "shared experts", "FFN", "experts", "embeddings")
+WEIGHTS = ("router", "attention", "layer inputs", "head", "shared experts", "FFN", "experts", "embeddings")
 VECTOR_STEP = 16  # float32 numbers in a cache line
 
 

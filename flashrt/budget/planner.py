@@ -32,7 +32,7 @@ from flashrt.kv.spill import SPILL_BUFFERS
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PAGE, PackLayout, TensorLayout
 from flashrt.storage.reader import STAGING_BYTES
-from flashrt_kernels.rows import align
+from flashrt_kernels.rows import align, row_bytes
 
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
@@ -196,8 +196,7 @@ class _Planner:
     def _fixed(self, chunk: int) -> dict[str, int]:
         """What nothing runs without, slack aside."""
         spec, layout, workload, costs = self.spec, self.case.layout, self.workload, self.case.costs
-        codec = layout.tensors["embed"].codec
-        buffers = working_set(spec, codec, chunk, self._logit_rows, workload.scoring, layout.channel_columns)
+        buffers = working_set(spec, layout, chunk, self._logit_rows, workload.scoring)
         kv_scratch = costs.kv_scratch_bytes(self._limits(chunk), workload.choices)
         scratch = max(costs.scratch_bytes(chunk, workload.context), kv_scratch)
         drafting = workload.max_draft_tokens > 1
@@ -317,7 +316,8 @@ class _Planner:
     def _rest(self, tensor: TensorLayout, pinned: int) -> int:
         """Bytes of a tensor that one token reads if it takes what is not pinned; of embeddings, a row."""
         rest = tensor.nbytes - prefix_bytes(tensor, pinned)
-        return min(rest, PAGE) if owner_of(self.spec, tensor) == "embeddings" else rest
+        row = align(row_bytes(tensor.codec, tensor.columns), PAGE)
+        return min(rest, row) if owner_of(self.spec, tensor) == "embeddings" else rest
 
     def refusal(self, budget: int) -> str:
         """What is said of a budget that is too small."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from flashrt.kv.recurrent import KEPT_ROWS
 from flashrt.rope import Rope
 from flashrt.spec import LatentAttention, ModelSpec
-from flashrt_kernels.rows import Codec, row_bytes
+from flashrt.storage.layout import PackLayout
+from flashrt_kernels.rows import row_bytes
 
+INPUT_ROWS = 16  # tokens whose layer inputs are read at a time: their rows are long
 SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted
 
 
@@ -34,11 +36,11 @@ def ropes(spec: ModelSpec) -> list[tuple[Rope, int]]:
 
 
 def working_set(
-    spec: ModelSpec, embed_codec: Codec, tokens: int, logit_rows: int, scoring: bool, columns: int = 0
+    spec: ModelSpec, layout: PackLayout, tokens: int, logit_rows: int, scoring: bool
 ) -> dict[str, BufferShape]:
     """Buffers of a pass of at most `tokens` tokens that asks for the logits of at most `logit_rows` of them.
 
-    With `scoring`, strips of the head's output for all tokens are added; `columns` are those of channel groups.
+    With `scoring`, strips of the head's output for all tokens are added.
     """
     mixers = {layer.mixer for layer in spec.layers}
     nets = set(spec.delta_nets.values())
@@ -50,7 +52,7 @@ def working_set(
         "y": BufferShape((tokens, spec.hidden)),
         "qkv": BufferShape((tokens, max(mixer.row_width for mixer in mixers))),
         "attended": BufferShape((tokens, max(mixer.width for mixer in mixers))),
-        "encoded": BufferShape((tokens, row_bytes(embed_codec, spec.hidden)), 1),
+        "encoded": BufferShape((max(tokens * _row_bytes(layout, "embed"), _input_row_bytes(spec, layout)),), 1),
         "logits": BufferShape((logit_rows, spec.vocab)),
     }
     for i, (rope, head_dim) in enumerate(ropes(spec)):
@@ -65,8 +67,26 @@ def working_set(
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))
-    if columns:
+    if any(layer.ffn.branch_norms for layer in spec.layers):
+        shapes["branch"] = BufferShape((tokens, spec.hidden))
+    if spec.layer_inputs:
+        width = len(spec.layers) * spec.layer_inputs
+        shapes["inputs"] = BufferShape((tokens, width))
+        shapes["input_rows"] = BufferShape((min(tokens, INPUT_ROWS), width))
+        shapes["input_gate"] = BufferShape((tokens, spec.layer_inputs))
+    if columns := layout.channel_columns:
         shapes["sums"] = BufferShape((tokens, columns))
     if scoring:
         shapes["strip"] = BufferShape((tokens, SCORE_ROWS))
     return shapes
+
+
+def _row_bytes(layout: PackLayout, name: str) -> int:
+    """Of an encoded row of a matrix."""
+    tensor = layout.tensors[name]
+    return row_bytes(tensor.codec, tensor.columns)
+
+
+def _input_row_bytes(spec: ModelSpec, layout: PackLayout) -> int:
+    """Of the layer inputs that are read at a time."""
+    return INPUT_ROWS * _row_bytes(layout, "inputs.embed") if spec.layer_inputs else 0

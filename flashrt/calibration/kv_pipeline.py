@@ -157,9 +157,11 @@ def labelled_layers(spec: ModelSpec) -> list[int]:
         raise UnsupportedModelError(f"{spec.family}: latents cannot have labels; use --kv exact")
     layers = [i for i, attention in spec.attentions.items() if most_channels(attention) is not None]
     for attention in (spec.layers[i].attention for i in layers):
-        partial = attention.rope is not None and attention.rope.dims
-        if attention.softcap or attention.temperature or attention.qk_unit or partial:
+        partial = attention.rope is not None and (attention.rope.dims or attention.rope.share < 1)
+        borrows = attention.kv_from is not None
+        if attention.softcap or attention.temperature or attention.qk_unit or partial or borrows:
             what = "heads that are rotated in part" if partial else "attention scores that are soft-capped or scaled"
+            what = "layers that attend to the keys of others" if borrows else what
             raise UnsupportedModelError(f"{spec.family}: {what} cannot have labels; use --kv exact")
     if not layers:
         raise UnsupportedModelError(

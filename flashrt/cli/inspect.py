@@ -12,7 +12,10 @@ from flashrt.cli.console import Progress, emit, show, size, table
 from flashrt.errors import PackError
 
 if TYPE_CHECKING:
+    from flashrt.spec import ModelSpec
     from flashrt.storage.pack import Pack
+
+_HEADS = ("heads", "kv_heads", "head_dim")
 
 
 def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
@@ -70,7 +73,8 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "hidden": spec.hidden,
         "layers": len(spec.layers),
         "attending_layers": len(spec.attentions),
-        **{name: getattr(attention, name, 0) for name in ("heads", "kv_heads", "head_dim")},
+        **{name: getattr(attention, name, 0) for name in _HEADS},
+        "head_shapes": [dict(zip(_HEADS, shape, strict=True)) for shape in _head_shapes(spec)],
         "latent": getattr(attention, "rank", 0),
         "neurons": ffn.neurons,
         "experts": ffn.experts,
@@ -108,6 +112,17 @@ def _of_labels(labels: dict[str, Any] | None) -> str:
         return str(labels["unusable"])
     losses = ", ".join(f"{loss:+.2%} at {keep}" for keep, loss in labels["losses"].items())
     return f"{size(labels['bytes'])}, of {labels['layers']} layers; perplexity {losses or 'not measured'}"
+
+
+def _head_shapes(spec: ModelSpec) -> list[tuple[int, int, int]]:
+    """The distinct numbers of `_HEADS` of layers, in the order of these."""
+    return list(dict.fromkeys((a.heads, a.kv_heads, a.head_dim) for a in spec.attentions.values()))
+
+
+def _of_heads(shapes: list[dict[str, int]]) -> str:
+    return (
+        "; ".join(f"{own['heads']} heads, {own['kv_heads']} KV heads of {own['head_dim']}" for own in shapes) or "none"
+    )
 
 
 def _states(facts: dict[str, Any]) -> dict[str, str]:

@@ -95,9 +95,7 @@ def build_engine(
         device = runtime.device(pack, the_plan, ledger, reader)
         weights = Weights(pack, the_plan, device, reader)
         on_error.callback(weights.stop_loading)
-        codec = pack.layout.tensors["embed"].codec
-        columns = pack.layout.channel_columns
-        shapes = working_set(spec, codec, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring, columns)
+        shapes = working_set(spec, pack.layout, the_plan.prefill_chunk, the_plan.logit_rows, the_plan.scoring)
         buffers = {
             name: device.allocate("activations", (shape.count,), np.uint8 if shape.item_bytes == 1 else np.float32)
             for name, shape in shapes.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from flashrt.kv.chosen import ChosenStore
 from flashrt.kv.contiguous import ContiguousStore
 from flashrt.kv.far_layout import FarLayout, cell_bytes, page_bytes
 from flashrt.kv.recurrent import RecurrentStore
+from flashrt.kv.shared import SharedStore
 from flashrt.kv.sparse import SparseStore
 from flashrt.kv.streamed import StreamedStore
 from flashrt.kv.window import WindowStore
@@ -23,7 +25,7 @@ from flashrt_kernels.kv import KvCodec
 KvKinds = Sequence[type[LayerStore]]
 Choices = Sequence[Choice | None]
 
-RESIDENT_KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore, RecurrentStore)
+RESIDENT_KINDS: KvKinds = (ContiguousStore, WindowStore, SparseStore, SharedStore, RecurrentStore)
 KINDS: KvKinds = (*RESIDENT_KINDS, StreamedStore, ChosenStore)
 
 
@@ -37,7 +39,7 @@ class KvCache:
         self.top = 0  # the most tokens since it began
 
     def keys_of(self, layer: int) -> KvStore:
-        """The store of a layer that attends."""
+        """The store of a layer that attends, and has keys and values of its own."""
         store = self.stores[layer]
         assert isinstance(store, KvStore)
         return store
@@ -158,6 +160,7 @@ def kv_scratch_bytes(spec: ModelSpec, limits: KvLimits, ops: Any, kinds: KvKinds
 def far_layout(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> FarLayout | None:
     """The pages of older positions of the stores of `open_cache`; None where all are in memory."""
     nbytes, heads, count = {}, {}, 0
+    readers = Counter(map(spec.kv_layer, spec.attentions))
     for layer, (mixer, own) in enumerate(_layers(spec, limits, choices)):
         kind = choose(mixer, own, kinds)[0]
         if pages := kind.far_pages(mixer, own):
@@ -165,7 +168,7 @@ def far_layout(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choice
             nbytes[layer], count = page_bytes(attention, limits.codec), max(count, pages)
             if kind.cells(mixer, own):
                 heads[layer] = attention.kv_heads
-    return FarLayout(nbytes, limits.held or 0, count, heads, limits.cell_bytes) if nbytes else None
+    return FarLayout(nbytes, limits.held or 0, count, heads, limits.cell_bytes, readers) if nbytes else None
 
 
 def cells_chosen(spec: ModelSpec, limits: KvLimits, kinds: KvKinds = KINDS, choices: Choices = ()) -> list[int]:

@@ -39,6 +39,7 @@ class FarLayout:
     """Each layer of `page_bytes` has up to `count` pages of so many bytes, the first `held` of them in memory.
 
     Layers of `heads` are read by cells, each so many neighbours of one of their KV heads as `cell_bytes` hold.
+    `readers` are how many layers attend to those of each, itself included.
     """
 
     page_bytes: Mapping[int, int]
@@ -46,6 +47,7 @@ class FarLayout:
     count: int
     heads: Mapping[int, int] = field(default_factory=dict)  # layer → KV heads
     cell_bytes: int = 0
+    readers: Mapping[int, int] = field(default_factory=dict)  # 1 where it says nothing
     _begins: dict[int, int] = field(init=False, repr=False, compare=False)  # bytes before a layer's first page on disk
 
     def __post_init__(self) -> None:
@@ -61,7 +63,8 @@ class FarLayout:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of pages that a token reads all at the end of the context: those of layers that have no cells."""
-        streamed = (nbytes for layer, nbytes in self.page_bytes.items() if layer not in self.heads)
+        whole = ((layer, nbytes) for layer, nbytes in self.page_bytes.items() if layer not in self.heads)
+        streamed = (nbytes * self.readers.get(layer, 1) for layer, nbytes in whole)
         return (self.count - self.held) * sum(streamed)
 
     @property

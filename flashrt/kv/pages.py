@@ -88,7 +88,9 @@ def pages(mixers: Sequence[Mixer], extent: Extent, codec: KvCodec) -> Iterator[P
 def _segment(mixers: Sequence[Mixer], extent: Extent, codec: KvCodec, begin: int) -> Iterator[Page]:
     count = min(ATTENTION_SEGMENT, extent.length - begin)
     for layer, attention in enumerate(mixers):
-        if not isinstance(attention, Attention) or begin < needed(attention.window, extent.top):
+        if not isinstance(attention, Attention) or attention.kv_from is not None:
+            continue
+        if begin < needed(attention.window, extent.top):
             continue
         group = max(PAGE_BYTES // (ATTENTION_SEGMENT * attention.kv_bytes(codec) // attention.kv_heads), 1)
         for head in range(0, attention.kv_heads, group):

@@ -34,7 +34,8 @@ class AttentionBlocks(MixerBlocks):
         self._frequencies = [np.asarray(rope.inverse_frequencies(dim, planned), np.float64) for rope, dim in pairs]
         attentions = work.spec.attentions.values()
         self._temperatures = {_temperature(a) for a in attentions if a.temperature}
-        self._units = {a.head_dim: work.device.make(np.ones(a.head_dim, np.float32)) for a in attentions if a.qk_unit}
+        unit = {a.head_dim for a in attentions if a.qk_unit or a.value_norm}
+        self._units = {dim: work.device.make(np.ones(dim, np.float32)) for dim in unit}
         self._scales: dict[tuple[float, int, int], Tensor] = {}  # of the queries of a pass, where they are not all one
         self._observe: HeadObserver | None = None
 
@@ -72,9 +73,9 @@ class AttentionBlocks(MixerBlocks):
         return out
 
     def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
-        """Queries, keys and values of layer `i`, float32 [T, qkv_rows]; queries of the chosen heads only."""
+        """Queries, keys and values of layer `i`, float32 [T, row_width]; queries of the chosen heads only."""
         attention = self.work.spec.layers[i].attention
-        qkv = self.work.view("qkv", len(normed), attention.qkv_rows)
+        qkv = self.work.view("qkv", len(normed), attention.row_width)
         rows = None if chosen is None else computed_rows(chosen.spans, attention)
         self.work.linear(f"{i}.qkv", normed, qkv, wide, f"{i}.qkv.bias" if attention.qkv_bias else None, rows)
         return qkv
@@ -85,20 +86,15 @@ class AttentionBlocks(MixerBlocks):
         The others give zeros, whatever their queries hold.
         """
         attention, count = self.work.spec.layers[i].attention, len(qkv)
-        heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
+        heads, dim = attention.heads, attention.head_dim
         out = self.work.view("attended", count, heads * dim)
-        split = qkv.reshape(count, -1, dim)
-        query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
-        self._norm_part(attention, qkv[:, : heads * dim], f"{i}.q_norm")
-        self._norm_part(attention, qkv[:, heads * dim : (heads + kv_heads) * dim], f"{i}.k_norm")
-        if self._observe is not None:
-            self._observe(i, query, key)
-        self._rotate(attention, split[:, : heads + kv_heads])
-        self._scale(attention, query)
-        group, sinks = heads // kv_heads, self.work.weights.vector(f"{i}.sinks") if attention.sinks else None
+        query, key, value = self._prepare(i, qkv)
+        group, source = heads // attention.kv_heads, self.work.spec.kv_layer(i)
+        sinks = self.work.weights.vector(f"{i}.sinks") if attention.sinks else None
         for own, kv, rows in self.parts:
-            store = kv.keys_of(i)
-            store.append(key[own], value[own], rows.start)
+            store = kv.keys_of(source)
+            if source == i:
+                store.append(key[own], value[own], rows.start)
             for first, end in [(0, heads)] if chosen is None or store.whole else chosen.spans:
                 part = out[own, first * dim : end * dim]
                 beside = None if sinks is None else sinks[first:end]
@@ -107,6 +103,25 @@ class AttentionBlocks(MixerBlocks):
             out.reshape(count, -1, dim)[~chosen.each] = 0
         return out
 
+    def _prepare(self, i: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, heads, head_dim], keys and values as they are kept, normed and rotated in place."""
+        attention = self.work.spec.layers[i].attention
+        heads, kept, dim = attention.heads, attention.kept_heads, attention.head_dim
+        split = qkv.reshape(len(qkv), -1, dim)
+        query, key, value = split[:, :heads], split[:, heads : heads + kept], split[:, heads + kept :]
+        if attention.keys_as_values:
+            value[:] = key
+        if attention.value_norm:
+            self._norm_heads(value, self._units[dim])
+        self._norm_part(attention, qkv[:, : heads * dim], f"{i}.q_norm")
+        if kept:
+            self._norm_part(attention, qkv[:, heads * dim : (heads + kept) * dim], f"{i}.k_norm")
+        if self._observe is not None:
+            self._observe(i, query, key)
+        self._rotate(attention, split[:, : heads + kept])
+        self._scale(attention, query)
+        return query, key, value
+
     def look_ahead(self, i: int, residual: Tensor) -> None:
         """Start to bring what narrow rows will probably attend to in layer `i`, by the stream before the layer ahead.
 
@@ -114,16 +129,17 @@ class AttentionBlocks(MixerBlocks):
         queries again, so none is made where that would wait for weights.
         """
         work, spec, began = self.work, self.work.spec, time.perf_counter()
+        source = spec.kv_layer(i)
         parts = [
-            (own, kv.keys_of(i), rows)
+            (own, kv.keys_of(source), rows)
             for own, kv, rows in self.parts
-            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.keys_of(i).looks_ahead
+            if len(residual[own]) <= NARROW_TOKENS and not (rows.wide or rows.draft) and kv.keys_of(source).looks_ahead
         ]
         if not parts or not work.weights.resident(f"{i}.qkv"):
             return
         attention, count = spec.layers[i].attention, len(residual)
         normed = work.block_input(i, "attention", residual, work.view("y", count, spec.hidden))
-        qkv = work.view("qkv", count, attention.qkv_rows)
+        qkv = work.view("qkv", count, attention.row_width)
         width = attention.heads * attention.head_dim
         end = min(align(width, MATRIX_ROWS), attention.qkv_rows)
         work.linear(f"{i}.qkv", normed, qkv, False, f"{i}.qkv.bias" if attention.qkv_bias else None, [(0, end)])

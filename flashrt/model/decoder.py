@@ -18,6 +18,7 @@ from flashrt.model.batch import Batch
 from flashrt.model.ffn.base import Tokens
 from flashrt.model.ffn.choose import Ffns
 from flashrt.model.ffn.sparse import SparseKind
+from flashrt.model.layer_inputs import LayerInputs
 from flashrt.model.mixers import Mixers
 from flashrt.model.schedule import PassKind, Schedule
 from flashrt.model.scores import Likeliest, Scores
@@ -37,6 +38,7 @@ class Decoder:
         self.spec, self.layout = work.spec, work.layout
         self.weights, self.device = work.weights, work.device
         self.mixers = Mixers(work)
+        self.inputs = LayerInputs(work) if work.spec.layer_inputs else None
         self.pages = pages
         self._schedule = Schedule(work.weights, ffns, pages)
         self._observe: Observer | None = None
@@ -82,6 +84,10 @@ class Decoder:
         for i in range(len(self.spec.layers)):
             self._mix(i, tokens, batch.wide)
             self._ffn(i, tokens, batch)
+            if self.inputs is not None:
+                self.inputs.add(i, x, batch.wide)
+            if self.spec.layer_scales:
+                x *= self.weights.vector(f"{i}.scale")
         normed = self.work.view("normed", len(batch), self.spec.hidden)
         self.work.norm("norm.final", x, normed)
         return normed
@@ -140,6 +146,8 @@ class Decoder:
             y = self.work.view("y", len(batch), self.spec.hidden)
             self.work.lookup("positions", (batch.positions + self.spec.position_offset).tolist(), y)
             x += y
+        if self.inputs is not None:
+            self.inputs.begin(batch.tokens, x, batch.wide)
 
     def _mix(self, i: int, tokens: Tokens, wide: bool) -> None:
         work, blocks, x = self.work, self.mixers.blocks, tokens.residual

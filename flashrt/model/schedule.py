@@ -44,16 +44,21 @@ class Schedule:
 
     def __init__(self, weights: Weights, ffns: Ffns, pages: RingPages | None = None) -> None:
         self._weights, self._ffns, self._pages = weights, ffns, pages
+        spec = weights.spec
+        beside = ("input_gate", "input_out") if spec.layer_inputs else ()
         steps: list[tuple[Expect, Submit | None]] = []
+        if spec.layer_inputs:
+            steps.append((partial(_weights, weights, "inputs.project"), None))
         for i, block in enumerate(ffns.blocks):
-            mixer = weights.spec.layers[i].mixer
-            names = [f"{i}.{name}" for name in mixer.matrices(weights.spec.hidden)]
+            mixer = spec.layers[i].mixer
+            names = [f"{i}.{name}" for name in mixer.matrices(spec.hidden)]
             inputs, outputs = names[: -mixer.outputs], names[-mixer.outputs :]
             steps += [(partial(_weights, weights, name), None) for name in inputs]
-            if pages is not None and i in pages.layers:
-                steps.append((partial(_far, pages, i), pages.submit(i)))
+            if pages is not None and (source := spec.kv_layer(i)) in pages.layers:
+                steps.append((partial(_far, pages, source), pages.submit(source)))
             steps += [(partial(_weights, weights, name), None) for name in outputs]
             steps.append((partial(_ffn, block), block.submit))
+            steps += [(partial(_weights, weights, f"{i}.{name}"), None) for name in beside]
         alike = itertools.groupby(steps, key=lambda step: step[1])
         self._body = [_Stretch([expect for expect, _ in own], submit) for submit, own in alike]
         cells = pages is not None and pages.cells is not None

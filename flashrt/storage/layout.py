@@ -133,7 +133,7 @@ class PackLayout:
         """The tensors that a matrix is stored in, in the order of its rows: itself, or its parts."""
         if matrix in self.tensors:
             return [self.tensors[matrix]]
-        return [self.tensors[part] for part in parts_of(matrix)]
+        return [self.tensors[part] for part in parts_of(matrix) if part in self.tensors]
 
     def tensors_of(self, file: str) -> Iterator[TensorLayout]:
         return (t for t in self.tensors.values() if t.file == file)
@@ -214,7 +214,8 @@ def _kept_matrices(matrices: dict[str, tuple[int, int]], dtype: Codec, kept: Kep
             continue
         row0 = 0
         for part, rows in zip(parts, spec.layers[int(name.partition(".")[0])].mixer.qkv_parts, strict=True):
-            yield _matrix(part, kept.matrices.get(part, dtype), rows, columns, row0)
+            if rows:
+                yield _matrix(part, kept.matrices.get(part, dtype), rows, columns, row0)
             row0 += rows
 
 
@@ -312,7 +313,7 @@ def pack_layout(
     file_bytes: dict[str, int] = {}
     for layer in (None, *range(len(spec.layers))):
         file = RESIDENT_FILE if layer is None else layer_file(layer)
-        prefix = "norm.final" if layer is None else f"{layer}."
+        prefix = "norm." if layer is None else f"{layer}."
         matrices = spec.shared_matrices() if layer is None else spec.layer_matrices(layer)
         shapes_of = [*(_matrices(matrices, dtype) if kept is None else _kept_matrices(matrices, dtype, kept, spec))]
         own_vectors = {name: n for name, n in lengths.items() if name.startswith(prefix)}

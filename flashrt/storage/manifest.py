@@ -199,6 +199,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     bounded("hidden", spec.hidden, 1, 1 << 20)
     bounded("context", spec.context, 1, MAX_CONTEXT)
     bounded("positions", spec.positions, 0, 1 << 31)
+    bounded("layer_inputs", spec.layer_inputs, 0, 1 << 16)
     bounded("position_offset", spec.position_offset, 0, spec.positions)
     bounded("layers", len(spec.layers), 1, MAX_LAYERS)
     for token in (*spec.eos, *([] if spec.bos is None else [spec.bos])):
@@ -242,6 +243,8 @@ def _check_attention(attention: Attention, where: str) -> None:
     _bounded("head_dim", attention.head_dim, 1, 1 << 14, where)
     if attention.heads % attention.kv_heads:
         raise PackError(f"{where}: {attention.heads} heads do not share {attention.kv_heads} KV heads evenly")
+    if attention.kv_from is not None:
+        _bounded("kv_from", attention.kv_from, 0, MAX_LAYERS, where)
     if attention.window is not None:
         _bounded("window", attention.window, 1, 1 << 31, where)
 

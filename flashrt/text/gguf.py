@@ -27,11 +27,11 @@ def text_from_gguf(metadata: Mapping[str, Any]) -> TextFiles:
     model, tokens = fields.string("model"), fields.strings("tokens")
     if model is None or tokens is None:
         raise CheckpointError("the GGUF file holds no tokenizer")
-    if model not in ("gpt2", "llama"):
-        raise UnsupportedModelError(f"GGUF tokenizer {model!r} is not supported; known: gpt2, llama")
+    if model not in ("gpt2", "llama", "gemma4"):
+        raise UnsupportedModelError(f"GGUF tokenizer {model!r} is not supported; known: gpt2, llama, gemma4")
     special = _special(fields, tokens)
     # Without the flag, llama.cpp adds BOS to SentencePiece vocabularies and to some byte-level ones.
-    default_bos = model == "llama" or _split(fields).bos
+    default_bos = model != "gpt2" or _split(fields).bos
     bos = _id(fields, "bos_token_id", tokens) if fields.flag("add_bos_token", default_bos) else None
     eos = _id(fields, "eos_token_id", tokens) if fields.flag("add_eos_token", False) else None
     values = Metadata(metadata)
@@ -71,6 +71,8 @@ def _tokenizer(fields: Metadata, tokens: list[str], around: tuple[int | None, in
             raise CheckpointError("GGUF metadata: a gpt2 tokenizer without tokenizer.ggml.merges")
         return byte_level(tokens, merges, kinds, fields.string("pre", "default"), bos, eos)
     scores = fields.numbers("scores") or []
+    if merges is None and fields.string("model") == "gemma4":
+        raise CheckpointError("GGUF metadata: a gemma4 tokenizer without tokenizer.ggml.merges")
     if merges is None and len(scores) != len(tokens):
         raise CheckpointError("GGUF metadata: tokenizer.ggml.scores does not match the tokens")
     gemma = architecture.startswith("gemma")

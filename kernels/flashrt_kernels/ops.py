@@ -173,6 +173,9 @@ class Ops(Protocol[Array]):
     def rms_norm_gated(self, x: Array, gate: Array, weight: Array, eps: float, out: Array) -> None:
         """out = x / sqrt(mean(x²) + eps) * weight * silu(gate) over rows; x, gate, out [B, K], weight [K]."""
 
+    def activate(self, gate: Array, up: Array, activation: str) -> None:
+        """gate = act(gate) * up in place, gate and up [B, K]; activation: a name of `flashrt_kernels.activations`."""
+
     def sigmoid_gate(self, x: Array, gate: Array) -> None:
         """x *= sigmoid(gate) in place, x and gate [B, K]."""
 

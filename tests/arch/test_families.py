@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ CONFIG = {
     "moe_intermediate_size": 24,
     "n_routed_experts": 8,
 }
+
+
+TWO_FULL = {"layer_types": ["full_attention"] * 2}
+_OWN = {
+    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 104},
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "moe_intermediate_size": 24},
+}
+
+
+def _gemma4_ropes(share: float) -> dict[str, Any]:
+    full = {"rope_type": "proportional", "partial_rotary_factor": share, "rope_theta": 1e6}
+    return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 
 
 def test_the_readme_names_every_family() -> None:
@@ -110,10 +123,31 @@ def test_the_table_of_blocks_names_every_family_that_has_one(tmp_path: Path) -> 
         ("ministral3", {"layer_types": ["full_attention"] * 2, "sliding_window": 4}, "'full_attention' layers"),
         ("dots1", {"n_group": None, "topk_group": 2}, "topk_group is 2"),
         ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "original_max_position_embeddings"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "per-layer embeddings of 262144 of 131 tokens"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "no full_attention layer is before the 1 that share"),
+        ("gemma4_text", {"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention' layers"),
+        ("gemma4_text", {"global_head_dim": 514}, "heads of 514 numbers"),
+        ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 4}, "6 heads are not a multiple of 4"),
+        ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, "'sliding_window' in per_layer_config"),
+        ("gemma4_text", {**TWO_FULL, "per_layer_config": {"1": {"head_dim": 8}}}, "heads of different kinds"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": "8"}}}, "head_dim is '8'"),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "say nothing of sliding_attention",
+        ),
+        ("gemma4_text", {"rope_parameters": _gemma4_ropes(1.5)}, "'proportional' of 1.5 of a head"),
+        ("gemma4_text", {"rope_parameters": _gemma4_ropes(0.0)}, "'proportional' of 0.0 of a head"),
+        ("gemma4_text", {"enable_moe_block": True}, "num_experts is None"),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5}, "top_k_experts is 5"),
+        ("gemma4_text", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ("glm4", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional'"),
     ],
 )
 def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], reason: str) -> None:
-    own = {"num_experts_per_tok": 1, "intermediate_size_mlp": 104} if family == "llama4_text" else {}
+    own = _OWN.get(family, {})
     family_of(family).spec({**CONFIG, **own})
     with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(reason)):
         family_of(family).spec({**CONFIG, **own, **change})
@@ -137,6 +171,13 @@ def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], re
         ("qwen3_moe", {"qwen3moe.expert_shared_count": 1}),
         ("llama", {"llama.leading_dense_block_count": 1}),
         ("llama", {"llama.nextn_predict_layers": 1}),
+        ("llama", {"llama.attention.shared_kv_layers": 1}),
+        ("llama", {"llama.embedding_length_per_layer_input": 8}),
+        ("gemma4", {"gemma4.attention.value_length_swa": 18}),
+        ("gemma4", {"gemma4.rope.dimension_count_swa": 10}),
+        ("gemma4", {"gemma4.attention.head_count_kv": array("i", [3, 1, 3])}),
+        ("gemma4", {"gemma4.feed_forward_length": array("i", [104, 104, 104, 104, 208])}),
+        ("gemma4", {"gemma4.attention.sliding_window_pattern": array("B", [1] * 5)}),
     ],
 )
 def test_metadata_that_is_not_computed_is_refused(family: str, change: dict[str, Any], tmp_path: Path) -> None:
@@ -145,6 +186,31 @@ def test_metadata_that_is_not_computed_is_refused(family: str, change: dict[str,
     key = next(iter(change)).partition(".")[2]
     with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(key)):
         gguf_config({**header.metadata, **change}, shapes.get, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attention.shared_kv_layers": 4}, "no full_attention layer is before the 4 that share"),
+        ({"attention.shared_kv_layers": 5}, "feed_forward_length"),
+        ({"attention.shared_kv_layers": -1}, "num_kv_shared_layers is -1"),
+        ({"attention.head_count_kv": array("i", [3, 1, 3, 2, 1])}, "sliding_attention layers have heads of different"),
+        ({"expert_count": 4}, "moe_intermediate_size is None"),
+        ({"embedding_length_per_layer_input": -3}, "hidden_size_per_layer_input is -3"),
+        ({"feed_forward_length": 0}, "intermediate_size is 0"),
+        ({"final_logit_softcapping": -2.0}, "final_logit_softcapping is -2.0"),
+    ],
+)
+def test_what_gemma_4s_metadata_contradicts_is_refused(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    header = read_gguf_header(tiny_gguf("gemma4", tmp_path / "x.gguf")[1])
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    family_of("gemma4_text").spec(gguf_config(header.metadata, shapes.get, {}))
+    changed = {f"gemma4.{key}": value for key, value in change.items()}
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(reason)):
+        family_of("gemma4_text").spec(gguf_config({**header.metadata, **changed}, shapes.get, {}))
+    del shapes["blk.2.attn_v.weight"]
+    with pytest.raises(UnsupportedModelError, match=r"without values in layers \[1, 2, 4\].*expected \[1, 4\]"):
+        gguf_config(header.metadata, shapes.get, {})
 
 
 def test_null_caps_are_none() -> None:
@@ -311,7 +377,7 @@ def test_further_layers_of_a_hybrid_are_not_read(tmp_path: Path, family: str, li
         ({"layer_types": ["full_attention"]}, "expected 4 names"),
         ({"linear_num_key_heads": 4}, "6 heads of a delta net do not share 4 key heads"),
         ({"linear_conv_kernel_dim": 9}, "a convolution of 9 taps"),
-        ({"linear_value_head_dim": 600}, "heads of 600 numbers"),
+        ({"linear_value_head_dim": 1024}, "heads of 1024 numbers"),
         ({"linear_key_head_dim": 0}, "linear_key_head_dim is 0"),
         ({"partial_rotary_factor": 0.0, "rope_parameters": {}}, "partial_rotary_factor=0.0"),
     ],

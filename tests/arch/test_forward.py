@@ -60,6 +60,8 @@ class PlainModel:
         x = self.matrix("embed", spec.vocab)[tokens] * spec.embed_scale
         if spec.positions:
             x = x + self.matrix("positions", spec.positions)[torch.arange(len(tokens)) + spec.position_offset]
+        inputs = self.layer_inputs(tokens, x) if spec.layer_inputs else None
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for i in range(len(spec.layers)):
             before = x
             mixer = spec.layers[i].mixer
@@ -67,12 +69,25 @@ class PlainModel:
             y = mix(i, self.norm(x, f"{i}.norm.attention") if spec.pre_norms else x)
             x = x + self.given(f"{i}.norm.attention_post", y)
             if spec.parallel:
-                y = self.ffn(i, self.norm(before, f"{i}.norm.attention"))
+                y = self.ffn(i, self.norm(before, f"{i}.norm.attention"), before)
             else:
-                y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x)
+                y = self.ffn(i, self.norm(x, f"{i}.norm.ffn") if spec.pre_norms else x, x)
             x = x + self.given(f"{i}.norm.ffn_post", y)
+            if inputs is not None:
+                gate = x @ self.matrix(f"{i}.input_gate", spec.layer_inputs).T
+                own = _ACTIVATIONS[spec.layers[i].ffn.activation](gate) * inputs[:, i]
+                x = x + self.norm(own @ self.matrix(f"{i}.input_out", spec.hidden).T, f"{i}.norm.input_post")
+            x = x * self.vector(f"{i}.scale") if spec.layer_scales else x
         logits = self.norm(x, "norm.final") @ self.matrix(spec.head, spec.vocab).T * spec.logit_scale
         return (logits / spec.logit_softcap).tanh() * spec.logit_softcap if spec.logit_softcap else logits
+
+    def layer_inputs(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[T, layers, layer_inputs]"""
+        count, width = len(self.spec.layers), self.spec.layer_inputs
+        projected = x @ self.matrix("inputs.project", count * width).T * self.spec.hidden**-0.5
+        rows = self.matrix("inputs.embed", self.spec.vocab)[tokens] * self.spec.layer_input_scale
+        normed = self.norm(projected.view(-1, count, width), "norm.inputs")
+        return (normed + rows.view(-1, count, width)) * 2**-0.5
 
     def given(self, key: str, y: torch.Tensor) -> torch.Tensor:
         return (self.norm(y, key) if self.spec.post_norms else y) * self.spec.residual_scale
@@ -80,16 +95,21 @@ class PlainModel:
     def attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
         a: Attention = self.spec.layers[i].attention
         qkv = x @ self.matrix(f"{i}.qkv", a.qkv_rows).T + self.bias(f"{i}.qkv.bias")
-        q, k, v = qkv.view(len(x), -1, a.head_dim).transpose(0, 1).split([a.heads, a.kv_heads, a.kv_heads])
+        parts = [rows // a.head_dim for rows in a.qkv_parts]
+        q, k, v = qkv.view(len(x), -1, a.head_dim).transpose(0, 1).split(parts)
+        v = k if a.keys_as_values else v
+        v = self.unit(v) if a.value_norm else v
         if a.qk_norm_whole:
             q, k = (self.norm_whole(t, f"{i}.{name}_norm") for t, name in ((q, "q"), (k, "k")))
         elif a.qk_norm:
-            q, k = self.norm(q, f"{i}.q_norm"), self.norm(k, f"{i}.k_norm")
+            q, k = self.norm(q, f"{i}.q_norm"), k if a.kv_from is not None else self.norm(k, f"{i}.k_norm")
         if a.rope:
             q, k = rotate(q, a.rope), rotate(k, a.rope)
         if a.qk_unit:
-            q, k = (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + self.spec.norm_eps) for t in (q, k))
-        k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in (k, v))
+            q, k = self.unit(q), self.unit(k)
+        if a.kv_from is None:
+            self.kept[i] = k, v
+        k, v = (t.repeat_interleave(a.heads // a.kv_heads, 0) for t in self.kept[self.spec.kv_layer(i)])
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
         seen = (distance >= 0) & (distance < (a.window or len(x)))
         if a.temperature:
@@ -147,19 +167,26 @@ class PlainModel:
         joined = (normed * self.vector(f"{i}.head_norm")).flatten(1) * gate
         return joined @ self.matrix(f"{i}.out", self.spec.hidden).T
 
+    def unit(self, heads: torch.Tensor) -> torch.Tensor:
+        return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + self.spec.norm_eps)
+
     def norm_whole(self, heads: torch.Tensor, key: str) -> torch.Tensor:
         joined = heads.transpose(0, 1).flatten(1)
         return self.norm(joined, key).view(len(joined), len(heads), -1).transpose(0, 1)
 
-    def ffn(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def ffn(self, i: int, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         ffn = self.spec.layers[i].ffn
         if not ffn.experts:
             return self.block(i, f"{i}.ffn", 0, x)
-        weights, chosen = self.route(i, x)
-        given = x * weights if ffn.router_input else x
+        weights, chosen = self.route(i, self.norm(residual, f"{i}.norm.router") if ffn.router_norm else x)
+        given = self.norm(residual, f"{i}.norm.experts") if ffn.branch_norms else x
+        given = given * weights if ffn.router_input else given
         weights = torch.ones_like(weights) if ffn.router_input else weights
         outputs = torch.stack([self.block(i, f"{i}.ffn", e, given) for e in range(ffn.experts)], 1)
         y = (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * weights[..., None]).sum(1)
+        if ffn.branch_norms:
+            shared = self.norm(self.block(i, f"{i}.shared", 0, x), f"{i}.norm.shared_post")
+            return self.norm(y, f"{i}.norm.experts_post") + shared
         if not ffn.shared:
             return y
         weight = (x @ self.matrix(f"{i}.shared_gate", 1).T).sigmoid() if ffn.shared_gate else 1.0
@@ -168,6 +195,7 @@ class PlainModel:
     def route(self, i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ffn = self.spec.layers[i].ffn
         logits = x @ self.matrix(f"{i}.router", ffn.experts).T + self.bias(f"{i}.router.bias")
+        logits = logits * ffn.router_logit_scale
         scores = logits.sigmoid() if ffn.router_scores == "sigmoid" else logits.softmax(-1)
         worth = scores + self.bias(f"{i}.router.correction")
         groups = worth.unflatten(1, (ffn.router_groups, -1))
@@ -179,6 +207,7 @@ class PlainModel:
         weights = scores.gather(1, chosen)
         if ffn.normalize_router:
             weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights * self.vector(f"{i}.router.scales")[chosen] if ffn.expert_scales else weights
         return weights * ffn.router_scale, chosen
 
     def block(self, i: int, key: str, run: int, x: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,31 @@ def rope_of(spec: ModelSpec) -> Rope:
     return rope
 
 
+@pytest.mark.parametrize(("share", "factor", "head_dim"), [(0.25, 1.0, 512), (0.28, 3.0, 36), (1.0, 2.0, 20)])
+def test_frequencies_of_heads_rotated_in_part_are_transformers(share: float, factor: float, head_dim: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {
+        "rope_type": "proportional",
+        "rope_theta": 5000.0,
+        "partial_rotary_factor": share,
+        "factor": factor,
+    }
+    config = LlamaConfig(head_dim=head_dim, rope_parameters=parameters)
+    expected, _ = ROPE_INIT_FUNCTIONS["proportional"](config)
+    rope = rope_of(spec_of(head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=64))
+    np.testing.assert_allclose(rope.inverse_frequencies(head_dim), expected.numpy(), rtol=1e-5)
+    assert Rope.from_json(rope.to_json()) == rope
+
+
+def test_heads_rotated_in_part_are_not_scaled() -> None:
+    parameters = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    spec = spec_of(rope_parameters=parameters, max_position_embeddings=64)
+    with pytest.raises(UsageError, match=r"rotates a share of the pairs.*leave --rope-scaling out"):
+        spec.scaled(parse_rope_scaling("yarn:4"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [11, TRAINED, TRAINED + 1, 83])
 def test_a_prompt_of_the_planned_length_gives_transformers_logits(kind: str, length: int, tmp_path: Path) -> None:

@@ -33,6 +33,18 @@ IMAGES = {"image_token_id": 130, "video_token_id": 129}
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "factor": 4.0}
 
+GEMMA4 = {
+    "head_dim": 20,
+    "global_head_dim": 28,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": SHAPE["vocab_size"],
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "sliding_window": 6,
+    "final_logit_softcapping": 5.0,
+}
+DENSE = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
+
 
 def text(family: str, **fields: Any) -> dict[str, Any]:
     return {**TEXT, "model_type": family, **fields}
@@ -91,6 +103,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": text("llama4_text", intermediate_size_mlp=104, head_dim=12, num_local_experts=3),
             "vision_config": {**EYES, "vision_output_dim": 16, "image_size": 28, "patch_size": 14},
+        },
+    ),
+    "gemma4": (
+        "Gemma4",
+        {
+            "text_config": text("gemma4_text", **GEMMA4),
+            "vision_config": {"model_type": "gemma4_vision", **EYES, "head_dim": 8, "patch_size": 4},
+            "audio_config": None,
+            "image_token_id": 130,
+        },
+    ),
+    "gemma4_unified": ("Gemma4Unified", {"text_config": text("gemma4_unified_text", **GEMMA4 | DENSE)}),
+    "gemma4, untied, dense": (
+        "Gemma4",
+        {
+            "text_config": text("gemma4_text", **GEMMA4 | DENSE),
+            "tie_word_embeddings": False,
         },
     ),
     "internvl": ("InternVL", {"text_config": text("qwen2"), "vision_config": INTERN}),

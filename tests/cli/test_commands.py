@@ -14,6 +14,7 @@ from flashrt.cli.options import DtypeName
 from flashrt.storage.names import AUTO, DTYPE_NAMES
 from flashrt_kernels.rows import DTYPES
 from tests.cli.conftest import Cli, Result
+from tests.families import tiny_checkpoint
 
 REPORT = {
     "text",
@@ -131,6 +132,16 @@ def test_inspect_and_verify(cli: Cli, pack: Path) -> None:
     assert "tiny-llama (llama)" in cli("inspect", pack).stdout
     assert parsed(cli("verify", pack, "--json"))["intact"]
     assert "is intact" in cli("verify", pack).stdout
+
+
+def test_heads_that_differ_by_layer_are_told(cli: Cli, tmp_path: Path) -> None:
+    _, checkpoint = tiny_checkpoint("gemma4", tmp_path / "checkpoint")
+    assert cli("pack", checkpoint, tmp_path / "pack", "--dtype", "int8").returncode == 0
+    shown = cli("inspect", tmp_path / "pack").stdout
+    assert "6 heads, 3 KV heads of 20; 6 heads, 1 KV heads of 36" in shown
+    refused = cli("calibrate", tmp_path / "pack", "--kv")
+    assert refused.returncode != 0
+    assert "heads that are rotated in part cannot have labels" in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_doctor_measures_and_remembers(cli: Cli, tmp_path: Path, pack: Path) -> None:

@@ -20,7 +20,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime, kv_codec, runtime_for, torch_scratch_bytes
 from flashrt.errors import UsageError
-from flashrt.kv.base import KvLimits
+from flashrt.kv.base import KvLimits, KvStore
 from flashrt.kv.cache import KINDS as KV_KINDS
 from flashrt.kv.cache import Choices
 from flashrt.model.ffn.choose import KINDS, Kinds
@@ -92,7 +92,7 @@ def held_of(engine: Engine) -> list[np.ndarray]:
         if i in kv.recurrent:
             result.append(np.empty(engine.spec.delta_nets[i].state_size, np.float32))
             kv.recurrent[i].read_state(kv.length, slice(0, len(result[-1])), result[-1])
-        else:
+        elif isinstance(store, KvStore):
             result.append(store.memory[:, : kv.length].copy())  # type: ignore[attr-defined]
     return result
 

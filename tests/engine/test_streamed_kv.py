@@ -58,9 +58,10 @@ def text_of(engine: Engine, prompt: list[int], new: int, **options: object) -> l
     return generation.report.token_ids
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3", "opt", "mixtral", "qwen3", "ministral3", "gpt_oss", "deepseek_v3"]
-)
+FAMILIES = ["llama", "gemma2", "gemma3", "gemma4", "gemma4-inputs", "opt", "mixtral", "qwen3", "ministral3", "gpt_oss"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3"])
 @pytest.mark.parametrize(("share", "draft"), [(0.1, 1), (0.3, 12)])
 def test_texts_are_those_of_an_engine_that_holds_everything(family, share, draft, tmp_path):
     packed = make(family, tmp_path)

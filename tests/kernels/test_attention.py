@@ -64,22 +64,30 @@ def test_blocks_are_those_of_gguf_files(isa, codec, scale):
 @CODEC
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap"),
-    [(4, 1, 48, None, None), (8, 2, 64, 100, None), (6, 6, 80, None, 20.0), (3, 1, 10, 7, None), (2, 1, 256, 300, 5.0)],
+    [
+        (4, 1, 48, None, None),
+        (8, 2, 64, 100, None),
+        (6, 6, 80, None, 20.0),
+        (3, 1, 10, 7, None),
+        (2, 1, 256, 300, 5.0),
+        (4, 2, 512, 90, None),
+    ],
 )
 def test_attention_matches_reference(isa, codec, heads, kv_heads, dim, window, softcap):
     kv, tensor = cache(1, kv_heads, 700, dim, codec)
+    tolerance = 5e-6 if dim <= 256 else 1e-5  # errors of products that softmax magnifies
     for start, tokens in ((0, 1), (0, 17), (255, 1), (300, 5), (100, 123), (690, 10)):
         q, out = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
         cpu.attention(q, kv, start, window, dim**-0.5, softcap, out)
         expected = torch.empty(tokens, heads * dim)
         reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected)
-        assert rms_ratio(out, expected) < 5e-6
+        assert rms_ratio(out, expected) < tolerance
         sinks = normal(6, heads) * 4 + 12
         cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, sinks=sinks)
         assert rms_ratio(out, expected) > 2e-5
         beside = torch.from_numpy(sinks)
         reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected, sinks=beside)
-        assert rms_ratio(out, expected) < 5e-6
+        assert rms_ratio(out, expected) < tolerance
 
 
 def test_sinks_are_scores_without_values(isa):
@@ -239,7 +247,8 @@ def by_pages(q, kv, far, start, scale, softcap, out, sinks=None, **options):
 
 @CODEC
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "softcap"), [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0)]
+    ("heads", "kv_heads", "dim", "softcap"),
+    [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0), (5, 1, 500, None)],
 )
 def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, softcap):
     context = 11 * SEGMENT + 57

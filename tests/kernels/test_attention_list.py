@@ -45,7 +45,15 @@ def widened(kv, dim):
 
 SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "softcap"),
-    [(12, 2, 128, None), (9, 3, 20, None), (5, 1, 80, 20.0), (4, 4, 256, None), (22, 2, 10, 5.0), (7, 7, 1, None)],
+    [
+        (12, 2, 128, None),
+        (9, 3, 20, None),
+        (5, 1, 80, 20.0),
+        (4, 4, 256, None),
+        (3, 1, 512, None),
+        (22, 2, 10, 5.0),
+        (7, 7, 1, None),
+    ],
 )
 
 
@@ -60,17 +68,18 @@ def test_matches_a_plain_model_and_the_reference(isa, codec, heads, kv_heads, di
     lists[0][0] = []
     q, scale = normal(3, 5, heads, dim), dim**-0.5
     out, packed, counts = attended(q, near, far, lists, scale, softcap)
-    assert rms_ratio(out, plain(q, widened(near, dim), widened(far[None], dim)[0], lists, scale, softcap)) < 5e-6
+    tolerance = 5e-6 if dim <= 256 else 1e-5  # errors of products that softmax magnifies
+    assert rms_ratio(out, plain(q, widened(near, dim), widened(far[None], dim)[0], lists, scale, softcap)) < tolerance
     expected = torch.full(out.shape, torch.nan)
     tensors = (torch.from_numpy(q), near_tensor, far_tensor, torch.from_numpy(packed), torch.from_numpy(counts))
     reference.attention_list(*tensors, scale, softcap, expected)
-    assert rms_ratio(out, expected) < 5e-6
+    assert rms_ratio(out, expected) < tolerance
     assert not out[2].any()
     sinks = normal(6, heads) * 4 + 12
     out = attended(q, near, far, lists, scale, softcap, sinks)[0]
     assert rms_ratio(out, expected) > 1e-3
     reference.attention_list(*tensors, scale, softcap, expected, None, torch.from_numpy(sinks))
-    assert rms_ratio(out, expected) < 5e-6
+    assert rms_ratio(out, expected) < tolerance
     assert not out[2].any()
 
 

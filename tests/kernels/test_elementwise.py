@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from flashrt_kernels.activations import FUNCTIONS, clamped_swiglu
+
 from .helpers import cpu, empty, normal, reference, rms_ratio, same
 
 SHAPES = pytest.mark.parametrize(("n", "k"), [(1, 48), (3, 63), (123, 640), (17, 1536)])
@@ -69,6 +71,19 @@ def test_softcap():
         assert same(part, found[first:end, 3:].copy())
 
 
+@pytest.mark.parametrize("activation", [*FUNCTIONS, clamped_swiglu(1.7, 0.9)])
+@pytest.mark.parametrize(("n", "k"), [(1, 48), (3, 63), (123, 130)])
+def test_activate(isa, activation, n, k):
+    gate, up = normal(1, n, 2 * k)[:, k:], normal(2, n, 2 * k)[:, :k]
+    before, expected = gate.copy(), torch.from_numpy(gate.copy())
+    cpu.activate(gate, up, activation)
+    reference.activate(expected, torch.from_numpy(up), activation)
+    assert rms_ratio(gate, expected) < 1e-6
+    alone = before[n - 1 :]
+    cpu.activate(alone, up[n - 1 :], activation)
+    assert same(alone, gate[n - 1 :].copy())  # whoever shares its pass
+
+
 def test_wrong_arguments_are_named():
     x, weight = normal(1, 3, 64), normal(2, 64)
     with pytest.raises(ValueError, match="^weight"):
@@ -81,6 +96,10 @@ def test_wrong_arguments_are_named():
         cpu.rope(normal(1, 2, 3, 7), normal(1, 2, 3), normal(1, 2, 3))
     with pytest.raises(ValueError, match="^sin"):
         cpu.rope(normal(1, 2, 3, 8), normal(1, 2, 4), normal(1, 2, 3))
+    with pytest.raises(ValueError, match="^up"):
+        cpu.activate(normal(1, 2, 3), normal(1, 2, 4), "silu")
+    with pytest.raises(ValueError, match="^activation"):
+        cpu.activate(normal(1, 2, 3), normal(1, 2, 3), "mish")
 
 
 def test_threads_and_instruction_sets():

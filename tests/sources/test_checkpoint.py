@@ -27,6 +27,15 @@ _GEMMA_NORMS = {
 _OTHER_NORMS = {
     "gemma2": _GEMMA_NORMS,
     "gemma3": _GEMMA_NORMS,
+    "gemma4": _GEMMA_NORMS,
+    "gemma4_unified": _GEMMA_NORMS,
+    "gemma4-inputs": {**_GEMMA_NORMS, "norm.input_post": "post_per_layer_input_norm"},
+    "gemma4-experts": {
+        **_GEMMA_NORMS,
+        "norm.shared_post": "post_feedforward_layernorm_1",
+        "norm.experts": "pre_feedforward_layernorm_2",
+        "norm.experts_post": "post_feedforward_layernorm_2",
+    },
     "cohere": {"norm.attention": "input_layernorm"},
     "cohere2": {"norm.attention": "input_layernorm"},
     "olmo2": {"norm.attention_post": "post_attention_layernorm", "norm.ffn_post": "post_feedforward_layernorm"},
@@ -64,6 +73,10 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
     result = {"embed": decoder.embed_tokens.weight, "norm.final": final.weight + add, "head": model.lm_head.weight}
     if family == "opt":
         result |= {"positions": decoder.embed_positions.weight, "norm.final.bias": final.bias}
+    if hasattr(decoder, "embed_tokens_per_layer"):
+        result |= {"inputs.embed": decoder.embed_tokens_per_layer.weight}
+        result |= {"inputs.project": decoder.per_layer_model_projection.weight}
+        result |= {"norm.inputs": decoder.per_layer_projection_norm.weight}
     for i, layer in enumerate(decoder.layers):
         if family in HYBRIDS:
             mixer = expected_mixer(layer, model.config, tiled)
@@ -78,6 +91,8 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
                 result[f"{i}.{ours}.bias"] = getattr(layer, theirs).bias
         if family == "opt":
             result |= {f"{i}.up.bias": layer.fc1.bias, f"{i}.down.bias": layer.fc2.bias}
+        elif family.startswith("gemma4"):
+            result |= _gemma4_tensors(layer, i)
         elif (mixture := _mixture(layer)) is not None:
             result |= _routing(i, mixture)
         elif family == "llama-bias":
@@ -85,9 +100,21 @@ def expected_tensors(family: str, model: Any, tiled: bool) -> dict[str, np.ndarr
     return {key: _array(value) for key, value in result.items()}
 
 
+def _gemma4_tensors(layer: Any, i: int) -> dict[str, torch.Tensor]:
+    result = {f"{i}.scale": layer.layer_scalar}
+    if hasattr(layer, "per_layer_input_gate"):
+        result[f"{i}.input_gate"] = layer.per_layer_input_gate.weight
+        result[f"{i}.input_out"] = layer.per_layer_projection.weight
+    if hasattr(layer, "router"):
+        result |= {f"{i}.router": layer.router.proj.weight, f"{i}.norm.router": layer.router.scale}
+        result[f"{i}.router.scales"] = layer.router.per_expert_scale
+    return result
+
+
 def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[str, torch.Tensor]:
     fused = hasattr(attention, "qkv_proj")
-    projections = [getattr(attention, name) for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
+    names = ["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]
+    projections = [own for name in names if (own := getattr(attention, name, None)) is not None]
     out = attention.out_proj if family == "opt" else attention.o_proj
     share = {"glm4": 0.6, "cohere": 1.0, "cohere2": 1.0, "ernie4_5_moe": 1.0, "llama4": 1.0}.get(family, 0.0)
     rotary = round(share * attention.head_dim)
@@ -106,6 +133,8 @@ def _attention_tensors(family: str, attention: Any, i: int, add: float) -> dict[
 
 def _mixture(layer: Any) -> Any:
     """The module of a layer that holds experts, None in dense layers."""
+    if hasattr(layer, "experts"):  # Gemma 4, beside the dense block
+        return layer
     block = next(getattr(layer, name) for name in ("block_sparse_moe", "feed_forward", "mlp") if hasattr(layer, name))
     return block if hasattr(block, "experts") else None
 
@@ -132,7 +161,7 @@ def expected_shared(layer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
         gate, up = _array(layer.shared_mlp.input_linear.weight).reshape(2, -1, layer.hidden_size)
         return gate, up, _array(layer.shared_mlp.output_linear.weight).T
     mlp = getattr(layer, "mlp", getattr(layer, "feed_forward", None))
-    shared = getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
+    shared = mlp if hasattr(layer, "experts") else getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
     if shared is None:
         return None
     return _array(shared.gate_proj.weight), _array(shared.up_proj.weight), _array(shared.down_proj.weight).T

@@ -246,7 +246,7 @@ def test_an_index_that_names_other_files_is_explained(directory: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "su"),
         ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}}, "mrope"),
-        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
+        ({"rope_scaling": {"type": "axial", "factor": 2.0}}, "axial"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"attn_logit_softcapping": 30.0}, "softcapping"),
         ({"head_dim": 21}, "head_dim"),

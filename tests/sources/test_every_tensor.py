@@ -118,7 +118,8 @@ def test_attention_biases_of_a_gguf_file_count(family: str, projections: tuple[s
         for layer in model.model.layers:
             fused = len(projections) == 3 and hasattr(layer.self_attn, "qkv_proj")
             for name in ("qkv_proj",) if fused else projections:
-                linear = getattr(layer.self_attn, name)
+                if (linear := getattr(layer.self_attn, name, None)) is None:  # Gemma 4: values that are keys
+                    continue
                 noise = torch.randn(linear.out_features, generator=generator)
                 linear.bias = torch.nn.Parameter(noise, requires_grad=False)
 

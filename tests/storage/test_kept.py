@@ -70,7 +70,7 @@ def test_every_weight_is_the_files(case):
         for name, tensor in packed.layout.tensors.items():
             if name.endswith(".ffn"):
                 for run in range(tensor.runs):
-                    expected = source.neuron_rows(name, run, 0, spec.layers[0].ffn.neurons)
+                    expected = source.neuron_rows(name, run, 0, spec.layer_neurons(int(name[0]))[name][1])
                     for part, a, b in zip(
                         ("gate", "up", "down"), neurons_of(packed, tensor, run), expected, strict=True
                     ):
@@ -110,6 +110,14 @@ def test_what_is_kept_of_which(case):
         assert kept.requantized == {}
         assert kept.neurons["0.ffn"].down is Codec.MXFP4
         assert layout.tensors["0.ffn"].group == 64
+    elif name == "values that are keys":
+        assert kept.requantized == {"1.k": "F16"}
+        assert {part.name for part in layout.parts("1.qkv")} == {"1.q", "1.k"}
+        assert kept.matrices["4.qkv"] is Codec.Q4_0
+    elif name == "layer inputs":
+        assert kept.requantized == {"1.k": "F16", "inputs.project": "BF16"}
+        assert (kept.matrices["inputs.embed"], kept.matrices["3.input_out"]) == (Codec.Q5_0, Codec.Q4_0)
+        assert kept.matrices["3.qkv"] is Codec.Q4_0  # queries alone
     elif name == "experts":
         assert layout.tensors["0.ffn"].group == 128
         assert kept.neurons["0.ffn"].up is Codec.MXFP4

@@ -166,6 +166,18 @@ LIES: dict[str, Callable[[Body], None]] = {
     "positions that end before the context with their offset": lambda body: body["spec"].update(
         positions=33, position_offset=2
     ),
+    "keys of a layer behind": _set(f"{LAYER}/attention/kv_from", 1),
+    "keys of a layer that is not alike": lambda body: body["spec"]["layers"][1]["layer"]["attention"].update(
+        kv_from=0, softcap=3.0
+    ),
+    "keys of no layer": _set(f"{LAYER}/attention/kv_from", -1),
+    "keys of a text": _set(f"{LAYER}/attention/kv_from", "0"),
+    "layer inputs wider than kernels take": _set("spec/layer_inputs", 65535),
+    "layer inputs below zero": _set("spec/layer_inputs", -2),
+    "norms of experts alone": _set(f"{LAYER}/ffn/branch_norms", True),
+    "share of a rope": lambda body: body["spec"]["layers"][1]["layer"]["attention"]["rope"].update(
+        kind="proportional", share=0.0
+    ),
     "kv heads 0": _set(f"{LAYER}/attention/kv_heads", 0),
     "experts": _set(f"{LAYER}/ffn/experts", 1 << 40),
     "more experts a token than there are": _set(f"{LAYER}/ffn/experts_per_token", 4),
@@ -212,6 +224,10 @@ def test_a_lie_is_one_pack_error(opened_with: Callable[[bytes], Pack], body: Bod
     [
         ("rows that no kernel takes", "a hidden size of 65537"),
         ("heads that no kernel takes", "heads of 578 numbers"),
+        ("keys of a layer behind", "layer 1 attends to what layer 1 keeps"),
+        ("keys of a layer that is not alike", "layer 1 attends to what layer 0 keeps"),
+        ("layer inputs wider than kernels take", "65535 numbers for each layer"),
+        ("norms of experts alone", "norms of experts and of a shared one"),
         ("more heads than kernels take", "258 heads of 256"),
         ("positions that end before the context", "a table of 31 positions"),
         ("positions that end before the context with their offset", "a table of 33 positions"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from array import array
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flashrt.errors import CheckpointError
 from flashrt.text.bpe import SentencePieces, byte_alphabet, byte_level, derive_merges, sentencepiece
 from flashrt.text.files import TextFiles
+from flashrt.text.gguf import text_from_gguf
 from flashrt.text.splits import SPLITS
 from flashrt.text.tokenizer import Tokenizer
 from tests.text.test_tokenizer import TEXTS
@@ -139,3 +142,29 @@ def test_no_prefix_space() -> None:
     data = sentencepiece(words, scores, [2] + [1] * (len(words) - 1), rules=SentencePieces(prefix="never"))
     assert Tokenizer.from_text(TextFiles(data)).decode(Tokenizer.from_text(TextFiles(data)).encode("a b")) == "a b"
     assert "Prepend" not in json.dumps(json.loads(data))
+
+
+def test_gemma_4s_vocabulary_as_llama_cpp_reads_it() -> None:
+    """Whole characters are merged, spaces are a character, and what is unknown falls back to bytes."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"he\n▁"]
+    words += ["he", "▁he", "▁▁", "\n\n", "<|turn>", "<|channel>"]
+    metadata: dict[str, Any] = {
+        "general.architecture": "gemma4",
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.merges": ["h e", "▁ he", "▁ ▁", "\n \n"],
+        "tokenizer.ggml.scores": array("f", [0.0] * len(words)),
+        "tokenizer.ggml.token_type": array("i", [3, 3, 3, 2] + [6] * 256 + [1] * 8 + [3, 4]),
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+    }
+    ours = Tokenizer.from_text(text_from_gguf(metadata))
+    text = "<|turn>he  he\n\n\nhe é<|channel>"
+    expected = ["<bos>", "<|turn>", "he", "▁", "▁he", "\n\n", "\n", "he", "▁", "<0xC3>", "<0xA9>", "<|channel>"]
+    ids = ours.encode(text)
+    assert [words[i] for i in ids] == expected
+    assert ours.decode(ids) == text.removeprefix("<|turn>")  # control tokens are not shown
+    del metadata["tokenizer.ggml.merges"]
+    with pytest.raises(CheckpointError, match=r"gemma4 tokenizer without tokenizer.ggml.merges"):
+        text_from_gguf(metadata)

@@ -55,7 +55,7 @@ class AdaptiveClaim(Claim):
     def grant(self, free: int, pinned: Mapping[str, int], ring: bool) -> AdaptiveTier:
         """None unless a draft finds neurons of every layer, and all else, resident."""
         ffns = self._candidates()
-        needed = self.case.tensors("router", "attention", "head")
+        needed = self.case.tensors("router", "attention", "layer inputs", "head")
         if self.case.tensors("experts") or any(pinned[t.name] < t.blocks for t in needed):
             return AdaptiveTier()
         if any(not pinned[t.name] for t in ffns):

@@ -49,7 +49,7 @@ class ExpertClaim(Claim):
         return 1 if self._tensors else 0
 
     def spares_ring(self, free: int) -> bool:
-        others = self.case.tensors("router", "attention", "head", "shared experts", "FFN")
+        others = self.case.tensors("router", "attention", "layer inputs", "head", "shared experts", "FFN")
         return self._slots(free - sum(t.nbytes for t in others)) > 0
 
     def wanted(self, free: int, ring: bool) -> int:

@@ -5,6 +5,7 @@ Experts come from slots that the budget has for them, or stream (`flashrt.cache.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -37,8 +38,8 @@ class MixtureBlock(DenseBlock):
         self._alone = self.tensor.runs == 1  # a mixture of one expert streams like a dense block
         self._shared = SharedExpert(work, i) if self.ffn.shared else None
         self._router_bias = f"{i}.router.bias" if self.ffn.router_bias else None
-        corrected = self.ffn.router_correction
-        self._correction = work.device.get(self.weights.vector(f"{i}.router.correction")) if corrected else None
+        self._correction = self._of_experts("correction") if self.ffn.router_correction else None
+        self._scales = self._of_experts("scales") if self.ffn.expert_scales else None
 
     @property
     def tensors(self) -> Sequence[str]:
@@ -46,14 +47,16 @@ class MixtureBlock(DenseBlock):
         return (f"{self.i}.router", *shared, *([f"{self.i}.ffn"] if self._alone else []))
 
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for expert, given, routed in self._routed(x, y, tokens, wide=True):
-            for first, bundles in self._runs(expert):
-                self.wide(given, y, self._at(expert, first), bundles, routed)
+        with self._branch(y) as out:
+            for expert, given, routed in self._routed(x, y, tokens, wide=True):
+                for first, bundles in self._runs(expert):
+                    self.wide(given, out, self._at(expert, first), bundles, routed)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        for expert, given, routed in self._routed(x, y, tokens, wide=False):
-            for first, bundles in self._runs(expert):
-                self.work.ops.glu(given, self.neurons(self._at(expert, first), bundles), y, routed)
+        with self._branch(y) as out:
+            for expert, given, routed in self._routed(x, y, tokens, wide=False):
+                for first, bundles in self._runs(expert):
+                    self.work.ops.glu(given, self.neurons(self._at(expert, first), bundles), out, routed)
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -63,18 +66,39 @@ class MixtureBlock(DenseBlock):
         """Where a bundle of an expert lies among those of all experts, as their biases do."""
         return expert * self.tensor.run_bundles + bundle
 
-    def route(self, x: Tensor, wide: bool) -> tuple[Array, Array]:
-        """Experts int64 [T, k] for the normed input, and their weights float32 [T, k]."""
+    def _of_experts(self, name: str) -> Array:
+        """Numbers that the router has for each expert."""
+        return np.asarray(self.work.device.get(self.weights.vector(f"{self.i}.router.{name}")))
+
+    @contextlib.contextmanager
+    def _branch(self, y: Tensor) -> Iterator[Tensor]:
+        """What experts are added to: y, or what then is normed and added to it."""
+        if not self.ffn.branch_norms:
+            yield y
+            return
+        out = self.work.view("branch", len(y), self.work.spec.hidden)
+        out[:] = 0
+        yield out
+        self.work.norm(f"{self.i}.norm.experts_post", out, out)
+        y += out
+
+    def route(self, x: Tensor, residual: Tensor, wide: bool) -> tuple[Array, Array]:
+        """Experts int64 [T, k] for the normed input, or the stream before it, and their weights float32 [T, k]."""
+        if self.ffn.router_norm:
+            x = self.work.view("ahead", len(residual), self.work.spec.hidden)
+            self.work.norm(f"{self.i}.norm.router", residual, x)
         logits = self.work.view("router", len(x), self.ffn.experts)
         self.work.linear(f"{self.i}.router", x, logits, wide, self._router_bias)
-        return route(self.work.device.get(logits), self.ffn, self._correction)
+        if self.ffn.router_logit_scale != 1.0:
+            logits *= self.ffn.router_logit_scale
+        return route(self.work.device.get(logits), self.ffn, self._correction, self._scales)
 
     def _routed(self, x: Tensor, y: Tensor, tokens: Tokens, wide: bool) -> Iterator[tuple[int, Tensor, RoutedTokens]]:
         """The experts that any token chose, in ascending order, what they are given, and the tokens of each.
 
         What all tokens share is added to y while these are read.
         """
-        chosen, weights = self.route(x, wide)
+        chosen, weights = self.route(x, tokens.residual, wide)
         if not self._alone:
             self._store.expect(self.i, chosen)
         if self._store.looks_ahead and self._after is not None:
@@ -82,11 +106,15 @@ class MixtureBlock(DenseBlock):
         if self._shared is not None:
             self._shared.add(x, y, wide)
         make = self.work.device.make
+        ahead = self.work.view("ahead", len(x), self.work.spec.hidden)  # the next layer has looked ahead by now
+        if self.ffn.branch_norms:
+            self.work.norm(f"{self.i}.norm.shared_post", y, y)
+            self.work.norm(f"{self.i}.norm.experts", tokens.residual, ahead)
+            x = ahead
         if self.ffn.router_input:
-            given = self.work.view("ahead", len(x), self.work.spec.hidden)  # the next layer has looked ahead by now
-            given[:] = x
-            given *= make(weights)
-            x, weights = given, np.ones_like(weights)
+            ahead[:] = x
+            ahead *= make(weights)
+            x, weights = ahead, np.ones_like(weights)
         for expert in np.unique(chosen).tolist():
             who, rank = np.nonzero(chosen == expert)
             routed = RoutedTokens(make(who.astype(np.int32)), make(weights[who, rank]))
@@ -102,9 +130,11 @@ class MixtureBlock(DenseBlock):
 
     def look_ahead(self, residual: Tensor, wide: bool) -> None:
         """Read ahead what the router would choose now: from one layer to the next the residual changes little."""
-        ahead = self.work.view("ahead", len(residual), self.work.spec.hidden)
-        normed = self.work.block_input(self.i, "ffn", residual, ahead)
-        chosen, _ = self.route(normed, wide)
+        normed = residual
+        if not self.ffn.router_norm:
+            ahead = self.work.view("ahead", len(residual), self.work.spec.hidden)
+            normed = self.work.block_input(self.i, "ffn", residual, ahead)
+        chosen, _ = self.route(normed, residual, wide)
         if not self._alone:
             self._store.prefetch(self.i, dict.fromkeys(chosen.T.ravel().tolist()))  # each token's first choice first
 

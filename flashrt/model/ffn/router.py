@@ -9,11 +9,11 @@ from flashrt.spec import Ffn
 Array = np.ndarray
 
 
-def route(logits: Array, ffn: Ffn, correction: Array | None = None) -> tuple[Array, Array]:
+def route(logits: Array, ffn: Ffn, correction: Array | None = None, scales: Array | None = None) -> tuple[Array, Array]:
     """Choose `ffn.experts_per_token` experts for each token.
 
-    logits: float32 [T, experts]; correction: float32 [experts], added to scores for the choice alone. Returns (experts
-    int64 [T, k], weights float32 [T, k]). Ties go to the lower index.
+    logits: float32 [T, experts]; correction: float32 [experts], added to scores for the choice alone; scales: float32
+    [experts], of their weights. Returns (experts int64 [T, k], weights float32 [T, k]). Ties go to the lower index.
     """
     scores = sigmoid(logits) if ffn.router_scores == "sigmoid" else _softmax(logits)
     grouped = ffn.router_groups_used < ffn.router_groups
@@ -25,7 +25,8 @@ def route(logits: Array, ffn: Ffn, correction: Array | None = None) -> tuple[Arr
     weights = np.take_along_axis(scores, chosen, axis=1)
     if ffn.normalize_router:
         weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-20))
-    return chosen, (weights * ffn.router_scale).astype(np.float32)
+    weights = weights * ffn.router_scale
+    return chosen, (weights if scales is None else weights * scales[chosen]).astype(np.float32)
 
 
 def sigmoid(logits: Array) -> Array:

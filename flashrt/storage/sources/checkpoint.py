@@ -269,7 +269,7 @@ class Checkpoint:
         rows = self._rows_of(key)
         layer, _, name = key.partition(".")
         if name in ("qkv", "qkv.bias") and len(self.names.parts(key)) > 1:  # one part: stored as one tensor
-            return self.spec.layers[int(layer)].mixer.qkv_parts
+            return tuple(own for own in self.spec.layers[int(layer)].mixer.qkv_parts if own)
         return (rows,)
 
     def _rows_of(self, key: str) -> int:

@@ -30,6 +30,7 @@ from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import Codec
 
 __all__ = [
+    "activate",
     "attend_page",
     "attention",
     "attention_list",
@@ -325,6 +326,11 @@ def softcap(x: Floats, cap: float) -> None:
     np.divide(x, np.float32(cap), out=x)
     np.tanh(x, out=x)
     np.multiply(x, np.float32(cap), out=x)
+
+
+def activate(gate: Floats, up: Floats, activation: str) -> None:
+    """gate = act(gate) * up in place, gate and up [N, K]; row strides allowed."""
+    _cpu.activate(gate, up, _activation(activation, True))
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> None:

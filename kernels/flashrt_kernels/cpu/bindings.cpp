@@ -345,6 +345,16 @@ void py_norm(bool rms, handle x_, handle weight_, handle bias_, float eps, handl
     else layer_norm(x.data, x.step[0], x.shape[0], k, weight.data, bias, eps, out.data, out.step[0]);
 }
 
+void py_activate(handle gate_, handle up_, Named activation) {
+    const Array<float> gate("gate", gate_, 2);
+    const Array<const float> up("up", up_, 2);
+    for (int i = 0; i < 2; ++i) up.expect(i, gate.shape[i]);
+    if (gate.size() == 0) return;
+    Released release;
+    activate(activation_of(activation), gate.data, gate.step[0], up.data, up.step[0], gate.shape[0],
+             static_cast<int>(gate.shape[1]));
+}
+
 void py_rope(handle x_, handle cos_, handle sin_) {
     const Array<float> x("x", x_, 3);
     if (x.shape[2] % 2) wrong("x", "expected an even head dimension, found " + std::to_string(x.shape[2]));
@@ -516,6 +526,7 @@ NB_MODULE(_cpu, m) {
     m.def("layer_norm", [](handle x, handle weight, handle bias, float eps, handle out) {
         py_norm(false, x, weight, bias, eps, out);
     }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+    m.def("activate", &py_activate);
     m.def("rope", &py_rope);
 
     m.def("quantize", &py_quantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());

@@ -263,6 +263,7 @@ size_t delta_rule_scratch_bytes(int64_t channels, int taps, int dim, int crew);
 void delta_rule(const DeltaJob&);
 void rms_norm_gated(const float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k,
                     const float* weight, float eps, float* out, size_t out_step);
+void activate(Activation activation, float* gate, size_t gate_step, const float* up, size_t up_step, int64_t n, int k);
 void sigmoid_gate(float* x, size_t x_step, const float* gate, size_t gate_step, int64_t n, int k);
 void quantize(Codec, const float* w, int64_t n, int k, const float* importance, uint8_t* out, size_t stride);
 void dequantize(Codec, const uint8_t* rows, size_t stride, int64_t n, int k, float* out, size_t out_step);

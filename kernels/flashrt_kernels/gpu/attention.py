@@ -182,7 +182,7 @@ def attention_list(
             HALF=near.dtype == torch.bfloat16,
             CAPPED=bool(softcap),
             SEGMENT=ATTENTION_SEGMENT,
-            TILE=min(TILE // padded, 64),
+            TILE=max(min(TILE // padded, 64), LEAST),
             num_stages=1,  # the tiles of other programs hide what a load takes, and a GPU's shared memory is small
         )
     shape = {"GROUP": group, "DIM": dim, "DIM_PADDED": padded, "SEGMENT": ATTENTION_SEGMENT, "SEGMENTS": SEGMENTS}

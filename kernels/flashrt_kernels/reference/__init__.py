@@ -15,7 +15,7 @@ from flashrt_kernels.reference.attention import (
     attention_state_width,
 )
 from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_bytes, gemm_down, gemm_gate_up
-from flashrt_kernels.reference.elementwise import layer_norm, rms_norm, rope, softcap
+from flashrt_kernels.reference.elementwise import activate, layer_norm, rms_norm, rope, softcap
 from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.kv import kv_append
 from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear, linear_by_head
@@ -35,6 +35,7 @@ from flashrt_kernels.reference.sparse import (
 )
 
 __all__ = [
+    "activate",
     "attend_page",
     "attention",
     "attention_list",

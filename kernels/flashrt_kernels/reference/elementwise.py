@@ -1,10 +1,12 @@
-"""Norms and rotations."""
+"""Norms, activations and rotations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from flashrt_kernels.reference.glu import product_with
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -20,6 +22,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: 
 def softcap(x: Tensor, cap: float) -> None:
     """x = cap * tanh(x / cap) in place."""
     x.div_(cap).tanh_().mul_(cap)
+
+
+def activate(gate: Tensor, up: Tensor, activation: str) -> None:
+    """gate = act(gate) * up in place."""
+    gate.copy_(product_with(gate, up, activation))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:

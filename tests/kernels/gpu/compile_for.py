@@ -61,6 +61,7 @@ def main() -> None:
     attend(heads=12, kv_heads=2, dim=128, channels=32, dtype=torch.bfloat16)
     attend(heads=5, kv_heads=5, dim=80, channels=24, dtype=torch.float32)
     attend(heads=32, kv_heads=1, dim=256, channels=64, dtype=torch.float32)
+    attend(heads=16, kv_heads=1, dim=512, channels=128, dtype=torch.float32)
     print(*sorted(compiled))
 
 

@@ -34,7 +34,15 @@ def numbers(seed, low, high, count):
 @HALF
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "softcap"),
-    [(12, 2, 128, None), (9, 3, 20, None), (5, 1, 80, 20.0), (4, 4, 256, None), (22, 1, 10, 5.0), (3, 3, 1, None)],
+    [
+        (12, 2, 128, None),
+        (9, 3, 20, None),
+        (5, 1, 80, 20.0),
+        (4, 4, 256, None),
+        (3, 1, 512, None),
+        (22, 1, 10, 5.0),
+        (3, 3, 1, None),
+    ],
 )
 def test_it_matches_the_reference(device, dtype, heads, kv_heads, dim, softcap):
     near, far = normal(1, kv_heads, 300, 2, dim).to(dtype), normal(2, 150, 2, dim).to(dtype)

@@ -56,6 +56,16 @@ def test_softmax_over_the_chosen_is_rescaled_softmax_over_all() -> None:
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
+def test_weights_are_multiplied_by_the_scales_of_their_experts() -> None:
+    random = np.random.default_rng(5)
+    logits, scales = random.normal(size=(17, 12)).astype(np.float32), random.normal(size=12).astype(np.float32)
+    ffn = replace(FFN, normalize_router=True, expert_scales=True)
+    chosen, plainly = route(logits, ffn)
+    again, weights = route(logits, ffn, None, scales)
+    assert np.array_equal(chosen, again)
+    np.testing.assert_allclose(weights, plainly * scales[chosen], rtol=1e-6)
+
+
 def test_ties_go_to_the_lower_index() -> None:
     chosen, _ = route(np.zeros((2, 12), np.float32), replace(FFN, router_groups=4, router_groups_used=2))
     assert chosen.tolist() == [[0, 1, 2]] * 2
