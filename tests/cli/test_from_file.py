@@ -61,7 +61,7 @@ def test_a_plan_packs_nothing(cli: Cli, file: Path, tmp_path: Path) -> None:
 def test_touched_and_moved_files_stay_the_same_model(cli: Cli, file: Path, tmp_path: Path) -> None:
     """And a session goes on with them; with another file's weights it does not."""
     cache, session = tmp_path / "cache", tmp_path / "session"
-    run = (*RUN, "--cache-dir", cache, "--session", session)
+    run = ("-p", "hello there " * 15, *RUN[2:], "--cache-dir", cache, "--session", session)
     first = cli("run", file, *run)
     assert first.returncode == 0, first.stderr
     os.utime(file)
