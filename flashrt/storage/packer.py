@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, VectorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
+from flashrt.storage.room import check_room
 from flashrt.storage.safetensors_file import build_header
 from flashrt.storage.sink import Sink
 from flashrt_kernels import ops
@@ -213,12 +213,7 @@ def _check_room(out: Path, layout: PackLayout, move: Move | None) -> None:
     if move is not None:
         needed = move.most(layout.file_bytes, present)
     needed += 64 << 20  # tokenizer, manifest, and the file system's own
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise DiskError(
-            f"the pack needs {needed / 1e9:.2f} GB more in {out}, the disk has {free / 1e9:.2f} GB free: "
-            "free some space, choose another directory or a smaller --dtype"
-        )
+    check_room(out, needed, "the pack", "choose another directory or a smaller --dtype")
 
 
 def _entry_path(out: Path, file: str) -> Path:
