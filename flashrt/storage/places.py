@@ -82,7 +82,7 @@ class Places:
                 return f"{name} has a place that is no whole number"
             if [(rows.row_bytes, rows.count) for rows in _merged(tensor, own)] != list(_wanted(tensor)):
                 return f"{name} lies in rows of other sizes"
-            if any(rows.file >= self.files or not _permutes(rows) for rows in own):
+            if any(rows.file >= self.files or rows.row_bytes > LARGEST_ROW or not _permutes(rows) for rows in own):
                 return f"{name} has a place that cannot be"
         return None
 

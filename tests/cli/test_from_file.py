@@ -55,6 +55,7 @@ def test_a_plan_packs_nothing(cli: Cli, file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     found = cli("plan", file, "--cache-dir", cache)
     assert found.returncode == 0, found.stderr
+    assert f"none, weights are read from {file}; one of " in " ".join(found.stdout.split())
     assert [pack["name"].split("-")[1] for pack in shelf(cli, cache)] == ["file"]
 
 
