@@ -26,6 +26,15 @@ from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
 
 FORMAT = "flashrt-pack"
+DAMAGE = (  # what values of any kind in any place may raise
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+)
 VERSION = 2
 KEPT_VERSION = 3  # of packs that keep codecs of a file: what reads version 2 alone must not take them for damaged
 OUTLINE_VERSION = 4  # of outlines, whose weights lie in the file itself
@@ -151,7 +160,7 @@ class Manifest:
             return manifest
         except PackError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
+        except DAMAGE as error:
             raise PackError(
                 f"{where} is damaged ({type(error).__name__}: {error}). Pack the checkpoint again"
             ) from None
