@@ -67,7 +67,7 @@ def load(model: LoadedPack, workload: Workload, progress: Progress | None = None
         if model.pack.sources and the_plan.pins_all(model.pack.layout):
             say(
                 f"note: weights are read from {model.pack.sources[0].path} itself, nothing is packed; "
-                f"`flashrt pack` makes a pack, which starts checked, and streams at any budget"
+                "`flashrt pack` makes a pack, which has checksums and streams at any budget"
             )
 
     if progress is not None:
