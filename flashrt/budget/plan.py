@@ -10,6 +10,7 @@ from flashrt.kv.base import KvLimits
 from flashrt.kv.cache import KINDS, Choices, KvKinds
 from flashrt.kv.choice import SparseKv
 from flashrt.kv.far_layout import FarLayout
+from flashrt.storage.layout import PackLayout
 from flashrt_kernels.kv import KvCodec
 
 
@@ -113,6 +114,11 @@ class Plan:
     def resident(self) -> bool:
         """Whether decoding reads nothing from disk."""
         return self.streamed_bytes_per_token == 0
+
+    def pins_all(self, layout: PackLayout) -> bool:
+        """Whether every weight is in memory, at the place that its tensor has there."""
+        beside = any(tier.loaded_bytes for tier in self.all_tiers)
+        return not beside and all(self.pinned[tensor.name] == tensor.blocks for tensor in layout.tensors.values())
 
     @property
     def all_tiers(self) -> list[TierPlan]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
-from flashrt.cache.device import Device, Progress, Tensor
+from flashrt.cache.device import Progress, Tensor
 from flashrt.storage.layout import Block
 
 TOGETHER = 16  # blocks that are announced at once
@@ -13,14 +14,20 @@ TOGETHER = 16  # blocks that are announced at once
 Item = tuple[Block, Tensor]  # a block and its place
 
 
+class Filler(Protocol):
+    """Who brings blocks to their places: a device, or `flashrt.cache.from_file`."""
+
+    def fill(self, items: Iterable[Item], arrived: Progress) -> None: ...
+
+
 class Loading:
-    """A thread has `device` bring the blocks of `items` to their places, in order.
+    """A thread has `filler` bring the blocks of `items` to their places, in order.
 
     `needed` says for each tensor how many blocks have arrived when all of its own have. `arrived` is told of each.
     """
 
-    def __init__(self, device: Device, items: Iterable[Item], needed: Mapping[str, int], arrived: Progress) -> None:
-        self._device, self._items, self._needed, self._arrived = device, items, needed, arrived
+    def __init__(self, filler: Filler, items: Iterable[Item], needed: Mapping[str, int], arrived: Progress) -> None:
+        self._filler, self._items, self._needed, self._arrived = filler, items, needed, arrived
         self._count = 0
         self._last = max(needed.values(), default=0)
         self._over = self._stopped = False
@@ -56,7 +63,7 @@ class Loading:
 
     def _run(self) -> None:
         try:
-            self._device.fill(self._until_stopped(), self._one_more)
+            self._filler.fill(self._until_stopped(), self._one_more)
         except BaseException as error:
             self._failure = error
         with self._news:

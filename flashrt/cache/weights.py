@@ -19,7 +19,8 @@ import numpy as np
 from flashrt.budget.owners import VECTOR_STEP, owner_of, prefix_bytes, vector_bytes
 from flashrt.budget.plan import Plan
 from flashrt.cache.device import Device, Progress, Tensor
-from flashrt.cache.loading import Loading
+from flashrt.cache.from_file import FromFile
+from flashrt.cache.loading import Filler, Loading
 from flashrt.cache.verification import Verifier
 from flashrt.errors import DiskError, PackError
 from flashrt.storage.layout import Block, PackLayout, TensorLayout
@@ -67,7 +68,19 @@ class Weights:
         names = sorted(self._pinned, key=lambda name: name == "head")  # which comes last
         counts = itertools.accumulate(self.plan.pinned[name] for name in names)
         items = itertools.chain.from_iterable(map(self._pinned_blocks, names))
-        self._loading = Loading(self.device, items, dict(zip(names, counts, strict=True)), arrived)
+        self._loading = Loading(self._filler(), items, dict(zip(names, counts, strict=True)), arrived)
+
+    def _filler(self) -> Filler:
+        """Who brings pinned blocks. Raises PackError for an outline of which not everything is pinned."""
+        places = self.pack.manifest.places
+        if places is None:
+            return self.device
+        if not self.plan.pins_all(self.layout):
+            raise PackError(
+                f"{self.pack.path} is an outline, from which nothing streams: name {self.pack.sources[0].path} "
+                "instead, or a pack of it"
+            )
+        return FromFile(self.device, self.reader, places, self._pinned)
 
     def finish_loading(self) -> None:
         """Return when all pinned blocks are in memory. Raises DiskError and PackError."""

@@ -96,7 +96,11 @@ class _Calibration:
         length = self.lengths.held_out
         workload = Workload(length, prompt=length, logit_rows=NARROW_TOKENS)
         model = LoadedPack(self.base, options, runtime, beside=reading_bytes(self.attentions.values(), length))
-        with model.load(workload, lambda done, total: self.progress("loading MiB", done >> 20, total >> 20)) as engine:
+
+        def shown(_: str, done: int, total: int) -> None:
+            self.progress("loading MiB", done >> 20, total >> 20)
+
+        with model.load(workload, shown) as engine:
             text = self._text(engine)
             reading = Reading(engine, self.attentions, self.progress)
             fitted = self._fit(reading, text.fitted)

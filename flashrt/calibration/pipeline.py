@@ -92,9 +92,9 @@ class _Models:
     def load(self, opened: Pack) -> Engine:
         context = min(max(WINDOW, NARROW_TOKENS), opened.spec.context)
         model = LoadedPack(opened, self.options, self.runtime)
-        return model.load(
-            Workload(context, prompt=context, logit_rows=NARROW_TOKENS), _in_mib(self.progress, "loading MiB")
-        )
+        shown = _in_mib(self.progress, "loading MiB")
+        workload = Workload(context, prompt=context, logit_rows=NARROW_TOKENS)
+        return model.load(workload, lambda _, done, total: shown(done, total))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]  # what is going on, bytes done, byte
 def content_of(path: Path, cache: Path, progress: Progress = lambda *_: None) -> str:
     """SHA-256 of a checkpoint's files, names included but for that of a GGUF file. Raises CheckpointError."""
     try:
-        files = _files(path)
+        files = weight_files(path)
         stats = _stats(files)
         if (known := _noted(_note(path, cache), stats)) is not None:
             return known
@@ -44,7 +44,7 @@ def content_of(path: Path, cache: Path, progress: Progress = lambda *_: None) ->
 def remembered_content(path: Path, cache: Path) -> str | None:
     """What `content_of` would return, where it needs to read nothing for it. Raises CheckpointError."""
     try:
-        return _noted(_note(path, cache), _stats(_files(path)))
+        return _noted(_note(path, cache), _stats(weight_files(path)))
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
@@ -53,7 +53,7 @@ def _note(path: Path, cache: Path) -> Path:
     return cache / KNOWN / f"{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]}.json"
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files that say what a checkpoint is."""
     path = Path(os.path.abspath(path))  # a link's own name says which parts a file has
     if path.is_dir():

@@ -2,20 +2,27 @@
 
     python -m flashrt.checkpoints.pack_job CHECKPOINT DTYPE CACHE [CONTEXT]
 
+DTYPE is one of DTYPE_NAMES, or OUTLINE for an outline of a GGUF file.
+
 Says what `flashrt.checkpoints.job` does.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
-from flashrt.checkpoints.cache import content_target, locked, named_target
-from flashrt.checkpoints.content import content_of
+from flashrt.checkpoints.cache import OUTLINE, content_target, locked, named_target
+from flashrt.checkpoints.content import content_of, weight_files
 from flashrt.checkpoints.job import run
 from flashrt.checkpoints.resolve import Progress
 from flashrt.config import checked_context
-from flashrt.errors import UsageError
+from flashrt.errors import CheckpointError, UsageError
+from flashrt.storage.atomic import disk_errors
+from flashrt.storage.file_outline import in_place, write_file_outline
+from flashrt.storage.gguf_files import SUFFIX
 from flashrt.storage.kept import Kept, kept_of
 from flashrt.storage.kept_rows import KeptEncoder
 from flashrt.storage.manifest import Manifest
@@ -23,6 +30,8 @@ from flashrt.storage.moving import Move
 from flashrt.storage.names import AUTO, CHECKPOINTS, DEMO_NAMES, is_remote
 from flashrt.storage.pack import Pack, is_pack
 from flashrt.storage.packer import JOB_FILE, pack
+from flashrt.storage.places import Places
+from flashrt.storage.source_file import SourceFile, write_sources
 from flashrt.storage.sources import Checkpoint, open_checkpoint
 from flashrt.storage.sources.demo import fetch_demo
 from flashrt.storage.sources.hub import fetch_repository
@@ -92,6 +101,51 @@ def cached_pack(checkpoint: str, dtype: str, cache: Path, progress: Progress, co
     return target
 
 
+def cached_outline(checkpoint: str, cache: Path, progress: Progress, context: int | None = None) -> Path:
+    """The outline of a GGUF file in the cache, or the pack where one is there or nothing else will do; made as needed.
+
+    Raises as `cached_pack` does.
+    """
+    path = Path(checkpoint)
+    files = weight_files(path)
+    with open_checkpoint(path) as source:
+        _check(source, context)
+        sources = _sources(files)  # before they are read: what changes since is noticed
+        source.fingerprint = content_of(path, cache, progress)
+        kept = kept_of(source) if all(file.suffix.lower() == SUFFIX for file in files) else None
+        places = None if kept is None else in_place(source, kept, files)
+        packed = is_pack(content_target(cache, path, AUTO, source.fingerprint))
+        if not packed and kept is not None and places is not None:
+            return _outlined(source, content_target(cache, path, OUTLINE, source.fingerprint), (kept, places), sources)
+    return cached_pack(checkpoint, AUTO, cache, progress, context)
+
+
+def _sources(files: list[Path]) -> list[SourceFile]:
+    """Raises CheckpointError."""
+    try:
+        return list(map(SourceFile.of, files))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _outlined(source: Checkpoint, target: Path, stored: tuple[Kept, Places], sources: list[SourceFile]) -> Path:
+    """The outline at `target`, made unless it is there, which then says where the source's files lie now."""
+    unfinished = target.with_name(target.name + ".partial")
+    with locked(target):
+        if is_pack(target):
+            write_sources(target, sources)
+            return target
+        with disk_errors(target.parent):
+            for left in (unfinished, target):
+                if left.exists():
+                    shutil.rmtree(left)
+            unfinished.mkdir()
+            write_file_outline(source, unfinished, *stored)
+            write_sources(unfinished, sources)
+            unfinished.rename(target)
+    return target
+
+
 def _check(source: Checkpoint, context: int | None) -> None:
     """Raises UsageError for a checkpoint whose model does not support `context`, and what `validate` does."""
     source.validate()
@@ -120,7 +174,13 @@ def _fetching(progress: Progress) -> Progress:
 def main() -> int:
     checkpoint, dtype, cache, *asked = sys.argv[1:]
     context = int(asked[0]) if asked else None
-    return run(lambda progress: {"pack": str(cached_pack(checkpoint, dtype, Path(cache), progress, context))})
+
+    def job(progress: Progress) -> dict[str, Any]:
+        if dtype == OUTLINE:
+            return {"pack": str(cached_outline(checkpoint, Path(cache), progress, context))}
+        return {"pack": str(cached_pack(checkpoint, dtype, Path(cache), progress, context))}
+
+    return run(job)
 
 
 if __name__ == "__main__":

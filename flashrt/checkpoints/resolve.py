@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from flashrt import child, errors
-from flashrt.checkpoints.cache import content_target, named_target
-from flashrt.checkpoints.content import Progress, remembered_content
-from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, UsageError
+from flashrt.checkpoints.cache import OUTLINE, content_target, named_target
+from flashrt.checkpoints.content import Progress, remembered_content, weight_files
+from flashrt.errors import CheckpointError, CheckpointWarning, FlashrtError, PackError, UsageError
 from flashrt.storage.names import AUTO, DEMO_NAMES, DTYPE_NAMES, exists, is_remote
 
 
@@ -29,8 +29,11 @@ def resolve(
     dtype: str = AUTO,
     progress: Progress = lambda *_: None,
     context: int | None = None,
+    outline: bool = False,
 ) -> Path:
     """The pack that `where` names; a checkpoint is packed into `cache` on first use.
+
+    outline: of a GGUF file that is not packed, its outline will do; see `flashrt.storage.file_outline`
 
     Raises UsageError for a name that is nothing and, before packing, for a `context` that the model does not support;
     CheckpointError or DiskError when packing fails.
@@ -45,8 +48,12 @@ def resolve(
         if path.is_dir() and _holds_pack(path):
             return path
         content = remembered_content(path, cache)
+        outline = outline and dtype == AUTO
         target = None if content is None else content_target(cache, path, dtype, content)
+        if outline and content is not None and target is not None and not is_pack(target):
+            target = current_outline(cache, path, content)
     elif is_remote(name):
+        outline = False
         target = named_target(cache, name, dtype)
     else:
         raise UsageError(
@@ -56,7 +63,20 @@ def resolve(
         )
     if target is not None and is_pack(target):
         return target
-    return _pack_in_child(name, _Job(cache, dtype, progress, context))
+    return _pack_in_child(name, _Job(cache, OUTLINE if outline else dtype, progress, context))
+
+
+def current_outline(cache: Path, checkpoint: Path, content: str) -> Path | None:
+    """The outline of that content, if it says of the checkpoint's files where they lie and when they changed."""
+    from flashrt.storage.pack import is_pack
+    from flashrt.storage.source_file import SourceFile, read_sources
+
+    target = content_target(cache, checkpoint, OUTLINE, content)
+    try:
+        current = is_pack(target) and read_sources(target) == list(map(SourceFile.of, weight_files(checkpoint)))
+    except (PackError, OSError):
+        return None
+    return target if current else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,8 @@ def _show(model: LoadedPack, load: LoadOptions, json: bool, outline: Outline | N
         "disk_bytes_per_s": speed,
         "expected_tok_per_s": speed / streamed if speed and streamed else None,
         "pack_bytes": model.pack.layout.nbytes,
+        "reads_file": model.pack.sources[0].path if model.pack.sources else None,
+        "packs_first": bool(model.pack.sources) and not the_plan.pins_all(model.pack.layout),
         "download_bytes": None if outline is None else outline.download_bytes,
     }
     warning = session.slower(model, workload, the_plan)
@@ -135,6 +137,16 @@ def _read(the_plan: Plan) -> str:
     return f"{read}, and what the cache lacks of {size(chosen)} that it chooses" if chosen else read
 
 
+def _pack(extra: dict[str, Any]) -> str:
+    """What of a pack there is, or would be."""
+    nbytes, file = size(extra["pack_bytes"]), extra["reads_file"]
+    if file is None:
+        return f"{nbytes} on disk"
+    if extra["packs_first"]:
+        return f"{nbytes} on disk, made by the first run, since weights do not fit whole; then {file} is not read"
+    return f"none, weights are read from {file}; one of {nbytes} would be made for a budget that does not hold them"
+
+
 def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     from flashrt.budget.planner import ceil_gib
     from flashrt.storage.layout import PAGE
@@ -143,7 +155,7 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     download = extra["download_bytes"]
     lines = [
         *([] if download is None else [f"download          {size(download)}, of which only headers were read"]),
-        f"pack              {size(extra['pack_bytes'])} on disk",
+        f"pack              {_pack(extra)}",
         f"context           {the_plan.context} tokens, prefill in passes of {the_plan.prefill_chunk}",
         f"keys and values   {_kv(the_plan)}",
         f"resident weights  {weights} ({extra['resident_share']:.1%})",

@@ -64,11 +64,16 @@ def load(model: LoadedPack, workload: Workload, progress: Progress | None = None
     def note(the_plan: Plan) -> None:
         if warning := slower(model, workload, the_plan):
             say(warning)
+        if model.pack.sources and the_plan.pins_all(model.pack.layout):
+            say(
+                f"note: weights are read from {model.pack.sources[0].path} itself, nothing is packed; "
+                "`flashrt pack` makes a pack, which has checksums and streams at any budget"
+            )
 
     if progress is not None:
-        return model.load(workload, progress.of("loading"), note, behind=True)
+        return model.load(workload, progress, note, behind=True)
     with Progress() as shown:
-        return model.load(workload, shown.of("loading"), note)
+        return model.load(workload, shown, note)
 
 
 def resume(engine: Engine, path: str | Path | None, *, chat: bool, prompt: list[int] | None = None) -> Messages | None:

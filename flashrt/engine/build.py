@@ -121,7 +121,8 @@ def build_engine(
         work = Workspace(weights, buffers, scratch)
         ffns = Ffns(work, kinds)
         ffns.load(arrived)
-        if not (behind and runtime.bounds_process):
+        shared = bool(pack.sources) and pages is not None  # the reader's staging, with what is read of keys and values
+        if shared or not (behind and runtime.bounds_process):
             weights.finish_loading()
         device.cache_on_host(weights.streamed(pack.layout.tensors))
         decoder = Decoder(work, ffns, pages)

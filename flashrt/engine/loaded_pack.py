@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from flashrt.budget.plan import FixedCosts, Plan, Workload
 from flashrt.budget.planner import PEAK_JITTER, plan, resident_budget, smallest_budget
+from flashrt.checkpoints.resolve import Progress as Stages
+from flashrt.checkpoints.resolve import resolve
 from flashrt.config import checked_context
 from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
 from flashrt.engine.draft import check_draft, load_draft
@@ -17,7 +20,7 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sparse_kv import sparse_kv
-from flashrt.errors import UsageError
+from flashrt.errors import CheckpointWarning, PackError, UsageError
 from flashrt.kv.choice import SparseKv
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
@@ -116,11 +119,13 @@ class LoadedPack:
     def load(
         self,
         workload: Workload,
-        progress: Progress = lambda done, total: None,
+        progress: Stages = lambda stage, done, total: None,
         planned: Callable[[Plan], None] = lambda the_plan: None,
         behind: bool = False,
     ) -> Engine:
         """Plan for `workload` and load, behind the model that drafts; `planned` is shown the plan in between.
+
+        A GGUF file that the plan does not hold in memory whole is packed into the cache before.
 
         behind: return while weights are still read, which the first pass then waits for; on the CPU
 
@@ -130,7 +135,9 @@ class LoadedPack:
         try:
             the_plan = self.plan(workload)
             planned(the_plan)
-            return self.engine(the_plan, progress, drafting, behind)
+            if self.pack.sources and not the_plan.pins_all(self.pack.layout):
+                self._pack_source(progress)
+            return self.engine(the_plan, lambda done, total: progress("loading", done, total), drafting, behind)
         except BaseException:
             if drafting is not None:
                 drafting.close()
@@ -162,6 +169,20 @@ class LoadedPack:
             with closing_on_error(engine):
                 engine.keep_sessions(Path(self.options.session_dir), self.options.session_bytes)
         return engine
+
+    def _pack_source(self, progress: Stages) -> None:
+        """Take the pack of its file in place of this outline. They are laid out alike: plans stay what they are."""
+        outline, file = self.pack, self.pack.sources[0].path
+        warnings.warn(
+            f"{file} is packed into the cache, as its weights do not fit into the budget whole: this takes "
+            f"{outline.layout.nbytes / 1e9:.2f} GB there, once",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+        packed = Pack(resolve(file, self.cache, progress=progress), self.options.scaling, self.options.experts_used)
+        if packed.layout != outline.layout:
+            raise PackError(f"{packed.path} holds another model than {file} now: remove it, and run this again")
+        self.pack = self.exact = packed
 
     def _load_draft(self, context: int) -> Engine | None:
         if self.draft is None:

@@ -41,7 +41,7 @@ def open_model(
     progress: Progress = lambda *_: None,
     modules: Sequence[str] = (),
 ) -> LoadedPack:
-    """Open the pack that `where` names; a checkpoint is packed first, once.
+    """Open the pack that `where` names; a checkpoint is packed first, once, or a GGUF file outlined.
 
     `modules` are those that the caller imports later: they are counted as part of the process. Raises a FlashrtError
     where the model, its calibration or its draft is not there or does not fit, as far as can be told before planning.
@@ -53,7 +53,9 @@ def open_model(
     draft = None if options.draft is None else Pack(options.draft)
     scaling = options.scaling
     unscaled = options.context if scaling is None else None  # a scaled context is checked once the pack is open
-    exact = Pack(resolve(path, options.cache, options.dtype, progress, unscaled), scaling, options.experts_used)
+    outline = options.mode == options.kv == "exact" and runtime.bounds_process  # others need what a pack holds
+    found = resolve(path, options.cache, options.dtype, progress, unscaled, outline)
+    exact = Pack(found, scaling, options.experts_used)
     if exact.manifest.sparsity is not None:
         raise UsageError(
             f"{exact.path} is a calibrated pack, which leaves out: name {exact.path.parent} and --mode sparse"

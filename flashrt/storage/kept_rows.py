@@ -48,7 +48,7 @@ class KeptEncoder(Encoder):
             start = (first + begin) * MATRIX_ROWS
             stop = min(start + len(part) * MATRIX_ROWS, tensor.rows)
             rows = self.source.stored_rows(tensor.matrix, tensor.row0 + start, tensor.row0 + stop)
-            _check(tensor.name, tensor.codec, rows, (stop - start, size))
+            check_rows(tensor.name, tensor.codec, rows, (stop - start, size))
             places = part[:, : MATRIX_ROWS * size].reshape(len(part), MATRIX_ROWS, size)
             whole = len(rows) // MATRIX_ROWS
             places[:whole] = rows[: whole * MATRIX_ROWS].reshape(whole, MATRIX_ROWS, size)
@@ -66,7 +66,7 @@ class KeptEncoder(Encoder):
                 if codec is None or rows is None:
                     continue
                 size = row_bytes(codec, k)
-                _check(tensor.name, codec, rows, (stop - start, size))
+                check_rows(tensor.name, codec, rows, (stop - start, size))
                 part[:, at : at + group * size] = rows.reshape(len(part), group * size)
                 at += group * size
             down = self._down(tensor.name, codecs, run, start, stop, k)
@@ -78,12 +78,15 @@ class KeptEncoder(Encoder):
             return self._rest.encode(codecs.down, name, self.source.down_rows(name, run, start, stop), stop - start, k)
         count, size = (stop - start) // codecs.group, row_bytes(codecs.down, codecs.group)
         rows = self.source.stored_down(name, run, start, stop)
-        _check(name, codecs.down, rows, (k, count * size))
+        check_rows(name, codecs.down, rows, (k, count * size))
         return rows.reshape(k, count, size).swapaxes(0, 1).reshape(count, k * size)
 
 
-def _check(name: str, codec: Codec, rows: Array, shape: tuple[int, int]) -> None:
-    """Refuse rows of another shape, and those of which a weight is not finite: then a scale is not."""
+def check_rows(name: str, codec: Codec, rows: Array, shape: tuple[int, int]) -> None:
+    """Refuse rows of another shape, and those of which a weight is not finite: then a scale is not.
+
+    `rows` are uint8 [rows, bytes], in a kept codec. Raises CheckpointError.
+    """
     if rows.shape != shape:
         raise CheckpointError(f"{name}: read {rows.shape} bytes, expected {shape}")
     block = KEPT[codec]

@@ -21,12 +21,23 @@ from flashrt.sparsity import Sparsity, gives_zeros
 from flashrt.spec import MAX_LAYERS, MOST_EXPERTS, Attention, LatentAttention, ModelSpec
 from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
+from flashrt.storage.places import Places
 from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
 
 FORMAT = "flashrt-pack"
+DAMAGE = (  # what values of any kind in any place may raise
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+)
 VERSION = 2
 KEPT_VERSION = 3  # of packs that keep codecs of a file: what reads version 2 alone must not take them for damaged
+OUTLINE_VERSION = 4  # of outlines, whose weights lie in the file itself
 MANIFEST_FILE = "manifest.json"
 SPARSE_DIR = "sparse"  # in a pack: the calibrated one made of it
 MAX_MANIFEST_BYTES = 16 << 20  # of blocks of 1 MiB: those of 2 TB
@@ -77,6 +88,14 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     sparsity: Sparsity | None = None  # of a calibrated pack
     kept: Kept | None = None  # what has not `dtype`, but the codecs of the file that was packed
+    places: Places | None = None  # of an outline: where the file that it is of has weights
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        if self.places is not None:
+            return OUTLINE_VERSION
+        return VERSION if self.kept is None else KEPT_VERSION
 
     @property
     def weights(self) -> str:
@@ -92,7 +111,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         body = {
             "format": FORMAT,
-            "version": VERSION if self.kept is None else KEPT_VERSION,
+            "version": self.version,
             "name": self.name,
             "source": self.source,
             "fingerprint": self.fingerprint,
@@ -106,6 +125,8 @@ class Manifest:
             body["sparsity"] = self.sparsity.to_json()
         if self.kept is not None:
             body["kept"] = self.kept.to_json()
+        if self.places is not None:
+            body["places"] = self.places.to_json()
         body["checksum"] = _checksum(body)
         return json.dumps(body, indent=1).encode() + b"\n"
 
@@ -121,10 +142,10 @@ class Manifest:
             body = json.loads(raw)
             if not isinstance(body, dict) or body.get("format") != FORMAT:
                 raise PackError(f"{where} is not the manifest of a flashrt pack")
-            if body.get("version") not in (VERSION, KEPT_VERSION):
+            if body.get("version") not in (VERSION, KEPT_VERSION, OUTLINE_VERSION):
                 raise PackError(
-                    f"{where} has format version {body.get('version')!r}, this flashrt reads versions {VERSION} and "
-                    f"{KEPT_VERSION}: "
+                    f"{where} has format version {body.get('version')!r}, this flashrt reads versions {VERSION} to "
+                    f"{OUTLINE_VERSION}: "
                     "pack the checkpoint again, or use the flashrt that wrote it"
                 )
             if body.pop("checksum", None) != _checksum(body):
@@ -139,7 +160,7 @@ class Manifest:
             return manifest
         except PackError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
+        except DAMAGE as error:
             raise PackError(
                 f"{where} is damaged ({type(error).__name__}: {error}). Pack the checkpoint again"
             ) from None
@@ -156,7 +177,8 @@ class Manifest:
             text_files={str(k): str(v) for k, v in body["text_files"].items()},
             block_bytes=body["block_bytes"],
             sparsity=Sparsity.from_json(body["sparsity"]) if "sparsity" in body else None,
-            kept=Kept.from_json(body["kept"], where) if body["version"] == KEPT_VERSION else None,
+            kept=Kept.from_json(body["kept"], where) if body["version"] != VERSION else None,
+            places=Places.from_json(body["places"]) if body["version"] == OUTLINE_VERSION else None,
         )
 
     def _check(self, where: str) -> None:
@@ -173,6 +195,8 @@ class Manifest:
         if unknown:
             raise PackError(f"{where}: unexpected text files {sorted(unknown)}")
         layout = self.layout
+        if self.places is not None and (problem := self.places.problem(layout)):
+            raise PackError(f"{where}: {problem}")
         if set(self.files) != set(layout.file_bytes):
             odd = sorted(set(self.files) ^ set(layout.file_bytes))[:3]
             raise PackError(f"{where}: the files listed are not those of this model ({', '.join(odd)} ...)")

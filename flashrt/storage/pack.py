@@ -7,11 +7,13 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from flashrt.errors import PackError
+from flashrt.errors import PackError, UsageError
 from flashrt.rope import RopeScaling
 from flashrt.spec import ModelSpec
 from flashrt.storage.layout import PackLayout
 from flashrt.storage.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
+from flashrt.storage.places import Places
+from flashrt.storage.source_file import SourceFile, read_sources
 
 HASH_BYTES = 4 << 20
 TEXT_CHUNK_BYTES = 256 << 10  # small: this happens while the process is being measured
@@ -37,6 +39,11 @@ class Pack:
         for name in self.manifest.text_files:
             if not (self.path / name).is_file():
                 raise PackError(f"{self.path / name} is missing: pack the checkpoint again")
+        places = self.manifest.places
+        self.sources: list[SourceFile] = []  # the files that weights are read from, of an outline
+        if places is not None:
+            self.sources = read_sources(self.path)
+            _check_sources(self.path, places, self.sources)
 
     @property
     def fewer_experts(self) -> int | None:
@@ -71,7 +78,14 @@ class Pack:
             raise PackError(f"{path} is damaged: its checksum does not match. Pack the checkpoint again")
 
     def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Read every byte and compare it with the checksums. Raises PackError naming the first damaged file."""
+        """Read every byte and compare it with the checksums. Raises PackError naming the first damaged file,
+        and UsageError for an outline.
+        """
+        if self.sources:
+            raise UsageError(
+                f"{self.path} is an outline of {self.sources[0].path}, which has no checksums to compare with: "
+                "`flashrt pack` makes a pack that has"
+            )
         done, total = 0, self.layout.nbytes
         for name, entry in self.manifest.files.items():
             digest = hashlib.sha256()
@@ -112,6 +126,15 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise PackError(f"{manifest} cannot be read: {error.strerror}") from None
+
+
+def _check_sources(path: Path, places: Places, sources: list[SourceFile]) -> None:
+    """Raises PackError where weights would lie beyond their files."""
+    ends = [0] * places.files
+    for rows in (rows for own in places.tensors.values() for rows in own):
+        ends[rows.file] = max(ends[rows.file], rows.end)
+    if len(sources) != places.files or any(end > file.nbytes for end, file in zip(ends, sources, strict=True)):
+        raise PackError(f"{path} does not fit the files that it is of: remove it, and name the GGUF file itself")
 
 
 def _check_file(path: Path, entry: FileEntry, header_bytes: int) -> None:

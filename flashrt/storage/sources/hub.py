@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 
 from flashrt.errors import CheckpointError
 from flashrt.storage.gguf_files import models_among, only_gguf, part_names, pick
 from flashrt.storage.names import repository_of
+from flashrt.storage.room import check_room
 from flashrt.storage.sources.checkpoint import Checkpoint
 from flashrt.storage.sources.files import refuse_pickles
 from flashrt.storage.sources.gguf import open_gguf
@@ -88,6 +90,28 @@ def downloaded(repository: str) -> Path:
     return _download(repository, PATTERNS, None, None, local=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """Bytes of a download that are not there yet, and the folder that they come to."""
+
+    folder: Path
+    nbytes: int
+
+
+def _missing(name: str, patterns: tuple[str, ...], cache: Path | None, out: Path | None) -> _Missing | None:
+    """What a download lacks, but for what an interrupted one left; None when the hub does not say."""
+    try:
+        from huggingface_hub import constants, snapshot_download
+
+        files = snapshot_download(name, allow_patterns=list(patterns), cache_dir=cache, local_dir=out, dry_run=True)
+        folder = out or Path(cache or constants.HF_HUB_CACHE)
+        own = out / ".cache" if out is not None else folder / f"models--{name.replace('/', '--')}"
+        begun = sum(file.stat().st_blocks * 512 for file in own.rglob("*.incomplete"))
+        return _Missing(folder, max(sum(file.file_size or 0 for file in files if file.will_download) - begun, 0))
+    except Exception:  # network libraries raise many kinds; the download that follows says what is wrong
+        return None
+
+
 def _download(name: str, patterns: tuple[str, ...], cache: Path | None, out: Path | None, local: bool = False) -> Path:
     try:
         from huggingface_hub import snapshot_download
@@ -97,6 +121,8 @@ def _download(name: str, patterns: tuple[str, ...], cache: Path | None, out: Pat
         ) from error
     from huggingface_hub import errors
 
+    if not local and (missing := _missing(name, patterns, cache, out)) is not None:
+        check_room(missing.folder, missing.nbytes, f"the download of {name}", "or choose another directory")
     try:
         found = snapshot_download(
             name, allow_patterns=list(patterns), cache_dir=cache, local_dir=out, local_files_only=local
