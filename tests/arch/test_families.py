@@ -128,7 +128,7 @@ def test_the_table_of_blocks_names_every_family_that_has_one(tmp_path: Path) -> 
         ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
         ("gemma4_text", {"num_kv_shared_layers": 1}, "no full_attention layer is before the 1 that share"),
         ("gemma4_text", {"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention' layers"),
-        ("gemma4_text", {"global_head_dim": 514}, "heads of 514 numbers"),
+        ("gemma4_text", {"global_head_dim": 578}, "heads of 578 numbers"),
         ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 4}, "6 heads are not a multiple of 4"),
         ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, "'sliding_window' in per_layer_config"),
         ("gemma4_text", {**TWO_FULL, "per_layer_config": {"1": {"head_dim": 8}}}, "heads of different kinds"),

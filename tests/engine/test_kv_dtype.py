@@ -58,7 +58,7 @@ def test_memory_and_error(packed, codec):
     assert 1e-4 < relative_rms(found, expected) < (0.02 if codec is KvCodec.INT8 else 0.1)
     with engine_of(packed, codec, runtime=TorchRuntime()) as engine:
         error = relative_rms(logits_of(engine, PROMPT[:300], TOKENS), found)
-        assert error < (5e-3 if codec is KvCodec.INT8 else 0.02)  # other sums round some numbers to the next code
+        assert error < (0.01 if codec is KvCodec.INT8 else 0.02)  # other sums round some numbers to the next code
 
 
 @FEW

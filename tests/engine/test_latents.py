@@ -99,7 +99,8 @@ def test_weights_of_a_file_are_kept(tmp_path: Path, family: str) -> None:
         with tiny_engine(own, share, chunk=16) as engine:
             results.append(logits_of(engine, PROMPT[:29], PROMPT[29:45]))
     assert np.array_equal(results[1], results[2])
-    assert relative_rms(results[1], results[0]) < 8e-2  # a router near a tie chooses another expert
+    errors = [relative_rms(*pair) for pair in zip(results[1], results[0], strict=True)]
+    assert np.median(errors) < 0.04  # for some tokens a router near a tie chooses another expert
 
 
 def test_fp8_in_blocks_is_what_it_means(tmp_path: Path) -> None:
