@@ -88,6 +88,15 @@ _INPUTS = {
     ".proj.weight": "q4_0",
     **_PLAIN,
 }
+_LATENTS = dict.fromkeys(("a.weight", "b.weight", "a_mqa.weight", "attn_q.weight", "exps.weight"), "q8_0") | _PLAIN
+_SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 1088,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "moe_intermediate_size": 64,
+}
 _GEMMA4 = {"hidden_size": 96, "head_dim": 24, "num_attention_heads": 8, "global_head_dim": 32}
 _FOUR_LAYERS = {
     "num_hidden_layers": 4,
@@ -104,6 +113,10 @@ CASES = {
     "biases": Case("llama-bias", _PLAIN, {"hidden_size": 96, "head_dim": 24, "intermediate_size": 1088, **_HEADS}),
     "experts": Case("mixtral", _EXPERTS, {"hidden_size": 96, "head_dim": 24, "intermediate_size": 384, **_HEADS}),
     "single": Case("gemma3", _NARROW, {"hidden_size": 96, "intermediate_size": 250, "head_dim": 24, **_HEADS}),
+}
+LATENT_CASES = {
+    "latents": Case("deepseek_v3", _LATENTS, {**_SIZES, "q_lora_rank": 64}),
+    "latents that lie with values": Case("deepseek_v3-lite", _LATENTS, _SIZES),
 }
 
 

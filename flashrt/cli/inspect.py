@@ -119,12 +119,6 @@ def _head_shapes(spec: ModelSpec) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys((a.heads, a.kv_heads, a.head_dim) for a in spec.attentions.values()))
 
 
-def _of_heads(shapes: list[dict[str, int]]) -> str:
-    return (
-        "; ".join(f"{own['heads']} heads, {own['kv_heads']} KV heads of {own['head_dim']}" for own in shapes) or "none"
-    )
-
-
 def _states(facts: dict[str, Any]) -> dict[str, str]:
     """A line on recurrent layers, where there are any."""
     recurrent = facts["layers"] - facts["attending_layers"]
@@ -134,7 +128,8 @@ def _states(facts: dict[str, Any]) -> dict[str, str]:
 def _of_attention(facts: dict[str, Any]) -> str:
     if rank := facts["latent"]:
         return f"{facts['heads']} heads over latents of {rank} numbers and {facts['head_dim'] - rank} rotated ones"
-    return f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_dim']}"
+    shapes = [f"{own['heads']} heads, {own['kv_heads']} KV heads of {own['head_dim']}" for own in facts["head_shapes"]]
+    return "; ".join(shapes) or "none"
 
 
 def _of_experts(facts: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ Array = np.ndarray
 class Rows:
     """`count` rows that follow one another from byte `offset` on, in one of the model's files.
 
-    heads: the first `rotary` rows of each of so many heads are pairs, of which a pack has first all first ones
+    heads: `rotary` rows of each of so many heads, behind `fixed` others, are pairs, of which a pack has first all
+    first ones
     """
 
     file: int
@@ -35,6 +36,7 @@ class Rows:
     count: int
     heads: int = 0
     rotary: int = 0
+    fixed: int = 0
 
     @property
     def end(self) -> int:
@@ -46,8 +48,9 @@ class Rows:
         if not self.heads:
             return rows
         first, within = np.divmod(rows, self.count // self.heads)
-        pair, second = np.divmod(within, 2)
-        moved = np.where(within < self.rotary, second * (self.rotary // 2) + pair, within)
+        pair, second = np.divmod(within - self.fixed, 2)
+        turned = (within >= self.fixed) & (within < self.fixed + self.rotary)
+        moved = np.where(turned, self.fixed + second * (self.rotary // 2) + pair, within)
         return first * (self.count // self.heads) + moved
 
 
@@ -89,8 +92,9 @@ class Places:
 
 def _permutes(rows: Rows) -> bool:
     if not rows.heads:
-        return rows.rotary == 0
-    return rows.count % rows.heads == 0 and rows.rotary <= rows.count // rows.heads and rows.rotary % 2 == 0
+        return rows.rotary == rows.fixed == 0
+    fits = rows.fixed + rows.rotary <= rows.count // rows.heads
+    return rows.count % rows.heads == 0 and fits and rows.rotary % 2 == 0
 
 
 def _merged(tensor: TensorLayout, own: Sequence[Rows]) -> list[Rows]:
@@ -126,7 +130,7 @@ def places_of(source: Checkpoint, layout: PackLayout, files: Sequence[Path]) -> 
     """
     found = {}
     for name, tensor in layout.tensors.items():
-        own = _neurons(source, tensor, files) if tensor.codecs is not None else _matrix(source, tensor, files)
+        own = _matrix(source, tensor, files) if tensor.rows else _neurons(source, tensor, files)
         if own is not None and Places(len(files), {name: own}).problem(layout) is None:
             found[name] = own
     return Places(len(files), found)
@@ -143,7 +147,8 @@ def _matrix(source: Checkpoint, tensor: TensorLayout, files: Sequence[Path]) -> 
 
 def _neurons(source: Checkpoint, tensor: TensorLayout, files: Sequence[Path]) -> tuple[Rows, ...] | None:
     codecs = tensor.codecs
-    assert codecs is not None
+    if codecs is None:  # quantized again
+        return None
     neurons, own = tensor.run_bundles * codecs.group, []
     for run in range(tensor.runs):
         gate, up, down = source.names.neurons(tensor.name, run)
@@ -166,7 +171,6 @@ def _rows(source: Checkpoint, part: Part, count: int, codec: Codec, files: Seque
     if size > LARGEST_ROW:
         return None
     first = (part.expert or 0) * tensor.shape[-2] + (part.rows[0] if part.rows else 0)
-    rotary = part.rotary if part.heads else 0
-    return Rows(
-        files.index(Path(os.path.abspath(tensor.path))), tensor.offset + first * size, size, count, part.heads, rotary
-    )
+    rotary, fixed = (part.rotary, part.fixed) if part.heads else (0, 0)
+    file = files.index(Path(os.path.abspath(tensor.path)))
+    return Rows(file, tensor.offset + first * size, size, count, part.heads, rotary, fixed)

@@ -18,12 +18,12 @@ from flashrt.storage.pack import Pack
 from flashrt.storage.safetensors_file import PAGE
 from flashrt.storage.source_file import SOURCE_FILE
 from tests.engine.support import logits_of, tiny_engine
-from tests.kept import CASES, keep
+from tests.kept import CASES, LATENT_CASES, keep
 
 PROMPT, TOKENS = [5, 9, 70, 33, 12, 8], [4, 100, 41, 7]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CASES | LATENT_CASES)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pack, Pack]:
     """(outline of a file, pack of it)."""
     root = tmp_path_factory.mktemp(request.param)
@@ -31,7 +31,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def outlined(case: str, root: Path) -> Pack:
-    path = CASES[case].write(root / "model.gguf")
+    path = (CASES | LATENT_CASES)[case].write(root / "model.gguf")
     return Pack(cached_outline(str(path), root / "cache", lambda *_: None))
 
 

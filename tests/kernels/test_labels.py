@@ -75,7 +75,7 @@ def test_wrong_arguments_are_named():
         ("step", np.zeros_like(step)),
         ("step", -step),
         ("step", step[:, :12]),
-        ("step", np.ones((2, 264), np.float32)),
+        ("step", np.ones((2, 584), np.float32)),
         ("labels", labels[:, :, :1]),
         ("labels", labels[:, ::2]),
         ("labels", labels.astype(np.int32)),

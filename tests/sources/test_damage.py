@@ -239,7 +239,7 @@ def test_an_index_that_names_other_files_is_explained(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; known: cohere, cohere2, dots1"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; known: cohere, cohere2, deepseek_v2"),
         ({"model_type": None}, "None is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization by 'bitsandbytes' is not supported"),
         ({"hidden_act": "xielu"}, "xielu"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashrt.arch import Part
 from flashrt.checkpoints.pack_job import cached_outline
 from flashrt.errors import PackError
 from flashrt.storage.manifest import MANIFEST_FILE, _checksum
@@ -25,15 +26,19 @@ def outline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cached_outline(str(CASES["plain"].write(root / "m.gguf")), root / "cache", lambda *_: None)
 
 
-@pytest.mark.parametrize(("heads", "each", "rotary"), [(3, 10, 10), (2, 12, 8), (1, 6, 2)])
-def test_permuted_rows_stand_where_a_checkpoint_reads_them(heads: int, each: int, rotary: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "each", "rotary", "fixed"), [(3, 10, 10, 0), (2, 12, 8, 0), (1, 6, 2, 0), (3, 10, 4, 6), (2, 9, 4, 3)]
+)
+def test_permuted_rows_stand_where_a_checkpoint_reads_them(heads: int, each: int, rotary: int, fixed: int) -> None:
     count = heads * each
-    places = Rows(0, 0, 1, count, heads, rotary).places(0, count)
-    expected = _unpermute(np.arange(count, dtype=np.uint8)[:, None], heads, rotary)[:, 0]
+    rows = Rows(0, 0, 1, count, heads, rotary, fixed)
+    places = rows.places(0, count)
+    part = Part("x", heads=heads, rotary=rotary, fixed=fixed)
+    expected = _unpermute(np.arange(count, dtype=np.uint8)[:, None], heads, part)[:, 0]
     found = np.empty(count, np.uint8)
     found[places] = np.arange(count)
     assert np.array_equal(found, expected)
-    assert np.array_equal(Rows(0, 0, 1, count, heads, rotary).places(3, 5), places[3:5])
+    assert np.array_equal(rows.places(3, 5), places[3:5])
 
 
 @pytest.mark.parametrize(

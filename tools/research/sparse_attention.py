@@ -36,6 +36,7 @@ from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import runtime_for
 from flashrt.labels import share_of
+from flashrt.model.scores import Scores
 from flashrt.storage.kv_labels import read_labels
 from flashrt.storage.pack import Pack
 from flashrt_kernels.limits import NARROW_TOKENS
@@ -103,9 +104,10 @@ def log_probabilities(engine: Engine, ids: Sequence[int], prompt: int) -> Array:
     decoder, found = engine.runner.decoder, list[Array]()
     scores = decoder.scores
 
-    def noted(states: Any, targets: Array, wide: bool) -> Array:
-        found.append(np.array(scores(states, targets, wide), np.float64))
-        return found[-1]
+    def noted(*arguments: Any) -> Scores:
+        result = scores(*arguments)
+        found.append(result.values)
+        return result
 
     decoder.scores = noted  # type: ignore[method-assign]
     try:
