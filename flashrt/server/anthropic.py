@@ -13,20 +13,28 @@ from flashrt.server.deltas import style_of
 from flashrt.server.errors import ApiError, invalid, refused
 from flashrt.server.fields import Refusals, bias_free_sampling, checked_stops, convert
 from flashrt.server.job import Part, Rules
+from flashrt.server.memory import most_tokens
 from flashrt.server.service import Asked, Service
 from flashrt.server.tools import Function, Tool, shown
 
 REFUSED: Refusals = {
-    "thinking": ("a model thinks as its template has it", ({"type": "disabled"},)),
     "service_tier": ("there is one", ("auto", "standard_only")),
     "container": ("nothing is run", ()),
     "mcp_servers": ("nothing is called", ([],)),
-    "context_management": ("the conversation is taken as it is", ({"edits": []},)),
-    "output_config": ("use response_format of /v1/chat/completions", ({},)),
     "output_format": ("use response_format of /v1/chat/completions", ()),
 }
 _CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
+_KNOWN = {  # type of a block → its fields; a signature says that nobody changed a thought
+    "text": {"type", "text"},
+    "tool_result": {"type", "tool_use_id", "content", "is_error"},
+    "tool_use": {"type", "id", "name", "input", "caller"},
+    "thinking": {"type", "thinking", "signature"},
+}
 _BESIDE = {"cache_control", "citations"}  # of a block: what is kept is found without being told
+
+
+class OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
+    effort: str | None = None
 
 
 class Turn(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,6 +48,8 @@ class AnthropicTool(msgspec.Struct, forbid_unknown_fields=True):
     description: str | None = None
     type: str | None = None
     cache_control: dict[str, Any] | None = None
+    eager_input_streaming: bool | None = None
+    strict: bool | None = None
 
 
 class CountFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -48,10 +58,17 @@ class CountFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     system: str | list[dict[str, Any]] | None = None
     tools: list[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    context_management: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class MessageFields(CountFields, kw_only=True):
-    """`metadata` says who asks; it changes nothing."""
+    """What changes nothing: who asks, what may be kept of earlier turns, and how much a model should think.
+
+    A model thinks as its template has it; the conversation is taken as it is sent.
+    """
 
     max_tokens: int
     temperature: float | None = None
@@ -59,7 +76,6 @@ class MessageFields(CountFields, kw_only=True):
     top_k: int | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    metadata: dict[str, Any] | None = None
 
 
 def message(service: Service, given: dict[str, Any]) -> Asked:
@@ -68,7 +84,8 @@ def message(service: Service, given: dict[str, Any]) -> Asked:
     if fields.max_tokens < 1:
         raise invalid("max_tokens", f"max_tokens is {fields.max_tokens}, expected 1 or more")
     prompts, (prompt, tools) = service.prompts, _prompt(service, fields)
-    limit, stops = prompts.limit(prompt, fields.max_tokens, "max_tokens"), checked_stops(fields.stop_sequences or [])
+    most, stops = prompts.limit(prompt, None, "max_tokens"), checked_stops(fields.stop_sequences or [])
+    limit = min(fields.max_tokens, most, most_tokens(1, None))  # agents name what their largest model may write
     named = {"temperature": fields.temperature, "top_p": fields.top_p, "top_k": fields.top_k}
     sampling = bias_free_sampling({k: v for k, v in named.items() if v is not None}, service.recommended)
     style = style_of(_template(service), prompts.tokenizer.decode(prompt[-ENDING:], False), bool(tools))
@@ -102,6 +119,8 @@ def _template(service: Service) -> str:
 def _tool(tool: AnthropicTool) -> Tool:
     if tool.type not in (None, "custom"):
         raise refused("tools", "tools are the client's own: nothing is looked up or run here")
+    if tool.strict:
+        raise refused("tools.strict", "arguments are as the model writes them")
     return Tool(Function(tool.name, tool.description, tool.input_schema))
 
 
@@ -123,10 +142,14 @@ def _turn(where: str, turn: Turn) -> list[dict[str, Any]]:
     own: dict[str, Any] = {}
     for i, block in enumerate(blocks):
         at, kind = f"{where}.content[{i}]", block.get("type")
+        if unknown := block.keys() - _KNOWN.get(str(kind), block.keys()) - _BESIDE:
+            raise refused(f"{at}.{min(unknown)[:50]}", "a block of this type is not read so")
         if kind == "text":
             texts.append(_text(at, [block]))
         elif kind == "tool_result" and turn.role == "user":
             content = _text(at, block.get("content") or "")
+            if block.get("is_error"):
+                content = f"error: {content}"
             found.append({"role": "tool", "tool_call_id": _field(at, block, "tool_use_id", str), "content": content})
         elif kind == "tool_use" and turn.role == "assistant":
             call = {"name": _field(at, block, "name", str), "arguments": _field(at, block, "input", dict)}
@@ -140,10 +163,12 @@ def _turn(where: str, turn: Turn) -> list[dict[str, Any]]:
     return found
 
 
-def _text(where: str, content: str | list[dict[str, Any]]) -> str:
+def _text(where: str, content: Any) -> str:
     """Blocks of text, a line each."""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+        raise invalid(where, f"{where}: expected a text, or a list of blocks")
     for block in content:
         if block.get("type") != "text" or block.keys() - {"type", "text"} - _BESIDE:
             raise refused(where, f"the model reads text, not {block.get('type')!r:.50}")

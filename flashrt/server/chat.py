@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -11,15 +12,17 @@ from typing import Any
 from flashrt.engine.generation import Token
 from flashrt.server.answers import Usage, chat_logprob, finish_of
 from flashrt.server.deltas import MARKERS, Deltas, Style, style_of
-from flashrt.server.errors import invalid
+from flashrt.server.errors import invalid, refused
 from flashrt.server.fields import Fields, Refusals, convert
 from flashrt.server.formats import ResponseFormat, grammar_of
 from flashrt.server.job import Came, Ended, Event, Part, Rules
+from flashrt.server.memory import most_tokens
 from flashrt.server.messages import Message, for_template
 from flashrt.server.service import Asked, Service
 from flashrt.server.tools import Tool, shown
 from flashrt.text.tokenizer import Tokenizer
 
+GIVEN = ("messages", "tools", "add_generation_prompt")  # of a template: what the request itself says
 ENDING = 16  # tokens of a prompt that say whether it has opened a thought
 
 REFUSED: Refusals = {
@@ -31,9 +34,7 @@ REFUSED: Refusals = {
     "prediction": ("drafts need no prediction", ()),
     "web_search_options": ("nothing is looked up", ()),
     "store": ("nothing is stored", (False,)),
-    "metadata": ("nothing is stored", ({},)),
-    "service_tier": ("there is one", ("auto", "default")),
-    "reasoning_effort": ("say it as the model's template wants it", ()),
+    "service_tier": ("there is one", ("auto", "default", "flex", "priority")),
     "verbosity": ("say it in a message", ("medium",)),
 }
 
@@ -47,6 +48,8 @@ class ChatFields(Fields, kw_only=True):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def chat(service: Service, given: dict[str, Any]) -> Asked:
@@ -58,8 +61,12 @@ def chat(service: Service, given: dict[str, Any]) -> Asked:
     grammar = grammar_of(service.grammars, fields.response_format)
     if tools and grammar:
         raise invalid("response_format", "response_format leaves no room for calls: leave tools out, or it")
-    prompt = service.prompts.conversation(for_template(fields.messages), **({"tools": tools} if tools else {}))
-    limit = service.prompts.limit(prompt, *_limit(fields))
+    variables = _variables(fields, template) | ({"tools": tools} if tools else {})
+    prompt = service.prompts.conversation(for_template(fields.messages), **variables)
+    asked, name = _limit(fields)
+    limit = service.prompts.limit(prompt, asked, name)
+    if asked is None:
+        limit = min(limit, most_tokens(fields.choices, top))
     parts = [Part(prompt, limit, sampling) for sampling in service.seeded(service.sampling(fields), fields.choices)]
     service.check_size(parts, top)
     tokenizer = service.prompts.tokenizer
@@ -68,6 +75,17 @@ def chat(service: Service, given: dict[str, Any]) -> Asked:
     answers = ChatAnswers(shape, Usage(len(prompt)))
     rules = Rules(fields.stops, top, bool(fields.ignore_eos), grammar)
     return Asked(parts, rules, answers, bool(fields.stream), fields.include_usage)
+
+
+def _variables(fields: ChatFields, template: str) -> dict[str, Any]:
+    """What a request sets of the model's template. Raises ApiError for what that does not read."""
+    given = dict(fields.chat_template_kwargs or {})
+    if fields.reasoning_effort is not None:
+        given["reasoning_effort"] = fields.reasoning_effort
+    for name in given:
+        if name in GIVEN or not name.isidentifier() or not re.search(rf"\b{name}\b", template):
+            raise refused(name[:100], "the model's chat template reads no such variable of a request")
+    return given
 
 
 def _top(fields: ChatFields) -> int | None:

@@ -15,7 +15,7 @@ from flashrt.errors import UsageError
 from flashrt.server.errors import ApiError, invalid, refused
 
 # Of no effect on what is answered: who asked, and how others may store that.
-HARMLESS = ("user", "safety_identifier", "prompt_cache_key")
+HARMLESS = ("user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention")
 MOST_CHOICES = 16
 MOST_STOPS, LONGEST_STOP = 16, 1000
 
@@ -33,7 +33,10 @@ _SAMPLED = (
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """`include_obfuscation` pads chunks: nothing does here."""
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -123,6 +126,10 @@ def convert(given: dict[str, Any], kind: type[Kind], refusals: Refusals) -> Kind
 def sampling(fields: Fields, recommended: Recommended) -> Sampling:
     """How tokens are chosen; see `bias_free_sampling`. Raises ApiError."""
     given = {name: value for name in _SAMPLED if (value := getattr(fields, name)) is not None}
+    if given.get("top_k") == -1:  # what others call no limit
+        given["top_k"] = 0
+    if given.get("seed") == -1:  # and no seed
+        del given["seed"]
     try:
         return replace(bias_free_sampling(given, recommended), logit_bias=_bias(fields.logit_bias or {}))
     except UsageError as error:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from flashrt.server.job import Part
 
-RESULT_BYTES = 4 << 20  # of one answer, while it is put together
+RESULT_BYTES = 6 << 20  # of one answer, while it is put together
 BODIES = 2  # of the largest size, that may be arriving or waiting to be read at a time
-READ_FACTOR = 10  # times its size, that a body takes while it is parsed and rendered
+READ_FACTOR = 22  # times its size, that a body takes while it is parsed and rendered: of nothing but empty lists
 ENCODED = 320  # bytes that encoding takes for a token of context
-TOKEN = 40  # bytes of an answer's token as it comes and is written
-CANDIDATE = 160  # bytes of a token with its log-probability, as it comes and is written
+TOKEN = 200  # bytes of an answer's token as it comes and is written
+CANDIDATE = 400  # bytes of a token with its log-probability, as it comes and is written
 CONNECTION = 96 << 10  # bytes of buffers
 CONNECTIONS = 64  # at a time, beside those of requests that wait
 
@@ -33,6 +33,12 @@ def most_prompt_tokens(context: int) -> int:
 
 def most_connections(queue: int) -> int:
     return queue + CONNECTIONS
+
+
+def most_tokens(answers: int, top_logprobs: int | None) -> int:
+    """Tokens that so many answers may have each, where nobody said how many."""
+    named = 0 if top_logprobs is None else top_logprobs + 1
+    return RESULT_BYTES // (answers * (TOKEN + CANDIDATE * named))
 
 
 def result_bytes(parts: Sequence[Part], top_logprobs: int | None) -> int:

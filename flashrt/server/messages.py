@@ -21,6 +21,7 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
     id: str
     function: CalledFunction
     type: str = "function"
+    index: int | None = None  # of a call that came in pieces
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,7 +102,7 @@ def _content(where: str, content: str | list[dict[str, Any]] | None) -> str | No
         kind = part.get("type")
         if kind != "text":
             raise refused(f"{where}.content[{i}].type", f"the model reads text, not {kind!r:.50}")
-        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text", "cache_control"}:
             raise invalid(f"{where}.content[{i}]", f"{where}.content[{i}]: expected a type and a text")
         texts.append(part["text"])
     return "\n".join(texts)

@@ -82,8 +82,10 @@ def _windows(pieces: Sequence[Piece]) -> Iterator[str]:
 
 
 def _named(param: str, make: Any) -> Any:
-    """What `make` returns; its UsageError names a parameter."""
+    """What `make` returns; what is wrong with the request names a parameter."""
     try:
         return make()
     except UsageError as error:
         raise invalid(param, str(error)) from None
+    except RecursionError:
+        raise invalid(param, "the request is nested too deeply") from None

@@ -37,12 +37,22 @@ class JobQueue:
         with self._changed:
             if self._closed:
                 raise ApiError(503, "the server is stopping", code="stopping", retry=LONGEST_RETRY)
+            self._forget_gone()
             waiting = sum(map(len, self._waiting.values()))
             if waiting >= self._limit and (waiting or self._running):
                 retry = max(1, min(LONGEST_RETRY, round(self._seconds * (waiting + 1))))
                 raise ApiError(429, f"{waiting} requests wait already: ask again later", code="queue_full", retry=retry)
             self._waiting.setdefault(job.client, deque()).append(job)
             self._changed.notify()
+
+    def _forget_gone(self) -> None:
+        """Jobs whose clients have gone wait no more, and keep nobody from waiting."""
+        for client, jobs in list(self._waiting.items()):
+            left = deque(job for job in jobs if not job.gone)
+            if left:
+                self._waiting[client] = left
+            else:
+                del self._waiting[client]
 
     def take(self) -> Job | None:
         """The next job, once there is one; None once the queue is closed and empty."""

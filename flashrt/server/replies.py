@@ -16,6 +16,7 @@ from flashrt.server.job import Event, Failed, Job
 from flashrt.server.service import Asked
 
 SEND_SECONDS = 60.0  # that a client may leave what it was sent unread
+PIECE = 64 << 10  # bytes that are handed on at a time
 COMMENT = b": still computing\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -49,7 +50,13 @@ class WholeReply:
                     raise event.error
                 for chunk in answers.chunks(event):
                     answers.collect(chunk)
-        await json_reply(answers.whole())(scope, receive, send)
+        body = msgspec.json.encode(answers.whole())
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # a client that reads no more has gone
+            for begin in range(0, len(body), PIECE):
+                await _send(send, body[begin : begin + PIECE])
+            await send({"type": "http.response.body", "body": b""})
 
 
 class StreamReply:
@@ -71,10 +78,10 @@ class StreamReply:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # a client that reads no more has gone
                 begun = b"".join(map(self._data, self._asked.answers.first()))
-                await self._send(send, begun + b"".join(self._lines(first)))
+                await _send(send, begun + b"".join(self._lines(first)))
                 async for event in events:
-                    await self._send(send, b"".join(self._lines(event)))
-                await self._send(send, self._end())
+                    await _send(send, b"".join(self._lines(event)))
+                await _send(send, self._end())
                 await send({"type": "http.response.body", "body": b""})
 
     def _lines(self, event: Event | None) -> Iterator[bytes]:
@@ -94,9 +101,10 @@ class StreamReply:
         name = b"event: " + chunk["type"].encode() + b"\n" if self._asked.answers.named else b""
         return name + b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
-    async def _send(self, send: Send, body: bytes) -> None:
-        if body:
-            await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), SEND_SECONDS)
+
+async def _send(send: Send, body: bytes) -> None:
+    if body:
+        await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), SEND_SECONDS)
 
 
 async def _or_none(events: AsyncIterator[Event], seconds: float) -> AsyncIterator[Event | None]:

@@ -134,7 +134,23 @@ def test_what_is_not_supported_is_named(server: Server, name: str) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "holds no 'tool_use'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is missing"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_tokens": 5000}, "do not fit"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": 5}]}]},
+            "a text",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": ["x"]}]}
+                ]
+            },
+            "blocks",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "tone": "dry"}]}]},
+            "tone is not supported",
+        ),
+        ({"tools": [{**LOOK, "strict": True}]}, "tools.strict is not supported"),
         ({"unheard_of": 1}, "unknown parameter"),
         ({"tools": [{"type": "web_search_20250305", "name": "x", "input_schema": {}}]}, "not supported"),
         ({"tool_choice": {"type": "any"}}, "tool_choice is not supported"),
@@ -146,3 +162,25 @@ def test_what_makes_no_sense_is_refused(server: Server, fields: dict[str, Any], 
     reply = server.post("/v1/messages", json=body)
     assert reply.status_code == 400
     assert words in reply.json()["error"]["message"]
+
+
+def test_what_agents_send_beside_is_taken(speaking: Server) -> None:
+    """As Claude Code does: more tokens than there is room for, hints on thinking, and results that are errors."""
+    plain = ask(speaking, "in")
+    hints = {
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "output_config": {"effort": "medium"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "metadata": {"user_id": "u"},
+    }
+    assert ask(speaking, "in", extra_body=hints).content == plain.content
+    long = ask(speaking, "in", max_tokens=32000)
+    assert long.usage.output_tokens > plain.usage.output_tokens
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "no such thing"}
+    called = [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}]
+    counts = []
+    for failed in (False, True):
+        turns = [*user("in"), {"role": "assistant", "content": called}]
+        turns.append({"role": "user", "content": [result | {"is_error": failed}]})
+        counts.append(client(speaking).messages.count_tokens(model=speaking.name, messages=turns).input_tokens)
+    assert counts[0] < counts[1]

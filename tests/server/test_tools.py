@@ -118,3 +118,33 @@ def ended() -> Any:
         new_tokens, resumed_tokens, finish_reason = 9, 0, "eos"
 
     return Report()
+
+
+def test_tools_that_are_nested_too_deeply_are_refused(speaking: Server) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(700):
+        deep = {"properties": deep}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": deep}}]
+    reply = speaking.post("/v1/chat/completions", json={"model": speaking.name, "messages": user("in"), "tools": tools})
+    assert reply.status_code == 400
+    assert "nested too deeply" in reply.json()["error"]["message"]
+
+
+def test_variables_of_the_template(start: Start, packs: Any) -> None:
+    server = start(packs(template=TEMPLATE + "{% if enable_thinking %}aaaa{% endif %}{{ reasoning_effort }}"))
+
+    def prompt_of(**fields: Any) -> int:
+        body = {"model": server.name, "messages": user("in"), "max_tokens": 1, **fields}
+        reply = server.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return int(reply.json()["usage"]["prompt_tokens"])
+
+    plain = prompt_of()
+    assert prompt_of(reasoning_effort="high") > plain
+    assert prompt_of(chat_template_kwargs={"enable_thinking": True}) > plain
+    assert prompt_of(chat_template_kwargs={"enable_thinking": False}) == plain
+    for name in ("temper", "messages", "a b"):
+        body = {"model": server.name, "messages": user("in"), "chat_template_kwargs": {name: 1}}
+        reply = server.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == name
