@@ -53,6 +53,11 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+def characters(tokenizer: Tokenizer, token: int) -> int:
+    """How many characters of the text begin in a token: one that is in two tokens begins in the first."""
+    return sum(byte & 0xC0 != 0x80 for byte in tokenizer.token_bytes(token))
+
+
 def chat_logprob(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
     """An entry of `logprobs.content`."""
     assert token.logprobs is not None
@@ -80,7 +85,7 @@ class CompletionLogprobs:
         lists["tokens"].append(text)
         lists["text_offset"].append(max(self._offset, 0))
         lists["token_logprobs"].append(logprobs and logprobs.logprob)
-        self._offset += len(text)
+        self._offset += characters(self._tokenizer, token)
         top = None
         if logprobs is not None:
             top = {spelled(self._tokenizer, other): value for other, value in reversed(logprobs.top)}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashrt.server.answers import CompletionLogprobs, Usage, finish_of, spelled
+from flashrt.server.answers import CompletionLogprobs, Usage, characters, finish_of
 from flashrt.server.errors import invalid
 from flashrt.server.fields import Fields, Refusals, convert
 from flashrt.server.job import Came, Ended, Event, Failed, Part, Rules, Scored
@@ -111,8 +111,8 @@ class Completions:
         part = event.part if not isinstance(event, Failed) else 0
         text = self._echo(part)
         if isinstance(event, Scored):
-            spelled_out = [spelled(self._shape.tokenizer, token) for token in self._parts[part].prompt]
-            self._lists(part, len(text) - sum(map(len, spelled_out)))  # the text may lack the token that begins it
+            held = sum(characters(self._shape.tokenizer, token) for token in self._parts[part].prompt)
+            self._lists(part, len(text) - held)  # the text may lack the token that begins it
             for token, noted in zip(self._parts[part].prompt, [None, *event.logprobs], strict=True):
                 self._lists(part, 0).add(token, noted)
             yield self._chunk(part, text, None)

@@ -9,6 +9,7 @@ import openai
 import pytest
 import torch
 
+from flashrt.server.answers import CompletionLogprobs
 from tests.families import VOCAB, tiny_model
 from tests.server.conftest import Server
 
@@ -109,3 +110,18 @@ def test_prompts_that_make_no_sense(server: Server, prompt: Any, words: str) -> 
 def test_a_prompt_that_fills_the_context_can_be_scored(server: Server) -> None:
     answer = ask(server, [5] * 256, 0, echo=True, logprobs=0)
     assert len(answer.choices[0].logprobs.tokens) == 256
+
+
+def test_offsets_count_characters_of_the_text() -> None:
+    """A character in two tokens begins in the first."""
+
+    class Halves:
+        parts = (b"a", b"\xf0\x9f", b"\x98\x80", "é!".encode(), b"b")
+
+        def token_bytes(self, token: int) -> bytes:
+            return self.parts[token]
+
+    lists = CompletionLogprobs(Halves())  # type: ignore[arg-type]
+    for token in range(5):
+        lists.add(token, None)
+    assert lists.to_json()["text_offset"] == [0, 1, 2, 2, 4]
