@@ -55,9 +55,9 @@ def test_prompts_that_are_none(cli: Cli, pack: Path, tmp_path: Path) -> None:
     check_failure(cli("run", pack, stdin=b"caf\xe9"), 2, "UTF-8", "byte 3")
     check_failure(cli("run", pack, "--prompt-file", tmp_path / "none"), 2, "No such file")
     check_failure(cli("run", pack, "--prompt", "a", "--prompt-file", "-"), 2, "contradict")
-    check_failure(cli("run", pack, "--prompt", "a", "--system", "b"), 2, "--chat")
+    check_failure(cli("run", pack, "--prompt", "a", "--raw", "--system", "b"), 2, "--raw contradict")
     check_failure(cli("chat", pack, stdin=b"caf\xe9\n"), 2, "UTF-8")
-    check_failure(cli("run", pack, "--chat", "--system", "\udcff", "-p", "a"), 2, "--system is not UTF-8", "0xff")
+    check_failure(cli("run", pack, "--system", "\udcff", "-p", "a"), 2, "--system is not UTF-8", "0xff")
     check_failure(cli("chat", pack, "--system", "\udcff"), 2, "--system is not UTF-8")
 
 

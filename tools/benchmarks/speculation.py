@@ -95,7 +95,7 @@ def compare(run: Any, modes: Sequence[str], questions: Sequence[Any]) -> list[Sa
 
 def answer(pack: Path, budget: str, tokens: int, question: str, mode: str) -> dict[str, Any]:
     """One run's report. It ends where the answer does: what a model writes after it is not text to judge drafts by."""
-    options = ["--chat", "--prompt", question, "--max-new-tokens", str(tokens), "--speculate", mode]
+    options = ["--prompt", question, "--max-new-tokens", str(tokens), "--speculate", mode]
     return runs.flashrt_run(pack, budget, *options)
 
 
