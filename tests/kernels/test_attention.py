@@ -303,6 +303,10 @@ def test_values_that_are_parts_of_keys(isa, codec, heads, kv_heads, dim, values)
         counts = np.repeat(np.arange(start + 1, start + tokens + 1, dtype=np.int32)[:, None], kv_heads, 1)
         cpu.attention_list(q, shared, None, lists, counts, scale, None, out)
         assert same(out, expected)
+        cpu.attention(q, twice, start, None, scale, None, whole, wide=True)
+        cpu.attention(q, shared, start, None, scale, None, out, wide=True)
+        assert same(out, whole.reshape(tokens, heads, dim)[:, :, :values].reshape(tokens, -1))
+        assert rms_ratio(out, other) < 2e-5
 
 
 def test_wrong_values_of_caches_of_keys_are_named():
