@@ -56,8 +56,8 @@ def test_a_dense_model_is_read(tmp_path: Path) -> None:
     make(tmp_path / "x.gguf", shape)
     with flashrt.load(tmp_path / "x.gguf", 1.0, context=128, cache_dir=tmp_path / "cache") as engine:
         assert len(list(engine.generate("Dense", 8, ignore_eos=True))) == 8
-    stored = {Codec.Q4_K, Codec.Q6_K}
-    assert {tensor.codec for tensor in engine.runner.decoder.layout.tensors.values()} == stored
+        stored = {tensor.codec for tensor in engine.runner.decoder.layout.tensors.values()}
+        assert stored == {Codec.Q4_K, Codec.Q6_K}
 
 
 def test_blocks_are_those_of_gguf_files() -> None:
