@@ -57,9 +57,23 @@ class Grammars:
         except ValueError as error:
             raise UsageError(f"the JSON schema cannot be followed: {error}") from None
 
+    def lark(self, text: str) -> Grammar:
+        """A grammar in llguidance's form of Lark, in which `json_rule` makes rules. Raises UsageError."""
+        if len(text) > LONGEST_SCHEMA:
+            raise UsageError(f"the JSON schemas have {len(text)} characters, expected at most {LONGEST_SCHEMA}")
+        try:
+            return Grammar(self._matcher(self._tokens, self._matcher.grammar_from_lark(text)))
+        except ValueError as error:
+            raise UsageError(f"the JSON schemas cannot be followed: {error}") from None
+
     def json_object(self) -> Grammar:
         """Any JSON object."""
         return self.json_schema({"type": "object"})
+
+
+def json_rule(name: str, schema: Mapping[str, Any]) -> str:
+    """A rule of a Lark grammar: JSON that a schema allows."""
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': _SPACES}})}\n"
 
 
 class Grammar:

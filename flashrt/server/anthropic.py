@@ -8,6 +8,7 @@ import msgspec
 
 from flashrt.server.answers import Usage
 from flashrt.server.anthropic_answers import MessageAnswers, MessageShape
+from flashrt.server.calls import grammar_of_calls
 from flashrt.server.chat import ENDING
 from flashrt.server.deltas import style_of
 from flashrt.server.errors import ApiError, invalid, refused
@@ -15,7 +16,7 @@ from flashrt.server.fields import Refusals, bias_free_sampling, checked_stops, c
 from flashrt.server.job import Part, Rules
 from flashrt.server.memory import most_tokens
 from flashrt.server.service import Asked, Service
-from flashrt.server.tools import Function, Tool, shown
+from flashrt.server.tools import Function, Tool, Use, shown, use_of
 
 REFUSED: Refusals = {
     "service_tier": ("there is one", ("auto", "standard_only")),
@@ -23,7 +24,7 @@ REFUSED: Refusals = {
     "mcp_servers": ("nothing is called", ([],)),
     "output_format": ("use response_format of /v1/chat/completions", ()),
 }
-_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
+_CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 _KNOWN = {  # type of a block → its fields; a signature says that nobody changed a thought
     "text": {"type", "text"},
     "tool_result": {"type", "tool_use_id", "content", "is_error"},
@@ -83,16 +84,19 @@ def message(service: Service, given: dict[str, Any]) -> Asked:
     fields = convert(given, MessageFields, REFUSED)
     if fields.max_tokens < 1:
         raise invalid("max_tokens", f"max_tokens is {fields.max_tokens}, expected 1 or more")
-    prompts, (prompt, tools) = service.prompts, _prompt(service, fields)
+    prompts, (prompt, use) = service.prompts, _prompt(service, fields)
     most, stops = prompts.limit(prompt, None, "max_tokens"), checked_stops(fields.stop_sequences or [])
     limit = min(fields.max_tokens, most, most_tokens(1, None))  # agents name what their largest model may write
     named = {"temperature": fields.temperature, "top_p": fields.top_p, "top_k": fields.top_k}
     sampling = bias_free_sampling({k: v for k, v in named.items() if v is not None}, service.recommended)
-    style = style_of(_template(service), prompts.tokenizer.decode(prompt[-ENDING:], False), bool(tools))
+    template = _template(service)
+    style = style_of(template, prompts.tokenizer.decode(prompt[-ENDING:], False), use is not None)
+    grammar = grammar_of_calls(service.grammars, prompts.tokenizer, template, style, use) if use else None
     parts = [Part(prompt, limit, sampling)]
     service.check_size(parts, None)
     shape = MessageShape(service.name, prompts.tokenizer, style, stops)
-    return Asked(parts, Rules(stops), MessageAnswers(shape, Usage(len(prompt))), bool(fields.stream), False)
+    rules = Rules(stops, grammar=grammar)
+    return Asked(parts, rules, MessageAnswers(shape, Usage(len(prompt))), bool(fields.stream), False)
 
 
 def counted(service: Service, given: dict[str, Any]) -> dict[str, Any]:
@@ -101,15 +105,18 @@ def counted(service: Service, given: dict[str, Any]) -> dict[str, Any]:
     return {"input_tokens": len(prompt)}
 
 
-def _prompt(service: Service, fields: CountFields) -> tuple[Any, list[dict[str, Any]] | None]:
-    """Tokens of the prompt, and the tools that it shows."""
-    tools = shown([_tool(tool) for tool in fields.tools or []], _choice(fields.tool_choice), _template(service))
+def _prompt(service: Service, fields: CountFields) -> tuple[Any, Use | None]:
+    """Tokens of the prompt, and how the tools that it shows may be called."""
+    given, choice = [_tool(tool) for tool in fields.tools or []], _choice(fields.tool_choice or {"type": "auto"})
+    tools = shown(given, choice if given or fields.tool_choice else None, _template(service))
     conversation = [{"role": "system", "content": _text("system", fields.system)}] if fields.system else []
     for i, turn in enumerate(fields.messages):
         conversation += _turn(f"messages[{i}]", turn)
     if not conversation:
         raise invalid("messages", "messages: none, expected 1 or more")
-    return service.prompts.conversation(conversation, **({"tools": tools} if tools else {})), tools
+    prompt = service.prompts.conversation(conversation, **({"tools": tools} if tools else {}))
+    several = not (fields.tool_choice or {}).get("disable_parallel_tool_use")
+    return prompt, use_of(given, choice, several) if tools else None
 
 
 def _template(service: Service) -> str:
@@ -119,17 +126,19 @@ def _template(service: Service) -> str:
 def _tool(tool: AnthropicTool) -> Tool:
     if tool.type not in (None, "custom"):
         raise refused("tools", "tools are the client's own: nothing is looked up or run here")
-    if tool.strict:
-        raise refused("tools.strict", "arguments are as the model writes them")
-    return Tool(Function(tool.name, tool.description, tool.input_schema))
+    return Tool(Function(tool.name, tool.description, tool.input_schema, tool.strict))
 
 
-def _choice(choice: dict[str, Any] | None) -> str | None:
-    if choice is None:
-        return None
-    if choice.get("disable_parallel_tool_use"):
-        raise refused("tool_choice.disable_parallel_tool_use", "how many calls there are is for the model to say")
-    return _CHOICES.get(str(choice.get("type")), "unknown")
+def _choice(choice: dict[str, Any]) -> str | dict[str, Any]:
+    """In OpenAI's form."""
+    kind = str(choice.get("type"))
+    if unknown := choice.keys() - {"type", "name", "disable_parallel_tool_use"}:
+        raise refused(f"tool_choice.{min(unknown)[:50]}", "a choice is not read so")
+    if kind == "tool":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if kind not in _CHOICES:
+        raise invalid("tool_choice.type", f"tool_choice.type is {kind!r:.50}, expected auto, none, any or tool")
+    return _CHOICES[kind]
 
 
 def _turn(where: str, turn: Turn) -> list[dict[str, Any]]:

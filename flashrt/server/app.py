@@ -22,6 +22,7 @@ from flashrt.server.memory import BODIES
 from flashrt.server.metrics import CONTENT_TYPE
 from flashrt.server.page import page
 from flashrt.server.replies import StreamReply, WholeReply, error_reply, json_reply
+from flashrt.server.responses import response
 from flashrt.server.service import Asked, Service
 from flashrt.server.status import status
 from flashrt.server.tokens import tokenized
@@ -80,6 +81,7 @@ def build(service: Service) -> ASGIApp:
     routes = [
         route("/v1/chat/completions", answering(chat), "POST"),
         route("/v1/completions", answering(completion), "POST"),
+        route("/v1/responses", answering(response), "POST"),
         route("/v1/messages", answering(message), "POST"),
         route("/v1/messages/count_tokens", telling(counted), "POST"),
         route("/tokenize", telling(tokenized), "POST"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from flashrt.engine.generation import Token
 from flashrt.server.answers import Usage, chat_logprob, finish_of
+from flashrt.server.calls import grammar_of_calls
 from flashrt.server.deltas import MARKERS, Deltas, Style, style_of
 from flashrt.server.errors import invalid, refused
 from flashrt.server.fields import Fields, Refusals, convert
@@ -19,7 +20,7 @@ from flashrt.server.job import Came, Ended, Event, Part, Rules
 from flashrt.server.memory import most_tokens
 from flashrt.server.messages import Message, for_template
 from flashrt.server.service import Asked, Service
-from flashrt.server.tools import Tool, shown
+from flashrt.server.tools import Tool, shown, use_of
 from flashrt.text.tokenizer import Tokenizer
 
 GIVEN = ("messages", "tools", "add_generation_prompt")  # of a template: what the request itself says
@@ -30,7 +31,6 @@ REFUSED: Refusals = {
     "modalities": ("the model writes text", (["text"],)),
     "functions": ("they were replaced by tools", ([],)),
     "function_call": ("it was replaced by tool_choice", ("none",)),
-    "parallel_tool_calls": ("how many calls there are is for the model to say", (True,)),
     "prediction": ("drafts need no prediction", ()),
     "web_search_options": ("nothing is looked up", ()),
     "store": ("nothing is stored", (False,)),
@@ -48,6 +48,7 @@ class ChatFields(Fields, kw_only=True):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -55,6 +56,23 @@ class ChatFields(Fields, kw_only=True):
 def chat(service: Service, given: dict[str, Any]) -> Asked:
     """Raises ApiError."""
     fields = convert(given, ChatFields, REFUSED)
+    turn = prepared(service, fields)
+    answers = ChatAnswers(turn.shape, turn.usage)
+    return Asked(turn.parts, turn.rules, answers, bool(fields.stream), fields.include_usage)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is computed for a request, and what its answers are made of."""
+
+    parts: list[Part]
+    rules: Rules
+    shape: Shape
+    usage: Usage
+
+
+def prepared(service: Service, fields: ChatFields) -> Turn:
+    """Raises ApiError."""
     top = _top(fields)
     template = service.prompts.template.source if service.prompts.template else ""
     tools = shown(fields.tools, fields.tool_choice, template)
@@ -71,10 +89,11 @@ def chat(service: Service, given: dict[str, Any]) -> Asked:
     service.check_size(parts, top)
     tokenizer = service.prompts.tokenizer
     style = Style() if grammar else style_of(template, tokenizer.decode(prompt[-ENDING:], False), bool(tools))
+    if tools:
+        use = use_of(fields.tools or [], fields.tool_choice, fields.parallel_tool_calls is not False)
+        grammar = grammar_of_calls(service.grammars, tokenizer, template, style, use)
     shape = Shape(service.name, tokenizer, fields.choices, top is not None, style)
-    answers = ChatAnswers(shape, Usage(len(prompt)))
-    rules = Rules(fields.stops, top, bool(fields.ignore_eos), grammar)
-    return Asked(parts, rules, answers, bool(fields.stream), fields.include_usage)
+    return Turn(parts, Rules(fields.stops, top, bool(fields.ignore_eos), grammar), shape, Usage(len(prompt)))
 
 
 def _variables(fields: ChatFields, template: str) -> dict[str, Any]:

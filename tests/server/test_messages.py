@@ -13,7 +13,7 @@ from flashrt.server.anthropic_answers import MessageAnswers, MessageShape
 from flashrt.server.deltas import HERMES, Style
 from flashrt.server.job import Came, Ended
 from tests.server.conftest import KEY, Server, Start, user
-from tests.server.test_tools import TEMPLATE, ended, tokens_of
+from tests.server.test_tools import CALLING, TEMPLATE, ended, tokens_of
 from tests.text.test_conversation import byte_level
 
 LOOK = {"name": "look", "description": "at", "input_schema": {"type": "object"}}
@@ -40,7 +40,12 @@ def of_openai(server: Server, **fields: Any) -> str:
 
 @pytest.fixture(scope="module")
 def speaking(start: Start, packs: Any) -> Server:
-    return start(packs(template=TEMPLATE))
+    return start(packs(template=TEMPLATE, max_position_embeddings=2048))
+
+
+@pytest.fixture(scope="module")
+def calling(start: Start, packs: Any) -> Server:
+    return start(packs(template=CALLING, max_position_embeddings=2048))
 
 
 def test_the_text_is_that_of_a_chat(server: Server) -> None:
@@ -87,6 +92,16 @@ def test_system_blocks_and_tools_are_shown(speaking: Server) -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "a ring"}]},
     ]
     assert ask(speaking, messages=messages, tools=[LOOK]).content
+
+
+def test_a_tool_that_has_to_be_called(calling: Server) -> None:
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "look"}):
+        schema = {"type": "object", "properties": {"at": {"enum": ["ring"]}}, "required": ["at"]}
+        tool = {"name": "look", "strict": True, "input_schema": {**schema, "additionalProperties": False}}
+        answer = ask(calling, "in", tools=[tool], tool_choice=choice, max_tokens=150)
+        assert answer.stop_reason == "tool_use"
+        [block] = answer.content
+        assert (block.type, block.name, block.input) == ("tool_use", "look", {"at": "ring"})
 
 
 def test_a_thought_that_the_prompt_opens_is_thinking(speaking: Server) -> None:
@@ -150,10 +165,11 @@ def test_what_is_not_supported_is_named(server: Server, name: str) -> None:
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "tone": "dry"}]}]},
             "tone is not supported",
         ),
-        ({"tools": [{**LOOK, "strict": True}]}, "tools.strict is not supported"),
         ({"unheard_of": 1}, "unknown parameter"),
         ({"tools": [{"type": "web_search_20250305", "name": "x", "input_schema": {}}]}, "not supported"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice is not supported"),
+        ({"tool_choice": {"type": "any"}}, "there are no tools"),
+        ({"tool_choice": {"type": []}}, "expected auto, none, any or tool"),
+        ({"tool_choice": {"type": "all"}}, "expected auto, none, any or tool"),
         ({"temperature": 200}, "temperature is 200"),
     ],
 )

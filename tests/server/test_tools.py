@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}{% if messages[0].content == 'on' %}<think>{% endif %}"
     "{# answers are split at </think> #}"
 )
+CALLING = TEMPLATE.replace("think>", "muse>")  # of a model that does not think
 LOOK = {"type": "function", "function": {"name": "look", "description": "at", "parameters": {"type": "object"}}}
 
 
@@ -65,12 +66,21 @@ def test_a_thought_that_the_prompt_opens_is_reasoning(speaking: Server) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tool_choice": "required", "tools": [LOOK]}, "tool_choice is not supported"),
-        ({"tool_choice": {"type": "function", "function": {"name": "look"}}, "tools": [LOOK]}, "tool_choice is not"),
+        ({"tool_choice": "always", "tools": [LOOK]}, "expected none, auto, required"),
+        ({"tool_choice": {"type": "function", "function": {"name": "hear"}}, "tools": [LOOK]}, "none of the tools"),
+        ({"tool_choice": {"type": "custom"}, "tools": [LOOK]}, "tool_choice is not supported"),
         ({"tool_choice": "auto"}, "there are no tools"),
+        ({"tool_choice": "required"}, "there are no tools"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "no name"}}]}, "letters, digits"),
-        ({"tools": [{"type": "function", "function": {"name": "x", "strict": True}}]}, "strict is not supported"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "x", "strict": True, "parameters": {"type": "array"}}}
+                ]
+            },
+            "are no object",
+        ),
         ({"tools": [LOOK], "response_format": {"type": "json_object"}}, "leaves no room for calls"),
     ],
 )
