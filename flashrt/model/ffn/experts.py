@@ -32,6 +32,8 @@ Array = np.ndarray
 class MixtureBlock(DenseBlock):
     """The experts of one layer, which come from `store`; `after` is the next mixture."""
 
+    mixes = False
+
     def __init__(self, work: Workspace, i: int, store: ExpertCache | ExpertStream, after: MixtureBlock | None) -> None:
         super().__init__(work, i)
         self._store, self._after = store, after
