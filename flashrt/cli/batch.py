@@ -47,9 +47,7 @@ def batch(
     ],
     answers: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT", show_default=False, help="Where answers go; what it holds is not computed again."
-        ),
+        typer.Argument(metavar="OUT", show_default=False, help="Where answers go; what it has is not computed again."),
     ],
     sequences: options.Sequences = None,
     name: Annotated[
@@ -60,7 +58,7 @@ def batch(
     ] = None,
     max_new_tokens: Annotated[
         int,
-        typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Of prompts: tokens of an answer, at most."),
+        typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Of a prompt: tokens of its answer, at most."),
     ] = DEFAULT_NEW_TOKENS,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask each prompt as one message, in the model's chat template.")

@@ -15,7 +15,7 @@ from flashrt_kernels.rows import MATRIX_ROWS
 
 BYTES = 2 << 20  # of weights that are multiplied by
 WIDE_ROWS = 64
-ROUNDS = 3
+ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
