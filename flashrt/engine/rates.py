@@ -13,9 +13,9 @@ from flashrt.storage.layout import PackLayout, TensorLayout
 from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import MATRIX_ROWS
 
-BYTES = 2 << 20  # of weights that are multiplied by
+BYTES = 8 << 20  # of weights that are multiplied by: more than a core keeps to itself
 WIDE_ROWS = 64
-ROUNDS = 8
+ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 More sequences share the bytes that a pass reads, and take memory from the weights (FlexGen, Sheng et al. 2023). So all
 numbers that the budget holds are planned, and what a pass takes under each plan is estimated: reading and computing go
-on side by side, the slower of both counts.
+on side by side, and reading keeps one of the cores busy that compute.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flashrt.config import MOST_SEQUENCES
 from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.rates import Rates, measure
 from flashrt.errors import BudgetError
+from flashrt.machine.process import usable_cores
 
 TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, MOST_SEQUENCES)
 
@@ -94,5 +95,5 @@ def estimate(plan: Plan, demand: Demand, rates: Rates, bytes_per_s: float) -> Es
     passes = max(passes, demand.prompt_tokens / room) + 1
     rows, prompts = demand.new_tokens / passes, demand.prompt_tokens / passes
     read = plan.streamed_bytes_per_token / bytes_per_s
-    compute = plan.weight_bytes * (rates.narrow(rows) + rates.wide * prompts)
+    compute = plan.weight_bytes * (rates.narrow(rows) + rates.wide * prompts) + read / usable_cores()
     return Estimate(plan, read, compute, demand.new_tokens / (passes * max(read, compute)))
