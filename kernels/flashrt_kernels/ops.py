@@ -58,6 +58,34 @@ class Ops(Protocol[Array]):
     ) -> None:
         """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)], None: it allocates."""
 
+    def linear_add(
+        self,
+        x: Array,
+        rows: Array,
+        codec: Codec,
+        group: int,
+        y: Array,
+        row0: int,
+        tokens: Array | None = None,
+    ) -> None:
+        """y[tokens[b], row0 + r] += x[b] · rows[r], few tokens; x [B, K], rows uint8 [n, bytes] of a kept codec.
+
+        Sums are those that `glu` takes of bundles of `group` neurons. tokens int32 [B], None: all.
+        """
+
+    def gemm_linear_add(
+        self,
+        x: Array,
+        rows: Array,
+        codec: Codec,
+        group: int,
+        y: Array,
+        row0: int,
+        tokens: Array | None = None,
+        scratch: Array | None = None,
+    ) -> None:
+        """`linear_add` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)], None: it allocates."""
+
     def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int:
         """Bytes of scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
 
@@ -173,8 +201,11 @@ class Ops(Protocol[Array]):
     def rms_norm_gated(self, x: Array, gate: Array, weight: Array, eps: float, out: Array) -> None:
         """out = x / sqrt(mean(x²) + eps) * weight * silu(gate) over rows; x, gate, out [B, K], weight [K]."""
 
-    def activate(self, gate: Array, up: Array, activation: str) -> None:
-        """gate = act(gate) * up in place, gate and up [B, K]; activation: a name of `flashrt_kernels.activations`."""
+    def activate(self, gate: Array, up: Array | None, activation: str) -> None:
+        """gate = act(gate) * up in place, gate and up [B, K]; up None: ones.
+
+        activation: a name of `flashrt_kernels.activations`
+        """
 
     def sigmoid_gate(self, x: Array, gate: Array) -> None:
         """x *= sigmoid(gate) in place, x and gate [B, K]."""

@@ -49,6 +49,7 @@ __all__ = [
     "gemm_gate_up",
     "gemm_glu",
     "gemm_linear",
+    "gemm_linear_add",
     "gemm_scratch_bytes",
     "glu",
     "isa",
@@ -56,6 +57,7 @@ __all__ = [
     "label_append",
     "layer_norm",
     "linear",
+    "linear_add",
     "linear_by_head",
     "quantize",
     "read_bandwidth",
@@ -186,6 +188,38 @@ def gemm_linear(
 def gemm_scratch_bytes(tokens: int, k: int, neurons: int = 0) -> int:
     """Scratch of `gemm_linear`, or of `gemm_glu` on `neurons` neurons, with the present number of threads."""
     return int(_cpu.gemm_scratch_bytes(tokens, k, neurons))
+
+
+def linear_add(
+    x: Floats,
+    rows: Bytes,
+    codec: Codec,
+    group: int,
+    y: Floats,
+    row0: int,
+    tokens: NDArray[np.int32] | None = None,
+) -> None:
+    """y[tokens[b], row0 + r] += x[b] · rows[r], for a few tokens, `group` numbers after the other.
+
+    x [B, K] and y [any, >= row0 + n] may have a row stride and must not share memory. rows uint8 [n, bytes], of a kept
+    codec, may have any stride. tokens int32 [B], each at most once (None: all). The bits are those of `glu` on bundles
+    of `group` neurons.
+    """
+    _cpu.linear_add(x, rows, _codec(codec), group, y, row0, tokens)
+
+
+def gemm_linear_add(
+    x: Floats,
+    rows: Bytes,
+    codec: Codec,
+    group: int,
+    y: Floats,
+    row0: int,
+    tokens: NDArray[np.int32] | None = None,
+    scratch: Bytes | None = None,
+) -> None:
+    """`linear_add` for many tokens, with the bits of `gemm_glu`. scratch uint8 [gemm_scratch_bytes(B, K)]."""
+    _cpu.gemm_linear_add(x, rows, _codec(codec), group, y, row0, tokens, scratch)
 
 
 def glu(
@@ -328,9 +362,9 @@ def softcap(x: Floats, cap: float) -> None:
     np.multiply(x, np.float32(cap), out=x)
 
 
-def activate(gate: Floats, up: Floats, activation: str) -> None:
-    """gate = act(gate) * up in place, gate and up [N, K]; row strides allowed."""
-    _cpu.activate(gate, up, _activation(activation, True))
+def activate(gate: Floats, up: Floats | None, activation: str) -> None:
+    """gate = act(gate) * up in place, gate and up [N, K], up None for ones; row strides allowed."""
+    _cpu.activate(gate, up, _activation(activation, up is not None))
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> None:

@@ -168,6 +168,26 @@ GluJob glu_job(handle x_, handle bundles, Codecs codecs, Named activation, bool 
             vector_or_null<float>("gate_bias", gate_bias, taken * w.group)};
 }
 
+AddJob add_job(handle x_, handle rows, int codec, int64_t group, handle y_, int64_t row0, handle tokens) {
+    const Array<const float> x("x", x_, 2);
+    const Rows w = bundles_of(rows, codec, 1, x.shape[1]);
+    if (!is_kept(w.codec)) wrong("codec", "expected a kept codec");
+    if (group < CHUNK || group % CHUNK || group > LARGEST_GROUP || w.k % group)
+        wrong("group", "expected a divisor of " + std::to_string(w.k) + " in steps of " + std::to_string(CHUNK) +
+                           ", found " + std::to_string(group));
+    check_blocks(w.codec, static_cast<int>(group), "group");
+    const Array<float> y("y", y_, 2);
+    if (overlap(x, y)) wrong("y", "shares memory with x");
+    if (row0 < 0 || w.bundles > y.shape[1] - row0)
+        wrong("y", std::to_string(y.shape[1]) + " columns cannot take rows " + std::to_string(row0) + " to " +
+                       std::to_string(row0 + w.bundles));
+    int64_t count = y.shape[0];
+    const int32_t* chosen = chosen_of(tokens, y.shape[0], count);
+    x.expect(0, count);
+    return {x.data, static_cast<size_t>(x.step[0]), static_cast<int>(count), chosen, w, static_cast<int>(group), y.data,
+            static_cast<size_t>(y.step[0]), row0};
+}
+
 ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t columns, int64_t places) {
     const Array<const uint8_t> groups("groups", object, 2);
     if (columns < TILE_COLUMNS || columns % TILE_COLUMNS)
@@ -347,11 +367,17 @@ void py_norm(bool rms, handle x_, handle weight_, handle bias_, float eps, handl
 
 void py_activate(handle gate_, handle up_, Named activation) {
     const Array<float> gate("gate", gate_, 2);
-    const Array<const float> up("up", up_, 2);
-    for (int i = 0; i < 2; ++i) up.expect(i, gate.shape[i]);
+    const float* up = nullptr;
+    size_t up_step = 0;
+    if (!up_.is_none()) {
+        const Array<const float> found("up", up_, 2);
+        for (int i = 0; i < 2; ++i) found.expect(i, gate.shape[i]);
+        up = found.data;
+        up_step = static_cast<size_t>(found.step[0]);
+    }
     if (gate.size() == 0) return;
     Released release;
-    activate(activation_of(activation), gate.data, gate.step[0], up.data, up.step[0], gate.shape[0],
+    activate(activation_of(activation), gate.data, gate.step[0], up, up_step, gate.shape[0],
              static_cast<int>(gate.shape[1]));
 }
 
@@ -445,6 +471,20 @@ NB_MODULE(_cpu, m) {
         Released release;
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
+    m.def("linear_add", [](handle x, handle rows, int codec, int64_t group, handle y, int64_t row0, handle tokens) {
+        const AddJob job = add_job(x, rows, codec, group, y, row0, tokens);
+        Released release;
+        if (job.tokens && job.weights.bundles) linear_add(job);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+    m.def("gemm_linear_add", [](handle x, handle rows, int codec, int64_t group, handle y, int64_t row0, handle tokens,
+                                handle scratch) {
+        const AddJob job = add_job(x, rows, codec, group, y, row0, tokens);
+        if (job.tokens == 0 || job.weights.bundles == 0) return;
+        const int crew = threads();
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.weights.k, 0, crew));
+        Released release;
+        gemm_linear_add(job, memory.data(), crew);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, Codecs codec, Named activation, bool gated, handle y, handle up_bias,
                     handle gate_bias, handle tokens, handle factors, handle slots, handle streamed, handle usage) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, gate_bias, tokens, factors, slots,
@@ -526,7 +566,7 @@ NB_MODULE(_cpu, m) {
     m.def("layer_norm", [](handle x, handle weight, handle bias, float eps, handle out) {
         py_norm(false, x, weight, bias, eps, out);
     }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
-    m.def("activate", &py_activate);
+    m.def("activate", &py_activate, nb::arg(), nb::arg().none(), nb::arg());
     m.def("rope", &py_rope);
 
     m.def("quantize", &py_quantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
