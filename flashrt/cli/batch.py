@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from flashrt.batch.item import Item
     from flashrt.batch.output import Output
     from flashrt.batch.run import State
+    from flashrt.budget.plan import Workload
     from flashrt.engine.batcher import Batcher
     from flashrt.engine.loaded_pack import LoadedPack
+    from flashrt.engine.sequences import Demand
 
 DEFAULT_NEW_TOKENS = 256
 CONTEXT_STEP = 16  # positions: whole pages of memory
@@ -155,20 +157,22 @@ def _answer(model: LoadedPack, items: list[Item], output: Output, asked: int | N
         say(_closing(figures))
 
 
-def _demand(model: LoadedPack, items: list[Item]) -> tuple[Any, Any]:
+def _demand(model: LoadedPack, items: list[Item]) -> tuple[Workload, Demand]:
     """What is planned for, and what there is to compute."""
     from flashrt.budget.plan import Workload
     from flashrt.engine.sequences import Demand
+    from flashrt.server.memory import result_bytes
     from flashrt.spec import full_ropes
 
-    parts = [part for item in items if item.asked for part in item.asked.parts]
-    needed = -(-max(len(part.prompt) + max(part.limit, 1) for part in parts) // CONTEXT_STEP) * CONTEXT_STEP
+    parts = [(part, item.asked.rules.top_logprobs) for item in items if item.asked for part in item.asked.parts]
+    prompts, limits = [len(part.prompt) for part, _ in parts], [part.limit for part, _ in parts]
+    longest = max(prompt + max(limit, 1) for prompt, limit in zip(prompts, limits, strict=True))
+    needed = -(-longest // CONTEXT_STEP) * CONTEXT_STEP
     if any(rope.variant(needed) != rope.variant(model.context) for rope in full_ropes(model.spec.layers)):
         needed = model.context  # by which positions are scaled: a text must not depend on the others
-    longest = max(len(part.prompt) for part in parts)
-    return Workload(needed, prompt=longest), Demand(
-        len(parts), sum(len(p.prompt) for p in parts), sum(p.limit for p in parts), max(p.limit for p in parts)
-    )
+    answer_bytes = max(result_bytes([part], top) for part, top in parts)
+    demand = Demand(len(parts), sum(prompts), sum(limits), max(limits), answer_bytes)
+    return Workload(needed, prompt=max(prompts)), demand
 
 
 class _Show:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flashrt.budget.plan import Plan, Workload
 from flashrt.config import MOST_SEQUENCES
@@ -29,6 +30,7 @@ class Demand:
     prompt_tokens: int  # together
     new_tokens: int  # together, at most
     longest: int  # new tokens of the longest answer
+    answer_bytes: int = 0  # that an answer takes while it comes, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,15 @@ class Estimate:
     @property
     def sequences(self) -> int:
         return self.plan.sequences
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sequences": self.sequences,
+            "resident_share": self.resident_share,
+            "read_s": self.read_s,
+            "compute_s": self.compute_s,
+            "tok_per_s": self.tokens_per_s,
+        }
 
     @property
     def resident_share(self) -> float:
@@ -77,7 +88,7 @@ def choose(model: LoadedPack, workload: Workload, demand: Demand, asked: int | N
     plans: list[Plan] = []
     for number in numbers:
         try:
-            plans.append(model.plan(replace(workload, sequences=number)))
+            plans.append(model.plan(replace(workload, sequences=number, request_bytes=number * demand.answer_bytes)))
         except BudgetError:
             if not plans:
                 raise
