@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashrt.batch.item import Item
 from flashrt.batch.output import Output
@@ -89,7 +89,8 @@ class Run:
             state.came += not nothing
             state.left -= self._spend(key, update.finished is not None)
             if update.finished is not None:
-                events.append(Ended(index, None if nothing else update.finished))
+                # How much was copied depends on the neighbours: an answer does not say it.
+                events.append(Ended(index, None if nothing else replace(update.finished, resumed_tokens=0)))
                 del self._asked[key]
                 self._parts[item.line.number] -= 1
             for event in events:
