@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--sequences", type=int, nargs="*", default=(), help="beside the planner's choice")
     parser.add_argument("--slots", type=int, nargs="*", default=(16, 64), help="of llama.cpp")
+    parser.add_argument("--no-repack", action="store_true", help="of llama.cpp: as it is done under a cap in any case")
     parser.add_argument("--seconds", type=float, default=60.0, help="of llama.cpp, at most")
     parser.add_argument("--cache-dir", type=Path, help="of flashrt")
     args = benchmark.parse(arguments)
@@ -107,7 +108,7 @@ class _Runs:
         script = HERE / "peers" / "run_llama_cpp_batch.py"
         command = [str(args.peer_python), str(script), str(args.gguf), self._path("prompts.json")]
         command += ["--slots", str(slots), "--tokens", str(args.tokens), "--seconds", str(args.seconds)]
-        command += [] if args.budget_gb is None else ["--no-repack"]
+        command += ["--no-repack"] if args.no_repack or args.budget_gb is not None else []
         return self._sample(f"llama.cpp, {slots} slots", slots, self._run(command))
 
     def _path(self, name: str) -> str:
