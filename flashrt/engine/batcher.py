@@ -105,6 +105,8 @@ class Batcher:
             updates = self._admit()
             if any(self._running()):
                 updates += self._compute()
+            if not self.busy:  # others may have the engine
+                engine.turns.end(self)
         self.work.passes += 1
         self.work.seconds += time.perf_counter() - began
         return updates

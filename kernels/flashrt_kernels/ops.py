@@ -261,6 +261,7 @@ class Ops(Protocol[Array]):
         parents: Array | None = None,
         state: Array | None = None,
         sinks: Array | None = None,
+        wide: bool = False,
     ) -> None:
         """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, *pair]; out [B, H * V].
 
@@ -268,7 +269,8 @@ class Ops(Protocol[Array]):
         own included; None: all before it. scale multiplies scores, softcap bounds them (None: not). parents int32 [B]
         makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state: what `attend_page`
         has gathered of positions before those of kv (None: nothing). sinks [H]: scores that each head has beside those
-        of its keys, and whose values are zero; not beside a state.
+        of its keys, and whose values are zero; not beside a state. wide: the tokens are part of a pass of many, which
+        may round otherwise than one of few, but alike however it is cut.
         """
 
     def attend_page(
@@ -281,6 +283,7 @@ class Ops(Protocol[Array]):
         first: bool,
         scratch: Array | None = None,
         sinks: Array | None = None,
+        wide: bool = False,
     ) -> None:
         """Takes positions that all of q [B, H, D] sees, page [KVH, n, *pair], into state [B, H, its width].
 

@@ -119,7 +119,7 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
+    """The instruction set in use: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
     return str(_cpu.isa())
 
 
@@ -395,6 +395,7 @@ def attention(
     parents: NDArray[np.int32] | None = None,
     state: Floats | None = None,
     sinks: Floats | None = None,
+    wide: bool = False,
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
@@ -407,12 +408,13 @@ def attention(
     state [B, H, attention_state_width(V)], stride allowed in the first dimension, holds what `attend_page` has gathered
     of positions before those of kv; there can be no window then.
     sinks [H] are scores, as they are, that each head has beside those of its keys, and whose values are zero; a state
-    has them already.
+    has them already. wide: the tokens are part of a pass of many, which may round otherwise than one of few (by AMX:
+    queries and weights to 16 bits), but alike however it is cut. A tree is no such part.
     """
     if window is not None and (window < 1 or state is not None):
         expected = "a positive number of tokens or None" if state is None else "None beside a state"
         raise ValueError(f"window: expected {expected}, found {window}")
-    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state, sinks)
+    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state, sinks, wide)
 
 
 def attend_page(
@@ -424,6 +426,7 @@ def attend_page(
     first: bool,
     scratch: Bytes | None = None,
     sinks: Floats | None = None,
+    wide: bool = False,
 ) -> None:
     """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(V)].
 
@@ -431,7 +434,7 @@ def attend_page(
     in state, or the sinks. q and state may have strides in the first dimension, scratch is that of `attention`. The
     attention that then begins from state gives the bits of one over everything.
     """
-    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch, sinks)
+    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch, sinks, wide)
 
 
 def attention_state_width(values: int) -> int:

@@ -300,7 +300,7 @@ void run(AttentionJob& job, handle scratch) {
 }
 
 void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
-                  handle scratch, handle parents, handle state, handle sinks) {
+                  handle scratch, handle parents, handle state, handle sinks, bool wide) {
     const Queries q(q_);
     const Cache kv("kv", kv_, q.dim);
     AttentionJob job = attention_job(q, kv, scale, softcap, sinks);
@@ -316,11 +316,12 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     job.out = out.data;
     job.out_step = out.step[0];
     job.tree = tree ? &*tree : nullptr;
+    job.wide = wide && !tree;
     run(job, scratch);
 }
 
 void py_attend_page(handle q_, handle page_, float scale, float softcap, handle state, bool first, handle scratch,
-                    handle sinks) {
+                    handle sinks, bool wide) {
     const Queries q(q_);
     const Cache page("page", page_, q.dim);
     AttentionJob job = attention_job(q, page, scale, softcap, sinks);
@@ -331,6 +332,7 @@ void py_attend_page(handle q_, handle page_, float scale, float softcap, handle 
     job.start = static_cast<int>(page.shape[1]) - 1;
     job.page = true;
     job.empty = first;
+    job.wide = wide;
     run(job, scratch);
 }
 
@@ -552,9 +554,9 @@ NB_MODULE(_cpu, m) {
         return attention_scratch_bytes(tokens, heads, kv_heads, dim, threads());
     });
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+          nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg());
     m.def("attend_page", &py_attend_page, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none(), nb::arg().none());
+          nb::arg().none(), nb::arg().none(), nb::arg());
     m.def("attention_state_width", &attention_state_width);
     m.def("kv_append", &py_kv_append, nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
     bind_delta(m);

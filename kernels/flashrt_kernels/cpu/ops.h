@@ -163,6 +163,7 @@ struct AttentionJob {
     size_t state_step = 0;
     bool page = false;   // all tokens see all of kv; the running softmax goes back into `state`, `out` is not written
     bool empty = false;  // nothing is in `state` yet
+    bool wide = false;   // part of a pass of many tokens: rounds as these do
     const float* sinks = nullptr;  // [heads]: a score that each head begins with, whose value is zero
 };
 
