@@ -156,7 +156,7 @@ def _summary(samples: list[Sample], parameters: dict[str, Any]) -> dict[str, Any
         "tok_per_s": ("tokens/s", "number"),
         "tokens": ("tokens", "number"),
         "seconds": ("time", "s"),
-        "peak_bytes": ("peak, page cache included", "MiB"),
+        "peak_bytes": ("peak, page cache included", "bytes"),
         "same_texts": "same texts",
         "failure": "failed",
     }
