@@ -25,6 +25,7 @@ class Workload:
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
     kv: SparseKv | None = None  # how decode passes choose what they attend to; None: they attend to everything
     request_bytes: int = 0  # that requests take beside the model: what a server reads and writes
+    ahead_bytes: int = 0  # of the layer that predicts further tokens, which is planned by itself
 
     @property
     def choices(self) -> Choices:

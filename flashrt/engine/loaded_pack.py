@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashrt.budget.plan import FixedCosts, Plan, Workload
-from flashrt.budget.planner import PEAK_JITTER, plan, resident_budget, smallest_budget
+from flashrt.budget.planner import AHEAD, PEAK_JITTER, plan, resident_budget, smallest_budget
 from flashrt.checkpoints.resolve import Progress as Stages
 from flashrt.checkpoints.resolve import resolve
 from flashrt.config import checked_context
+from flashrt.engine.ahead_pack import ahead_bytes, ahead_pack, ahead_plan, load_ahead, pays
 from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
 from flashrt.engine.draft import check_draft, load_draft
 from flashrt.engine.engine import Engine
@@ -85,6 +86,11 @@ class LoadedPack:
                 "in four bits: use int8"
             )
         return replace(costs, runtime_bytes=costs.runtime_bytes + self._beside, kv_codec=codec)
+
+    @functools.cached_property
+    def ahead(self) -> Pack | None:
+        """The layer that predicts further tokens, where the pack holds one."""
+        return ahead_pack(self.pack)
 
     @functools.cached_property
     def kv(self) -> SparseKv | None:
@@ -165,6 +171,10 @@ class LoadedPack:
             kv_dir=self.options.kv_folder,
             behind=behind,
         )
+        if AHEAD in the_plan.owners and self.ahead is not None:
+            with closing_on_error(engine):
+                own = ahead_plan(self.ahead, self.runtime, the_plan.context, self.costs.kv_codec)
+                load_ahead(self.ahead, own, engine)
         if self.options.session_dir is not None:
             with closing_on_error(engine):
                 engine.keep_sessions(Path(self.options.session_dir), self.options.session_bytes)
@@ -183,6 +193,7 @@ class LoadedPack:
         if packed.layout != outline.layout:
             raise PackError(f"{packed.path} holds another model than {file} now: remove it, and run this again")
         self.pack = self.exact = packed
+        self.__dict__.pop("ahead", None)
 
     def _load_draft(self, context: int) -> Engine | None:
         if self.draft is None:
@@ -198,9 +209,24 @@ class LoadedPack:
         """
         most = self.options.max_draft_tokens
         if most is not None:
-            return replace(workload, max_draft_tokens=most)
+            return self._with_ahead(replace(workload, max_draft_tokens=most))
         drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
-        return drafting if self.runtime.bounds_process and self._has_room(drafting, workload) else workload
+        room = self.runtime.bounds_process and self._has_room(drafting, workload)
+        return self._with_ahead(drafting) if room else workload
+
+    def _with_ahead(self, workload: Workload) -> Workload:
+        """`workload` with the layer that predicts further tokens, where the pack has one and the budget room for it."""
+        exact = self.pack is self.exact and self.draft is None and self.runtime.bounds_process
+        if workload.max_draft_tokens == 1 or not exact or self.ahead is None:
+            return workload
+        own = ahead_plan(self.ahead, self.runtime, workload.context, self.costs.kv_codec)
+        beside = replace(workload, ahead_bytes=ahead_bytes(own, self.spec.hidden))
+        if self.budget is None:
+            return beside
+        if not self._has_room(beside, workload):
+            return workload
+        arguments = self.spec, self.pack.layout, self.budget, beside, self.costs
+        return beside if pays(plan(*arguments), self.pack) else workload
 
     def _has_room(self, drafting: Workload, without: Workload) -> bool:
         """Whether the budget holds drafts too, and keys and values in memory where it holds these without drafts."""
