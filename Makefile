@@ -41,7 +41,7 @@ QUICK := $(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(PYTE
 .PHONY: demo test check test-slow lint format sanitize bench gpu-report peers benchmarks-page clean
 
 demo: $(DEMO_PACK)/manifest.json
-	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --chat --prompt "$(DEMO_PROMPT)"
+	$(BIN)/flashrt run $(DEMO_PACK) --budget-gb $(DEMO_BUDGET_GB) --max-new-tokens 128 --prompt "$(DEMO_PROMPT)"
 
 test: lint build/native-address
 	$(QUICK) $(HALF) & first=$$!; $(QUICK) tests $(addprefix --ignore=,$(HALF)); second=$$?; wait $$first && exit $$second

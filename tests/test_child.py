@@ -64,7 +64,7 @@ def test_the_modules_would_be_executed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
-@pytest.mark.parametrize("arguments", [("inspect", "."), ("run", ".", "-p", "a", "-n", "1", "--chat")])
+@pytest.mark.parametrize("arguments", [("inspect", "."), ("run", ".", "-p", "a", "-n", "1")])
 def test_the_command_line_beside_a_checkpoint(folder: Path, arguments: tuple[str, ...], safe_path: str) -> None:
     assert run([*COMMAND, *arguments], folder, PYTHONSAFEPATH=safe_path)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a GGUF file of random weights in the shape of a real mixture of experts, as llama.cpp and flashrt read it.
+"""Write a GGUF file of random weights in the shape of a real model, as llama.cpp and flashrt read it.
 
     python -m tools.make_synthetic_gguf OUT.gguf --preset qwen3.5-35b-a3b
     python -m tools.make_synthetic_gguf OUT.gguf --preset gpt-oss-120b --layers 18
@@ -12,7 +12,8 @@ are random, name much the same experts for as long as a topic lasts, as real one
 so that a list of 64 favourites would hold 30%.
 
 Matrices have a variance of 1 / inputs and lie as published files have them: experts in MXFP4 and the others in Q8_0, or
-all in Q4_K and the embeddings in Q8_0. Rows are drawn from a pool, so the time is that of the disk.
+all in Q4_K and the embeddings in Q8_0; dense models in the mix of Q4_K_M, of Q4_K and Q6_K. Rows are drawn from a pool,
+so the time is that of the disk.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The numbers of a mixture; `delta_heads` make it a hybrid of gated delta nets, as Qwen 3.5 is."""
+    """The numbers of a mixture, or with no experts of a dense model.
+
+    `delta_heads` make it a hybrid of gated delta nets, as Qwen 3.5 is.
+    """
 
     arch: str
     hidden: int
@@ -55,6 +59,7 @@ class Shape:
     context: int
     experts_format: str = "Q4_K"
     format: str = "Q4_K"
+    ends_format: str = "Q8_0"  # of embeddings and head
     delta_heads: int = 0
     delta_keys: int = 0
     delta_dim: int = 128
@@ -66,6 +71,7 @@ PRESETS = {
     "qwen3.5-35b-a3b": Shape(
         "qwen35moe", 2048, 40, 16, 2, 256, 512, 256, 8, 248320, 262144, delta_heads=32, delta_keys=16
     ),
+    "llama-70b": Shape("llama", 8192, 80, 64, 8, 128, 28672, 0, 0, 128256, 131072, ends_format="Q6_K"),
 }
 
 
@@ -141,6 +147,8 @@ def encoded(values: Array, form: str) -> Array:
 
     if form == "Q4_K":
         return _q4_k(values)
+    if form == "Q6_K":
+        return _q6_k(values)
     if form == "F32":
         return values.view(np.uint8)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[form])
@@ -161,6 +169,20 @@ def _q4_k(values: Array) -> Array:
     return np.concatenate((sizes, scales, packed), 1).reshape(len(values), -1)
 
 
+def _q6_k(values: Array) -> Array:
+    """Rows in blocks of 256 that share one scale: codes of -32 to 31, all sub-blocks scaled alike."""
+    blocks = values.reshape(-1, 256)
+    step = np.abs(blocks).max(1, keepdims=True) / 31
+    codes = (np.round(blocks / np.where(step == 0, 1, step)) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low, high = codes & 15, codes >> 4
+    nibbles = np.stack((low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4), 2)
+    pairs = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    scales = np.full((len(blocks), 16), 64, np.uint8)
+    size = (step / 64).astype(np.float16).view(np.uint8)
+    parts = nibbles.reshape(len(blocks), 128), pairs.reshape(len(blocks), 64), scales, size
+    return np.concatenate(parts, 1).reshape(len(values), -1)
+
+
 def _parts(tensor: Tensor, pools: Pools) -> Iterator[Array]:
     if tensor.values is not None:
         yield from (encoded(values, tensor.format) for values in tensor.values())
@@ -173,11 +195,11 @@ def _parts(tensor: Tensor, pools: Pools) -> Iterator[Array]:
 def tensors_of(shape: Shape, seed: int) -> dict[str, Tensor]:
     """Every tensor of the file, in order."""
     topics = np.random.default_rng(seed + 1).standard_normal((TOPICS, shape.hidden), dtype=np.float32)
-    embedding = Tensor((shape.vocab, shape.hidden), "Q8_0", values=lambda: _embeddings(shape, topics, seed))
-    head = Tensor((shape.vocab, shape.hidden), "Q8_0", values=lambda: _head(shape, topics, seed))
+    embedding = Tensor((shape.vocab, shape.hidden), shape.ends_format, values=lambda: _embeddings(shape, topics, seed))
+    head = Tensor((shape.vocab, shape.hidden), shape.ends_format, values=lambda: _head(shape, topics, seed))
     result = {"token_embd.weight": embedding, "output_norm.weight": _ones(shape.hidden), "output.weight": head}
     for i in range(shape.layers):
-        own = _gpt_oss_layer(shape) if shape.arch == "gpt-oss" else _qwen_layer(shape, i)
+        own = LAYERS[shape.arch](shape, i)
         result |= {f"blk.{i}.{name}": tensor for name, tensor in own.items()}
     return result
 
@@ -227,7 +249,25 @@ def _experts(shape: Shape) -> dict[str, Tensor]:
     }
 
 
-def _gpt_oss_layer(shape: Shape) -> dict[str, Tensor]:
+def _llama_layer(shape: Shape, index: int) -> dict[str, Tensor]:
+    hidden, neurons, form, eighth = shape.hidden, shape.neurons, shape.format, shape.layers // 8
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    more = index < eighth or index >= 7 * eighth or (index - eighth) % 3 == 2  # as Q4_K_M has it
+    finer = "Q6_K" if more else form
+    return {
+        "attn_norm.weight": _ones(hidden),
+        "attn_q.weight": Tensor((queries, hidden), form),
+        "attn_k.weight": Tensor((keys, hidden), form),
+        "attn_v.weight": Tensor((keys, hidden), finer),
+        "attn_output.weight": Tensor((hidden, queries), form, _added(shape)),
+        "ffn_norm.weight": _ones(hidden),
+        "ffn_gate.weight": Tensor((neurons, hidden), form),
+        "ffn_up.weight": Tensor((neurons, hidden), form),
+        "ffn_down.weight": Tensor((hidden, neurons), finer, _added(shape)),
+    }
+
+
+def _gpt_oss_layer(shape: Shape, index: int) -> dict[str, Tensor]:
     hidden, form, experts = shape.hidden, shape.format, shape.experts
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     rows = {"q": queries, "k": keys, "v": keys}
@@ -293,14 +333,15 @@ def _write_metadata(writer: Any, shape: Shape) -> None:
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.neurons)
-    writer.add_expert_feed_forward_length(shape.neurons)
-    writer.add_expert_count(shape.experts)
-    writer.add_expert_used_count(shape.experts_per_token)
+    if shape.experts:
+        writer.add_expert_feed_forward_length(shape.neurons)
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_per_token)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    (_write_gpt_oss if shape.arch == "gpt-oss" else _write_qwen)(writer, shape)
+    METADATA[shape.arch](writer, shape)
     _write_tokenizer(writer, shape.vocab)
 
 
@@ -328,6 +369,16 @@ def _write_qwen(writer: Any, shape: Shape) -> None:
     writer.add_ssm_group_count(shape.delta_keys)
     writer.add_ssm_time_step_rank(shape.delta_heads)
     writer.add_ssm_inner_size(shape.delta_heads * shape.delta_dim)
+
+
+def _write_llama(writer: Any, shape: Shape) -> None:
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_rope_dimension_count(shape.head_dim)
+
+
+LAYERS = {"gpt-oss": _gpt_oss_layer, "qwen35moe": _qwen_layer, "llama": _llama_layer}
+METADATA = {"gpt-oss": _write_gpt_oss, "qwen35moe": _write_qwen, "llama": _write_llama}
 
 
 def _write_tokenizer(writer: Any, vocab: int) -> None:

@@ -62,7 +62,7 @@ def watch(frame, event, argument):
             depth += own(frame)
             frame = frame.f_back
 
-sys.argv = ["flashrt", "run", sys.argv[1], "--prompt", "ab", "--max-new-tokens", "4", "--ignore-eos"]
+sys.argv = ["flashrt", "run", sys.argv[1], "--raw", "--prompt", "ab", "--max-new-tokens", "4", "--ignore-eos"]
 sys.argv += ["--speculate", "off", "--threads", "1", "--json"]
 sys.setprofile(watch)
 try:

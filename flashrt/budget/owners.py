@@ -28,7 +28,7 @@ def owner_of(spec: ModelSpec, tensor: TensorLayout) -> str:
         return "head"
     if PREDICTOR in tensor.name:
         return "predictors"
-    kind = tensor.name.rpartition(".")[2]
+    kind = tensor.name.rpartition(".")[2].partition(":")[0]
     if kind == "ffn":
         return "experts" if tensor.runs > 1 else "FFN"
     return OWNERS.get(kind, "embeddings")
@@ -44,4 +44,4 @@ def prefix_bytes(tensor: TensorLayout, blocks: int) -> int:
     if blocks == 0:
         return 0
     last = tensor.block(blocks - 1)
-    return last.offset + last.nbytes - tensor.offset
+    return last.offset + last.nbytes + last.tail - tensor.offset

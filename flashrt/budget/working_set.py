@@ -12,6 +12,7 @@ from flashrt.storage.layout import PackLayout
 from flashrt_kernels.rows import row_bytes
 
 INPUT_ROWS = 16  # tokens whose layer inputs are read at a time: their rows are long
+UP_ROWS = 512  # of up that are multiplied at a time where neurons are matrices in a file
 SCORE_ROWS = 1024  # rows of the head that are scored at a time when every token's probability is wanted
 
 
@@ -70,6 +71,10 @@ def working_set(
     if experts:
         shapes["router"] = BufferShape((tokens, experts))
         shapes["ahead"] = BufferShape((tokens, spec.hidden))
+    if ups := [t for t in layout.tensors.values() if t.name.endswith(":up")]:
+        shapes["hidden"] = BufferShape((tokens, max(t.rows for t in ups)))
+        shapes["up"] = BufferShape((tokens, UP_ROWS))
+        shapes["routed"] = BufferShape((tokens, spec.hidden))
     if any(layer.ffn.branch_norms for layer in spec.layers):
         shapes["branch"] = BufferShape((tokens, spec.hidden))
     if spec.layer_inputs:

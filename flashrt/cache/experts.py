@@ -9,6 +9,7 @@ None of this changes a result: bytes are the same wherever they come from, and e
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from flashrt.cache.device import BlockStream, Device, Progress, Reading, Tensor
 from flashrt.cache.forecast import Forecast
 from flashrt.errors import FlashrtError
-from flashrt.storage.layout import Block
+from flashrt.storage.layout import PAGE, Block
 
 Array = np.ndarray
 Key = tuple[int, int]  # layer, expert
@@ -67,11 +68,12 @@ class ExpertStream:
 
 @dataclass(slots=True)
 class _Slot:
-    """Memory of one expert. Its blocks lie in it back to back, the first `loaded` of them are there."""
+    """Memory of one expert, of which the first `loaded` blocks are there, each at its place in `starts`."""
 
     memory: Tensor
     key: Key | None = None
     blocks: Sequence[Block] = ()
+    starts: list[int] = field(default_factory=list)
     reads: list[Reading] = field(default_factory=list)
     loaded: int = 0
 
@@ -165,7 +167,7 @@ class ExpertCache:
     def take(self, layer: int, expert: int) -> Iterator[tuple[Sequence[Block], Tensor]]:
         """Consecutive blocks of the next expert expected, as they arrive, with their bytes (uint8 [nbytes]).
 
-        They are valid until another expert is taken or expected.
+        Those of one tensor each time. They are valid until another expert is taken or expected.
         """
         if not self._wanted or self._wanted[0] != (layer, expert):
             raise RuntimeError(f"expert {expert} of layer {layer} was taken out of turn")
@@ -173,14 +175,14 @@ class ExpertCache:
         self._pump()
         self._held = self._wanted.popleft()
         slot = self._slots[self._index[self._held]]
-        first, start = 0, 0
+        first = 0
         while first < len(slot.blocks):
             self._wait_for(slot, first)
             self._pump()
-            part = slot.blocks[first : slot.loaded]
-            stop = start + sum(block.nbytes for block in part)
-            yield part, slot.memory[start:stop]
-            first, start = first + len(part), stop
+            part = _of_one_tensor(slot.blocks[first : slot.loaded])
+            start, nbytes = slot.starts[first], sum(block.nbytes for block in part)
+            yield part, slot.memory[start : start + nbytes]
+            first += len(part)
 
     def abandon(self) -> None:
         """Forget what was expected, after a pass that was left half-way; what is whole stays.
@@ -264,14 +266,14 @@ class ExpertCache:
         return index
 
     def _start(self, key: Key, index: int) -> _Slot:
-        slot, start = self._slots[index], 0
+        slot = self._slots[index]
         slot.settle()
         self._index[key] = index
         slot.blocks = self._blocks(*key)  # before the key: a slot with a key and no blocks would count as whole
+        slot.starts = _starts(slot.blocks)
         slot.key = key
-        for block in slot.blocks:
+        for block, start in zip(slot.blocks, slot.starts, strict=True):
             slot.reads.append(self._device.read(block, slot.memory[start : start + block.nbytes]))
-            start += block.nbytes
         return slot
 
     def _wait_for(self, slot: _Slot, block: int) -> None:
@@ -287,3 +289,20 @@ class ExpertCache:
         for place, block in enumerate(slot.blocks):
             self._wait_for(slot, place)
             arrived(block.nbytes)
+
+
+def _starts(blocks: Sequence[Block]) -> list[int]:
+    """Where blocks lie in a slot: those of a tensor back to back, behind the beginning of a page as in their file."""
+    starts, end, tensor = [], 0, ""
+    for block in blocks:
+        if block.tensor != tensor:
+            end += (block.shift - end) % PAGE
+        starts.append(end)
+        end, tensor = end + block.nbytes, block.tensor
+    return starts
+
+
+def _of_one_tensor(blocks: Sequence[Block]) -> Sequence[Block]:
+    """The first of them that are of the same tensor."""
+    count = sum(1 for _ in itertools.takewhile(lambda block: block.tensor == blocks[0].tensor, blocks))
+    return blocks[:count]

@@ -36,7 +36,7 @@ Submit = Callable[[Reader, Sequence[Place], Array], Iterable[Reading]]
 
 def whole_blocks(reader: Reader, places: Sequence[Place], memory: Array) -> list[BlockTicket]:
     """Start to read some blocks into rows of `memory`; a ticket for each."""
-    return [reader.submit(block, memory[buffer, : block.nbytes]) for block, buffer in places]
+    return [reader.submit(block, memory[buffer, block.shift :][: block.nbytes]) for block, buffer in places]
 
 
 class Streamer:
@@ -63,7 +63,7 @@ class Streamer:
             self._pump()
 
     def take(self, block: Block) -> Array:
-        """The bytes of `block` (uint8 [nbytes]), which must be the next one expected."""
+        """The bytes of `block` (uint8 [nbytes + tail]), which must be the next one expected."""
         return self.take_all([block])[0]
 
     def take_all(self, blocks: Sequence[Block]) -> list[Array]:
@@ -78,7 +78,7 @@ class Streamer:
             if ticket is not last:  # several blocks may have one
                 self._await(ticket)
                 last = ticket
-            taken.append(self.memory[buffer, : block.nbytes])
+            taken.append(self.memory[buffer, block.shift :][: block.nbytes + block.tail])
         return taken
 
     def release(self) -> None:

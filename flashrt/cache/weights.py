@@ -71,16 +71,8 @@ class Weights:
         self._loading = Loading(self._filler(), items, dict(zip(names, counts, strict=True)), arrived)
 
     def _filler(self) -> Filler:
-        """Who brings pinned blocks. Raises PackError for an outline of which not everything is pinned."""
-        places = self.pack.manifest.places
-        if places is None:
-            return self.device
-        if not self.plan.pins_all(self.layout):
-            raise PackError(
-                f"{self.pack.path} is an outline, from which nothing streams: name {self.pack.sources[0].path} "
-                "instead, or a pack of it"
-            )
-        return FromFile(self.device, self.reader, places, self._pinned)
+        """Who brings pinned blocks."""
+        return FromFile(self.device, self.reader) if self.pack.sources else self.device
 
     def finish_loading(self) -> None:
         """Return when all pinned blocks are in memory. Raises DiskError and PackError."""
@@ -162,13 +154,16 @@ class Weights:
 
     def _read_rows(self, tensor: TensorLayout, size: int, rows: Sequence[tuple[int, int, int]], out: Tensor) -> None:
         """Read rows (position in `out`, bundle, offset within it) of `size` bytes, a windowful at a time."""
-        self.verifier.check(tensor, {bundle // tensor.block_bundles for _, bundle, _ in rows})
+        if tensor.source is None:
+            self.verifier.check(tensor, {bundle // tensor.block_bundles for _, bundle, _ in rows})
         step = len(self._window) // size
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             offsets = np.array([tensor.offset + bundle * tensor.stride + offset for _, bundle, offset in part])
             landed = self._window[: len(part) * size].reshape(len(part), size)
             self.reader.submit_rows(tensor.file, offsets, landed, np.arange(len(part))).wait()
+            if tensor.source is not None:  # which has no checksums
+                self.reader.check_rows(tensor.name, landed)
             for (i, _, _), row in zip(part, landed, strict=True):
                 self.device.put(row, out[i])
 

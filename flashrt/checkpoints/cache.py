@@ -10,7 +10,7 @@ from flashrt.errors import DiskError
 from flashrt.storage.lock import lock
 
 PACKS = "packs"  # below the cache directory
-OUTLINE = "file"  # in place of the dtype, of an outline whose weights lie in the file itself
+OUTLINE = "rows"  # in place of the dtype, of an outline whose weights lie in the file itself
 _CONTENT_DIGITS = 16
 
 

@@ -109,9 +109,9 @@ def cached_outline(checkpoint: str, cache: Path, progress: Progress, context: in
     """
     path = Path(checkpoint)
     files = weight_files(path)
+    sources = _sources(files)  # before they are read, headers too: what changes since is noticed
     with open_checkpoint(path) as source:
         _check(source, context)
-        sources = _sources(files)  # before they are read: what changes since is noticed
         source.fingerprint = content_of(path, cache, progress)
         kept = kept_of(source) if all(file.suffix.lower() == SUFFIX for file in files) else None
         places = None if kept is None else in_place(source, kept, files)

@@ -37,7 +37,6 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
         no_args_is_help=True,
-        add_completion=False,
     )
     app.callback()(_root)
     called = arguments[0] if arguments and arguments[0] in COMMANDS else None
@@ -64,7 +63,7 @@ def _root(
     directory, a .gguf file, a hub repository (org/name, org/name:Q4_K_M), or one of the demo models, demo and
     demo-small.
 
-    Example: flashrt run demo --budget-gb 1 --prompt "def fibonacci(n):"
+    Example: flashrt run demo --budget-gb 1 --prompt "What is a monad?"
 
     Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted.
     """

@@ -28,7 +28,9 @@ def inspect(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Say what a pack holds: model, shapes, size, files. Weights are not read; see `flashrt verify`.
+    """Say what a pack or a GGUF file holds: model, shapes, size, files. A GGUF file is not packed for it.
+
+    Weights are not read; see `flashrt verify`.
 
     Example: flashrt inspect ./qwen-int4
     """
@@ -37,7 +39,7 @@ def inspect(
     from flashrt.storage.pack import Pack
 
     with Progress() as progress:
-        path = resolve(pack, cache_dir or default_cache(), dtype.value, progress)
+        path = resolve(pack, cache_dir or default_cache(), dtype.value, progress, outline=True)
     facts = _facts(Pack(path))
     if json:
         emit(facts)
@@ -67,7 +69,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "dtype": manifest.weights,
         "parameters": spec.parameters,
         "bits_per_weight": 8 * sum(owners.values()) / spec.parameters,
-        "bytes": layout.nbytes,
+        "bytes": layout.nbytes + sum(source.nbytes for source in pack.sources),
         "context": spec.context,
         "vocab": spec.vocab,
         "hidden": spec.hidden,
@@ -85,7 +87,7 @@ def _facts(pack: Pack) -> dict[str, Any]:
         "kv_bytes_per_token": spec.kv_bytes_per_token(kv_codec(pack)),
         "weight_bytes": owners,
         "kv_labels": _labels(pack),
-        "files": dict(layout.file_bytes),
+        "files": layout.file_bytes | {source.path: source.nbytes for source in pack.sources},
         "hash": manifest.hash,
     }
 

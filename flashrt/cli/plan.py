@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from flashrt.budget.plan import Plan
     from flashrt.checkpoints.outlines import Outline
     from flashrt.engine.loaded_pack import LoadedPack
+    from flashrt.spec import ModelSpec
+    from flashrt.storage.layout import PackLayout
 
 BAR = 24  # characters of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -56,7 +58,8 @@ def _show(model: LoadedPack, load: LoadOptions, json: bool, outline: Outline | N
     from flashrt.machine.disk import load_disk_profile
 
     workload = Workload(model.context)
-    the_plan = model.plan(workload)
+    packing = model.packing(workload)
+    the_plan = packing.plan if packing is not None and packing.first else model.plan(workload)
     disk = load_disk_profile(model.cache, model.disk_number)
     speed = disk.sequential if disk is not None else None
     streamed = the_plan.streamed_bytes_per_token - the_plan.kv_cell_bytes_per_token  # of cells, many are cached
@@ -65,29 +68,32 @@ def _show(model: LoadedPack, load: LoadOptions, json: bool, outline: Outline | N
         "resident_share": the_plan.pinned_bytes / the_plan.weight_bytes,
         "disk_bytes_per_s": speed,
         "expected_tok_per_s": speed / streamed if speed and streamed else None,
-        "pack_bytes": model.pack.layout.nbytes,
+        "pack_bytes": model.pack.manifest.packed.nbytes,
         "reads_file": model.pack.sources[0].path if model.pack.sources else None,
-        "packs_first": bool(model.pack.sources) and not the_plan.pins_all(model.pack.layout),
+        "packs_first": packing is not None and packing.first,
+        "pack_seconds": None if packing is None else packing.seconds,
+        "pack_gain": None if packing is None else packing.why,
         "download_bytes": None if outline is None else outline.download_bytes,
     }
     warning = session.slower(model, workload, the_plan)
     if json:
         emit(the_plan.to_json() | extra | {"mode": load.mode, "pays": warning is None})
     else:
-        show(_table(the_plan, _resident(model, the_plan)))
+        packed = model.pack.manifest.packed if extra["packs_first"] else model.pack.layout
+        show(_table(the_plan, _resident(model.spec, packed, the_plan)))
         print("\n".join(_lines(the_plan, extra)))
         if warning:
             say(warning)
 
 
-def _resident(model: LoadedPack, the_plan: Plan) -> dict[str, float]:
+def _resident(spec: ModelSpec, layout: PackLayout, the_plan: Plan) -> dict[str, float]:
     """Owner of weights → the share of them that stays resident."""
     from flashrt.budget.owners import owner_of, prefix_bytes
 
     total: dict[str, int] = {}
     pinned: dict[str, int] = {}
-    for tensor in model.pack.layout.tensors.values():
-        owner = owner_of(model.spec, tensor)
+    for tensor in layout.tensors.values():
+        owner = owner_of(spec, tensor)
         total[owner] = total.get(owner, 0) + tensor.nbytes
         pinned[owner] = pinned.get(owner, 0) + prefix_bytes(tensor, the_plan.pinned[tensor.name])
     for owner, tiers in the_plan.tiers.items():
@@ -143,8 +149,11 @@ def _pack(extra: dict[str, Any]) -> str:
     if file is None:
         return f"{nbytes} on disk"
     if extra["packs_first"]:
-        return f"{nbytes} on disk, made by the first run, since weights do not fit whole; then {file} is not read"
-    return f"none, weights are read from {file}; one of {nbytes} would be made for a budget that does not hold them"
+        return f"{nbytes} on disk, made by the first run in about {extra['pack_seconds']:.0f} s: {extra['pack_gain']}"
+    if extra["pack_gain"] is None:
+        return f"none, weights are read from {file}"
+    time = f"about {extra['pack_seconds']:.0f} s"
+    return f"none, weights stream from {file}; one of {nbytes} takes {time} to make: {extra['pack_gain']}"
 
 
 def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""flashrt run: continue a prompt."""
+"""flashrt run: answer a prompt, or continue it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from flashrt.cli import options
 from flashrt.cli.console import Progress, duration, emit, rate, say, size, stdin, write
 from flashrt.engine.options import LoadOptions
-from flashrt.errors import UsageError
+from flashrt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from flashrt.engine.report import Report
@@ -32,7 +32,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
 def run(
     pack: options.Model,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The text to continue.")
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The text to answer.")
     ] = None,
     prompt_file: Annotated[
         str | None,
@@ -52,10 +52,17 @@ def run(
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask the prompt as one message, in the model's chat template.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            show_default=False,
+            help="Ask the prompt as one message, in the model's chat template, or continue it as text. "
+            "Omitted: ask, where the model has a template.",
+        ),
+    ] = None,
     system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", show_default=False, help="With --chat: a system message.")
+        str | None,
+        typer.Option("--system", metavar="TEXT", show_default=False, help="A system message before the prompt."),
     ] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
@@ -80,11 +87,13 @@ def run(
     load: LoadOptions,
     json: options.Json = False,
 ) -> None:
-    """Continue a prompt: the text on stdout as it comes, a closing line of figures on stderr.
+    """Answer a prompt: the text on stdout as it comes, a closing line of figures on stderr.
 
-    Greedy unless --temperature is given. With neither --prompt nor --prompt-file the prompt is read from stdin.
+    A model with a chat template answers; a base model continues the text, as --raw makes every model do. Greedy unless
+    --temperature is given. With neither --prompt nor --prompt-file the prompt is read from stdin.
 
-    Example: flashrt run demo --budget-gb 1 --prompt "def fibonacci(n):" --max-new-tokens 64
+    Example: flashrt run demo --budget-gb 1 --prompt "What is a monad?"
+    Example: flashrt run demo --budget-gb 1 --raw --prompt "def fibonacci(n):" --max-new-tokens 64
     """
     choice = options.sampling(
         temperature=temperature,
@@ -96,8 +105,8 @@ def run(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    if system is not None and not chat:
-        raise UsageError("--system needs --chat: without a chat template there is no system message")
+    if system is not None and chat is False:
+        raise UsageError("--system and --raw contradict each other: without a chat template there is no system message")
     check_argument(system, "--system")
     text = read_prompt(prompt, prompt_file)
     schema = None if json_schema is None else _read_schema(json_schema, ignore_eos)
@@ -236,17 +245,21 @@ def _utf8(data: bytes, what: str) -> str:
         raise UsageError(f"{what} is not UTF-8 text: {found}") from None
 
 
-def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
-    if not chat:
-        ids = tokenizer.encode(text)
-        if warning := _doubled_bos(tokenizer, ids):
-            say(warning)
-        return ids
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": text})
-    from flashrt.text.conversation import encode_conversation
+def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool | None, system: str | None) -> list[int]:
+    """The prompt as tokens. Without a say in the matter (`chat` is None), a model with a chat template is asked."""
+    if chat or system is not None or (chat is None and tokenizer.text.chat_template is not None):
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        from flashrt.text.conversation import encode_conversation
 
-    return encode_conversation(tokenizer, tokenizer.chat_template, messages)
+        try:
+            return encode_conversation(tokenizer, tokenizer.chat_template, messages)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --raw continues the prompt without it") from None
+    ids = tokenizer.encode(text)
+    if warning := _doubled_bos(tokenizer, ids):
+        say(warning)
+    return ids
 
 
 def _lengths(limit: int, asked: int | None, prompt: int, new: int | None) -> tuple[int, int]:

@@ -64,10 +64,12 @@ def load(model: LoadedPack, workload: Workload, progress: Progress | None = None
     def note(the_plan: Plan) -> None:
         if warning := slower(model, workload, the_plan):
             say(warning)
-        if model.pack.sources and the_plan.pins_all(model.pack.layout):
+        if model.pack.sources:
+            packing = model.packing(workload)
+            gain = "which has checksums" if packing is None else packing.why
             say(
                 f"note: weights are read from {model.pack.sources[0].path} itself, nothing is packed; "
-                "`flashrt pack` makes a pack, which has checksums and streams at any budget"
+                f"`flashrt pack` makes a pack: {gain}"
             )
 
     if progress is not None:

@@ -10,7 +10,8 @@ from flashrt.engine.ahead import KEPT_STATES, NOTED, AheadModel
 from flashrt.engine.build import build_engine
 from flashrt.engine.engine import Engine
 from flashrt.engine.runtime import Runtime
-from flashrt.storage.layout import AHEAD_DIR
+from flashrt.spec import ModelSpec
+from flashrt.storage.layout import AHEAD_DIR, PackLayout
 from flashrt.storage.pack import Pack, is_pack
 from flashrt_kernels.kv import KvCodec
 
@@ -35,12 +36,12 @@ def ahead_bytes(the_plan: Plan, hidden: int) -> int:
     return the_plan.budget_bytes + NOTED * the_plan.context + 4 * hidden * KEPT_STATES
 
 
-def pays(beside: Plan, pack: Pack) -> bool:
+def pays(beside: Plan, spec: ModelSpec, layout: PackLayout) -> bool:
     """Whether a plan of the model beside the layer holds the head, without which no draft is had, and not much less.
 
     beside: with the layer's bytes in it
     """
-    head = all(beside.pinned[part.name] == part.blocks for part in pack.layout.parts(pack.spec.head))
+    head = all(beside.pinned[part.name] == part.blocks for part in layout.parts(spec.head))
     return head and (beside.resident or beside.owners[AHEAD] <= SHARE * beside.budget_bytes)
 
 

@@ -118,6 +118,8 @@ def build_engine(
         )
         arrived = _counting(progress, the_plan.pinned_bytes)
         weights.load(arrived)
+        if pack.sources and not the_plan.pins_all(pack.layout):
+            weights.finish_loading()  # it takes the reader's staging, which what streams takes from now on
         work = Workspace(weights, buffers, scratch)
         ffns = Ffns(work, kinds)
         ffns.load(arrived)

@@ -10,18 +10,20 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
 from flashrt.engine.ahead import AheadModel
+from flashrt.engine.async_generation import AsyncGeneration, Options
 from flashrt.engine.generation import Generation
 from flashrt.engine.grammar import Grammar
 from flashrt.engine.logprobs import Logprobs
 from flashrt.engine.options import checked_path
 from flashrt.engine.prefixes import Prefixes
+from flashrt.engine.recommended import recommended
 from flashrt.engine.request import (
     Request,
     checked_flag,
@@ -48,6 +50,9 @@ from flashrt.storage.session_file import KvForm, Messages
 from flashrt.text.tokenizer import Tokenizer
 from flashrt_kernels.limits import NARROW_TOKENS
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Array = np.ndarray
 
 
@@ -55,8 +60,8 @@ class Engine:
     """A model ready to run; made by `flashrt.load`. Use it as a context manager, or call `close`.
 
     Requests run one at a time; what is resident stays so from one to the next. Threads may share an engine: while a
-    request of one goes on, those of others are refused with a UsageError (see `Turns`). Wherever weights are read, a
-    failing disk raises DiskError, and a block that does not match its checksum PackError.
+    request of one goes on, those of others wait (see `Turns`). Wherever weights are read, a failing disk raises
+    DiskError, and a block that does not match its checksum PackError.
     """
 
     def __init__(
@@ -190,8 +195,7 @@ class Engine:
         grammar: what the answer has to follow, up to a token that ends it; see `Grammars`
 
         Raises UsageError for an argument of a wrong type or out of range, for an empty prompt, for unknown ids, and
-        where prompt and answer do not fit in the context. Asking for a token raises it while another thread's request
-        goes on, and once the engine is closed.
+        where prompt and answer do not fit in the context. Asking for a token raises it once the engine is closed.
         """
         if isinstance(prompt, str) and not prompt:
             raise UsageError("the prompt is empty: give at least one character")
@@ -203,6 +207,52 @@ class Engine:
         if grammar is not None and ignore_eos:
             raise UsageError("ignore_eos goes on behind the end of a text, where a grammar allows nothing")
         return Generation(self, Request(ids, limit, choice, stops, stop_ids, reuse, top, cancelled, grammar))
+
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[Options],
+    ) -> Generation:
+        """Answer a conversation, written as the model's chat template writes it. Returns as `generate` does.
+
+        messages: each a `role` ('system', 'user', 'assistant') and a `content`; what they spell of special tokens
+            stays text
+        sampling: None is what the model's authors recommend
+        options: as `generate` takes them, but that `reuse` is on: what conversations share is not computed again
+
+        Raises UsageError for a base model, which has no template, for messages that the template rejects, and as
+        `generate` does; CheckpointError for a template that fails; PackError for a recommendation that makes no sense.
+        """
+        from flashrt.text.conversation import encode_conversation
+
+        if sampling is None:
+            sampling = Sampling(**recommended(self.tokenizer.text.generation, {}))  # type: ignore[arg-type]
+        ids = encode_conversation(self.tokenizer, self.tokenizer.chat_template, messages)
+        kept: Options = {"reuse": True}
+        kept.update(options)
+        return self.generate(ids, max_new_tokens, sampling, **kept)
+
+    def agenerate(
+        self,
+        prompt: str | Items[int],
+        max_new_tokens: int | None = 128,
+        sampling: Sampling | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGeneration:
+        """`generate` for `async for`: tokens are computed in a thread of their own, and the event loop goes on."""
+        return AsyncGeneration(lambda **more: self.generate(prompt, max_new_tokens, sampling, **more), options)
+
+    def achat(
+        self,
+        messages: Messages,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGeneration:
+        """`chat` for `async for`; see `agenerate`."""
+        return AsyncGeneration(lambda **more: self.chat(messages, max_new_tokens, sampling, **more), options)
 
     def begin(self, request: Request) -> Sequence:
         """The sequence of a request that begins: without `reuse`, with what a directory of sessions has of it."""
@@ -237,8 +287,8 @@ class Engine:
 
         messages: of a conversation, each a `role` and a `content`; `resume` gives them back
 
-        Raises DiskError, with what was there untouched; UsageError where nothing was computed yet, while another
-        thread's request goes on, on a GPU, and once the engine is closed.
+        Raises DiskError, with what was there untouched; UsageError where nothing was computed yet, on a GPU, and once
+        the engine is closed.
         """
         with self.turns.using(None):
             sessions = self._sessions
@@ -282,8 +332,7 @@ class Engine:
         """Logits of what follows `ids`, float32 [vocab], for those who choose tokens in their own way.
 
         Keys and values of the beginning that `ids` share with the sequence before are used again. The array is valid
-        until the next call. Raises UsageError for no ids, unknown ones, as many as the context has or more, and while
-        another thread's request goes on.
+        until the next call. Raises UsageError for no ids, unknown ones, and as many as the context has or more.
         """
         ids = checked_ids(ids, self.spec.vocab)
         checked_limit(None, len(ids), self.plan.context)
@@ -300,7 +349,7 @@ class Engine:
         `cancelled` is true, no other pass begins, and those are returned that are there.
 
         Needs a plan made for scoring (`Workload.scoring`). Raises UsageError without one, for unknown ids, for more
-        than the context holds, while another thread's request goes on, and once the engine is closed.
+        than the context holds, and once the engine is closed.
         """
         runner = self._scorer
         ids, top = checked_ids(ids, self.spec.vocab), checked_top(top) or 0
@@ -341,8 +390,7 @@ class Engine:
         attention, which only decoding uses, that is done in any case.
 
         Needs a plan made for scoring (`Workload.scoring`). Raises UsageError without one, for unknown ids, for fewer
-        than two tokens, for a window that the plan does not hold, while another thread's request goes on, and once the
-        engine is closed.
+        than two tokens, for a window that the plan does not hold, and once the engine is closed.
         """
         runner = self._scorer
         window = whole("the window", window, 2, self.plan.context)

@@ -89,8 +89,8 @@ class Generation:
     """Yields tokens as they come. After the last one, or after `close`, `report` holds the figures.
 
     Nothing runs before the first token is asked for. An engine serves one generation at a time: going on with one after
-    another has begun raises UsageError, and so does asking for a token while another thread's generation goes on. A
-    read that fails raises DiskError, a damaged pack PackError: the generation is then over, and its report is there.
+    another has begun raises UsageError; asking for a token waits while another thread's generation goes on. A read that
+    fails raises DiskError, a damaged pack PackError: the generation is then over, and its report is there.
     """
 
     def __init__(self, engine: Host, request: Request) -> None:

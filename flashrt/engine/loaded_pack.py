@@ -19,15 +19,18 @@ from flashrt.engine.build import Progress, build_engine, check_start, load_token
 from flashrt.engine.draft import check_draft, load_draft
 from flashrt.engine.engine import Engine
 from flashrt.engine.options import LoadOptions
+from flashrt.engine.packing import Packing
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sparse_kv import sparse_kv
-from flashrt.errors import CheckpointWarning, PackError, UsageError
+from flashrt.errors import BudgetError, CheckpointWarning, PackError, UsageError
 from flashrt.kv.choice import SparseKv
 from flashrt.machine.disk import DiskProfile, DiskRoof, load_disk_profile, measure_disk, save_disk_profile
 from flashrt.machine.process import reset_peak
 from flashrt.spec import ModelSpec
+from flashrt.storage.layout import PackLayout
 from flashrt.storage.pack import Pack
 from flashrt.storage.reader import CHUNK_BYTES
+from flashrt.storage.room import free_bytes
 from flashrt_kernels.kv import KvCodec
 
 DEFAULT_CONTEXT = 4096
@@ -99,8 +102,36 @@ class LoadedPack:
 
     def plan(self, workload: Workload) -> Plan:
         """Plan the budget for `workload` and drafts; without one, all that the model needs or that the machine has."""
-        arguments = (self.spec, self.pack.layout)
+        return self._plan(self.pack.layout, workload)
+
+    def packing(self, workload: Workload) -> Packing | None:
+        """Of a GGUF file that is read itself, what packing it would give; None where everything is in memory.
+
+        Raises BudgetError for a budget that is too small for a pack, too.
+        """
+        if not self.pack.sources:
+            return None
+        packed = self.pack.manifest.packed
+        try:
+            streaming = self.plan(workload)
+        except BudgetError:
+            streaming = None
+        if streaming is not None and streaming.pins_all(self.pack.layout):
+            return None
+        return Packing.of(packed.nbytes, streaming, self._plan(packed, workload), free_bytes(self.cache))
+
+    def _plan(self, layout: PackLayout, workload: Workload) -> Plan:
         workload = self._with_drafts(replace(workload, kv=self.kv))
+        beside = self._with_ahead(workload)
+        if beside is not None:
+            with contextlib.suppress(BudgetError):
+                if pays(found := self._divided(layout, beside), self.spec, layout):
+                    return found
+        return self._divided(layout, workload)
+
+    def _divided(self, layout: PackLayout, workload: Workload) -> Plan:
+        """The plan for just this workload."""
+        arguments = (self.spec, layout)
         if self.budget is not None:
             return plan(*arguments, self.budget, workload, self.costs)
         enough = resident_budget(*arguments, workload, self.costs)
@@ -120,7 +151,8 @@ class LoadedPack:
     def smallest_budget(self, workload: Workload, stream_kv: bool = True) -> int:
         """Bytes of the smallest budget that `plan` accepts; without `stream_kv`, with all keys and values in memory."""
         workload = replace(workload, kv=self.kv)
-        return smallest_budget(self.spec, self.pack.layout, workload, self.costs, stream_kv=stream_kv)
+        layouts = [self.pack.layout, *([self.pack.manifest.packed] if self.pack.sources else [])]
+        return min(smallest_budget(self.spec, layout, workload, self.costs, stream_kv=stream_kv) for layout in layouts)
 
     def load(
         self,
@@ -131,7 +163,7 @@ class LoadedPack:
     ) -> Engine:
         """Plan for `workload` and load, behind the model that drafts; `planned` is shown the plan in between.
 
-        A GGUF file that the plan does not hold in memory whole is packed into the cache before.
+        A GGUF file that is read itself is packed into the cache before where that pays soon; see `Packing`.
 
         behind: return while weights are still read, which the first pass then waits for; on the CPU
 
@@ -139,10 +171,11 @@ class LoadedPack:
         """
         drafting = self._load_draft(workload.context)
         try:
+            packing = self.packing(workload)
+            if packing is not None and packing.first:
+                self._pack_source(progress, packing)
             the_plan = self.plan(workload)
             planned(the_plan)
-            if self.pack.sources and not the_plan.pins_all(self.pack.layout):
-                self._pack_source(progress)
             return self.engine(the_plan, lambda done, total: progress("loading", done, total), drafting, behind)
         except BaseException:
             if drafting is not None:
@@ -180,20 +213,20 @@ class LoadedPack:
                 engine.keep_sessions(Path(self.options.session_dir), self.options.session_bytes)
         return engine
 
-    def _pack_source(self, progress: Stages) -> None:
-        """Take the pack of its file in place of this outline. They are laid out alike: plans stay what they are."""
+    def _pack_source(self, progress: Stages, packing: Packing) -> None:
+        """Take the pack of its file in place of this outline."""
         outline, file = self.pack, self.pack.sources[0].path
         warnings.warn(
-            f"{file} is packed into the cache, as its weights do not fit into the budget whole: this takes "
-            f"{outline.layout.nbytes / 1e9:.2f} GB there, once",
+            f"{file} is packed into the cache, once, which takes {packing.nbytes / 1e9:.2f} GB there: {packing.why}",
             CheckpointWarning,
             stacklevel=3,
         )
         packed = Pack(resolve(file, self.cache, progress=progress), self.options.scaling, self.options.experts_used)
-        if packed.layout != outline.layout:
+        if packed.layout != outline.manifest.packed:
             raise PackError(f"{packed.path} holds another model than {file} now: remove it, and run this again")
         self.pack = self.exact = packed
         self.__dict__.pop("ahead", None)
+        vars(self).pop("costs", None)  # which say what kernels take for the layout
 
     def _load_draft(self, context: int) -> Engine | None:
         if self.draft is None:
@@ -209,24 +242,18 @@ class LoadedPack:
         """
         most = self.options.max_draft_tokens
         if most is not None:
-            return self._with_ahead(replace(workload, max_draft_tokens=most))
+            return replace(workload, max_draft_tokens=most)
         drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
-        room = self.runtime.bounds_process and self._has_room(drafting, workload)
-        return self._with_ahead(drafting) if room else workload
+        return drafting if self.runtime.bounds_process and self._has_room(drafting, workload) else workload
 
-    def _with_ahead(self, workload: Workload) -> Workload:
-        """`workload` with the layer that predicts further tokens, where the pack has one and the budget room for it."""
+    def _with_ahead(self, workload: Workload) -> Workload | None:
+        """`workload` with the layer that predicts further tokens; None where there is none, or no room for it."""
         exact = self.pack is self.exact and self.draft is None and self.runtime.bounds_process
         if workload.max_draft_tokens == 1 or not exact or self.ahead is None:
-            return workload
+            return None
         own = ahead_plan(self.ahead, self.runtime, workload.context, self.costs.kv_codec)
         beside = replace(workload, ahead_bytes=ahead_bytes(own, self.spec.hidden))
-        if self.budget is None:
-            return beside
-        if not self._has_room(beside, workload):
-            return workload
-        arguments = self.spec, self.pack.layout, self.budget, beside, self.costs
-        return beside if pays(plan(*arguments), self.pack) else workload
+        return beside if self._has_room(beside, workload) else None
 
     def _has_room(self, drafting: Workload, without: Workload) -> bool:
         """Whether the budget holds drafts too, and keys and values in memory where it holds these without drafts."""
@@ -251,8 +278,8 @@ class LoadedPack:
 
     @property
     def disk_number(self) -> int:
-        """The device number under which the pack's disk is known."""
-        return self.pack.path.stat().st_dev
+        """The device number under which the disk is known that weights lie on."""
+        return self.pack.largest_file.stat().st_dev
 
     def disk(self) -> DiskProfile | None:
         """What the disk that holds the pack can do: measured once, then taken from the cache.

@@ -40,7 +40,8 @@ def sparse_kv(exact: Pack, options: LoadOptions, sparsity: Sparsity | None) -> S
     keep = options.keep or _smallest(labels, allowed)
     loss = None if keep is None else labels.loss(keep)
     if keep is None or loss is None or loss > allowed:
-        known = ", ".join(f"{share} {loss:+.2%}" for share, loss in labels.losses.items())
+        shares = sorted(labels.losses, key=share_of, reverse=True)
+        known = ", ".join(f"{share} {labels.losses[share]:+.2%}" for share in shares)
         raise UsageError(
             f"--max-loss {options.max_loss:g} leaves {allowed:.2%} for sparse attention; measured were: {known}. "
             "Allow more, keep more with --kv-keep, or use --kv exact"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -62,6 +62,13 @@ class LayerCells:
         Raises DiskError.
         """
         return self._cache.fetch(self._row, cells)
+
+    def fetch_parts(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same of one part after the other: the next begins to be read before one is waited for.
+
+        All are valid until the next call of either.
+        """
+        return self._cache.fetch_parts(self._row, parts)
 
     @property
     def guesses(self) -> Guesses:

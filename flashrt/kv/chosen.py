@@ -7,7 +7,7 @@ memory. What a row chooses of older positions comes from disk by cells, through 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -71,6 +71,36 @@ class ChosenStore(ChoosingStore, StreamedStore):
             self._cells.prefetch(_distinct(self._far_cells(part), len(part.paths))[0])
         self._cells.guesses.made(seconds + time.perf_counter() - began)
 
+    def _attend_few(self, query: Array, rows: KvRows, heads: slice, out: Array, sinks: Array | None) -> None:
+        if self.first == 0 or len(query) > 1:
+            super()._attend_few(query, rows, heads, out, sinks)
+        else:
+            self._attend_by_head(query, rows, out, sinks)
+
+    def _attend_by_head(self, query: Array, rows: KvRows, out: Array, sinks: Array | None) -> None:
+        """Attention of one row: what a KV head chose is read while the next chooses, and while one is computed."""
+        count = len(self.memory)
+        queries, outs = query.shape[1] // count, out.shape[1] // count
+        found: list[tuple[Chosen, Array]] = []
+        rest = self._kernels.scratch
+
+        def wanted() -> Iterator[Array]:
+            for head in range(count):
+                own = query[:, head * queries : (head + 1) * queries]
+                free = found[-1][0].rest if found else rest
+                chosen = self._chooser.choose(own, rows, slice(head, head + 1), free)
+                cells, at = _distinct(self._far_cells(chosen, head), 1)
+                found.append((chosen, at))
+                yield cells
+
+        for head, slots in enumerate(self._cells.fetch_parts(wanted())):
+            own, of_head = slice(head * queries, (head + 1) * queries), slice(head, head + 1)
+            chosen, at = found[head]
+            lists = self._lists(chosen._replace(rest=found[-1][0].rest), rows.start, [slots[at]])
+            beside = None if sinks is None else sinks[own]
+            part = out[:, head * outs : (head + 1) * outs]
+            self._attend_list(query[:, own], self._fetched, lists, of_head, part, beside)
+
     def _attend_to(
         self, query: Array, chosen: Chosen, start: int, heads: slice, out: Array, sinks: Array | None
     ) -> None:
@@ -84,11 +114,14 @@ class ChosenStore(ChoosingStore, StreamedStore):
         """Lists of what rows chose, whose cells are there until the next are fetched."""
         wanted = self._far_cells(chosen)
         cells, at = _distinct(wanted, len(chosen.paths))
-        slots = self._cells.fetch(cells)[at]
-        ends = np.cumsum([len(part) for part in wanted])
+        ends = np.cumsum([len(part) for part in wanted])[:-1]
+        return self._lists(chosen, start, np.split(self._cells.fetch(cells)[at], ends))
+
+    def _lists(self, chosen: Chosen, start: int, slots: Sequence[Array]) -> Lists:
+        """Lists of rows, whose cells by row and KV head are in `slots`."""
 
         def places(which: int, blocks: Array) -> tuple[Array, int]:
-            return self._places(blocks, slots[ends[which] - len(wanted[which]) : ends[which]])
+            return self._places(blocks, slots[which])
 
         return self._chooser.lists(chosen, start, self.first, places)
 
@@ -99,11 +132,11 @@ class ChosenStore(ChoosingStore, StreamedStore):
         starts[down:] -= self.first
         return starts, down
 
-    def _far_cells(self, chosen: Chosen) -> list[Array]:
-        """By row and KV head, the cells (int64) of the blocks that are not in memory."""
+    def _far_cells(self, chosen: Chosen, first: int = 0) -> list[Array]:
+        """By row and KV head, from `first` on, the cells (int64) of the blocks that are not in memory."""
         block, found = self._chooser.block, []
         for row, counts in zip(chosen.blocks, chosen.counts, strict=True):
-            for head, (blocks, count) in enumerate(zip(row, counts, strict=True)):
+            for head, (blocks, count) in enumerate(zip(row, counts, strict=True), first):
                 far = blocks[: np.searchsorted(blocks[:count], self.first // block)].astype(np.int64)
                 found.append(head * self._cells.count + far * block // self._cell)
         return found

@@ -42,7 +42,8 @@ class ContiguousStore(KvStore):
         kernels = self._kernels
         own = self._attention
         options = (rows.start - self.first, own.window, own.scale, own.softcap or None)
-        kernels.ops.attention(query, self.memory[heads], *options, out, kernels.scratch, rows.parents, sinks=sinks)
+        others = {"sinks": sinks, "wide": rows.wide}
+        kernels.ops.attention(query, self.memory[heads], *options, out, kernels.scratch, rows.parents, **others)
 
     def commit(self, start: int, path: Sequence[int]) -> None:
         base = start - self.first

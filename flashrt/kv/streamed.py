@@ -75,10 +75,11 @@ class StreamedStore(ContiguousStore):
         state, scratch = self._kernels.scratch[:end].view(np.float32).reshape(shape), self._kernels.scratch[end:]
         for segment in range(self.first // SEGMENT):
             page = self._pages.take(segment)
-            ops.attend_page(query, page[heads], scale, softcap, state, segment == 0, scratch, sinks)
+            ops.attend_page(query, page[heads], scale, softcap, state, segment == 0, scratch, sinks, rows.wide)
         self._pages.release()
-        start = rows.start - self.first
-        ops.attention(query, self.memory[heads], start, None, scale, softcap, out, scratch, rows.parents, state)
+        options = (rows.start - self.first, None, scale, softcap)
+        others = {"state": state, "wide": rows.wide}
+        ops.attention(query, self.memory[heads], *options, out, scratch, rows.parents, **others)
 
     def restart(self, first: int = 0) -> None:
         super().restart(first)

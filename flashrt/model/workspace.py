@@ -7,8 +7,9 @@ from typing import Any
 
 from flashrt.cache.weights import Weights
 from flashrt.spec import DeltaNet, Mixer, ModelSpec
-from flashrt.storage.layout import PackLayout
+from flashrt.storage.layout import PackLayout, TensorLayout
 from flashrt_kernels.channels import channel_groups
+from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
@@ -47,6 +48,9 @@ class Workspace:
         """out = x W^T + bias; only the rows between the pairs `rows`, which are whole bundles, where they are given."""
         vector = None if bias is None else self.weights.vector(bias)
         for tensor in self.layout.parts(name):
+            if tensor.turned is not None:
+                self._turned(tensor, x, out, wide, vector)
+                continue
             last = tensor.row0 + tensor.rows
             for first, bundles in self.weights.runs(tensor.name):
                 row0 = tensor.row0 + first * MATRIX_ROWS
@@ -56,6 +60,21 @@ class Workspace:
                         share = None if vector is None else vector[begin:end]
                         part = bundles[(begin - row0) // MATRIX_ROWS :]
                         self.multiply(x, part, tensor.codec, out, begin, end - begin, share, wide)
+
+    def _turned(self, tensor: TensorLayout, x: Tensor, out: Tensor, wide: bool, bias: Tensor | None) -> None:
+        """`linear` of rows that a file has in another order: products are put in order, a few tokens at a time."""
+        assert tensor.turned is not None
+        begin, end = tensor.row0, tensor.row0 + tensor.rows
+        for first, bundles in self.weights.runs(tensor.name):
+            row0 = begin + first * MATRIX_ROWS
+            rows = min(len(bundles) * MATRIX_ROWS, end - row0)
+            self.multiply(x, bundles, tensor.codec, out, row0, rows, None, wide)
+        places = tensor.turned.places(tensor.rows)
+        for start in range(0, len(out), NARROW_TOKENS):
+            part = out[start : start + NARROW_TOKENS, begin:end]
+            part[:, places] = part.copy()
+            if bias is not None:
+                part += bias[begin:end]
 
     def linear_by_head(self, name: str, x: Tensor, out: Tensor, wide: bool) -> None:
         """out[:, h] = x[:, h] W_h^T, of a matrix that has the rows of one head after the other, whole bundles each.
@@ -123,7 +142,13 @@ def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) ->
             ops.gemm_scratch_bytes(tokens, spec.hidden, neurons),
             *_mixer_scratch(layer.mixer, ops, tokens),
         ]
+    sizes += [ops.gemm_scratch_bytes(tokens, columns) for columns in {t.columns for t in _downs(layout)}]
     return int(max(sizes))
+
+
+def _downs(layout: PackLayout) -> list[TensorLayout]:
+    """Matrices of neurons in a file whose rows go along the neurons."""
+    return [tensor for tensor in layout.tensors.values() if tensor.summed]
 
 
 def _mixer_scratch(mixer: Mixer, ops: Any, tokens: int) -> list[int]:
@@ -139,5 +164,5 @@ def reserve(spec: ModelSpec, layout: PackLayout, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
     columns = (columns for layer in spec.layers for _, columns in layer.mixer.matrices(spec.hidden).values())
     ops.reserve(max(*columns, 2 * spec.hidden if spec.follows else spec.hidden, spec.layer_inputs))
-    if any(tensor.group > 1 for tensor in layout.tensors.values()):
+    if _downs(layout) or any(tensor.group > 1 for tensor in layout.tensors.values()):
         ops.reserve_groups()

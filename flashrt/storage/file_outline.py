@@ -1,6 +1,6 @@
 """The outline of a GGUF file: a pack whose kept weights are not copied, but read from the file itself.
 
-It holds what a pack holds, and holes where a pack has those weights. `flashrt.storage.source_file` says which file they
+It holds what a pack holds beside those weights. `flashrt.storage.source_file` says which file they
 lie in.
 """
 
@@ -15,10 +15,10 @@ from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, write_atomically
 from flashrt.storage.kept import Kept
 from flashrt.storage.kept_rows import KeptEncoder
-from flashrt.storage.layout import PackLayout, pack_layout
+from flashrt.storage.layout import BLOCK_BYTES, PackLayout, pack_layout
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
 from flashrt.storage.packer import Encoder, encoded_block, file_header, source_errors, vector_bytes, write_text
-from flashrt.storage.places import Places, places_of
+from flashrt.storage.places import Places, file_layout, places_of
 from flashrt.storage.sources import Checkpoint
 from flashrt_kernels.rows import Codec
 
@@ -34,28 +34,29 @@ def in_place(source: Checkpoint, kept: Kept, files: Sequence[Path]) -> Places | 
     return places if copied <= max(MOST_COPIED, layout.nbytes // COPIED_SHARE) else None
 
 
-def write_file_outline(source: Checkpoint, out: Path, kept: Kept, places: Places) -> Manifest:
+def write_file_outline(
+    source: Checkpoint, out: Path, kept: Kept, places: Places, block_bytes: int = BLOCK_BYTES
+) -> Manifest:
     """Write into the directory `out`. Raises UnsupportedModelError, CheckpointError and DiskError, as a packer does."""
     if problem := source.spec.unsupported():
         raise UnsupportedModelError(f"{source.source} is not supported: {problem}")
-    layout, encoder = pack_layout(source.spec, Codec.INT8, kept=kept), KeptEncoder(source, kept)
+    packed = pack_layout(source.spec, Codec.INT8, block_bytes, kept=kept)
+    layout = file_layout(packed, places, block_bytes)
+    encoder = KeptEncoder(source, kept)
     with source_errors(source):
         texts = {name: write_text(out, name, data) for name, data in source.text_files().items()}
-        files = {file: _write_file(source, encoder, layout, places, out / file) for file in layout.file_bytes}
+        files = {file: _write_file(source, encoder, layout, out / file) for file in layout.file_bytes}
     identity = source.name, source.source, source.fingerprint
-    manifest = Manifest(*identity, Codec.INT8, source.spec, files, texts, kept=kept, places=places)
+    manifest = Manifest(*identity, Codec.INT8, source.spec, files, texts, block_bytes, kept=kept, places=places)
     write_atomically(out / MANIFEST_FILE, manifest.to_bytes())
     return manifest
 
 
-def _write_file(source: Checkpoint, encoder: Encoder, layout: PackLayout, places: Places, path: Path) -> FileEntry:
+def _write_file(source: Checkpoint, encoder: Encoder, layout: PackLayout, path: Path) -> FileEntry:
     header, blocks, vectors_crc = file_header(layout, path.name), {}, 0
     with disk_errors(path.parent), path.open("wb") as handle:
         handle.write(header)
         for tensor in layout.tensors_of(path.name):
-            blocks[tensor.name] = (0,) * tensor.blocks
-            if tensor.name in places.tensors:
-                continue  # a hole
             handle.seek(tensor.offset)
             crcs = []
             for index in range(tensor.blocks):

@@ -8,8 +8,10 @@ every block starts and ends on a 4 KiB boundary of its file and can be read with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from flashrt.sparsity import ChannelSparsity, RowSparsity, Sparsity
 from flashrt.spec import GATES, ROUTING, Attention, ModelSpec
@@ -23,6 +25,7 @@ BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, 
 PREDICTOR = ".predictor."  # in the names of all that belongs to one
 RESIDENT_FILE = "resident.safetensors"
 AHEAD_DIR = "ahead"  # in a pack, the pack of the layer that predicts further tokens
+NEURON_PARTS = ("gate", "up", "down")  # end the names of matrices of neurons, behind a colon
 
 
 def layer_file(i: int) -> str:
@@ -40,6 +43,29 @@ class Block:
     nbytes: int
     first: int  # bundle
     bundles: int
+    tail: int = 0  # bytes of the last bundle that are none of the file's
+
+    @property
+    def shift(self) -> int:
+        """Where it begins in memory whose page is one of the file: what is so placed is read without a copy."""
+        return self.offset % PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Rows that a file has in pairs, where a pack has first all first ones: `rotary` of each head, behind `fixed`."""
+
+    heads: int
+    rotary: int
+    fixed: int
+
+    def places(self, rows: int) -> np.ndarray:
+        """Where each row of the file stands in a pack, int64 [rows]."""
+        first, within = np.divmod(np.arange(rows), rows // self.heads)
+        pair, second = np.divmod(within - self.fixed, 2)
+        paired = (within >= self.fixed) & (within < self.fixed + self.rotary)
+        moved = np.where(paired, self.fixed + second * (self.rotary // 2) + pair, within)
+        return first * (rows // self.heads) + moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +86,14 @@ class TensorLayout:
     rows: int = 0  # of a matrix
     row0: int = 0  # of a part: its first row in the whole
     codecs: NeuronCodecs | None = None  # of neurons whose rows have several codecs
+    source: int | None = None  # which of the model's files it lies in, of an outline
+    turned: Turned | None = None  # how the rows of a file are ordered otherwise than those of a pack
+    summed: int = 0  # of rows of down: numbers that are summed by themselves, as those of a bundle are in a pack
+
+    @property
+    def tail(self) -> int:
+        """Bytes of the last bundle of a run that a file does not have."""
+        return 0 if self.source is None else -self.rows % self.bundle_rows * (self.stride // self.bundle_rows)
 
     @property
     def matrix(self) -> str:
@@ -89,14 +123,17 @@ class TensorLayout:
 
     @property
     def max_block_bytes(self) -> int:
-        return min(self.block_bundles, self.run_stride) * self.stride
+        """Bytes of memory for any of its blocks, wherever that begins in a page."""
+        room = 0 if self.source is None else PAGE
+        return min(self.block_bundles, self.run_stride) * self.stride + room
 
     def block(self, index: int) -> Block:
         run, position = divmod(index, self.run_blocks)
         first = run * self.run_stride + position * self.block_bundles
         bundles = min(self.block_bundles, self.run_stride - position * self.block_bundles)
         offset = self.offset + first * self.stride
-        return Block(self.name, index, self.file, offset, bundles * self.stride, first, bundles)
+        tail = self.tail if position == self.run_blocks - 1 else 0
+        return Block(self.name, index, self.file, offset, bundles * self.stride - tail, first, bundles, tail)
 
     def run_block_range(self, run: int) -> range:
         return range(run * self.run_blocks, (run + 1) * self.run_blocks)
@@ -135,6 +172,12 @@ class PackLayout:
         if matrix in self.tensors:
             return [self.tensors[matrix]]
         return [self.tensors[part] for part in parts_of(matrix) if part in self.tensors]
+
+    def neurons(self, name: str) -> list[TensorLayout]:
+        """The tensors that neurons are stored in: bundles, or their gates, ups and downs each in one matrix."""
+        if name in self.tensors:
+            return [self.tensors[name]]
+        return [self.tensors[part] for part in map(f"{name}:{{}}".format, NEURON_PARTS) if part in self.tensors]
 
     def tensors_of(self, file: str) -> Iterator[TensorLayout]:
         return (t for t in self.tensors.values() if t.file == file)
@@ -322,15 +365,26 @@ def pack_layout(
             shapes_of += _layer_neurons(spec, dtype, layer, sparsity, kept)
             if sparsity is not None:
                 own_vectors |= sparse_vectors(spec, layer, sparsity)
-        own = [shape.placed(file, block_bytes) for shape in shapes_of]
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in own}
-        shapes |= {name: ("F32", (n,)) for name, n in own_vectors.items()}
-        offset = header_bytes(shapes)
-        for tensor in own:
-            tensors[tensor.name] = replace(tensor, offset=offset)
-            offset += tensor.nbytes
-        for name, length in own_vectors.items():
-            vectors[name] = VectorLayout(name, file, offset, length)
-            offset += 4 * length
-        file_bytes[file] = offset
+        own, placed, file_bytes[file] = laid_out(
+            file, [shape.placed(file, block_bytes) for shape in shapes_of], own_vectors
+        )
+        tensors |= own
+        vectors |= placed
     return PackLayout(tensors, vectors, file_bytes, () if sparsity is None else sparsity.rows)
+
+
+def laid_out(
+    file: str, own: Sequence[TensorLayout], lengths: Mapping[str, int]
+) -> tuple[dict[str, TensorLayout], dict[str, VectorLayout], int]:
+    """Tensors and vectors in their places in a file of a pack, by name, and the bytes of the file."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {t.name: ("U8", (t.bundles, t.stride)) for t in own}
+    shapes |= {name: ("F32", (n,)) for name, n in lengths.items()}
+    offset = header_bytes(shapes)
+    tensors, vectors = {}, {}
+    for tensor in own:
+        tensors[tensor.name] = replace(tensor, offset=offset)
+        offset += tensor.nbytes
+    for name, length in lengths.items():
+        vectors[name] = VectorLayout(name, file, offset, length)
+        offset += 4 * length
+    return tensors, vectors, offset

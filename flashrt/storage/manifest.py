@@ -21,7 +21,7 @@ from flashrt.sparsity import Sparsity, gives_zeros
 from flashrt.spec import MAX_LAYERS, MOST_EXPERTS, Attention, LatentAttention, ModelSpec
 from flashrt.storage.kept import Kept
 from flashrt.storage.layout import BLOCK_BYTES, PackLayout, heads_apart, pack_layout
-from flashrt.storage.places import Places
+from flashrt.storage.places import Places, file_layout
 from flashrt_kernels import activations
 from flashrt_kernels.rows import Codec
 
@@ -37,7 +37,7 @@ DAMAGE = (  # what values of any kind in any place may raise
 )
 VERSION = 2
 KEPT_VERSION = 3  # of packs that keep codecs of a file: what reads version 2 alone must not take them for damaged
-OUTLINE_VERSION = 4  # of outlines, whose weights lie in the file itself
+OUTLINE_VERSION = 5  # of outlines, whose weights lie in the file itself
 MANIFEST_FILE = "manifest.json"
 SPARSE_DIR = "sparse"  # in a pack: the calibrated one made of it
 MAX_MANIFEST_BYTES = 16 << 20  # of blocks of 1 MiB: those of 2 TB
@@ -106,6 +106,11 @@ class Manifest:
     @functools.cached_property
     def layout(self) -> PackLayout:
         """Where everything lies, worked out once."""
+        return self.packed if self.places is None else file_layout(self.packed, self.places, self.block_bytes)
+
+    @functools.cached_property
+    def packed(self) -> PackLayout:
+        """The layout of the pack: of an outline, of the one that would be made of its files."""
         return pack_layout(self.spec, self.dtype, self.block_bytes, self.sparsity, self.kept)
 
     def to_bytes(self) -> bytes:
@@ -144,8 +149,8 @@ class Manifest:
                 raise PackError(f"{where} is not the manifest of a flashrt pack")
             if body.get("version") not in (VERSION, KEPT_VERSION, OUTLINE_VERSION):
                 raise PackError(
-                    f"{where} has format version {body.get('version')!r}, this flashrt reads versions {VERSION} to "
-                    f"{OUTLINE_VERSION}: "
+                    f"{where} has format version {body.get('version')!r}, this flashrt reads versions {VERSION}, "
+                    f"{KEPT_VERSION} and {OUTLINE_VERSION}: "
                     "pack the checkpoint again, or use the flashrt that wrote it"
                 )
             if body.pop("checksum", None) != _checksum(body):
@@ -194,9 +199,9 @@ class Manifest:
         unknown = set(self.text_files) - set(TEXT_FILES)
         if unknown:
             raise PackError(f"{where}: unexpected text files {sorted(unknown)}")
-        layout = self.layout
-        if self.places is not None and (problem := self.places.problem(layout)):
+        if self.places is not None and (problem := self.places.problem(self.packed)):
             raise PackError(f"{where}: {problem}")
+        layout = self.layout
         if set(self.files) != set(layout.file_bytes):
             odd = sorted(set(self.files) ^ set(layout.file_bytes))[:3]
             raise PackError(f"{where}: the files listed are not those of this model ({', '.join(odd)} ...)")

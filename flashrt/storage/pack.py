@@ -54,12 +54,15 @@ class Pack:
     @property
     def largest_file(self) -> Path:
         """The file to measure a disk with."""
+        if self.sources:
+            return Path(max(self.sources, key=lambda source: source.nbytes).path)
         files = self.layout.file_bytes
         return self.path / max(files, key=lambda name: files[name])
 
     def _header_bytes(self, file: str) -> int:
         offsets = [t.offset for t in self.layout.tensors_of(file)]
-        return min(offsets)
+        offsets += [v.offset for v in self.layout.vectors_of(file)]
+        return min(offsets, default=self.layout.file_bytes[file])
 
     def block_crc(self, tensor: str, index: int) -> int:
         """CRC-32 that block `index` of `tensor` has on disk."""

@@ -1,25 +1,32 @@
-"""Where a GGUF file has the kept tensors of a pack, so that memory can be filled from the file itself."""
+"""Where a GGUF file has the kept tensors of a pack, so that they are read from the file itself."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from flashrt.storage.layout import PackLayout, TensorLayout
-from flashrt_kernels.rows import Codec, row_bytes
+from flashrt.storage.kept import parts_of
+from flashrt.storage.layout import (
+    BLOCK_BYTES,
+    NEURON_PARTS,
+    PackLayout,
+    TensorLayout,
+    Turned,
+    VectorLayout,
+    laid_out,
+)
+from flashrt_kernels.limits import MATRIX_STEP
+from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 
 if TYPE_CHECKING:
     from flashrt.arch import Part
     from flashrt.storage.sources import Checkpoint
 
 LARGEST_ROW = 128 << 10  # bytes: rows are read into small buffers
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +48,6 @@ class Rows:
     @property
     def end(self) -> int:
         return self.offset + self.count * self.row_bytes
-
-    def places(self, start: int, stop: int) -> Array:
-        """Where rows start:stop of the file stand among these rows in a pack, int64 [stop - start]."""
-        rows = np.arange(start, stop)
-        if not self.heads:
-            return rows
-        first, within = np.divmod(rows, self.count // self.heads)
-        pair, second = np.divmod(within - self.fixed, 2)
-        turned = (within >= self.fixed) & (within < self.fixed + self.rotary)
-        moved = np.where(turned, self.fixed + second * (self.rotary // 2) + pair, within)
-        return first * (self.count // self.heads) + moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +81,24 @@ class Places:
                 return f"{name} has a place that is no whole number"
             if [(rows.row_bytes, rows.count) for rows in _merged(tensor, own)] != list(_wanted(tensor)):
                 return f"{name} lies in rows of other sizes"
+            if not _together(tensor, own):
+                return f"{name} lies in more places than are read"
             if any(rows.file >= self.files or rows.row_bytes > LARGEST_ROW or not _permutes(rows) for rows in own):
                 return f"{name} has a place that cannot be"
         return None
+
+
+def _together(tensor: TensorLayout, own: Sequence[Rows]) -> bool:
+    """Whether a matrix is one run of rows, or queries, keys and values; and runs of neurons follow one another."""
+    if tensor.codecs is None:
+        return len(own) <= len(parts_of(tensor.name))
+    each = len(own) // tensor.runs
+    follow = all(
+        rows == replace(own[i % each], offset=own[i % each].offset + i // each * rows.count * rows.row_bytes)
+        for i, rows in enumerate(own)
+    )
+    whole = all(rows.count % MATRIX_ROWS == 0 for rows in own)
+    return follow and whole and not any(rows.heads for rows in own)
 
 
 def _permutes(rows: Rows) -> bool:
@@ -115,6 +126,71 @@ def _wanted(tensor: TensorLayout) -> Iterator[tuple[int, int]]:
         for codec in neuron_codecs(tensor):
             yield row_bytes(codec, k), neurons
         yield row_bytes(codecs.down, neurons), k
+
+
+def file_layout(packed: PackLayout, places: Places, block_bytes: int = BLOCK_BYTES) -> PackLayout:
+    """The layout of an outline: what `packed`, that of the pack, has, with tensors in their places in the files.
+
+    Neurons are three matrices there, one of gates (if any), one of ups and one of downs; queries, keys and values are
+    apart. What has no place in the files is in those of the outline. Blocks have about `block_bytes`.
+    """
+    tensors: dict[str, TensorLayout] = {}
+    vectors: dict[str, VectorLayout] = {}
+    file_bytes = {}
+    for file in packed.file_bytes:
+        every = list(packed.tensors_of(file))
+        own = [tensor for tensor in every if tensor.name not in places.tensors]
+        lengths = {vector.name: vector.length for vector in packed.vectors_of(file)}
+        held, placed, file_bytes[file] = laid_out(file, own, lengths)
+        vectors |= placed
+        for tensor in every:
+            rows = places.tensors.get(tensor.name)
+            found = [held[tensor.name]] if rows is None else _in_files(tensor, rows, block_bytes)
+            tensors |= {part.name: part for part in found}
+    return PackLayout(tensors, vectors, file_bytes)
+
+
+def _in_files(tensor: TensorLayout, own: Sequence[Rows], block_bytes: int) -> Iterator[TensorLayout]:
+    make = partial(_matrix_in_file, block_bytes, tensor.runs)
+    if tensor.codecs is None:
+        row0, names = tensor.row0, [tensor.name] if len(own) == 1 else parts_of(tensor.name)
+        for name, rows in zip(names, own, strict=False):
+            yield replace(make(name, rows, tensor.codec, tensor.columns), row0=row0)
+            row0 += rows.count
+        return
+    codecs, neurons = tensor.codecs, tensor.run_bundles * tensor.codecs.group
+    along = neuron_codecs(tensor)
+    for part, rows, codec in zip(NEURON_PARTS[2 - len(along) :], own, along, strict=False):
+        yield make(f"{tensor.name}:{part}", rows, codec, tensor.columns)
+    yield replace(make(f"{tensor.name}:down", own[len(along)], codecs.down, neurons), summed=codecs.group)
+
+
+def _matrix_in_file(block_bytes: int, runs: int, name: str, rows: Rows, codec: Codec, columns: int) -> TensorLayout:
+    """`rows` are those of the first run; the others follow."""
+    stride, bundles = MATRIX_ROWS * rows.row_bytes, -(-rows.count // MATRIX_ROWS)
+    block = max(block_bytes // stride // MATRIX_STEP, 1) * MATRIX_STEP
+    turned = Turned(rows.heads, rows.rotary, rows.fixed) if rows.heads else None
+    return TensorLayout(
+        name,
+        source_file(rows.file),
+        rows.offset,
+        codec,
+        columns,
+        MATRIX_ROWS,
+        runs,
+        bundles,
+        bundles,
+        block,
+        stride,
+        rows.count,
+        source=rows.file,
+        turned=turned,
+    )
+
+
+def source_file(number: int) -> str:
+    """What layouts call one of the model's files."""
+    return f"source-{number}"
 
 
 def neuron_codecs(tensor: TensorLayout) -> list[Codec]:

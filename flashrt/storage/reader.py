@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,11 @@ from flashrt.errors import DiskError, PackError, UsageError
 from flashrt.storage import _io
 from flashrt.storage.cost import CostCurve
 from flashrt.storage.direct import open_cached, open_direct
+from flashrt.storage.kept_rows import check_rows
 from flashrt.storage.layout import Block
 from flashrt.storage.pack import Pack
+from flashrt.storage.places import source_file
+from flashrt_kernels.rows import row_bytes
 
 DEPTH = 32  # reads in flight: what small ones need; with large ones, 5% more than 8 here
 CHUNK_BYTES = 256 << 10  # of a block per read: larger ones are no faster, and rows would wait longer behind them
@@ -27,6 +32,7 @@ START_STAGING = 64 << 10  # bytes: the least that an engine takes, as blocks nee
 STAGING_BYTES = 2 << 20  # rows arrive 15% faster than with half of it, and no faster with twice
 
 Array = np.ndarray
+Check = Callable[[Array | None], None]  # of rows that have not been looked at, None: of the file alone
 
 
 class Ticket:
@@ -88,8 +94,26 @@ class BlockTicket(Ticket):
         )
 
 
+class RowTicket(BlockTicket):
+    """A block of rows of one of the model's files, which has no checksums."""
+
+    __slots__ = ("_check",)
+
+    def __init__(self, path: Path, read: _io.Read, block: Block, buffer: Array, verified: bytearray, check: Check):
+        super().__init__(path, read, block, buffer, verified)
+        self._check = check
+
+    def wait(self) -> None:
+        """Also raises PackError where the file has changed, and CheckpointError for weights that are not finite."""
+        Ticket.wait(self)
+        self._check(None if self._verified[self.block.index] else self.buffer)
+        self._verified[self.block.index] = 1
+
+
 class Reader:
-    """Reads of one pack. `direct` says whether they go around the page cache, `backend` what carries them out.
+    """Reads of one pack, and of the files that an outline is of.
+
+    `direct` says whether they go around the page cache, `backend` what carries them out.
 
     `staging` (uint8 [STAGING_BYTES], page-aligned) is memory for rows on their way, which nobody uses after `settle`.
     `curve` gives the costs by which rows are merged (without it, each is read by itself). `backend` may be named to
@@ -105,6 +129,8 @@ class Reader:
     ) -> None:
         self.pack = pack
         self._paths = {name: pack.path / name for name in pack.layout.file_bytes}
+        self._sources = {source_file(number): source for number, source in enumerate(pack.sources)}
+        self._paths |= {name: Path(source.path) for name, source in self._sources.items()}
         self._files: dict[str, tuple[int, bool]] = {}
         self._buffered: dict[str, tuple[int, bool]] = {}  # the same files, open through the page cache
         self._starter: _io.Engine | None = None  # reads what is read at start-up
@@ -114,9 +140,10 @@ class Reader:
         self.staging = staging
         try:
             for name, path in self._paths.items():
-                self._files[name] = open_direct(path)
+                source = self._sources.get(name)
+                self._files[name] = open_direct(path) if source is None else source.open()
             self._engine = _io.Engine(backend, DEPTH, CHUNK_BYTES, staging)
-        except DiskError:
+        except (DiskError, PackError):
             self._close_files()
             raise
         except RuntimeError as error:
@@ -136,12 +163,15 @@ class Reader:
         return self._engine.bytes_read + (self._starter.bytes_read if self._starter else 0)
 
     def submit(self, block: Block, buffer: Array, start: bool = False) -> BlockTicket:
-        """Start reading `block` into `buffer` (uint8 [block.nbytes], page-aligned). Raises UsageError once closed.
+        """Start reading `block` into `buffer` (uint8 [block.nbytes]), `block.shift` behind the beginning of a page.
 
-        start: this is a read of start-up, see above.
+        Raises UsageError once closed. start: this is a read of start-up, see above.
         """
         handle, direct = self._open_file(block.file)
-        self._check_held(block.tensor)
+        if block.file in self._sources:
+            read = self._engine.read(handle, direct, block.offset, buffer, None, -1)
+            check = partial(self.check_rows, block.tensor)
+            return RowTicket(self._paths[block.file], read, block, buffer, self._verified[block.tensor], check)
         crc = None if self.verified(block) else self.pack.block_crc(block.tensor, block.index)
         engine, cached = (self._start_engine(), self._buffered_file(block.file)) if start else (self._engine, -1)
         read = engine.read(handle, direct, block.offset, buffer, crc, cached)
@@ -177,6 +207,18 @@ class Reader:
         """Start reading rows of another open file, as `submit_rows` does. Raises UsageError once closed."""
         self._check_open()
         return self._engine.read_rows(handle, direct, offsets, out, slots)
+
+    def check_rows(self, tensor: str, rows: Array | None = None) -> None:
+        """Compare the file that has a tensor with what it was, then look whether some `rows` of it are finite.
+
+        rows: uint8, whole ones, of any shape. Raises PackError and CheckpointError.
+        """
+        layout = self.pack.layout.tensors[tensor]
+        self._sources[layout.file].check(self._files[layout.file][0])
+        if rows is not None:
+            size = row_bytes(layout.codec, layout.columns)
+            values = rows.reshape(-1, size)
+            check_rows(tensor, layout.codec, values, values.shape)
 
     def settle(self) -> None:
         """Return when every read submitted so far is over."""
@@ -220,15 +262,6 @@ class Reader:
             self._buffered[file] = open_cached(self._paths[file])
         handle, tells = self._buffered[file]
         return handle if tells else -1
-
-    def _check_held(self, tensor: str) -> None:
-        """Refuse what the pack, an outline, does not hold itself."""
-        places = self.pack.manifest.places
-        if places is not None and tensor in places.tensors:
-            raise PackError(
-                f"{self.pack.path} is an outline, from which {tensor} cannot be read: name "
-                f"{self.pack.sources[0].path} instead, or a pack of it"
-            )
 
     def _check_open(self) -> None:
         if not self._files:

@@ -58,6 +58,34 @@ class Ops(Protocol[Array]):
     ) -> None:
         """`linear` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)], None: it allocates."""
 
+    def linear_add(
+        self,
+        x: Array,
+        rows: Array,
+        codec: Codec,
+        group: int,
+        y: Array,
+        row0: int,
+        tokens: Array | None = None,
+    ) -> None:
+        """y[tokens[b], row0 + r] += x[b] · rows[r], few tokens; x [B, K], rows uint8 [n, bytes] of a kept codec.
+
+        Sums are those that `glu` takes of bundles of `group` neurons. tokens int32 [B], None: all.
+        """
+
+    def gemm_linear_add(
+        self,
+        x: Array,
+        rows: Array,
+        codec: Codec,
+        group: int,
+        y: Array,
+        row0: int,
+        tokens: Array | None = None,
+        scratch: Array | None = None,
+    ) -> None:
+        """`linear_add` for many tokens; scratch uint8 [gemm_scratch_bytes(B, K)], None: it allocates."""
+
     def gemm_scratch_bytes(self, tokens: int, k: int, neurons: int = 0) -> int:
         """Bytes of scratch of `gemm_linear` on `tokens` rows of k numbers, or with `neurons` that of `gemm_glu`."""
 
@@ -173,8 +201,11 @@ class Ops(Protocol[Array]):
     def rms_norm_gated(self, x: Array, gate: Array, weight: Array, eps: float, out: Array) -> None:
         """out = x / sqrt(mean(x²) + eps) * weight * silu(gate) over rows; x, gate, out [B, K], weight [K]."""
 
-    def activate(self, gate: Array, up: Array, activation: str) -> None:
-        """gate = act(gate) * up in place, gate and up [B, K]; activation: a name of `flashrt_kernels.activations`."""
+    def activate(self, gate: Array, up: Array | None, activation: str) -> None:
+        """gate = act(gate) * up in place, gate and up [B, K]; up None: ones.
+
+        activation: a name of `flashrt_kernels.activations`
+        """
 
     def sigmoid_gate(self, x: Array, gate: Array) -> None:
         """x *= sigmoid(gate) in place, x and gate [B, K]."""
@@ -230,6 +261,7 @@ class Ops(Protocol[Array]):
         parents: Array | None = None,
         state: Array | None = None,
         sinks: Array | None = None,
+        wide: bool = False,
     ) -> None:
         """Causal attention of q [B, H, D], from position `start` on, over kv [KVH, context, *pair]; out [B, H * V].
 
@@ -237,7 +269,8 @@ class Ops(Protocol[Array]):
         own included; None: all before it. scale multiplies scores, softcap bounds them (None: not). parents int32 [B]
         makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state: what `attend_page`
         has gathered of positions before those of kv (None: nothing). sinks [H]: scores that each head has beside those
-        of its keys, and whose values are zero; not beside a state.
+        of its keys, and whose values are zero; not beside a state. wide: the tokens are part of a pass of many, which
+        may round otherwise than one of few, but alike however it is cut.
         """
 
     def attend_page(
@@ -250,6 +283,7 @@ class Ops(Protocol[Array]):
         first: bool,
         scratch: Array | None = None,
         sinks: Array | None = None,
+        wide: bool = False,
     ) -> None:
         """Takes positions that all of q [B, H, D] sees, page [KVH, n, *pair], into state [B, H, its width].
 

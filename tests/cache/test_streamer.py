@@ -24,7 +24,7 @@ SLOT = 64
 
 
 def block(index: int, nbytes: int = SLOT) -> Block:
-    return Block("w", index, "f", index * SLOT, nbytes, index, 1)
+    return Block("w", index, "f", index * PAGE, nbytes, index, 1)
 
 
 class FakeReader:

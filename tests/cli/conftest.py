@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from flashrt.storage.manifest import _checksum
 from tests.families import tiny_checkpoint
 
 Result = subprocess.CompletedProcess[str]
@@ -101,6 +104,16 @@ def long_pack(cli: Cli, long_checkpoint: Path, tmp_path_factory: pytest.TempPath
     result = cli("pack", long_checkpoint, out, "--dtype", "f32")
     assert result.returncode == 0, result.stderr
     return out
+
+
+def set_text(pack: Path, **fields: Any) -> None:
+    """Change what a pack's text.json says, as if it had been packed with that."""
+    file, manifest = pack / "text.json", pack / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    body = json.loads(manifest.read_bytes())
+    body.pop("checksum")
+    body["text_files"]["text.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(body | {"checksum": _checksum(body)}))
 
 
 def check_failure(result: Result, status: int, *words: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from flashrt.checkpoints.resolve import resolve
 from flashrt.cli.guard import guarded
 from flashrt.errors import CheckpointError, UsageError
 from flashrt.storage.manifest import _checksum
-from tests.cli.conftest import COMMAND, Cli, check_failure
+from tests.cli.conftest import COMMAND, Cli, check_failure, set_text
 
 
 @pytest.fixture
@@ -55,9 +54,9 @@ def test_prompts_that_are_none(cli: Cli, pack: Path, tmp_path: Path) -> None:
     check_failure(cli("run", pack, stdin=b"caf\xe9"), 2, "UTF-8", "byte 3")
     check_failure(cli("run", pack, "--prompt-file", tmp_path / "none"), 2, "No such file")
     check_failure(cli("run", pack, "--prompt", "a", "--prompt-file", "-"), 2, "contradict")
-    check_failure(cli("run", pack, "--prompt", "a", "--system", "b"), 2, "--chat")
+    check_failure(cli("run", pack, "--prompt", "a", "--raw", "--system", "b"), 2, "--raw contradict")
     check_failure(cli("chat", pack, stdin=b"caf\xe9\n"), 2, "UTF-8")
-    check_failure(cli("run", pack, "--chat", "--system", "\udcff", "-p", "a"), 2, "--system is not UTF-8", "0xff")
+    check_failure(cli("run", pack, "--system", "\udcff", "-p", "a"), 2, "--system is not UTF-8", "0xff")
     check_failure(cli("chat", pack, "--system", "\udcff"), 2, "--system is not UTF-8")
 
 
@@ -71,13 +70,7 @@ def test_sampling_out_of_range(cli: Cli, pack: Path, option: str) -> None:
 
 @pytest.mark.parametrize("value", ["0.7", True, 1e9, [0.7]])
 def test_recommended_sampling_that_makes_no_sense(cli: Cli, copy: Path, value: Any) -> None:
-    text = json.loads((copy / "text.json").read_text())
-    text["generation"] = {"temperature": value, "do_sample": True}
-    (copy / "text.json").write_text(json.dumps(text))
-    body = json.loads((copy / "manifest.json").read_bytes())
-    body.pop("checksum")
-    body["text_files"]["text.json"] = hashlib.sha256((copy / "text.json").read_bytes()).hexdigest()
-    (copy / "manifest.json").write_text(json.dumps(body | {"checksum": _checksum(body)}))
+    set_text(copy, generation={"temperature": value, "do_sample": True})
     check_failure(cli("chat", copy, stdin="a\n"), 1, "text.json", "temperature is", "--temperature")
     assert cli("chat", copy, "--temperature", 0, "-n", 2, stdin="a\n").returncode == 0
 

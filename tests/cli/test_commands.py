@@ -158,7 +158,7 @@ def test_chat_reads_lines_and_keeps_the_conversation(cli: Cli, pack: Path) -> No
     result = cli("chat", pack, *options, "--stats", stdin="hello\n\nmore\n/reset\nhello\n/exit\nnever\n")
     assert result.returncode == 0, result.stderr
     # An answer may hold line breaks: compare whole texts, by way of the same messages asked one at a time.
-    first = cli("run", pack, "--chat", "--prompt", "hello", "-n", 8).stdout
+    first = cli("run", pack, "--prompt", "hello", "-n", 8).stdout
     assert result.stdout.startswith(first)
     assert result.stdout.endswith(first)
     assert len(result.stdout) > 2 * len(first)

@@ -1,4 +1,4 @@
-"""`flashrt run model.gguf` reads weights from the file itself, where memory holds them all."""
+"""`flashrt run model.gguf` reads weights from the file itself."""
 
 from __future__ import annotations
 
@@ -37,26 +37,34 @@ def test_text_is_that_of_a_pack_and_nothing_is_packed(cli: Cli, case: str, tmp_p
         assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
         assert f"note: weights are read from {file} itself, nothing is packed" in found.stderr
     (outline,) = shelf(cli, cache)
-    assert outline["name"].startswith("model-file-")
+    assert outline["name"].startswith("model-rows-")
     assert outline["problem"] is None
     assert file.read_bytes() == before
 
 
 def test_a_model_that_is_packed_uses_its_pack(cli: Cli, file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert cli("inspect", file, "--cache-dir", cache).returncode == 0  # which packs
+    assert "not calibrated" in cli("run", file, *RUN, "--mode", "sparse", "--cache-dir", cache).stderr  # but packed
     found = cli("run", file, *RUN, "--cache-dir", cache)
     assert found.returncode == 0
     assert "nothing is packed" not in found.stderr
     assert [pack["name"].split("-")[1] for pack in shelf(cli, cache)] == ["auto"]
 
 
+def test_what_is_inspected_is_not_packed(cli: Cli, file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    facts = json.loads(cli("inspect", file, "--cache-dir", cache, "--json").stdout)
+    assert facts["files"][str(file)] == file.stat().st_size
+    assert facts["bytes"] == sum(facts["files"].values())
+    assert [pack["name"].split("-")[1] for pack in shelf(cli, cache)] == ["rows"]
+
+
 def test_a_plan_packs_nothing(cli: Cli, file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     found = cli("plan", file, "--cache-dir", cache)
     assert found.returncode == 0, found.stderr
-    assert f"none, weights are read from {file}; one of " in " ".join(found.stdout.split())
-    assert [pack["name"].split("-")[1] for pack in shelf(cli, cache)] == ["file"]
+    assert f"none, weights are read from {file}" in " ".join(found.stdout.split())
+    assert [pack["name"].split("-")[1] for pack in shelf(cli, cache)] == ["rows"]
 
 
 def test_touched_and_moved_files_stay_the_same_model(cli: Cli, file: Path, tmp_path: Path) -> None:

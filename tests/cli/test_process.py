@@ -69,7 +69,7 @@ def test_a_reader_that_leaves_is_no_error(launch: Launch, long_pack: Path) -> No
     assert process.wait(timeout=60) == 141
 
 
-@pytest.mark.parametrize("options", [[], ["--chat"]])
+@pytest.mark.parametrize("options", [[], ["--raw"]])
 def test_run_imports_only_what_it_needs(pack: Path, tmp_path: Path, options: list[str]) -> None:
     program = (
         "import sys\n"

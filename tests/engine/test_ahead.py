@@ -14,16 +14,17 @@ from flashrt.budget.plan import Workload
 from flashrt.budget.planner import AHEAD
 from flashrt.checkpoints.pack_job import pack_checkpoint
 from flashrt.config import Sampling
-from flashrt.engine.ahead_pack import ahead_bytes, ahead_pack, ahead_plan, load_ahead
+from flashrt.engine.ahead_pack import ahead_bytes, ahead_pack, ahead_plan, load_ahead, pays
 from flashrt.engine.engine import Engine
 from flashrt.engine.open import open_model
 from flashrt.engine.options import LoadOptions
+from flashrt.engine.runtime import runtime_for
 from flashrt.errors import PackError
 from flashrt.storage.layout import AHEAD_DIR
 from flashrt.storage.pack import Pack
 from flashrt_kernels.kv import KvCodec
 from tests.ahead import FAMILIES, AheadReference, ahead_checkpoint, ahead_gguf
-from tests.engine.support import tiny_engine
+from tests.engine.support import tiny_engine, tiny_plan
 from tests.families import GGUF_FAMILIES, VOCAB
 
 CONTEXT = 96
@@ -127,6 +128,18 @@ def test_the_layer_is_loaded_where_drafts_are_planned(tmp_path: Path) -> None:
     expected, loaded = tokens(tmp_path / "checkpoint", tmp_path / "cache", dtype="f32", speculate="off")
     assert not loaded
     assert tokens(tmp_path / "checkpoint", tmp_path / "cache", dtype="f32") == (expected, True)
+    with mock.patch("flashrt.engine.loaded_pack.pays", return_value=False):
+        assert tokens(tmp_path / "checkpoint", tmp_path / "cache", dtype="f32") == (expected, False)
+
+
+def test_the_layer_needs_the_head_and_little_of_a_budget_that_streams(tmp_path: Path) -> None:
+    ahead_checkpoint("qwen3_5_text", tmp_path / "checkpoint")
+    pack = packed(tmp_path / "checkpoint", tmp_path / "pack")
+    arguments, runtime = (pack.spec, pack.layout), runtime_for("cpu", threads=2)
+    cases = ((1.0, 4 << 20, True), (0.0, 1 << 10, False), (0.7, 1 << 10, True), (0.7, 4 << 20, False))
+    for share, nbytes, expected in cases:
+        the_plan = tiny_plan(pack, runtime, share, max_draft_tokens=4, ahead_bytes=nbytes)
+        assert pays(the_plan, *arguments) == expected, (share, nbytes)
 
 
 def test_the_layer_is_read_from_a_file_that_is_not_packed(tmp_path: Path) -> None:

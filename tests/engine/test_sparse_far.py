@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,15 +117,16 @@ def test_an_interrupt_leaves_nothing_wrong_behind(tmp_path, monkeypatch):
     whole, far = engines(packed, 0.2)
     with whole, far:
         expected = text_of(whole, PROMPT, 60)
-        fetch, left = far.sequence.kv.stores[-1]._cells.fetch, [7]
+        fetch_parts, left = far.sequence.kv.stores[-1]._cells.fetch_parts, [7]
 
-        def interrupted(cells: np.ndarray) -> np.ndarray:
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            return fetch(cells)
+        def interrupted(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            for slots in fetch_parts(parts):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                yield slots
 
-        monkeypatch.setattr(far.sequence.kv.stores[-1]._cells, "fetch", interrupted)
+        monkeypatch.setattr(far.sequence.kv.stores[-1]._cells, "fetch_parts", interrupted)
         generation = far.generate(PROMPT, 60, ignore_eos=True)
         with contextlib.suppress(KeyboardInterrupt):
             list(generation)

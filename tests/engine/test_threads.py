@@ -1,8 +1,9 @@
-"""Threads that share an engine: one request at a time, the others refused, and never a wrong token."""
+"""Threads that share an engine: one request at a time, the others wait, and never a wrong token."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -42,26 +43,22 @@ def text_of(engine, prompt):
     return [token.id for token in generation]
 
 
-def test_tokens_are_right_or_refused(packed):
+def test_tokens_are_right(packed):
     with tiny_engine(packed, 0.4, max_draft_tokens=4) as engine:
         expected = [text_of(engine, prompt) for prompt in PROMPTS]
-        texts, refused = [0] * len(PROMPTS), [0] * len(PROMPTS)
         wrong: list[object] = []
+        texts = [0] * len(PROMPTS)
         start = threading.Barrier(len(PROMPTS))
 
         def work(i: int) -> None:
             start.wait()
-            for _ in range(12):
-                try:
+            try:
+                for _ in range(6):
                     if text_of(engine, PROMPTS[i]) != expected[i]:
                         wrong.append(i)
                     texts[i] += 1
-                except UsageError as error:
-                    if "another thread's request" not in str(error):
-                        wrong.append(error)
-                    refused[i] += 1
-                except Exception as error:
-                    wrong.append(error)
+            except Exception as error:
+                wrong.append(error)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(len(PROMPTS))]
         for thread in threads:
@@ -69,24 +66,95 @@ def test_tokens_are_right_or_refused(packed):
         for thread in threads:
             thread.join(120)
         assert not wrong
-        assert sum(texts) > 0
-        assert sum(refused) > 0
-        assert sum(texts) + sum(refused) == 12 * len(PROMPTS)
-        assert text_of(engine, PROMPTS[0]) == expected[0]
+        assert texts == [6] * len(PROMPTS)
 
 
-def test_a_request_goes_on_while_others_are_refused(packed):
+def test_requests_wait_in_order(packed):
     with tiny_engine(packed, 1.0, scoring=True) as engine:
-        expected = text_of(engine, PROMPTS[0])
+        expected = [text_of(engine, prompt) for prompt in PROMPTS]
+        over: list[object] = []
         generation = engine.generate(PROMPTS[0], 24, ignore_eos=True)
         found = [next(generation).id]
-        for call in (lambda: next(engine.generate(PROMPTS[1], 4)), lambda: engine.score(PROMPTS[1], 10)):
-            assert isinstance(error := in_thread(call), UsageError)
-            assert "another thread's request is going on" in str(error)
-        found.append(in_thread(lambda: next(generation)).id)  # handed to another thread, which has ended since
+
+        def score() -> None:
+            engine.score(PROMPTS[1], 10)
+            over.append("score")
+
+        def text() -> None:
+            found_there = text_of(engine, PROMPTS[2])
+            over.append(found_there)
+
+        threads = [threading.Thread(target=score), threading.Thread(target=text)]
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            wait_until(lambda count=count: len(engine.turns._waiting) == count)
+        found.append(next(generation).id)
+        assert not over
+        other = threading.Thread(target=lambda: found.append(next(generation).id))  # handed to another thread
+        other.start()
+        other.join(60)
         found += [token.id for token in generation]
-        assert found == expected
-        assert in_thread(lambda: text_of(engine, PROMPTS[0])) == expected
+        assert found == expected[0]
+        assert text_of(engine, PROMPTS[3]) == expected[3]  # behind those that waited before
+        for thread in threads:
+            thread.join(60)
+        assert over == ["score", expected[2]]
+
+
+def test_a_request_may_replace_its_threads_own_while_others_wait(packed):
+    with tiny_engine(packed, 1.0) as engine:
+        expected = text_of(engine, PROMPTS[1])
+        first = engine.generate(PROMPTS[0], 24)
+        next(first)
+        found: list[object] = []
+        thread = threading.Thread(target=lambda: found.append(text_of(engine, PROMPTS[1])))
+        thread.start()
+        wait_until(lambda: engine.turns._waiting)
+        assert text_of(engine, PROMPTS[1]) == expected
+        thread.join(60)
+        assert found == [expected]
+
+
+def test_what_is_abandoned_makes_room(packed):
+    with tiny_engine(packed, 1.0) as engine:
+        expected = text_of(engine, PROMPTS[1])
+        generation = engine.generate(PROMPTS[0], 24)
+        next(generation)
+        found: list[object] = []
+        thread = threading.Thread(target=lambda: found.append(text_of(engine, PROMPTS[1])))
+        thread.start()
+        wait_until(lambda: engine.turns._waiting)
+        del generation  # nobody says so
+        thread.join(60)
+        assert found == [expected]
+
+
+def test_closing_the_engine_ends_those_who_wait(packed):
+    engine = tiny_engine(packed, 1.0)
+    generation = engine.generate(PROMPTS[0], 24)
+    next(generation)
+    found: list[object] = []
+
+    def wait() -> None:
+        try:
+            next(engine.generate(PROMPTS[1], 4))
+        except UsageError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_until(lambda: engine.turns._waiting)
+    engine.close()
+    thread.join(60)
+    assert len(found) == 1
+    assert "closed" in found[0]
+
+
+def wait_until(true) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_a_request_that_is_closed_makes_room(packed):

@@ -16,6 +16,7 @@ from flashrt_kernels.rows import DTYPES, MATRIX_ROWS, Codec, bundle_stride, row_
 cpu = pytest.importorskip("flashrt_kernels.cpu", reason="the extension is not built")
 
 CODECS = list(DTYPES)
+HALF_GEMM = ("avx512bf16", "amx")  # instruction sets by which wide passes multiply in bfloat16
 Floats = NDArray[np.float32]
 
 

@@ -9,6 +9,7 @@ from flashrt_kernels.limits import ATTENTION_SEGMENT as SEGMENT
 from .helpers import cpu, empty, normal, numbers, reference, rms_ratio, same
 
 CODEC = pytest.mark.parametrize("codec", KvCodec)
+WIDE = pytest.mark.parametrize("wide", [False, True])  # rows of a pass of few, or of many
 
 
 def tensor_of(kv):
@@ -71,20 +72,23 @@ def test_blocks_are_those_of_gguf_files(isa, codec, scale):
         (3, 1, 10, 7, None),
         (2, 1, 256, 300, 5.0),
         (4, 2, 512, 90, None),
+        (5, 1, 96, 40, 20.0),
     ],
 )
-def test_attention_matches_reference(isa, codec, heads, kv_heads, dim, window, softcap):
+@WIDE
+def test_attention_matches_reference(isa, wide, codec, heads, kv_heads, dim, window, softcap):
     kv, tensor = cache(1, kv_heads, 700, dim, codec)
-    tolerance = 5e-6 if dim <= 256 else 1e-5  # errors of products that softmax magnifies
+    halves = wide and isa == "amx" and codec is KvCodec.BF16 and dim % 32 == 0  # queries and weights of 16 bits
+    tolerance = 2e-5 if halves else 5e-6 if dim <= 256 else 1e-5  # errors of products that softmax magnifies
     for start, tokens in ((0, 1), (0, 17), (255, 1), (300, 5), (100, 123), (690, 10)):
         q, out = normal(3, tokens, heads, dim), empty(tokens, heads * dim)
-        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out)
+        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, wide=wide)
         expected = torch.empty(tokens, heads * dim)
         reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected)
         assert rms_ratio(out, expected) < tolerance
         sinks = normal(6, heads) * 4 + 12
-        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, sinks=sinks)
-        assert rms_ratio(out, expected) > 2e-5
+        cpu.attention(q, kv, start, window, dim**-0.5, softcap, out, sinks=sinks, wide=wide)
+        assert rms_ratio(out, expected) > 2 * tolerance
         beside = torch.from_numpy(sinks)
         reference.attention(torch.from_numpy(q), tensor, start, window, dim**-0.5, softcap, expected, sinks=beside)
         assert rms_ratio(out, expected) < tolerance
@@ -106,16 +110,17 @@ def test_sinks_are_scores_without_values(isa):
 
 @CODEC
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (3, 3)])
-def test_attention_is_invariant(isa, codec, window, heads, kv_heads):
-    dim, context = 40, 600
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 40), (3, 3, 40), (6, 1, 64)])
+@WIDE
+def test_attention_is_invariant(isa, wide, codec, window, heads, kv_heads, dim):
+    context = 600
     kv, _ = cache(1, kv_heads, context, dim, codec)
     q, whole = normal(3, context, heads, dim), empty(context, heads * dim)
-    cpu.attention(q, kv, 0, window, 0.2, None, whole)
+    cpu.attention(q, kv, 0, window, 0.2, None, whole, wide=wide)
     for threads, start, tokens in ((1, 0, 1), (2, 599, 1), (3, 250, 13), (2, 256, 16), (1, 57, 300), (2, 511, 2)):
         cpu.set_threads(threads)
         out = empty(tokens, heads * dim)
-        cpu.attention(q[start : start + tokens], kv, start, window, 0.2, None, out)
+        cpu.attention(q[start : start + tokens], kv, start, window, 0.2, None, out, wide=wide)
         assert same(out, whole[start : start + tokens])
 
 
@@ -240,7 +245,7 @@ def by_pages(q, kv, far, start, scale, softcap, out, sinks=None, **options):
     step = SEGMENT if far % (3 * SEGMENT) else 3 * SEGMENT
     for begin in range(0, far, step):
         page = np.ascontiguousarray(kv[:, begin : begin + step])
-        cpu.attend_page(q, page, scale, softcap, state, begin == 0, None, sinks)
+        cpu.attend_page(q, page, scale, softcap, state, begin == 0, None, sinks, options.get("wide", False))
     near = np.ascontiguousarray(kv[:, far:])
     cpu.attention(q, near, start - far, None, scale, softcap, out, state=state, **options)
 
@@ -250,7 +255,8 @@ def by_pages(q, kv, far, start, scale, softcap, out, sinks=None, **options):
     ("heads", "kv_heads", "dim", "softcap"),
     [(4, 1, 48, None), (8, 2, 64, None), (3, 3, 10, 20.0), (14, 2, 256, 5.0), (5, 1, 500, None)],
 )
-def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, softcap):
+@WIDE
+def test_pages_give_the_bits_of_one_attention(isa, wide, codec, heads, kv_heads, dim, softcap):
     context = 11 * SEGMENT + 57
     kv, _ = cache(1, kv_heads, context, dim, codec)
     for far, start, tokens, threads in (
@@ -263,8 +269,8 @@ def test_pages_give_the_bits_of_one_attention(isa, codec, heads, kv_heads, dim, 
         cpu.set_threads(threads)
         q, out, whole = normal(3, tokens, heads, dim), empty(tokens, heads * dim), empty(tokens, heads * dim)
         for sinks in (None, normal(6, heads)):
-            cpu.attention(q, kv, start, None, dim**-0.5, softcap, whole, sinks=sinks)
-            by_pages(q, kv, far, start, dim**-0.5, softcap, out, sinks)
+            cpu.attention(q, kv, start, None, dim**-0.5, softcap, whole, sinks=sinks, wide=wide)
+            by_pages(q, kv, far, start, dim**-0.5, softcap, out, sinks, wide=wide)
             assert same(out, whole)
 
 
@@ -297,6 +303,10 @@ def test_values_that_are_parts_of_keys(isa, codec, heads, kv_heads, dim, values)
         counts = np.repeat(np.arange(start + 1, start + tokens + 1, dtype=np.int32)[:, None], kv_heads, 1)
         cpu.attention_list(q, shared, None, lists, counts, scale, None, out)
         assert same(out, expected)
+        cpu.attention(q, twice, start, None, scale, None, whole, wide=True)
+        cpu.attention(q, shared, start, None, scale, None, out, wide=True)
+        assert same(out, whole.reshape(tokens, heads, dim)[:, :, :values].reshape(tokens, -1))
+        assert rms_ratio(out, other) < 2e-5
 
 
 def test_wrong_values_of_caches_of_keys_are_named():

@@ -7,7 +7,7 @@ import torch
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 from flashrt_kernels.rows import KEPT, MATRIX_ROWS, Codec, NeuronCodecs, align, neuron_bytes, row_bytes
 
-from .helpers import cpu, empty, normal, reference, rms_ratio, same
+from .helpers import HALF_GEMM, cpu, empty, normal, reference, rms_ratio, same
 from .kept import as_gguf, kept_rows
 
 CODECS = list(KEPT)
@@ -70,7 +70,7 @@ def test_gemm_linear(isa, codec):
         rows = kept_rows(k, 75, k, codec)
         x, out = normal(1, 23, k), empty(23, 75)
         cpu.gemm_linear(x, in_bundles(rows), codec, out, 0, 75)
-        assert rms_ratio(out, x @ as_gguf(rows, codec).T) < (1e-2 if isa == "avx512bf16" else 3e-6)
+        assert rms_ratio(out, x @ as_gguf(rows, codec).T) < (1e-2 if isa in HALF_GEMM else 3e-6)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -178,7 +178,7 @@ def test_groups_by_the_reference(isa, call, gated, group, down):
     chosen = RoutedTokens(torch.from_numpy(routed.tokens), torch.from_numpy(routed.factors))
     reference.glu(torch.from_numpy(x), given, expected, chosen, usage=counted)
     call(x, FfnWeights(held, codecs, "silu", gated, bias, gate_bias), y, routed, usage=usage)
-    tolerance = 1e-2 if isa == "avx512bf16" and call is cpu.gemm_glu else 3e-4
+    tolerance = 1e-2 if isa in HALF_GEMM and call is cpu.gemm_glu else 3e-4
     assert rms_ratio(y, expected.numpy()) < tolerance
     assert rms_ratio(usage, counted.numpy()) < tolerance
     h = ffn(x, weights, bias, gate_bias)
@@ -222,7 +222,7 @@ def test_single_neurons_with_down_requantized(isa):
     coded = np.empty((n, row_bytes(Codec.INT8, k)), np.uint8)
     cpu.quantize(down, Codec.INT8, coded)
     held = np.concatenate((gate, up, coded), 1)
-    wide = 1e-2 if isa == "avx512bf16" else 3e-6
+    wide = 1e-2 if isa in HALF_GEMM else 3e-6
     for tokens, call, close in ((1, cpu.glu, 3e-4), (16, cpu.glu, 3e-4), (19, cpu.gemm_glu, wide)):
         x, y = normal(5, tokens, k), normal(6, tokens, k)
         expected = torch.from_numpy(y.copy())

@@ -61,7 +61,9 @@ def test_what_is_fetched_is_there(slots):
         else:
             wanted += len(cells)
             before = cache.counts["hits"] + cache.counts["misses"]
-            assert np.array_equal(disk.memory[cache.fetch(layer, cells)], disk.content[layer, cells])
+            parts = np.array_split(cells, int(random.integers(1, 4)))
+            for part, held in zip(parts, cache.fetch_parts(layer, parts), strict=True):
+                assert np.array_equal(disk.memory[held], disk.content[layer, part])
             assert cache.counts["hits"] + cache.counts["misses"] == before + len(cells)
     if slots == LAYERS * CELLS:
         assert cache.counts["hits"] > cache.counts["misses"]
@@ -84,6 +86,17 @@ def test_what_was_read_ahead_is_counted():
     cache.prefetch(1, np.arange(4))
     cache.fetch(1, np.arange(2, 6))
     assert cache.counts == {"ahead": 4, "useful": 2, "hits": 2, "misses": 2}
+
+
+def test_the_next_part_is_being_read_while_one_is_used():
+    disk = Disk(20)
+    cache = CellCache(20, LAYERS, CELLS, disk)
+    parts = cache.fetch_parts(0, [np.arange(4), np.arange(4, 9)])
+    first = next(parts)
+    assert disk.reads == 9
+    assert np.array_equal(disk.memory[first], disk.content[0, :4])
+    assert (disk.memory == -2).sum() == 5  # not waited for yet
+    assert np.array_equal(disk.memory[next(parts)], disk.content[0, 4:9])
 
 
 def test_more_than_there_are_slots_is_an_error():

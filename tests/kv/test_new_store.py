@@ -43,7 +43,7 @@ class PagedStore(KvStore):
         memory = np.ascontiguousarray(memory.transpose(2, 0, 1, 3)[heads])
         attention = self._attention
         options = (rows.start, attention.window, attention.scale, None)
-        self._kernels.ops.attention(query, memory, *options, out, None, rows.parents, sinks=sinks)
+        self._kernels.ops.attention(query, memory, *options, out, None, rows.parents, sinks=sinks, wide=rows.wide)
 
     def commit(self, start: int, path: Sequence[int]) -> None:
         for place, row in enumerate(path):

@@ -31,8 +31,8 @@ def text(server: Server, prompt: str = PROMPT, tokens: int = 24, **fields: Any) 
 
 
 def run(pack: Path, tmp_path: Path, prompt: str, *options: object) -> dict[str, Any]:
-    """The report of `flashrt run --chat`."""
-    command = [*COMMAND, "run", str(pack), "--chat", "-p", prompt, "--ignore-eos", "--json", "-n", "24"]
+    """The report of `flashrt run`."""
+    command = [*COMMAND, "run", str(pack), "-p", prompt, "--ignore-eos", "--json", "-n", "24"]
     done = subprocess.run(
         [*command, *map(str, options)], capture_output=True, text=True, env=environment(tmp_path), check=False
     )

@@ -13,9 +13,9 @@ import pytest
 from flashrt.arch import Part
 from flashrt.checkpoints.pack_job import cached_outline
 from flashrt.errors import PackError
+from flashrt.storage.layout import Turned
 from flashrt.storage.manifest import MANIFEST_FILE, _checksum
 from flashrt.storage.pack import Pack
-from flashrt.storage.places import Rows
 from flashrt.storage.sources.checkpoint import _unpermute
 from tests.kept import CASES
 
@@ -31,14 +31,12 @@ def outline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_permuted_rows_stand_where_a_checkpoint_reads_them(heads: int, each: int, rotary: int, fixed: int) -> None:
     count = heads * each
-    rows = Rows(0, 0, 1, count, heads, rotary, fixed)
-    places = rows.places(0, count)
+    places = Turned(heads, rotary, fixed).places(count)
     part = Part("x", heads=heads, rotary=rotary, fixed=fixed)
     expected = _unpermute(np.arange(count, dtype=np.uint8)[:, None], heads, part)[:, 0]
     found = np.empty(count, np.uint8)
     found[places] = np.arange(count)
     assert np.array_equal(found, expected)
-    assert np.array_equal(rows.places(3, 5), places[3:5])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,8 @@ def test_permuted_rows_stand_where_a_checkpoint_reads_them(heads: int, each: int
         (lambda p: p["tensors"]["0.ffn"][0].__setitem__(0, 1), "0.ffn has a place that cannot be"),
         (lambda p: p["tensors"]["0.ffn"][0].__setitem__(1, -1), "0.ffn has a place that is no whole number"),
         (lambda p: p["tensors"]["0.ffn"][0].__setitem__(2, 7), "0.ffn lies in rows of other sizes"),
-        (lambda p: p["tensors"]["0.ffn"][0].__setitem__(4, 7), "0.ffn has a place that cannot be"),
+        (lambda p: p["tensors"]["0.ffn"][0].__setitem__(4, 7), "0.ffn lies in more places than are read"),
+        (lambda p: p["tensors"]["embed"][0].__setitem__(5, 2), "embed has a place that cannot be"),
         (lambda p: p["tensors"]["0.ffn"][0].append(1), "is damaged"),
         (lambda p: p["tensors"]["embed"][0].__setitem__(1, 1 << 40), "does not fit the files"),
     ],

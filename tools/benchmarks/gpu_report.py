@@ -143,7 +143,7 @@ def benchmark(deadline: float) -> list[dict[str, Any]]:
 def run_once(pack: Path, budget_gb: float | None, deadline: float) -> dict[str, Any]:
     """Figures of one `flashrt run`, in a process of its own: its budget counts all that the process holds."""
     command = [sys.executable, "-m", "flashrt", "run", str(pack), "--device", "cuda", "--json"]
-    command += ["--prompt", "a" * PROMPT_TOKENS, "--max-new-tokens", str(NEW_TOKENS)]
+    command += ["--raw", "--prompt", "a" * PROMPT_TOKENS, "--max-new-tokens", str(NEW_TOKENS)]
     if budget_gb is not None:
         command += ["--budget-gb", f"{budget_gb:.4f}"]
     try:

@@ -103,7 +103,8 @@ def measure(args: argparse.Namespace, system: str, gguf: Path, pack: Path) -> Sa
 
 
 def _flashrt(args: argparse.Namespace, gguf: Path, pack: Path) -> list[str]:
-    command = [*runs.flashrt("run", pack), "--budget-gb", args.budget, "--prompt", PROMPT, "--ignore-eos"]
+    command = [*runs.flashrt("run", pack), "--budget-gb", args.budget, "--raw", "--prompt", PROMPT]
+    command += ["--ignore-eos"]
     command += ["--temperature", "1", "--top-k", "0", "--seed", "1", "--threads", str(args.threads)]
     return [*command, "--max-new-tokens", str(args.tokens), "--context", str(args.tokens + len(PROMPT))]
 

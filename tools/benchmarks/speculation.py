@@ -3,11 +3,14 @@
 
     python -m tools.benchmarks.speculation PACK --budgets 0.65 0.8 1 --out docs/benchmarks/speculation-NAME.json
     python -m tools.benchmarks.speculation PACK --ablation --out docs/benchmarks/speculation-parts-NAME.json
+    python -m tools.benchmarks.speculation PACK --budgets 1.5 --behind tools/texts/long/cpp.txt \
+        --load=--kv=sparse --load=--kv-keep=1/16 --out docs/benchmarks/speculation-sparse-kv-NAME.json
 
 Questions of `tools.benchmarks.prompts` are answered greedily, in the model's chat template, up to the end of the answer
 or --tokens. Who goes first changes from question to question, and all must write the same text. Without --ablation
 every answer is a fresh process inside a memory cgroup of exactly its budget ('none': no limit), with `--speculate off`
-and `auto`. --disk-gb-per-s slows a fast disk down: what drafting gains depends on the disk. With --ablation the
+and `auto`. --disk-gb-per-s slows a fast disk down: what drafting gains depends on the disk. With --behind a question
+stands behind a long text, which is prefilled once for each budget: runs find it on disk again. With --ablation the
 variants answer in one process, which is not confined:
 
     off       no drafts
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -58,13 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--count", type=int, default=10, help="questions of each set")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
+    parser.add_argument("--behind", type=Path, help="a text that all questions stand behind")
+    parser.add_argument(
+        "--load", action="append", default=[], metavar="OPTION", help="of `flashrt run`, such as --kv=sparse"
+    )
     parser.add_argument("--ablation", action="store_true", help="what the parts bring")
     disk_option(parser)
     args = benchmark.parse(arguments)
     with slow_disk(args.pack, args.disk_gb_per_s):
         rates = plain_rates(Pack(args.pack).largest_file)
         samples = [s for budget in args.budgets for kind in args.sets for s in answers(args, budget, kind)]
-    shape = {name: getattr(args, name) for name in ("tokens", "count", "ablation", "disk_gb_per_s")}
+    shape = {name: getattr(args, name) for name in ("tokens", "count", "load", "ablation", "disk_gb_per_s")}
+    shape["behind"] = args.behind and args.behind.name
     parameters = facts.pack(args.pack) | shape | rates
     benchmark.publish(parameters, samples, summary(args, parameters, samples))
 
@@ -75,7 +84,11 @@ def answers(args: argparse.Namespace, budget: str, kind: str) -> list[Sample]:
     if args.ablation:
         found = runs.in_child(variants, args.pack, budget, questions, args.tokens)
     else:
-        found = compare(partial(answer, args.pack, budget, args.tokens), MODES, questions)
+        before = "" if args.behind is None else args.behind.read_text("utf-8") + "\n\n"
+        with tempfile.TemporaryDirectory() as sessions:
+            kept = ["--session-dir", sessions, "--session-gb", "4"] if before else []
+            run = partial(answer, args.pack, budget, args.tokens, [*args.load, *kept])
+            found = compare(run, MODES, [before + question for question in questions])
     return [{"budget": budget, "kind": kind} | sample for sample in found]
 
 
@@ -93,10 +106,10 @@ def compare(run: Any, modes: Sequence[str], questions: Sequence[Any]) -> list[Sa
     return samples
 
 
-def answer(pack: Path, budget: str, tokens: int, question: str, mode: str) -> dict[str, Any]:
+def answer(pack: Path, budget: str, tokens: int, load: list[str], question: str, mode: str) -> dict[str, Any]:
     """One run's report. It ends where the answer does: what a model writes after it is not text to judge drafts by."""
-    options = ["--chat", "--prompt", question, "--max-new-tokens", str(tokens), "--speculate", mode]
-    return runs.flashrt_run(pack, budget, *options)
+    options = ["--prompt", question, "--max-new-tokens", str(tokens), "--speculate", mode]
+    return runs.flashrt_run(pack, budget, *load, *options)
 
 
 def summary(args: argparse.Namespace, parameters: dict[str, Any], samples: list[Sample]) -> dict[str, Any]:
@@ -104,6 +117,10 @@ def summary(args: argparse.Namespace, parameters: dict[str, Any], samples: list[
         f"{parameters['model']}, {parameters['dtype']}: greedy answers of at most {args.tokens} tokens, the same text "
         f"from all. {disk_label(args.disk_gb_per_s, parameters)}"
     )
+    if args.behind:
+        text += (
+            f" Every question stands behind {args.behind.name}; flashrt ran with {' '.join(args.load) or 'no option'}."
+        )
     if args.ablation:
         labels = {"budget": ("budget", "budget"), "kind": "questions", "mode": "drafts"}
         ordered = sorted(samples, key=lambda s: (args.budgets.index(s["budget"]), list(VARIANTS).index(s["mode"])))

@@ -9,6 +9,7 @@ these ways, in turn:
     as it is        a guess one layer ahead where that pays, and a cache that gives up what is wanted last
     always guess    in every layer
     never guess     what is missing is read when it is wanted
+    heads at once   all KV heads choose, then all is read: nothing is read while another head chooses or is computed
     LRU             without guesses; what was unused for longest is given up
     no cache        without guesses; nothing stays from one token to the next
 
@@ -33,11 +34,13 @@ from flashrt.engine.engine import Engine
 from flashrt.engine.open import open_model
 from flashrt.engine.options import LoadOptions
 from flashrt.kv.cell_cache import CellCache
+from flashrt.kv.chosen import ChosenStore
 from flashrt.kv.figures import kv_figures
 from flashrt.kv.guesses import Guesses
+from flashrt.kv.sparse import ChoosingStore
 from tools.benchmarks.harness import facts, runs
 from tools.benchmarks.harness.record import Benchmark, say
-from tools.benchmarks.harness.samples import Sample, in_turn, spread, table
+from tools.benchmarks.harness.samples import Sample, grouped, in_turn, spread, table
 from tools.benchmarks.kv_sample import KvSample, fill, record
 from tools.benchmarks.longctx import TEXT, number
 
@@ -57,10 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--text", type=Path, default=TEXT, help="whose keys and values fill the context")
     parser.add_argument("--text-tokens", type=int, default=1024, help="of it, from its start")
+    benchmark.parser.add_argument(
+        "--ways", nargs="+", choices=[name for name, _ in WAYS], default=[name for name, _ in WAYS]
+    )
     args = benchmark.parse(arguments)
     given: dict[str, Any] = {name: number(value) for name, _, value in (word.partition("=") for word in args.load)}
     options = LoadOptions(kv="sparse", kv_keep=args.keep, budget_gb=args.budget_gb, speculate="off", **given)
-    tokens = (WARM_UP + args.steps) * args.repeat * len(WAYS)
+    ways = [way for way in WAYS if way[0] in args.ways]
+    tokens = (WARM_UP + args.steps) * args.repeat * len(ways)
     with tempfile.TemporaryDirectory() as folder:
         runs.in_child(record, args.pack, args.text.read_text("utf-8"), args.text_tokens, Path(folder))
         with open_model(args.pack, options).load(Workload(args.context + tokens + 1)) as engine:
@@ -71,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples = [
                 {"way": way[0], "round": turn} | measured(decoding, way, args.steps)
                 for turn in range(args.repeat)
-                for way in in_turn(WAYS, turn)
+                for way in in_turn(ways, turn)
             ]
             figures = {"plan": engine.plan.to_json()}
     names = ("context", "budget_gb", "keep", "load", "steps", "repeat", "text_tokens")
@@ -128,13 +135,14 @@ def _least_recently_used() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    fetch = CellCache.fetch
+    want = CellCache._want
 
-    def forgetting(cache: CellCache, layer: int, cells: np.ndarray) -> np.ndarray:
-        cache.drop(layer, cells)
-        return fetch(cache, layer, cells)
+    def forgetting(cache: CellCache, layer: int, cells: np.ndarray) -> Any:
+        slots = cache._slot[layer, cells]
+        cache._forget(slots[slots >= 0])
+        return want(cache, layer, cells)
 
-    with _guessing(False), _replaced(CellCache, "fetch", forgetting):
+    with _guessing(False), _replaced(CellCache, "_want", forgetting):
         yield
 
 
@@ -142,6 +150,7 @@ WAYS: list[Way] = [
     ("as it is", contextlib.nullcontext),
     ("always guess", lambda: _guessing(True)),
     ("never guess", lambda: _guessing(False)),
+    ("heads at once", lambda: _replaced(ChosenStore, "_attend_few", ChoosingStore._attend_few)),
     ("LRU", _least_recently_used),
     ("no cache", _without_cache),
 ]
@@ -167,7 +176,8 @@ def summary(parameters: dict[str, Any], samples: list[Sample]) -> dict[str, Any]
     ]
     figures = ("token_s", "wait_s", "bytes_read", "cached", "read_ahead", "lookahead_recall")
     rows = [
-        [name, *(spread([s[figure] for s in samples if s["way"] == name]) for figure in figures)] for name, _ in WAYS
+        [name, *(spread([s[figure] for s in samples if s["way"] == name]) for figure in figures)]
+        for (name,) in grouped(samples, "way")
     ]
     return {"text": [text], "tables": [table(columns, rows)]}
 

@@ -4,6 +4,7 @@ recent      the last ones (Xiao et al., StreamingLLM, arXiv:2309.17453)
 bounds      pages of 16 positions, by the largest product that a query can have with a key within the page's least and
             most of each number (Tang et al., Quest, arXiv:2406.10774). In bfloat16 these bounds take 32 bytes a token
             and KV head of 128 numbers, twice what labels take.
+keys        blocks by what the softmax over all keys puts on them: what labels stand for. It takes the keys themselves
 
 What each KV head keeps is what labels keep there, and what is attended to in any case is the same.
 """
@@ -21,7 +22,7 @@ from flashrt.kv.index import LabelIndex
 from flashrt.kv.sparse import SparseStore
 
 Array = np.ndarray
-Keys = Callable[[int, int], Array]
+KeysOf = Callable[[int, int], Array]
 
 PAGE = 16
 
@@ -32,7 +33,7 @@ class Recent:
     def __init__(self, index: LabelIndex) -> None:
         self._index, self._choice = index, index._choice
 
-    def begin(self, start: int, keys: Keys) -> None:
+    def begin(self, start: int, keys: KeysOf) -> None:
         """Nothing is kept of keys."""
 
     def restart(self) -> None:
@@ -64,7 +65,7 @@ class Bounds(Recent):
         super().__init__(index)
         self._scale, self._least, self._most = scale, np.empty(0), np.empty(0)
 
-    def begin(self, start: int, keys: Keys) -> None:
+    def begin(self, start: int, keys: KeysOf) -> None:
         """Bounds of all whole pages before `start`, those kept that lie there already."""
         known, pages = min(len(self._least), start // PAGE), start // PAGE
         self._least, self._most = self._least[:known], self._most[:known]
@@ -89,6 +90,31 @@ class Bounds(Recent):
         return np.repeat(shares, PAGE // self._choice.block, axis=1)[:, :end]
 
 
+class Keys(Recent):
+    """Chooses blocks as labels do, by the keys themselves."""
+
+    def __init__(self, index: LabelIndex, scale: float) -> None:
+        super().__init__(index)
+        self._scale, self._keys = scale, np.empty((0, 0, 0), np.float32)
+
+    def begin(self, start: int, keys: KeysOf) -> None:
+        known = min(self._keys.shape[1], start)
+        new = keys(known, start)
+        self._keys = np.concatenate((self._keys[:, :known], new), axis=1) if known else new.copy()
+
+    def restart(self) -> None:
+        self._keys = np.empty((0, 0, 0), np.float32)
+
+    def weights(self, query: Array, position: int, heads: slice) -> Array:
+        block, end = self._choice.block, self._choice.end(position)
+        own = self._keys[heads, : end * block]
+        scores = query.reshape(len(own), -1, query.shape[-1]) @ own.swapaxes(1, 2) * self._scale
+        scores[:, :, :block] = -np.inf  # the first block is no candidate
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares = (scores / scores.sum(axis=-1, keepdims=True)).sum(axis=1)
+        return shares.reshape(len(own), end, block).sum(axis=2)
+
+
 def heaviest(choice: Choice, position: int, head: int, weights: Array) -> Array:
     """The blocks that a row chooses, ascending; of equal ones the earlier."""
     order = np.argsort(-weights[1:], kind="stable") + 1
@@ -96,12 +122,13 @@ def heaviest(choice: Choice, position: int, head: int, weights: Array) -> Array:
 
 
 def choose_by(engine: Engine, name: str) -> None:
-    """From now on choose by 'labels', 'recent' or 'bounds' in all layers that choose."""
+    """From now on choose by 'labels', 'recent', 'bounds' or 'keys' in all layers that choose."""
     for store in choosing(engine):
         own = store.__dict__.setdefault("selectors", {"labels": store._chooser.index})
         if name not in own:
             index: LabelIndex = own["labels"]
-            own[name] = Recent(index) if name == "recent" else Bounds(index, store._attention.scale)
+            scale = store._attention.scale
+            own[name] = {"recent": Recent(index), "bounds": Bounds(index, scale), "keys": Keys(index, scale)}[name]
         store._chooser.index = own[name]
 
 

@@ -169,7 +169,7 @@ def answers_rightly(engine: Engine, haystack: Haystack, needle: Needle) -> bool:
 def way(word: str) -> Way:
     """Of labels=1/16. Raises ValueError."""
     choose, _, keep = word.partition("=")
-    if choose not in ("labels", "recent", "bounds"):
+    if choose not in ("labels", "recent", "bounds", "keys"):
         raise ValueError(word)
     share_of(keep)
     return choose, keep

@@ -64,7 +64,12 @@ class AdaptiveClaim(Claim):
         return AdaptiveTier(ffns=adaptive, drafts=bool(adaptive))
 
     def _candidates(self) -> list[TensorLayout]:
-        """Dense FFNs of a pack that is run exactly, where drafts are asked for and neurons can be gathered."""
+        """Dense FFNs of a pack that is run exactly, where drafts are asked for and neurons can be gathered.
+
+        None where the neurons of a layer are matrices in a file.
+        """
         case = self.case
+        if any(tensor.source is not None for tensor in case.tensors("FFN")):
+            return []
         drafts = case.workload.max_draft_tokens > 1 and case.costs.supports_gather
         return case.tensors("FFN") if drafts and not case.layout.rows and not case.layout.channel_columns else []

@@ -6,6 +6,7 @@ computes. Where fewer fit, leading blocks of experts are pinned instead and the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from flashrt.budget.claims.base import Case, Claim
 from flashrt.budget.owners import prefix_bytes
 from flashrt.budget.plan import TierPlan
-from flashrt.storage.layout import TensorLayout
+from flashrt.storage.layout import PAGE, TensorLayout
+from flashrt_kernels.rows import align
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class ExpertClaim(Claim):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self._tensors = case.tensors("experts")
-        self._expert_bytes = max((t.run_stride * t.stride for t in self._tensors), default=0)
+        sizes, self._experts = Counter[str](), dict[str, int]()
+        for tensor in self._tensors:
+            layer = tensor.name.partition(".")[0]
+            sizes[layer] += tensor.run_stride * tensor.stride + (0 if tensor.source is None else PAGE)
+            self._experts[layer] = tensor.runs
+        self._expert_bytes = align(max(sizes.values(), default=0), PAGE)
 
     @property
     def rings(self) -> int:
@@ -82,5 +89,5 @@ class ExpertClaim(Claim):
         A cache counts as if routers chose at random, which is the worst for it: any other choice has favourites.
         """
         ffn = self.case.spec.layers[int(tensor.name.partition(".")[0])].ffn
-        rest, every = tensor.nbytes - prefix_bytes(tensor, pinned), sum(t.runs for t in self._tensors)
+        rest, every = tensor.nbytes - prefix_bytes(tensor, pinned), sum(self._experts.values())
         return rest * ffn.experts_per_token * (every - slots) // (ffn.experts * every)

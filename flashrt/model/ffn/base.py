@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -17,9 +17,10 @@ from flashrt.cache.device import Progress
 from flashrt.cache.streamer import Submit
 from flashrt.model.heads import Chosen
 from flashrt.model.workspace import Tensor, Workspace
-from flashrt.storage.layout import Block
+from flashrt.storage.layout import Block, TensorLayout
 
 Array = np.ndarray
+Take = Callable[[TensorLayout], Iterable[tuple[int, Tensor]]]  # bundles of one run of a tensor, each with its number
 
 
 class Tokens(NamedTuple):

@@ -12,6 +12,7 @@ from flashrt.model.ffn.adaptive import AdaptiveKind
 from flashrt.model.ffn.base import FfnBlock, FfnKind
 from flashrt.model.ffn.dense import DenseKind
 from flashrt.model.ffn.experts import MixtureKind
+from flashrt.model.ffn.matrices import MatricesKind
 from flashrt.model.ffn.sparse import SparseKind
 from flashrt.model.ffn.sparse_channels import ChannelKind
 from flashrt.model.ffn.sparse_rows import RowKind
@@ -19,7 +20,8 @@ from flashrt.model.workspace import Workspace
 
 Kinds = Sequence[type[FfnKind]]
 
-KINDS: Kinds = (ChannelKind, RowKind, AdaptiveKind, MixtureKind, DenseKind)  # the first that computes a layer has it
+# The first that computes a layer has it.
+KINDS: Kinds = (ChannelKind, RowKind, AdaptiveKind, MixtureKind, DenseKind, MatricesKind)
 
 
 class Ffns:

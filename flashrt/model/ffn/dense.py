@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashrt.model.ffn.base import FfnBlock, FfnKind, Tokens
+from flashrt.model.ffn.base import FfnBlock, FfnKind, Take, Tokens
 from flashrt.model.workspace import WIDE_NEURONS, Tensor, Workspace
 from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 
@@ -20,19 +20,37 @@ class DenseBlock(FfnBlock):
         codec = self.tensor.codecs or self.tensor.codec
         self.form = codec, self.ffn.activation, self.ffn.gated  # of a bundle, as kernels take it
 
+    @property
+    def tensors(self) -> Sequence[str]:
+        return (self.tensor.name,)
+
+    @property
+    def runs(self) -> int:
+        """Experts, or one."""
+        return self.tensor.runs
+
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         self.add(x, y, wide=True)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         self.add(x, y, wide=False)
 
-    def add(self, x: Tensor, y: Tensor, wide: bool, routed: RoutedTokens | None = None) -> None:
-        """y += block of x, for the tokens `routed` (None: all)."""
-        for first, bundles in self.weights.runs(self.tensor.name):
+    def add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        wide: bool,
+        routed: RoutedTokens | None = None,
+        run: int = 0,
+        take: Take | None = None,
+    ) -> None:
+        """y += one run of neurons of x, for the tokens `routed` (None: all); `take` brings its bundles in order."""
+        for first, bundles in self.weights.runs(self.tensor.name) if take is None else take(self.tensor):
+            at = run * self.tensor.run_bundles + first  # among the bundles of all experts, as their biases lie
             if wide:
-                self.wide(x, y, first, bundles, routed)
+                self.wide(x, y, at, bundles, routed)
             else:
-                self.work.ops.glu(x, self.neurons(first, bundles), y, routed)
+                self.work.ops.glu(x, self.neurons(at, bundles), y, routed)
 
     def draft(self, x: Tensor, y: Tensor) -> None:
         for first, bundles in self.weights.pinned_of(self.tensor):

@@ -6,8 +6,9 @@ Experts come from slots that the budget has for them, or stream (`flashrt.cache.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,25 +18,26 @@ from flashrt.budget.claims.experts import ExpertTier
 from flashrt.cache.device import Progress
 from flashrt.cache.experts import ExpertCache, ExpertStream, Key
 from flashrt.cache.weights import Weights
-from flashrt.model.ffn.base import FfnKind, Tokens
-from flashrt.model.ffn.dense import DenseBlock
+from flashrt.model.ffn.base import FfnBlock, FfnKind, Take, Tokens
+from flashrt.model.ffn.neurons import neurons_of
 from flashrt.model.ffn.router import route
 from flashrt.model.ffn.shared import SharedExpert
 from flashrt.model.workspace import Tensor, Workspace
-from flashrt.storage.layout import Block
+from flashrt.storage.layout import Block, TensorLayout
 from flashrt_kernels.ffn import RoutedTokens
 from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
 
-class MixtureBlock(DenseBlock):
+class MixtureBlock(FfnBlock):
     """The experts of one layer, which come from `store`; `after` is the next mixture."""
 
     def __init__(self, work: Workspace, i: int, store: ExpertCache | ExpertStream, after: MixtureBlock | None) -> None:
         super().__init__(work, i)
         self._store, self._after = store, after
-        self._alone = self.tensor.runs == 1  # a mixture of one expert streams like a dense block
+        self._neurons = neurons_of(work, i, "ffn")
+        self._alone = self._neurons.runs == 1  # a mixture of one expert streams like a dense block
         self._shared = SharedExpert(work, i) if self.ffn.shared else None
         self._router_bias = f"{i}.router.bias" if self.ffn.router_bias else None
         self._correction = self._of_experts("correction") if self.ffn.router_correction else None
@@ -44,27 +46,22 @@ class MixtureBlock(DenseBlock):
     @property
     def tensors(self) -> Sequence[str]:
         shared = () if self._shared is None else self._shared.tensors
-        return (f"{self.i}.router", *shared, *([f"{self.i}.ffn"] if self._alone else []))
+        return (f"{self.i}.router", *shared, *(self._neurons.tensors if self._alone else []))
 
     def prefill(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        with self._branch(y) as out:
-            for expert, given, routed in self._routed(x, y, tokens, wide=True):
-                for first, bundles in self._runs(expert):
-                    self.wide(given, out, self._at(expert, first), bundles, routed)
+        self._add(x, y, tokens, wide=True)
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
+        self._add(x, y, tokens, wide=False)
+
+    def _add(self, x: Tensor, y: Tensor, tokens: Tokens, wide: bool) -> None:
         with self._branch(y) as out:
-            for expert, given, routed in self._routed(x, y, tokens, wide=False):
-                for first, bundles in self._runs(expert):
-                    self.work.ops.glu(given, self.neurons(self._at(expert, first), bundles), out, routed)
+            for expert, given, routed in self._routed(x, y, tokens, wide):
+                self._neurons.add(given, out, wide, routed, expert, None if self._alone else self._parts(expert))
 
     @property
     def output_bias(self) -> Tensor | None:
         return None  # each expert has its own
-
-    def _at(self, expert: int, bundle: int) -> int:
-        """Where a bundle of an expert lies among those of all experts, as their biases do."""
-        return expert * self.tensor.run_bundles + bundle
 
     def _of_experts(self, name: str) -> Array:
         """Numbers that the router has for each expert."""
@@ -138,19 +135,37 @@ class MixtureBlock(DenseBlock):
         if not self._alone:
             self._store.prefetch(self.i, dict.fromkeys(chosen.T.ravel().tolist()))  # each token's first choice first
 
-    def _runs(self, expert: int) -> Iterable[tuple[int, Tensor]]:
-        return self.weights.runs(self.tensor.name) if self._alone else self._parts(expert)
+    def _parts(self, expert: int) -> Take:
+        """Of a tensor, pairs (first bundle of an expert, uint8 [bundles, stride]): pinned ones, then from the store."""
+        stored = _Pieces(self._store.take(self.i, expert))
 
-    def _parts(self, expert: int) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first neuron of an expert, uint8 [neurons, stride]): pinned ones, then those from the store."""
-        tensor = self.tensor
-        yield from self.weights.pinned_of(tensor, expert)
-        for blocks, memory in self._store.take(self.i, expert):
-            first = blocks[0].first - expert * tensor.run_stride
-            bundles = memory.reshape(-1, tensor.stride)[: tensor.run_bundles - first]
-            step = len(bundles) if self.work.device.split_invariant else tensor.block_bundles
-            for begin in range(0, len(bundles), step):
-                yield first + begin, bundles[begin : begin + step]
+        def take(tensor: TensorLayout) -> Iterator[tuple[int, Tensor]]:
+            yield from self.weights.pinned_of(tensor, expert)
+            for blocks, memory in stored.of(tensor.name):
+                first = blocks[0].first - expert * tensor.run_stride
+                bundles = memory.reshape(-1, tensor.stride)[: tensor.run_bundles - first]
+                step = len(bundles) if self.work.device.split_invariant else tensor.block_bundles
+                for begin in range(0, len(bundles), step):
+                    yield first + begin, bundles[begin : begin + step]
+
+        return take
+
+
+class _Pieces:
+    """What a store gives of an expert, tensor by tensor."""
+
+    def __init__(self, stored: Iterator[tuple[Sequence[Block], Tensor]]) -> None:
+        self._stored = stored
+        self._next: tuple[Sequence[Block], Tensor] | None = None  # one of another tensor than was asked for
+
+    def of(self, tensor: str) -> Iterator[tuple[Sequence[Block], Tensor]]:
+        """Those of a tensor, which come before the next one's."""
+        kept, self._next = self._next, None
+        for piece in itertools.chain([] if kept is None else [kept], self._stored):
+            if piece[0][0].tensor != tensor:
+                self._next = piece
+                return
+            yield piece
 
 
 class MixtureKind(FfnKind):
@@ -218,7 +233,7 @@ class MixtureKind(FfnKind):
 
     def _make_stream(self) -> ExpertStream:
         plan = self._work.weights.plan
-        several = any(self._work.layout.tensors[f"{i}.ffn"].runs > 1 for i in self._layers)
+        several = any(self._work.spec.layers[i].ffn.runs > 1 for i in self._layers)
         ring = self._work.device.stream(plan.ring_slots if several else 0, plan.slot_bytes)
         return ExpertStream(ring, partial(_unpinned, self._work.weights))
 
@@ -231,4 +246,5 @@ class MixtureKind(FfnKind):
 
 def _unpinned(weights: Weights, layer: int, expert: int) -> tuple[Block, ...]:
     """Blocks of an expert that the plan does not pin."""
-    return tuple(weights.unpinned(weights.layout.tensors[f"{layer}.ffn"], expert))
+    tensors = weights.layout.neurons(f"{layer}.ffn")
+    return tuple(block for tensor in tensors for block in weights.unpinned(tensor, expert))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashrt.model.ffn.dense import DenseBlock
+from flashrt.model.ffn.neurons import neurons_of
 from flashrt.model.ffn.router import sigmoid
 from flashrt.model.workspace import Tensor, Workspace
 from flashrt_kernels.ffn import RoutedTokens
@@ -15,12 +15,12 @@ class SharedExpert:
 
     def __init__(self, work: Workspace, i: int) -> None:
         self._work, self._gate = work, f"{i}.shared_gate" if work.spec.layers[i].ffn.shared_gate else None
-        self._neurons = DenseBlock(work, i, "shared")
+        self._neurons = neurons_of(work, i, "shared")
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of its weights, in the order in which it takes them."""
-        return (*([] if self._gate is None else [self._gate]), self._neurons.tensor.name)
+        return (*([] if self._gate is None else [self._gate]), *self._neurons.tensors)
 
     def add(self, x: Tensor, y: Tensor, wide: bool) -> None:
         """y += expert of x, both float32 [T, hidden]."""

@@ -49,6 +49,7 @@ __all__ = [
     "gemm_gate_up",
     "gemm_glu",
     "gemm_linear",
+    "gemm_linear_add",
     "gemm_scratch_bytes",
     "glu",
     "isa",
@@ -56,6 +57,7 @@ __all__ = [
     "label_append",
     "layer_norm",
     "linear",
+    "linear_add",
     "linear_by_head",
     "quantize",
     "read_bandwidth",
@@ -117,7 +119,7 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
+    """The instruction set in use: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
     return str(_cpu.isa())
 
 
@@ -186,6 +188,38 @@ def gemm_linear(
 def gemm_scratch_bytes(tokens: int, k: int, neurons: int = 0) -> int:
     """Scratch of `gemm_linear`, or of `gemm_glu` on `neurons` neurons, with the present number of threads."""
     return int(_cpu.gemm_scratch_bytes(tokens, k, neurons))
+
+
+def linear_add(
+    x: Floats,
+    rows: Bytes,
+    codec: Codec,
+    group: int,
+    y: Floats,
+    row0: int,
+    tokens: NDArray[np.int32] | None = None,
+) -> None:
+    """y[tokens[b], row0 + r] += x[b] · rows[r], for a few tokens, `group` numbers after the other.
+
+    x [B, K] and y [any, >= row0 + n] may have a row stride and must not share memory. rows uint8 [n, bytes], of a kept
+    codec, may have any stride. tokens int32 [B], each at most once (None: all). The bits are those of `glu` on bundles
+    of `group` neurons.
+    """
+    _cpu.linear_add(x, rows, _codec(codec), group, y, row0, tokens)
+
+
+def gemm_linear_add(
+    x: Floats,
+    rows: Bytes,
+    codec: Codec,
+    group: int,
+    y: Floats,
+    row0: int,
+    tokens: NDArray[np.int32] | None = None,
+    scratch: Bytes | None = None,
+) -> None:
+    """`linear_add` for many tokens, with the bits of `gemm_glu`. scratch uint8 [gemm_scratch_bytes(B, K)]."""
+    _cpu.gemm_linear_add(x, rows, _codec(codec), group, y, row0, tokens, scratch)
 
 
 def glu(
@@ -328,9 +362,9 @@ def softcap(x: Floats, cap: float) -> None:
     np.multiply(x, np.float32(cap), out=x)
 
 
-def activate(gate: Floats, up: Floats, activation: str) -> None:
-    """gate = act(gate) * up in place, gate and up [N, K]; row strides allowed."""
-    _cpu.activate(gate, up, _activation(activation, True))
+def activate(gate: Floats, up: Floats | None, activation: str) -> None:
+    """gate = act(gate) * up in place, gate and up [N, K], up None for ones; row strides allowed."""
+    _cpu.activate(gate, up, _activation(activation, up is not None))
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> None:
@@ -361,6 +395,7 @@ def attention(
     parents: NDArray[np.int32] | None = None,
     state: Floats | None = None,
     sinks: Floats | None = None,
+    wide: bool = False,
 ) -> None:
     """Causal attention of tokens at positions start.. over kv, which already holds their keys and values.
 
@@ -373,12 +408,13 @@ def attention(
     state [B, H, attention_state_width(V)], stride allowed in the first dimension, holds what `attend_page` has gathered
     of positions before those of kv; there can be no window then.
     sinks [H] are scores, as they are, that each head has beside those of its keys, and whose values are zero; a state
-    has them already.
+    has them already. wide: the tokens are part of a pass of many, which may round otherwise than one of few (by AMX:
+    queries and weights to 16 bits), but alike however it is cut. A tree is no such part.
     """
     if window is not None and (window < 1 or state is not None):
         expected = "a positive number of tokens or None" if state is None else "None beside a state"
         raise ValueError(f"window: expected {expected}, found {window}")
-    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state, sinks)
+    _cpu.attention(q, kv, start, window or 0, scale, softcap or 0.0, out, scratch, parents, state, sinks, wide)
 
 
 def attend_page(
@@ -390,6 +426,7 @@ def attend_page(
     first: bool,
     scratch: Bytes | None = None,
     sinks: Floats | None = None,
+    wide: bool = False,
 ) -> None:
     """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(V)].
 
@@ -397,7 +434,7 @@ def attend_page(
     in state, or the sinks. q and state may have strides in the first dimension, scratch is that of `attention`. The
     attention that then begins from state gives the bits of one over everything.
     """
-    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch, sinks)
+    _cpu.attend_page(q, page, scale, softcap or 0.0, state, first, scratch, sinks, wide)
 
 
 def attention_state_width(values: int) -> int:

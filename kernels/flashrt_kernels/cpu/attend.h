@@ -125,11 +125,11 @@ FLASHRT_INLINE void stripes_of(int rows, const float* a, size_t a_step, const ch
 inline void multiply(int queries, const float* a, size_t a_step, const float* panel, size_t stripe_bytes, int stripes,
                      int depth, float* c, size_t c_step, bool accumulate) {
     constexpr int PAIR = STRIPES > 1 ? 2 : 1;
-    for (int q = 0; q < queries; q += TILE) {
-        const int rows = queries - q < TILE ? queries - q : TILE;
+    for (int q = 0; q < queries; q += REGISTER_ROWS) {
+        const int rows = queries - q < REGISTER_ROWS ? queries - q : REGISTER_ROWS;
         const float* from = a + q * a_step;
         const char* b = reinterpret_cast<const char*>(panel);
-        float* to[TILE];
+        float* to[REGISTER_ROWS];
         for (int m = 0; m < rows; ++m) to[m] = c + (q + m) * c_step;
         for (int j = 0, width; j < stripes; j += width) {
             const int left = stripes - j;

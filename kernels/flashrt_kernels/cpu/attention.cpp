@@ -73,7 +73,7 @@ void place(const AttentionJob& job, const Tile& tile, int index, Segment& s) {
     int low, high;
     visible(job, tile, low, high);
     const int begin = index * ATTENTION_SEGMENT, end = high + 1 < begin + ATTENTION_SEGMENT ? high + 1 : begin + ATTENTION_SEGMENT;
-    s.origin = s.begin = low > begin ? low / 16 * 16 : begin;
+    s.origin = s.begin = low > begin ? low / 32 * 32 : begin;  // what AMX multiplies at a time
     s.end = end;
     s.lanes = end - s.origin;
     if (!job.tree || end <= job.start) return;
@@ -105,6 +105,7 @@ void attend(const AttentionJob& job, const Shape& shape, const Tile& tile, int i
     s.first = worker.first;
     s.last = worker.last;
     s.softcap = job.softcap;
+    s.wide = job.wide;
     s.panel = worker.panel;
     s.scores = worker.scores;
     s.best = out.best;

@@ -168,6 +168,26 @@ GluJob glu_job(handle x_, handle bundles, Codecs codecs, Named activation, bool 
             vector_or_null<float>("gate_bias", gate_bias, taken * w.group)};
 }
 
+AddJob add_job(handle x_, handle rows, int codec, int64_t group, handle y_, int64_t row0, handle tokens) {
+    const Array<const float> x("x", x_, 2);
+    const Rows w = bundles_of(rows, codec, 1, x.shape[1]);
+    if (!is_kept(w.codec)) wrong("codec", "expected a kept codec");
+    if (group < CHUNK || group % CHUNK || group > LARGEST_GROUP || w.k % group)
+        wrong("group", "expected a divisor of " + std::to_string(w.k) + " in steps of " + std::to_string(CHUNK) +
+                           ", found " + std::to_string(group));
+    check_blocks(w.codec, static_cast<int>(group), "group");
+    const Array<float> y("y", y_, 2);
+    if (overlap(x, y)) wrong("y", "shares memory with x");
+    if (row0 < 0 || w.bundles > y.shape[1] - row0)
+        wrong("y", std::to_string(y.shape[1]) + " columns cannot take rows " + std::to_string(row0) + " to " +
+                       std::to_string(row0 + w.bundles));
+    int64_t count = y.shape[0];
+    const int32_t* chosen = chosen_of(tokens, y.shape[0], count);
+    x.expect(0, count);
+    return {x.data, static_cast<size_t>(x.step[0]), static_cast<int>(count), chosen, w, static_cast<int>(group), y.data,
+            static_cast<size_t>(y.step[0]), row0};
+}
+
 ChannelGroups channel_groups(handle object, int64_t first, int64_t fine, int64_t columns, int64_t places) {
     const Array<const uint8_t> groups("groups", object, 2);
     if (columns < TILE_COLUMNS || columns % TILE_COLUMNS)
@@ -280,7 +300,7 @@ void run(AttentionJob& job, handle scratch) {
 }
 
 void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float scale, float softcap, handle out_,
-                  handle scratch, handle parents, handle state, handle sinks) {
+                  handle scratch, handle parents, handle state, handle sinks, bool wide) {
     const Queries q(q_);
     const Cache kv("kv", kv_, q.dim);
     AttentionJob job = attention_job(q, kv, scale, softcap, sinks);
@@ -296,11 +316,12 @@ void py_attention(handle q_, handle kv_, int64_t start, int64_t window, float sc
     job.out = out.data;
     job.out_step = out.step[0];
     job.tree = tree ? &*tree : nullptr;
+    job.wide = wide && !tree;
     run(job, scratch);
 }
 
 void py_attend_page(handle q_, handle page_, float scale, float softcap, handle state, bool first, handle scratch,
-                    handle sinks) {
+                    handle sinks, bool wide) {
     const Queries q(q_);
     const Cache page("page", page_, q.dim);
     AttentionJob job = attention_job(q, page, scale, softcap, sinks);
@@ -311,6 +332,7 @@ void py_attend_page(handle q_, handle page_, float scale, float softcap, handle 
     job.start = static_cast<int>(page.shape[1]) - 1;
     job.page = true;
     job.empty = first;
+    job.wide = wide;
     run(job, scratch);
 }
 
@@ -347,11 +369,17 @@ void py_norm(bool rms, handle x_, handle weight_, handle bias_, float eps, handl
 
 void py_activate(handle gate_, handle up_, Named activation) {
     const Array<float> gate("gate", gate_, 2);
-    const Array<const float> up("up", up_, 2);
-    for (int i = 0; i < 2; ++i) up.expect(i, gate.shape[i]);
+    const float* up = nullptr;
+    size_t up_step = 0;
+    if (!up_.is_none()) {
+        const Array<const float> found("up", up_, 2);
+        for (int i = 0; i < 2; ++i) found.expect(i, gate.shape[i]);
+        up = found.data;
+        up_step = static_cast<size_t>(found.step[0]);
+    }
     if (gate.size() == 0) return;
     Released release;
-    activate(activation_of(activation), gate.data, gate.step[0], up.data, up.step[0], gate.shape[0],
+    activate(activation_of(activation), gate.data, gate.step[0], up, up_step, gate.shape[0],
              static_cast<int>(gate.shape[1]));
 }
 
@@ -445,6 +473,20 @@ NB_MODULE(_cpu, m) {
         Released release;
         gemm_linear(job, memory.data(), crew);
     }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
+    m.def("linear_add", [](handle x, handle rows, int codec, int64_t group, handle y, int64_t row0, handle tokens) {
+        const AddJob job = add_job(x, rows, codec, group, y, row0, tokens);
+        Released release;
+        if (job.tokens && job.weights.bundles) linear_add(job);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+    m.def("gemm_linear_add", [](handle x, handle rows, int codec, int64_t group, handle y, int64_t row0, handle tokens,
+                                handle scratch) {
+        const AddJob job = add_job(x, rows, codec, group, y, row0, tokens);
+        if (job.tokens == 0 || job.weights.bundles == 0) return;
+        const int crew = threads();
+        const Scratch memory(scratch, gemm_scratch_bytes(job.tokens, job.weights.k, 0, crew));
+        Released release;
+        gemm_linear_add(job, memory.data(), crew);
+    }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
     m.def("glu", [](handle x, handle bundles, Codecs codec, Named activation, bool gated, handle y, handle up_bias,
                     handle gate_bias, handle tokens, handle factors, handle slots, handle streamed, handle usage) {
         const GluJob job = glu_job(x, bundles, codec, activation, gated, y, up_bias, gate_bias, tokens, factors, slots,
@@ -512,9 +554,9 @@ NB_MODULE(_cpu, m) {
         return attention_scratch_bytes(tokens, heads, kv_heads, dim, threads());
     });
     m.def("attention", &py_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+          nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg());
     m.def("attend_page", &py_attend_page, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg().none(), nb::arg().none());
+          nb::arg().none(), nb::arg().none(), nb::arg());
     m.def("attention_state_width", &attention_state_width);
     m.def("kv_append", &py_kv_append, nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
     bind_delta(m);
@@ -526,7 +568,7 @@ NB_MODULE(_cpu, m) {
     m.def("layer_norm", [](handle x, handle weight, handle bias, float eps, handle out) {
         py_norm(false, x, weight, bias, eps, out);
     }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
-    m.def("activate", &py_activate);
+    m.def("activate", &py_activate, nb::arg(), nb::arg().none(), nb::arg());
     m.def("rope", &py_rope);
 
     m.def("quantize", &py_quantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg());

@@ -41,7 +41,7 @@ void sigmoid_gate(float* x, size_t x_step, const float* gate, size_t gate_step, 
 
 void activate(Activation activation, float* gate, size_t gate_step, const float* up, size_t up_step, int64_t n, int k) {
     rows_in_parallel(n, 4 * k,
-                     [&](int64_t i) { kernels().activate(activation, gate + i * gate_step, up + i * up_step, k); });
+                     [&](int64_t i) { kernels().activate(activation, gate + i * gate_step, up ? up + i * up_step : nullptr, k); });
 }
 
 void rope(float* x, size_t token_step, size_t head_step, int tokens, int heads, int dim, const float* cos,

@@ -51,8 +51,9 @@ int panel_depth(int k, bool half) {
 
 // c[t][0..63] = left · panel for all tokens, where pack(from, to, panel) packs columns [from, to) of the weights.
 // `c(t)` is where a token's 64 sums go.
+// With `add`, to what is there.
 template <typename Pack, typename Out>
-void multiply(const Left& left, int tokens, int k, char* panel, Pack&& pack, Out&& c) {
+void multiply(const Left& left, int tokens, int k, char* panel, Pack&& pack, Out&& c, bool add = false) {
     const int depth = panel_depth(k, left.half);
     for (int from = 0; from < k; from += depth) {
         const int to = k - from < depth ? k : from + depth;
@@ -62,7 +63,7 @@ void multiply(const Left& left, int tokens, int k, char* panel, Pack&& pack, Out
             const int rows = tokens - t < TILE ? tokens - t : TILE;
             float* out[TILE];
             for (int m = 0; m < rows; ++m) out[m] = c(t + m);
-            kernels().tile(left.half, rows, left.at(t, from), left.step, panel, stripe, to - from, out, from > 0);
+            kernels().tile(left.half, rows, left.at(t, from), left.step, panel, stripe, to - from, out, add || from > 0);
         }
     }
 }
@@ -125,6 +126,37 @@ void gemm_linear(const LinearJob& job, void* memory, int crew) {
             if (job.bias)
                 for (int i = 0; i < columns; ++i) row[i] += job.bias[first + i];
         }
+    }, crew);
+}
+
+void gemm_linear_add(const AddJob& job, void* memory, int crew) {
+    const Rows& w = job.weights;
+    Memory scratch{reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(memory)))};
+    const bool half = use_half(w.codec);
+    const Left left{scratch.take(job.tokens * left_step(w.k) * (half ? 2 : 4)), left_step(w.k), half};
+    const size_t sums_bytes = aligned(static_cast<size_t>(job.tokens) * PANEL * 4), each = aligned(panel_bytes());
+    char* sums = scratch.take(crew * sums_bytes);
+    char* panels = scratch.take(crew * each);
+    fill_left(left, job.tokens, w.k, [&](int64_t t) { return job.x + t * job.x_step; });
+
+    parallel_for((w.bundles + PANEL - 1) / PANEL, [&](int64_t item, int thread) {
+        const int64_t first = item * PANEL;
+        const int columns = static_cast<int>(w.bundles - first < PANEL ? w.bundles - first : PANEL);
+        const size_t bytes = sizeof(float) * columns;
+        float* c = reinterpret_cast<float*>(sums + thread * sums_bytes);
+        auto pack = [&](int from, int to, char* panel, size_t stripe) {
+            for (int j = 0; j < PANEL / 16; ++j) {
+                const uint8_t* rows[16];
+                int n = 0;
+                for (int r = 16 * j; r < columns && n < 16; ++r) rows[n++] = w.data + (first + r) * w.stride;
+                kernels().pack_across(w.codec, rows, n, w.k, from, to, half, panel + j * stripe);
+            }
+        };
+        const bool whole = columns == PANEL;
+        for (int t = 0; t < job.tokens && !whole; ++t) std::memcpy(c + t * PANEL, job.to(t) + first, bytes);
+        multiply(left, job.tokens, w.k, panels + thread * each, pack,
+                 [&](int t) { return whole ? job.to(t) + first : c + t * PANEL; }, true);
+        for (int t = 0; t < job.tokens && !whole; ++t) std::memcpy(job.to(t) + first, c + t * PANEL, bytes);
     }, crew);
 }
 

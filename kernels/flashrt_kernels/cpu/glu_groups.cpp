@@ -118,7 +118,51 @@ void batch(const GluJob& job, int first, int count) {
     }
 }
 
+// y += some rows · the h of a piece, `from` numbers into a row, bundle by bundle.
+void add_rows(const AddJob& job, const Tokens& h, int from, int numbers, int64_t first, int count) {
+    const Rows& w = job.weights;
+    const size_t bytes = row_bytes(w.codec, job.group);
+    const uint8_t *at[GATHER], *next[GATHER];
+    float sums[NARROW_TOKENS * GATHER];
+    for (int i = 0; i < count; ++i) at[i] = w.data + (first + i) * w.stride + row_bytes(w.codec, from);
+    for (int b = 0; b < numbers; b += job.group) {
+        for (int i = 0; i < count; ++i) next[i] = b + job.group < numbers ? at[i] + bytes : at[i];
+        kernels().dots(w.codec, {at, next, count, 1}, part(h, b, job.group), {sums, 1, 0, GATHER});
+        for (int t = 0; t < h.count; ++t)
+            for (int i = 0; i < count; ++i) job.to(t)[first + i] += sums[t * GATHER + i];
+        for (int i = 0; i < count; ++i) at[i] += bytes;
+    }
+}
+
+void add_batch(const AddJob& job) {
+    const int most = PIECE / job.group * job.group, rounded = shared(job.group);
+    for (int from = 0; from < job.weights.k; from += most) {
+        const int numbers = job.weights.k - from < most ? job.weights.k - from : most, parts = numbers / rounded;
+        Tokens h = tokens_in(scratch(1, piece_bytes()), job.tokens, PIECE);
+        h.each = rounded;
+        parallel_for(static_cast<int64_t>(parts) * job.tokens, [&](int64_t item, int) {
+            const int t = static_cast<int>(item / parts), at = static_cast<int>(item % parts) * rounded;
+            kernels().prepare_kept(job.x + t * job.x_step + from + at, at, rounded, t, h);
+        });
+        parallel_for((job.weights.bundles + GATHER - 1) / GATHER, [&](int64_t item, int) {
+            const int64_t first = item * GATHER, left = job.weights.bundles - first;
+            add_rows(job, h, from, numbers, first, static_cast<int>(left < GATHER ? left : GATHER));
+        });
+    }
+}
+
 }  // namespace
+
+void linear_add(const AddJob& job) {
+    for (int i = 0; i < job.tokens; i += NARROW_TOKENS) {
+        AddJob part = job;
+        part.x += i * job.x_step;
+        part.tokens = job.tokens - i < NARROW_TOKENS ? job.tokens - i : NARROW_TOKENS;
+        if (job.chosen) part.chosen += i;
+        else part.y += i * job.y_step;
+        add_batch(part);
+    }
+}
 
 void glu_groups(const GluJob& job) {
     for (int i = 0; i < job.tokens; i += NARROW_TOKENS)

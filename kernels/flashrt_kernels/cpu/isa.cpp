@@ -3,6 +3,14 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace flashrt {
 
 namespace scalar { extern const Kernels table_of_kernels; }
@@ -10,6 +18,7 @@ namespace scalar { extern const Kernels table_of_kernels; }
 namespace avx2 { extern const Kernels table_of_kernels; }
 namespace avx512 { extern const Kernels table_of_kernels; }
 namespace avx512bf16 { extern const Kernels table_of_kernels; }
+namespace amx { extern const Kernels table_of_kernels; }
 #endif
 
 namespace {
@@ -18,6 +27,21 @@ struct Level {
     const Kernels* kernels;
     bool available;
 };
+
+#if defined(__x86_64__)
+// Whether there are AMX's tiles of bfloat16. Linux gives a process their registers where it asks for them.
+bool have_tiles() {
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & BF16) == 0 || (d & TILE) == 0) return false;
+#if defined(__linux__)
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 // Worst first.
 const Level* levels(int& count) {
@@ -28,10 +52,12 @@ const Level* levels(int& count) {
                                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                    __builtin_cpu_supports("avx512vnni");
     static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    static const bool has_amx = has_bf16 && have_tiles();
     static const Level all[] = {{&scalar::table_of_kernels, true},
                                 {&avx2::table_of_kernels, has_avx2},
                                 {&avx512::table_of_kernels, has_avx512},
-                                {&avx512bf16::table_of_kernels, has_bf16}};
+                                {&avx512bf16::table_of_kernels, has_bf16},
+                                {&amx::table_of_kernels, has_amx}};
 #else
     static const Level all[] = {{&scalar::table_of_kernels, true}};
 #endif

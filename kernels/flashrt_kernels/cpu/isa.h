@@ -62,7 +62,7 @@ struct ActiveChannels {  // of one token and group
 
 // Weights of a wide multiplication: [columns / 16][depth][16] float, or [columns / 16][depth / 2][16][2] bfloat16.
 constexpr int PANEL = 64;  // columns of one panel
-constexpr int TILE = 6;    // tokens of one register tile
+constexpr int TILE = 96;   // tokens that are multiplied by a panel at a time: whole register tiles of any kind
 
 // Tokens of a pass that are alternatives: each follows its parent, a token before it, or the sequence. They are stored
 // one after the other behind the sequence, but the position of a token is the number of tokens that it follows.
@@ -93,10 +93,11 @@ struct Segment {  // one (KV head, segment of positions) against a tile of queri
     int start;
     int token, group;      // the first query's token, and the queries of a token
     int queries;           // rows of q
-    const float* q;        // [queries, D], scaled
+    float* q;              // [queries, D], scaled; used up
     const int* first;      // [queries]: first visible position
     const int* last;       // [queries]: last visible position
     float softcap;         // 0: none
+    bool wide;             // may be computed by kernels that only passes of many tokens use
     float* panel;          // scratch: POSITIONS * (D rounded up to 16) floats
     float* scores;         // scratch: [queries, SCORES]
     float* best;           // out [queries]: highest score, -inf when nothing is visible

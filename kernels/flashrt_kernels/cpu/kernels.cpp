@@ -1,6 +1,6 @@
 // Compiled once per instruction set, with FLASHRT_ISA naming its namespace.
 
-#include "attend.h"
+#include "attend_wide.h"
 #include "axpys.h"
 #include "blocks.h"
 #include "channels.h"
@@ -32,7 +32,7 @@ static uint64_t read(const void* data, size_t bytes) {
 extern const Kernels table_of_kernels;
 const Kernels table_of_kernels = {
     NAME(FLASHRT_ISA), HALF_GEMM,    prepare, prepare_kept, dots,         axpys,        collect,  choose_channels, add_channels,
-    activate,          to_half,      encode_kv,    pack_across,   pack_along,   pack_channels, tile,    attend,          merge,
+    activate,          to_half,      encode_kv,    pack_across,   pack_along,   pack_channels, tile,    attend_segment,        merge,
     encode_label,      encode_query, score_labels,  weigh_blocks, rms_norm,     layer_norm, rope,          convolve,
     l2_norm,          delta_step,   rms_norm_gated, sigmoid_gate, encode,
     decode_row,        decode_stored, finite,      read,

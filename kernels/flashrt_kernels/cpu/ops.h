@@ -43,6 +43,20 @@ struct LinearJob {
     const float* bias;
 };
 
+struct AddJob {  // y[row0 + r] += x · row r, of tokens that take part: `group` numbers at a time, in ascending order
+    const float* x;  // [tokens, k]
+    size_t x_step;
+    int tokens;
+    const int32_t* chosen;  // rows of y that these are; null: the same
+    Rows weights;           // a row each
+    int group;
+    float* y;
+    size_t y_step;
+    int64_t row0;
+
+    float* to(int64_t token) const { return y + (chosen ? chosen[token] : token) * y_step + row0; }
+};
+
 struct HeadsJob {  // rows row0 to row0 + rows of a matrix that has `each` rows for each head: whole bundles
     const float* x;  // [tokens, heads, k]
     size_t x_step, x_head;
@@ -149,6 +163,7 @@ struct AttentionJob {
     size_t state_step = 0;
     bool page = false;   // all tokens see all of kv; the running softmax goes back into `state`, `out` is not written
     bool empty = false;  // nothing is in `state` yet
+    bool wide = false;   // part of a pass of many tokens: rounds as these do
     const float* sinks = nullptr;  // [heads]: a score that each head begins with, whose value is zero
 };
 
@@ -230,11 +245,13 @@ void linear(const LinearJob&);
 void linear_by_head(const HeadsJob&);  // k of at most WIDEST_HEAD
 void glu(const GluJob&);
 void glu_groups(const GluJob&);  // `glu` where bundles have more than one neuron
+void linear_add(const AddJob&);
 ChannelCount gate_up(const GateUpJob&);
 // h = act(gate) * up of `count` neurons from `first` on, of one token; `up` [count] is scratch.
 void activations(const DownJob&, int token, int64_t first, int count, float* h, float* up);
 int64_t down(const DownJob&);  // neurons that took part, over all tokens
 size_t gemm_scratch_bytes(int tokens, int k, int64_t neurons, int crew);  // for 0 neurons, of gemm_linear
+void gemm_linear_add(const AddJob&, void* scratch, int crew);
 void gemm_linear(const LinearJob&, void* scratch, int crew);
 void gemm_glu(const GluJob&, void* scratch, int crew);
 // All channels and neurons take part, with all that there is of them.

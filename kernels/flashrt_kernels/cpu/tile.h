@@ -1,12 +1,16 @@
 // Wide multiplication: packing of weights into panels, and the register tile that multiplies them.
 //
 // An element of the output is one chain of multiply-adds over the depth, in ascending order, so it does not depend on
-// how tokens, columns or the depth are blocked.
+// how tokens, columns or the depth are blocked. By AMX a link of that chain is 32 products: then the depth is blocked by
+// multiples of 32.
 #pragma once
 
+#include "amx.h"
 #include "rows.h"
 
 namespace flashrt::FLASHRT_ISA {
+
+constexpr int REGISTER_ROWS = 6;  // tokens of one register tile
 
 #if defined(__AVX512BF16__)
 constexpr bool HALF_GEMM = true;
@@ -192,9 +196,9 @@ void tile_rows(bool half, const void* a, size_t a_step, const char* panel, size_
     }
 }
 
-inline void tile(bool half, int rows, const void* a, size_t a_step, const void* panel, size_t stripe, int depth,
-                 float* const* c, bool accumulate) {
-    const char* p = static_cast<const char*>(panel);
+// Up to REGISTER_ROWS tokens.
+inline void tile_registers(bool half, int rows, const void* a, size_t a_step, const char* p, size_t stripe, int depth,
+                           float* const* c, bool accumulate) {
     switch (rows) {
         case 1: return tile_rows<1>(half, a, a_step, p, stripe, depth, c, accumulate);
         case 2: return tile_rows<2>(half, a, a_step, p, stripe, depth, c, accumulate);
@@ -202,6 +206,44 @@ inline void tile(bool half, int rows, const void* a, size_t a_step, const void* 
         case 4: return tile_rows<4>(half, a, a_step, p, stripe, depth, c, accumulate);
         case 5: return tile_rows<5>(half, a, a_step, p, stripe, depth, c, accumulate);
         default: return tile_rows<6>(half, a, a_step, p, stripe, depth, c, accumulate);
+    }
+}
+
+#if defined(__AMX_BF16__)
+// Whether c[m] is c[0] + m * step.
+inline bool evenly_spaced(float* const* c, int rows, ptrdiff_t step) {
+    for (int m = 1; m < rows; ++m)
+        if (c[m] != c[0] + m * step) return false;
+    return true;
+}
+
+inline void tile_amx(int rows, const uint16_t* a, size_t a_step, const char* panel, size_t stripe, int depth,
+                     float* const* c, bool accumulate) {
+    by_tiles(rows, [&](int from, int count) {
+        const Halves left = Halves{a, a_step}.at(from, 0);
+        const Stripes right{panel, stripe};
+        float* const* to = c + from;
+        const ptrdiff_t step = count > 1 ? to[1] - to[0] : PANEL;
+        if (evenly_spaced(to, count, step))
+            return add_products(left, count, right, PANEL / 16, depth, {to[0], step}, accumulate);
+        alignas(64) float sums[2 * TILE_ROWS][PANEL];
+        for (int m = 0; m < count && accumulate; ++m) std::memcpy(sums[m], to[m], sizeof sums[m]);
+        add_products(left, count, right, PANEL / 16, depth, {sums[0], PANEL}, accumulate);
+        for (int m = 0; m < count; ++m) std::memcpy(to[m], sums[m], sizeof sums[m]);
+    });
+}
+#endif
+
+inline void tile(bool half, int rows, const void* a, size_t a_step, const void* panel, size_t stripe, int depth,
+                 float* const* c, bool accumulate) {
+    const char* p = static_cast<const char*>(panel);
+#if defined(__AMX_BF16__)
+    if (half) return tile_amx(rows, static_cast<const uint16_t*>(a), a_step, p, stripe, depth, c, accumulate);
+#endif
+    for (int m = 0; m < rows; m += REGISTER_ROWS) {
+        const int count = rows - m < REGISTER_ROWS ? rows - m : REGISTER_ROWS;
+        const char* from = static_cast<const char*>(a) + m * a_step * (half ? 2 : 4);
+        tile_registers(half, count, from, a_step, p, stripe, depth, c + m, accumulate);
     }
 }
 

@@ -18,7 +18,14 @@ from flashrt_kernels.reference.channels import down, gate_up, gate_up_scratch_by
 from flashrt_kernels.reference.elementwise import activate, layer_norm, rms_norm, rope, softcap
 from flashrt_kernels.reference.glu import gemm_glu, glu
 from flashrt_kernels.reference.kv import kv_append
-from flashrt_kernels.reference.linear import gemm_linear, gemm_scratch_bytes, linear, linear_by_head
+from flashrt_kernels.reference.linear import (
+    gemm_linear,
+    gemm_linear_add,
+    gemm_scratch_bytes,
+    linear,
+    linear_add,
+    linear_by_head,
+)
 from flashrt_kernels.reference.quantize import dequantize, quantize
 from flashrt_kernels.reference.recurrent import (
     delta_rule,
@@ -52,6 +59,7 @@ __all__ = [
     "gemm_gate_up",
     "gemm_glu",
     "gemm_linear",
+    "gemm_linear_add",
     "gemm_scratch_bytes",
     "glu",
     "isa",
@@ -59,6 +67,7 @@ __all__ = [
     "label_append",
     "layer_norm",
     "linear",
+    "linear_add",
     "linear_by_head",
     "quantize",
     "reserve",

@@ -31,12 +31,13 @@ def attention(
     parents: Tensor | None = None,
     state: Tensor | None = None,
     sinks: Tensor | None = None,
+    wide: bool = False,
 ) -> None:
     """Causal attention of q [B, H, D] at positions start.. over kv [KVH, context, *pair] into out [B, H * V].
 
     parents int32 [B] makes the tokens a tree: each follows the one that is named, or with -1 the sequence. state
     [B, H, attention_state_width(V)] holds what `attend_page` has gathered of positions before those of kv; without one
-    each head begins with its sink (sinks [H]), a score whose value is zero.
+    each head begins with its sink (sinks [H]), a score whose value is zero. wide: here all passes round alike.
     """
     tokens, heads, dim = q.shape
     width = out.shape[1] // heads
@@ -79,6 +80,7 @@ def attend_page(
     first: bool,
     scratch: Tensor | None = None,
     sinks: Tensor | None = None,
+    wide: bool = False,
 ) -> None:
     """Takes positions that all tokens see, page [KVH, n, *pair], into state [B, H, attention_state_width(V)].
 

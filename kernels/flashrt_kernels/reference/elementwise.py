@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flashrt_kernels.reference.glu import activate as activation_of
 from flashrt_kernels.reference.glu import product_with
 
 
@@ -24,9 +25,9 @@ def softcap(x: Tensor, cap: float) -> None:
     x.div_(cap).tanh_().mul_(cap)
 
 
-def activate(gate: Tensor, up: Tensor, activation: str) -> None:
-    """gate = act(gate) * up in place."""
-    gate.copy_(product_with(gate, up, activation))
+def activate(gate: Tensor, up: Tensor | None, activation: str) -> None:
+    """gate = act(gate) * up in place; without up, act(gate)."""
+    gate.copy_(activation_of(gate, activation) if up is None else product_with(gate, up, activation))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:

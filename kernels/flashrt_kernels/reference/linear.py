@@ -34,6 +34,42 @@ def linear(
     _linear(x, bundles, codec, out, row0, rows, bias, wide=False)
 
 
+def _linear_add(x: Tensor, rows: Tensor, codec: Codec, y: Tensor, row0: int, tokens: Tensor | None, wide: bool) -> None:
+    result = product(x, decode(rows, codec, x.shape[1]).T, codec, wide)
+    out = y[:, row0 : row0 + len(rows)]
+    if tokens is None:
+        out += result
+    else:
+        out.index_add_(0, tokens.long(), result)
+
+
+def linear_add(
+    x: Tensor,
+    rows: Tensor,
+    codec: Codec,
+    group: int,
+    y: Tensor,
+    row0: int,
+    tokens: Tensor | None = None,
+) -> None:
+    """y[tokens[b], row0 + r] += x[b] · rows[r]; how many numbers are summed first is of no concern here."""
+    _linear_add(x, rows, codec, y, row0, tokens, wide=False)
+
+
+def gemm_linear_add(
+    x: Tensor,
+    rows: Tensor,
+    codec: Codec,
+    group: int,
+    y: Tensor,
+    row0: int,
+    tokens: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> None:
+    """`linear_add` for many tokens."""
+    _linear_add(x, rows, codec, y, row0, tokens, wide=True)
+
+
 def linear_by_head(x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int) -> None:
     """out[b, h] = x[b, h] · W[h N : (h + 1) N], of what rows row0 to row0 + rows of W give, in whole bundles."""
     each, last = out.shape[2], row0 + rows

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flashrt_kernels.rows import Codec
 from tests.tools.support import run_tool
 from tools.benchmarks.harness.samples import only
 from tools.make_synthetic_gguf import PRESETS, TOPICS, encoded
@@ -45,10 +46,24 @@ def test_drawn_text_stays_with_a_topic(tmp_path: Path) -> None:
     assert 0.85 < (topics[1:] == topics[:-1]).mean() < 0.99
 
 
+def test_a_dense_model_is_read(tmp_path: Path) -> None:
+    import flashrt
+    from tools.make_synthetic_gguf import make, replace
+
+    shape = replace(
+        PRESETS["llama-70b"], layers=3, vocab=1024, hidden=512, neurons=768, heads=8, kv_heads=2, head_dim=64
+    )
+    make(tmp_path / "x.gguf", shape)
+    with flashrt.load(tmp_path / "x.gguf", 1.0, context=128, cache_dir=tmp_path / "cache") as engine:
+        assert len(list(engine.generate("Dense", 8, ignore_eos=True))) == 8
+        stored = {tensor.codec for tensor in engine.runner.decoder.layout.tensors.values()}
+        assert stored == {Codec.Q4_K, Codec.Q6_K}
+
+
 def test_blocks_are_those_of_gguf_files() -> None:
     import gguf
 
     values = np.random.default_rng(0).standard_normal((7, 768), dtype=np.float32)
-    for form in ("Q4_K", "MXFP4", "Q8_0"):
+    for form in ("Q4_K", "Q6_K", "MXFP4", "Q8_0"):
         found = gguf.quants.dequantize(encoded(values, form), gguf.GGMLQuantizationType[form])
         assert np.corrcoef(found.ravel(), values.ravel())[0, 1] > 0.98

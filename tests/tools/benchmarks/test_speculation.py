@@ -47,8 +47,9 @@ def test_different_texts_are_no_comparison() -> None:
 def test_an_answer_ends_where_the_model_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
     monkeypatch.setattr(speculation.runs, "flashrt_run", lambda pack, budget, *options: given.extend(options) or {})
-    speculation.answer(Path("pack"), "none", 6, "why?", "auto")
+    speculation.answer(Path("pack"), "none", 6, ["--kv=sparse"], "why?", "auto")
     assert "--ignore-eos" not in given
+    assert given[0] == "--kv=sparse"
     assert given[-2:] == ["--speculate", "auto"]
 
 

@@ -18,7 +18,7 @@ from tests.engine.support import make_pack, tiny_engine
 from tests.families import VOCAB, tiny_checkpoint
 from tests.kv.support import random_labels, spec_labels
 from tests.tools.support import run_tool
-from tools.research.selectors import Bounds, Recent
+from tools.research.selectors import Bounds, Keys, Recent
 from tools.research.sparse_attention import wilson
 
 KEEPS = (1.0, 1 / 4, 1 / 32)
@@ -56,11 +56,12 @@ def test_others_choose_as_many_by_what_they_say() -> None:
     index = SimpleNamespace(_choice=choice, leaves_out=lambda *_: True)
     keys = random.standard_normal((2, 400, 12)).astype(np.float32)
     queries = random.standard_normal((2, 6, 12)).astype(np.float32)
-    bounds, last = Bounds(index, 0.5), Recent(index)  # type: ignore[arg-type]
+    bounds, last, exact = Bounds(index, 0.5), Recent(index), Keys(index, 0.5)  # type: ignore[arg-type]
     for start in (100, 320, 311):  # the last one was cut back
-        bounds.begin(start, lambda begin, end: keys[:, begin:end])
+        for own in (bounds, exact):
+            own.begin(start, lambda begin, end: keys[:, begin:end])
     positions = [311, 312]
-    for own in (bounds, last):
+    for own in (bounds, last, exact):
         chosen = np.zeros((2, 2, choice.most(400)), np.int32)
         counts = own.choose(queries, positions, slice(0, 2), chosen, np.empty(0))
         for t, position in enumerate(positions):
@@ -69,11 +70,23 @@ def test_others_choose_as_many_by_what_they_say() -> None:
                 kept = choice.kept(position, h)
                 if own is last:
                     expected = list(range(end - kept, end))
+                elif own is exact:
+                    weights = block_weights(queries[t, 3 * h : 3 * h + 3], keys[h], end)
+                    expected = sorted(sorted(range(1, end), key=lambda b, w=weights: -w[b])[:kept])
                 else:
                     weights = page_weights(queries[t, 3 * h : 3 * h + 3], keys[h], end)
                     expected = sorted(sorted(range(1, end), key=lambda b, w=weights: -w[b // 2])[:kept])
                 assert counts[t, h] == kept
                 assert chosen[t, h, :kept].tolist() == expected
+
+
+def block_weights(queries: np.ndarray, keys: np.ndarray, end: int) -> np.ndarray:
+    """What the softmax over all candidates puts on each block of 8, summed over the queries."""
+    weights = np.zeros(end)
+    for query in queries.astype(np.float64):
+        scores = np.exp(0.5 * (keys[8 : 8 * end].astype(np.float64) @ query))
+        weights[1:] += (scores / scores.sum()).reshape(-1, 8).sum(axis=1)
+    return weights
 
 
 def page_weights(queries: np.ndarray, keys: np.ndarray, end: int) -> np.ndarray:

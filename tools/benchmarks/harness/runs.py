@@ -63,7 +63,7 @@ def confined(command: Sequence[str], budget: str) -> tuple[dict[str, Any], Resul
 
 def without_drafts(prompt: str, tokens: int) -> list[str]:
     """Options of `flashrt run` for exactly so many tokens, one a pass."""
-    return ["--ignore-eos", "--speculate", "off", "--prompt", prompt, "--max-new-tokens", str(tokens)]
+    return ["--raw", "--ignore-eos", "--speculate", "off", "--prompt", prompt, "--max-new-tokens", str(tokens)]
 
 
 def flashrt_run(pack: Path, budget: str, *options: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Flashrt:
     name: str = "flashrt"
 
     def command(self, job: Job) -> list[str]:
-        command = [str(self.program), "run", str(self.pack), "--json", "--ignore-eos"]
+        command = [str(self.program), "run", str(self.pack), "--json", "--raw", "--ignore-eos"]
         command += ["--prompt-file", str(job.prompt), "--max-new-tokens", str(job.tokens)]
         command += ["--threads", str(job.threads), "--speculate", "off"]
         return command if job.cap == "none" else [*command, "--budget-gb", job.cap]
