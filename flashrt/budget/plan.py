@@ -26,6 +26,7 @@ class Workload:
     kv: SparseKv | None = None  # how decode passes choose what they attend to; None: they attend to everything
     request_bytes: int = 0  # that requests take beside the model: what a server reads and writes
     sequences: int = 1  # that are held at a time, each of `context` positions
+    ahead_bytes: int = 0  # of the layer that predicts further tokens, which is planned by itself
 
     @property
     def choices(self) -> Choices:

@@ -44,6 +44,7 @@ RING_SLOTS = (24, 16, 12, 8, 4, 2)  # blocks in flight or in use, the best first
 RING_SHARE = 1 / 16  # of what weights may take that the ring may have at most
 LOOKUP_BYTES = 28  # of a token of context, for finding it again
 PEAK_JITTER = 3 * MIB  # by which the process differs from run to run: the budget that is named must suffice
+AHEAD = "predicting layer"  # the owner of the layer that predicts further tokens
 SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
 SLACK_SHARE = 0.012  # and what grows with the budget
 
@@ -212,7 +213,8 @@ class _Planner:
         pages = {} if far is None else {"KV buffers": SPILL_BUFFERS * far.largest}
         cells = {} if claim is None else {"KV cells": claim.nbytes(claim.least)}
         requests = {"requests": workload.request_bytes} if workload.request_bytes else {}
-        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells, requests) | {
+        ahead = {AHEAD: workload.ahead_bytes} if workload.ahead_bytes else {}
+        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells, requests, ahead) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
             "KV": self._kv_bytes(chunk),

@@ -16,6 +16,7 @@ import numpy as np
 
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
+from flashrt.engine.ahead import AheadModel
 from flashrt.engine.async_generation import AsyncGeneration, Options
 from flashrt.engine.generation import Generation
 from flashrt.engine.grammar import Grammar
@@ -84,6 +85,7 @@ class Engine:
         self.plan, self.tokenizer, self.runtime = plan, tokenizer, runtime
         self.reader = reader
         self.roof, self.load_s, self.drafting = roof, load_s, drafting
+        self.ahead: AheadModel | None = None  # drafts, and is closed with this
         self.sequence, self.others = Sequence(kv), others
         self.turns = Turns()
         self._runner: Runner | None = Runner(decoder, plan)
@@ -157,8 +159,9 @@ class Engine:
                 self.turns.current.close()
             self._runner.decoder.weights.stop_loading()
             self._runner.decoder.abandon_pass()
-            if self.drafting is not None:
-                self.drafting.close()
+            for beside in (self.drafting, self.ahead):
+                if beside is not None:
+                    beside.close()
             self.reader.close()
             self.sequence.kv.close()
             decoder = self._runner.decoder

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flashrt.budget.plan import Plan
+from flashrt.engine.ahead import AheadModel
 from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.drafters import drafters_of
 from flashrt.engine.logprobs import Logprobs
@@ -39,6 +40,7 @@ class Host(Protocol):
     sequence: Sequence
     roof: DiskRoof | None
     load_s: float
+    ahead: AheadModel | None
 
     @property
     def runner(self) -> Runner: ...
@@ -177,7 +179,7 @@ class Generation:
         if self._passes is None:
             smaller = engine.drafting
             drafting = None if smaller is None else (smaller.runner, smaller.sequence)
-            drafters = drafters_of(engine.runner, sequence, drafting)
+            drafters = drafters_of(engine.runner, sequence, drafting, engine.ahead)
             self._passes = DecodeLoop(engine.runner, sequence, drafters, [*request.prompt, token])
         return self._passes.next(request.limit - len(self._ids), request.stop_ids)
 

@@ -138,7 +138,7 @@ class Workspace:
 
 def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) -> int:
     """Bytes of the kernels' scratch in a pass of at most `tokens` tokens."""
-    sizes = [ops.gemm_scratch_bytes(tokens, spec.hidden)]
+    sizes = [ops.gemm_scratch_bytes(tokens, 2 * spec.hidden if spec.follows else spec.hidden)]
     if spec.layer_inputs:
         sizes.append(ops.gemm_scratch_bytes(tokens, spec.layer_inputs))
     if layout.channel_columns:
@@ -171,6 +171,6 @@ def _mixer_scratch(mixer: Mixer, ops: Any, tokens: int) -> list[int]:
 def reserve(spec: ModelSpec, layout: PackLayout, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
     columns = (columns for layer in spec.layers for _, columns in layer.mixer.matrices(spec.hidden).values())
-    ops.reserve(max(*columns, spec.hidden, spec.layer_inputs))
+    ops.reserve(max(*columns, 2 * spec.hidden if spec.follows else spec.hidden, spec.layer_inputs))
     if _downs(layout) or any(tensor.group > 1 for tensor in layout.tensors.values()):
         ops.reserve_groups()
