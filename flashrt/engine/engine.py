@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from flashrt.engine.prefixes import Prefixes
 from flashrt.engine.recommended import recommended
 from flashrt.engine.request import (
     Request,
+    checked_fit,
     checked_flag,
     checked_ids,
     checked_limit,
@@ -344,6 +345,19 @@ class Engine:
             self.turns.begin(None)
             return self.runner.prefill(self.sequence, ids)
 
+    def logits(self, ids: Items[int]) -> Iterator[Array]:
+        """Logits after each of `ids` in order, float32 [n, vocab], a few at a time; each is valid until the next.
+
+        Raises UsageError for no ids, unknown ones, and more than the context holds.
+        """
+        ids = checked_ids(ids, self.spec.vocab)
+        if not ids:
+            raise UsageError("the text is empty: give at least one token")
+        checked_fit(len(ids), self.plan.context)
+        with self.turns.using(None):
+            self.turns.begin(None)
+            yield from self.runner.logits(self.sequence, ids, self._scores_wide(len(ids)))
+
     def prompt_logprobs(
         self, ids: Items[int], top: int = 0, cancelled: Callable[[], bool] = lambda: False
     ) -> list[Logprobs]:
@@ -357,8 +371,7 @@ class Engine:
         """
         runner = self._scorer
         ids, top = checked_ids(ids, self.spec.vocab), checked_top(top) or 0
-        if len(ids) > self.plan.context:
-            raise UsageError(f"the text has {len(ids)} tokens, the context is {self.plan.context}: use a shorter one")
+        checked_fit(len(ids), self.plan.context)
         found: list[Logprobs] = []
         with self.turns.using(None):
             self.turns.begin(None)

@@ -129,6 +129,23 @@ class Runner:
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
                 yield self.decoder.scores(states, targets, wide, top)
 
+    def logits(self, sequence: Sequence, ids: Items[int], wide: bool) -> Generator[Array, None, None]:
+        """Make `sequence` hold exactly `ids`, from nothing; logits after each, float32 [n, vocab], n at most the plan's
+        `logit_rows`. Each array is valid until the next one; to be taken to its end.
+        """
+        sequence.rewind(0)
+        chunk = self.plan.prefill_chunk
+        with self._pass_or_nothing():
+            for begin in range(0, len(ids), chunk):
+                tokens = ids[begin : begin + chunk]
+                start, end = sequence.length, sequence.length + len(tokens)
+                kind, following = (PassKind(True, wide, sequence.kv.far(at, len(tokens))) for at in (start, end))
+                self.decoder.begin_pass(kind, following)
+                states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
+                sequence.extend(tokens)
+                for row in range(0, len(tokens), self.plan.logit_rows):
+                    yield self._on_host(self.decoder.logits(states[row : row + self.plan.logit_rows]))
+
     def most_positions(self, sequence: Sequence) -> int:
         """Tokens that `step_tree` takes now, at most."""
         if self.decoder.sparse is not None and sequence.length < SINKS:
