@@ -21,6 +21,7 @@ PACKAGES = {
 LAYERS = (
     ("tools", "flashrt.__main__"),
     ("flashrt.cli",),
+    ("flashrt.batch",),
     ("flashrt.server",),
     ("flashrt",),
     ("flashrt.calibration",),

@@ -76,13 +76,17 @@ class Engine:
         roof: DiskRoof | None = None,
         load_s: float = 0.0,
         drafting: Engine | None = None,
+        others: Items[KvCache] = (),
     ) -> None:
-        """For reports, `roof` is what the disk gives and `load_s` what loading took; `drafting` is closed with this."""
+        """For reports, `roof` is what the disk gives and `load_s` what loading took; `drafting` is closed with this.
+
+        others: of sequences beside the engine's own; see `Batcher`
+        """
         self.plan, self.tokenizer, self.runtime = plan, tokenizer, runtime
         self.reader = reader
         self.roof, self.load_s, self.drafting = roof, load_s, drafting
         self.ahead: AheadModel | None = None  # drafts, and is closed with this
-        self.sequence = Sequence(kv)
+        self.sequence, self.others = Sequence(kv), others
         self.turns = Turns()
         self._runner: Runner | None = Runner(decoder, plan)
         self._spec = decoder.spec
@@ -164,7 +168,7 @@ class Engine:
             self._wait_s, self._ffn_counts = decoder.wait_s, decoder.ffns.counts()
             self._kv_counts = self.kv_counts()
             self._runner = None
-            self.sequence = Sequence(KvCache((), 0))
+            self.sequence, self.others = Sequence(KvCache((), 0)), ()
             self.__dict__.pop("_sessions", None)
 
     def generate(

@@ -241,6 +241,8 @@ class LoadedPack:
         so it only drafts when it is told to.
         """
         most = self.options.max_draft_tokens
+        if workload.sequences > 1:  # whose rows are better spent on sequences
+            return workload
         if most is not None:
             return replace(workload, max_draft_tokens=most)
         drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)

@@ -22,7 +22,7 @@ from flashrt.model.layer_inputs import LayerInputs
 from flashrt.model.mixers import Mixers
 from flashrt.model.schedule import PassKind, Schedule
 from flashrt.model.scores import Likeliest, Scores
-from flashrt.model.workspace import Tensor, Workspace
+from flashrt.model.workspace import Tensor, Wide, Workspace
 from flashrt_kernels.rows import MATRIX_ROWS
 
 # Is shown a kind ('attention' and 'ffn' are inputs of these blocks, 'heads' what the heads give), the layer, the
@@ -95,14 +95,14 @@ class Decoder:
         self.work.norm("norm.final", x, normed)
         return normed
 
-    def logits(self, states: Tensor, wide: bool = False) -> Tensor:
+    def logits(self, states: Tensor, wide: Wide = False) -> Tensor:
         """Logits of normed states (float32 [B, hidden]): float32 [B, vocab], a view of a buffer."""
         out = self.work.view("logits", len(states), self.spec.vocab)
         self.work.linear(self.spec.head, states, out, wide)
         self._bound(out)
         return out
 
-    def scores(self, states: Tensor, targets: np.ndarray, wide: bool, top: int = 0) -> Scores:
+    def scores(self, states: Tensor, targets: np.ndarray, wide: Wide, top: int = 0) -> Scores:
         """How likely `targets` (int64 [T]) are after `states` (float32 [T, hidden]), and which `top` tokens are most.
 
         The head's output is reduced strip by strip, so that [T, vocab] never exists.
@@ -157,7 +157,7 @@ class Decoder:
         if self.spec.embed_scale != 1.0:
             out *= self.spec.embed_scale
 
-    def _mix(self, i: int, tokens: Tokens, wide: bool) -> None:
+    def _mix(self, i: int, tokens: Tokens, wide: Wide) -> None:
         work, blocks, x = self.work, self.mixers.blocks, tokens.residual
         before = None if wide else self.ffns.blocks[i].before_attention
         if before is not None:
@@ -183,6 +183,8 @@ class Decoder:
         y[:] = 0
         if batch.draft:
             block.draft(normed, y)
+        elif batch.mixed:
+            block.mix(normed, y, batch.wide_rows)
         elif batch.wide:
             block.prefill(normed, y, tokens)
         else:

@@ -12,13 +12,13 @@ from typing import Any
 from flashrt.engine.generation import Token
 from flashrt.server.answers import Usage, chat_logprob, finish_of
 from flashrt.server.deltas import MARKERS, Deltas, Style, style_of
+from flashrt.server.desk import Asked, Desk
 from flashrt.server.errors import invalid, refused
 from flashrt.server.fields import Fields, Refusals, convert
 from flashrt.server.formats import ResponseFormat, grammar_of
 from flashrt.server.job import Came, Ended, Event, Part, Rules
 from flashrt.server.memory import most_tokens
 from flashrt.server.messages import Message, for_template
-from flashrt.server.service import Asked, Service
 from flashrt.server.tools import Tool, shown
 from flashrt.text.tokenizer import Tokenizer
 
@@ -52,26 +52,26 @@ class ChatFields(Fields, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def chat(service: Service, given: dict[str, Any]) -> Asked:
+def chat(desk: Desk, given: dict[str, Any]) -> Asked:
     """Raises ApiError."""
     fields = convert(given, ChatFields, REFUSED)
     top = _top(fields)
-    template = service.prompts.template.source if service.prompts.template else ""
+    template = desk.prompts.template.source if desk.prompts.template else ""
     tools = shown(fields.tools, fields.tool_choice, template)
-    grammar = grammar_of(service.grammars, fields.response_format)
+    grammar = grammar_of(desk.grammars, fields.response_format)
     if tools and grammar:
         raise invalid("response_format", "response_format leaves no room for calls: leave tools out, or it")
     variables = _variables(fields, template) | ({"tools": tools} if tools else {})
-    prompt = service.prompts.conversation(for_template(fields.messages), **variables)
+    prompt = desk.prompts.conversation(for_template(fields.messages), **variables)
     asked, name = _limit(fields)
-    limit = service.prompts.limit(prompt, asked, name)
+    limit = desk.prompts.limit(prompt, asked, name)
     if asked is None:
         limit = min(limit, most_tokens(fields.choices, top))
-    parts = [Part(prompt, limit, sampling) for sampling in service.seeded(service.sampling(fields), fields.choices)]
-    service.check_size(parts, top)
-    tokenizer = service.prompts.tokenizer
+    parts = [Part(prompt, limit, sampling) for sampling in desk.seeded(desk.sampling(fields), fields.choices)]
+    desk.check_size(parts, top)
+    tokenizer = desk.prompts.tokenizer
     style = Style() if grammar else style_of(template, tokenizer.decode(prompt[-ENDING:], False), bool(tools))
-    shape = Shape(service.name, tokenizer, fields.choices, top is not None, style)
+    shape = Shape(desk.name, tokenizer, fields.choices, top is not None, style)
     answers = ChatAnswers(shape, Usage(len(prompt)))
     rules = Rules(fields.stops, top, bool(fields.ignore_eos), grammar)
     return Asked(parts, rules, answers, bool(fields.stream), fields.include_usage)
@@ -131,7 +131,7 @@ class Whole:
 
 
 class ChatAnswers:
-    """See `service.Answers`."""
+    """See `desk.Answers`."""
 
     named = False
 
