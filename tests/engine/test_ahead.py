@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 import flashrt
 from flashrt.budget.plan import Workload
 from flashrt.budget.planner import AHEAD
-from flashrt.checkpoints.pack_job import pack_checkpoint
+from flashrt.checkpoints.pack_job import move_checkpoint, pack_checkpoint
 from flashrt.config import Sampling
 from flashrt.engine.ahead_pack import ahead_bytes, ahead_pack, ahead_plan, load_ahead, pays
 from flashrt.engine.engine import Engine
 from flashrt.engine.open import open_model
 from flashrt.engine.options import LoadOptions
 from flashrt.engine.runtime import runtime_for
-from flashrt.errors import PackError
+from flashrt.errors import PackError, UsageError
 from flashrt.storage.layout import AHEAD_DIR
+from flashrt.storage.manifest import MANIFEST_FILE
 from flashrt.storage.pack import Pack
 from flashrt_kernels.kv import KvCodec
 from tests.ahead import FAMILIES, AheadReference, ahead_checkpoint, ahead_gguf
@@ -189,3 +190,19 @@ def test_a_layer_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
     del weights["model.layers.3.enorm.weight"]
     save_file(weights, path, {"format": "pt"})
     assert ahead_pack(packed(tmp_path / "checkpoint", tmp_path / "pack")) is None
+
+
+def test_a_pack_that_was_interrupted_behind_the_layer_is_finished(tmp_path: Path) -> None:
+    """The layer is not packed twice, and binds the pack to its checkpoint and dtype as other weights do."""
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "pack"
+    ahead_checkpoint("glm4_moe", checkpoint)
+    interrupt = mock.patch("flashrt.storage.packer._finished_files", side_effect=[{}, {}, {}, KeyboardInterrupt])
+    with interrupt, pytest.raises(KeyboardInterrupt):
+        packed(checkpoint, out, "int8")
+    written = (out / AHEAD_DIR / MANIFEST_FILE).stat().st_mtime_ns
+    with pytest.raises(UsageError, match="unfinished pack of another checkpoint or dtype"):
+        packed(checkpoint, out, "int4")
+    move_checkpoint(checkpoint, out, "int8", lambda *_: None)
+    assert not (checkpoint / "model.safetensors").exists()
+    assert (out / AHEAD_DIR / MANIFEST_FILE).stat().st_mtime_ns == written
+    Pack(out).verify()
