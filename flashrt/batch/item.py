@@ -94,8 +94,12 @@ class Reader:
         if isinstance(found, str):
             self._ids.setdefault(found, line.number)
 
-    def prompt(self, line: Line, body: Mapping[str, Any], chats: bool) -> Item:
-        """Of a line that is a prompt: asked as one message, or gone on with; `body` says how."""
+    def prompt(self, line: Line, body: Mapping[str, Any], chats: bool | None) -> Item:
+        """Of a line that is a prompt: asked as one message, or gone on with; `body` says how.
+
+        chats: None asks where the model has a template
+        """
+        chats = self._desk.prompts.template is not None if chats is None else chats
 
         def asked() -> Asked:
             try:

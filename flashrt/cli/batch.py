@@ -63,8 +63,14 @@ def batch(
         typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Of a prompt: tokens of its answer, at most."),
     ] = DEFAULT_NEW_TOKENS,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask each prompt as one message, in the model's chat template.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            show_default=False,
+            help="Ask each prompt as one message, in the model's chat template, or continue it as text. "
+            "Omitted: ask, where the model has a template.",
+        ),
+    ] = None,
     *,
     load: LoadOptions,
     json: options.Json = False,
@@ -72,8 +78,8 @@ def batch(
     """Answer the requests of a file together: more tokens per second than one after the other, the same texts.
 
     IN.jsonl is in OpenAI's batch format: custom_id, method, url (/v1/chat/completions or /v1/completions) and body.
-    Any other file holds prompts, one a line, which are gone on with greedily. Each line of OUT is an answer, or an
-    error in its place, in the order in which they are there. A run that was ended goes on where it was.
+    Any other file holds prompts, one a line, which are answered greedily, as `flashrt run` does. Each line of OUT is an
+    answer, or an error in its place, in the order in which they are there. A run that was ended goes on where it was.
 
     Example: flashrt batch demo IN.jsonl OUT.jsonl --budget-gb 1
     """
@@ -94,7 +100,7 @@ def batch(
         _answer(model, items, output, sequences, json, done)
 
 
-def _prompt_body(max_new_tokens: int, chat: bool) -> tuple[dict[str, Any], bool]:
+def _prompt_body(max_new_tokens: int, chat: bool | None) -> tuple[dict[str, Any], bool | None]:
     return {"max_tokens": max_new_tokens, "temperature": 0}, chat
 
 
@@ -103,7 +109,7 @@ def _read(
     path: Path,
     output: Output,
     names: tuple[str, ...],
-    body: tuple[dict[str, Any], bool] | None,
+    body: tuple[dict[str, Any], bool | None] | None,
     longest: int,
 ) -> tuple[list[Item], int]:
     """What is still to be answered, and how many lines are; errors are written. Raises UsageError."""

@@ -104,12 +104,16 @@ def test_bad_lines_get_errors_in_their_place(cli: Cli, pack: Path, name: str, tm
 def test_prompts_one_a_line(cli: Cli, pack: Path, tmp_path: Path) -> None:
     asked = tmp_path / "prompts.txt"
     asked.write_text("def f(x):\n\nhello\n")
-    done = cli("batch", pack, asked, tmp_path / "out.jsonl", "-n", 5)
+    done = cli("batch", pack, asked, tmp_path / "out.jsonl", "-n", 5, "--raw")
     assert done.returncode == 0, done.stderr
     found = read(tmp_path / "out.jsonl")
     assert [found[n]["custom_id"] for n in (1, 3)] == ["line-1", "line-3"]
-    run = cli("run", pack, "--prompt", "hello", "-n", 5)
+    run = cli("run", pack, "--prompt", "hello", "-n", 5, "--raw")
     assert run.stdout == text(found[3]) + "\n"
+    done = cli("batch", pack, asked, tmp_path / "asked.jsonl", "-n", 5)
+    assert done.returncode == 0, done.stderr
+    asked_for = read(tmp_path / "asked.jsonl")[3]["response"]["body"]["choices"][0]["message"]["content"]
+    assert cli("run", pack, "--prompt", "hello", "-n", 5).stdout == asked_for + "\n"
 
 
 def test_a_killed_run_goes_on(cli: Cli, launch: Launch, long_pack: Path, tmp_path: Path) -> None:
