@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flashrt.spec import ModelSpec
 
 GIB = 1 << 30
+MOST_SEQUENCES = 496  # computed together: passes have at most 512 rows, and some serve prompts
 MOST_THREADS = 1024  # more than any machine has cores
 MOST_PENALTY, MOST_BIAS = 2.0, 100.0  # of a logit; as OpenAI's API bounds them
 LARGEST_BUDGET_GB = 1e9  # 2**60 bytes: beyond any machine, and whole in 64 bits

@@ -6,6 +6,7 @@ family. `{i}` is the layer:
     vectors   (float32, always resident)
         norm.final  norm.final.bias
         norm.inputs [layer_inputs]  {i}.norm.input_post
+        norm.token  norm.state                         of what a model that follows another is given
         {i}.norm.attention  {i}.norm.attention.bias  {i}.norm.ffn  {i}.norm.ffn.bias
         {i}.norm.attention_post  {i}.norm.ffn_post     of what blocks give (Gemma, OLMo 2)
         {i}.q_norm  {i}.k_norm                         [head_dim], or [heads * head_dim] and [kv_heads * head_dim]
@@ -16,6 +17,7 @@ family. `{i}` is the layer:
         {i}.scale                                      [1], of the residual stream behind the layer
     matrices  (packed rows; y = W x)
         embed [vocab, hidden]   head [vocab, hidden] (absent when tied)   positions [rows, hidden] (learned)
+        join [hidden, 2 hidden] (in place of embed and head where the model follows another)
         {i}.qkv [(heads + 2 kv_heads) * head_dim, hidden]                 query, then key, then value rows, if any
         {i}.gate [heads * head_dim, hidden]                               of what the heads give
         {i}.out [hidden, heads * head_dim]
@@ -432,6 +434,7 @@ class ModelSpec:
     layer_scales: bool = False  # the residual stream behind each layer is multiplied by a number of its own
     layer_inputs: int = 0  # numbers that each layer is given of a token beside the residual stream
     layer_input_scale: float = 1.0  # of those that the token's row holds
+    follows: bool = False  # its layers are given a token's embedding and the state before it, of a model with the head
 
     def unsupported(self) -> str | None:
         """Why these shapes cannot be computed, as one clause; None when they can."""
@@ -450,6 +453,8 @@ class ModelSpec:
                 return problem
         if self.layer_inputs and self.norm != "rms":
             return "layer inputs beside layer norms"
+        if self.follows and (self.layer_inputs or self.positions or self.norm != "rms" or self.delta_nets):
+            return "layers that follow another model's and are given more than its states"
         if self.layer_inputs and self.layer_inputs * len(self.layers) > LONGEST_ROW:
             return f"{self.layer_inputs} numbers for each layer of a token are more than kernels take"
         if not all(parse(layer.ffn.activation).gate_only for layer in self.layers) and self.layer_inputs:
@@ -564,6 +569,8 @@ class ModelSpec:
         result = {f"norm.final{suffix}": self.hidden for suffix in norms}
         if self.layer_inputs:
             result["norm.inputs"] = self.layer_inputs
+        if self.follows:
+            result |= {"norm.token": self.hidden, "norm.state": self.hidden}
         for i, layer in enumerate(self.layers):
             ffn = layer.ffn
             for name in ("attention", "ffn"):
@@ -595,6 +602,8 @@ class ModelSpec:
 
     def shared_matrices(self) -> dict[str, tuple[int, int]]:
         """Logical name → (rows, columns) of the matrices that belong to no layer."""
+        if self.follows:
+            return {"join": (self.hidden, 2 * self.hidden)}
         result = {"embed": (self.vocab, self.hidden)}
         if not self.tied:
             result["head"] = (self.vocab, self.hidden)
@@ -687,6 +696,7 @@ _ADDITIONS = {
         "layer_scales",
         "layer_inputs",
         "layer_input_scale",
+        "follows",
     ),
     Attention: (
         "qk_norm_whole",

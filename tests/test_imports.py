@@ -21,7 +21,8 @@ PACKAGES = {
 LAYERS = (
     ("tools", "flashrt.__main__"),
     ("flashrt.cli",),
-    ("flashrt.server",),
+    ("flashrt.batch",),
+    ("flashrt.server", "flashrt.integrations"),
     ("flashrt",),
     ("flashrt.calibration",),
     ("flashrt.engine",),
@@ -37,7 +38,12 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LATE = {"gguf", "huggingface_hub", "torch", "transformers", "triton"}  # costly: imported where used
 # Imported only once torch is asked for; with all that they hold.
-TORCH_MODULES = ("flashrt_kernels.reference", "flashrt_kernels.gpu", "flashrt.cache.torch_device")
+TORCH_MODULES = (
+    "flashrt_kernels.reference",
+    "flashrt_kernels.gpu",
+    "flashrt.cache.torch_device",
+    "flashrt.integrations.transformers",
+)
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -36,12 +36,13 @@ from flashrt.arch import (
     seed_oss,
     smollm3,
 )
+from flashrt.arch.ahead import ahead_tensors
 from flashrt.arch.config import Config
 from flashrt.arch.names import GGUF_NAMES, GGUF_PERMUTED, Has, Names, Part, TensorMap
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 
-__all__ = ["FAMILIES", "Family", "Part", "TensorMap", "family_of"]
+__all__ = ["FAMILIES", "Family", "Part", "TensorMap", "ahead_tensors", "family_of"]
 
 
 @dataclass(frozen=True, slots=True)

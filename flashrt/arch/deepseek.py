@@ -14,12 +14,12 @@ from flashrt.arch.decoder import decoder_spec
 from flashrt.arch.latent import GGUF_LATENT, HF_LATENT, gguf_latent, latent_attention
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import GGUF_ROUTER_KEYS, MIXTURE, dense_first, experts, sigmoid_experts
-from flashrt.arch.names import GGUF_PERMUTED
+from flashrt.arch.names import GGUF_AHEAD, GGUF_PERMUTED, HF_AHEAD
 from flashrt.errors import UnsupportedModelError
 from flashrt.spec import Layer, ModelSpec
 
-NAMES = replace(MIXTURE, latent=HF_LATENT, permuted=True, beyond="eh_proj.weight")
-GGUF = replace(GGUF_PERMUTED, latent=GGUF_LATENT, beyond="nextn.eh_proj.weight")
+NAMES = replace(MIXTURE, latent=HF_LATENT, permuted=True, ahead=HF_AHEAD)
+GGUF = replace(GGUF_PERMUTED, latent=GGUF_LATENT, ahead=GGUF_AHEAD)
 GGUF_KEYS = (*GGUF_ROUTER_KEYS, "nextn_predict_layers", "rope.scaling.yarn_log_multiplier")
 
 # What transformers' configurations take where a field is absent.

@@ -14,17 +14,16 @@ from flashrt.arch.decoder import attention, decoder_spec, gated_ffn, layer_count
 from flashrt.arch.latent import HF_LATENT, latent_attention
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import GGUF_ROUTER_KEYS, MIXTURE, dense_first, sigmoid_experts, sigmoid_gguf
-from flashrt.arch.names import GGUF_NAMES
+from flashrt.arch.names import GGUF_AHEAD, GGUF_NAMES, HF_AHEAD
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import Layer, ModelSpec
 
-# A layer behind the last predicts further tokens, and is not run.
-NAMES = replace(MIXTURE, beyond="eh_proj.weight")
+NAMES = replace(MIXTURE, ahead=HF_AHEAD)
 LITE_NAMES = replace(NAMES, latent=HF_LATENT, permuted=True)
 GGUF = replace(
     GGUF_NAMES,
     layer={**GGUF_NAMES.layer, "norm.ffn": ("post_attention_norm.weight",)},
-    beyond="nextn.eh_proj.weight",
+    ahead=GGUF_AHEAD,
 )
 GGUF_KEYS = (*GGUF_ROUTER_KEYS, "nextn_predict_layers")
 _LITE = {  # what transformers' configuration takes where a field is absent

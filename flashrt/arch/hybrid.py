@@ -9,7 +9,7 @@ from typing import Any
 from flashrt.arch.config import Config, without_sections
 from flashrt.arch.decoder import attention, decoder_spec, layer_count
 from flashrt.arch.metadata import Metadata
-from flashrt.arch.names import GGUF_NAMES, HF_DECODER
+from flashrt.arch.names import GGUF_AHEAD, GGUF_NAMES, HF_DECODER, Names
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import DeltaNet, Ffn, Layer, Mixer, ModelSpec
 
@@ -31,12 +31,23 @@ GGUF_RECURRENT = {
 }
 # Of each, names of the projections differ between families.
 HYBRID = replace(HF_DECODER, norm_add=1.0, recurrent=RECURRENT, log_rate=True)
+_AHEAD = {
+    "join": "fc.weight",
+    "norm.token": "pre_fc_norm_embedding.weight",
+    "norm.state": "pre_fc_norm_hidden.weight",
+    "norm.final": "norm.weight",
+}
 GGUF_HYBRID = replace(
     GGUF_NAMES,
     layer={**GGUF_NAMES.layer, "norm.ffn": ("post_attention_norm.weight",)},
     recurrent=GGUF_RECURRENT,
-    beyond="nextn.eh_proj.weight",
+    ahead=GGUF_AHEAD,
 )
+
+
+def with_ahead(names: Names) -> Names:
+    """The names, and those of a layer that predicts further tokens, which checkpoints hold apart."""
+    return replace(names, apart=replace(names, prefixes=("mtp.", "model.mtp."), shared=_AHEAD))
 
 
 def hybrid_spec(config: Config, ffns: Sequence[Ffn]) -> ModelSpec:

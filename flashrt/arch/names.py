@@ -82,7 +82,8 @@ class Names:
     shares: of these, the rows of each part that is not all of its tensor
     log_rate: the rates at which states decay are stored as logarithms
     interleaved_biases: those of gate and up are one tensor, in which they follow each other
-    beyond: a tensor that only layers behind the last have, which predict further tokens and are not run
+    ahead: templates of what a layer behind the last has besides, which predicts further tokens (`arch.ahead`)
+    apart: names of such a layer that is stored apart from the others, in place of `ahead`
     """
 
     prefixes: tuple[str, ...]
@@ -95,7 +96,8 @@ class Names:
     norm_add: float = 0.0
     permuted: bool = False
     layer_prefix: str = "layers.{i}."
-    beyond: str | None = None
+    ahead: Mapping[str, str] = field(default_factory=dict)
+    apart: Names | None = None
     interleaved_biases: bool = False
     harmless: tuple[str, ...] = HF_HARMLESS
     recurrent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -105,9 +107,8 @@ class Names:
 
     def resolve(self, spec: ModelSpec, has: Has) -> TensorMap:
         """The names as one checkpoint spells them; `has` tells whether it holds a tensor of that name."""
-        embed = self.shared["embed"]
-        final = self.shared["norm.final"]
-        prefix = next((p for p in self.prefixes if has(p + embed) or has(p + final)), self.prefixes[0])
+        known = [self.shared[key] for key in ("embed", "norm.final") if key in self.shared]
+        prefix = next((p for p in self.prefixes if any(has(p + name) for name in known)), self.prefixes[0])
         head = next((name for name in self.head if has(name)), self.head[0])
         return TensorMap(self, spec, prefix, head, has)
 
@@ -218,12 +219,12 @@ class TensorMap:
 
     def _is_beyond(self, tensor: str) -> bool:
         """Whether a tensor belongs to a layer behind the last that only predicts further tokens."""
-        if self.names.beyond is None:
+        if not self.names.ahead:
             return False
         before, after = map(re.escape, (self.prefix + self.names.layer_prefix).split("{i}"))
         found = re.match(f"{before}(\\d+){after}", tensor)
         layer = -1 if found is None else int(found[1])
-        return layer >= len(self.spec.layers) and self.has(self._layer(layer, self.names.beyond))
+        return layer >= len(self.spec.layers) and self.has(self._layer(layer, self.names.ahead["join"]))
 
     def _layer(self, layer: int, template: str, expert: int | None = None) -> str:
         return self.prefix + (self.names.layer_prefix + template).format(i=layer, e=expert)
@@ -247,6 +248,18 @@ HF_LAYER: dict[str, tuple[str, ...]] = {
     **{f"{part}.bias": (f"mlp.{part}_proj.bias",) for part in ("gate", "up", "down")},
 }
 HF_SHARED = {"embed": "embed_tokens.weight", "norm.final": "norm.weight"}
+HF_AHEAD = {
+    "join": "eh_proj.weight",
+    "norm.token": "enorm.weight",
+    "norm.state": "hnorm.weight",
+    "norm.final": "shared_head.norm.weight",
+}
+GGUF_AHEAD = {
+    "join": "nextn.eh_proj.weight",
+    "norm.token": "nextn.enorm.weight",
+    "norm.state": "nextn.hnorm.weight",
+    "norm.final": "nextn.shared_head_norm.weight",
+}
 
 
 def gated_names(prefix: str) -> FfnNames:

@@ -8,20 +8,22 @@ from typing import Any
 
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import gated_ffn, layer_count
-from flashrt.arch.hybrid import GGUF_HYBRID, GGUF_RECURRENT, HYBRID, RECURRENT, gguf_hybrid, hybrid_spec
+from flashrt.arch.hybrid import GGUF_HYBRID, GGUF_RECURRENT, HYBRID, RECURRENT, gguf_hybrid, hybrid_spec, with_ahead
 from flashrt.arch.metadata import Metadata
 from flashrt.errors import CheckpointError
 from flashrt.spec import ModelSpec
 
-NAMES = replace(
-    HYBRID,
-    recurrent={
-        **RECURRENT,
-        "qkv": ("linear_attn.in_proj_qkv.weight",),
-        "gate": ("linear_attn.in_proj_z.weight",),
-        "beta": ("linear_attn.in_proj_b.weight",),
-        "decay": ("linear_attn.in_proj_a.weight",),
-    },
+NAMES = with_ahead(
+    replace(
+        HYBRID,
+        recurrent={
+            **RECURRENT,
+            "qkv": ("linear_attn.in_proj_qkv.weight",),
+            "gate": ("linear_attn.in_proj_z.weight",),
+            "beta": ("linear_attn.in_proj_b.weight",),
+            "decay": ("linear_attn.in_proj_a.weight",),
+        },
+    )
 )
 GGUF = replace(GGUF_HYBRID, recurrent={**GGUF_RECURRENT, "beta": ("ssm_beta.weight",), "decay": ("ssm_alpha.weight",)})
 _SECTIONS = "rope.dimension_sections"

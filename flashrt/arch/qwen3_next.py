@@ -9,7 +9,7 @@ from typing import Any
 from flashrt.arch import qwen2_moe, qwen3_5
 from flashrt.arch.config import Config
 from flashrt.arch.decoder import gated_ffn, layer_count
-from flashrt.arch.hybrid import GGUF_HYBRID, GGUF_RECURRENT, HYBRID, RECURRENT, gguf_hybrid, hybrid_spec
+from flashrt.arch.hybrid import GGUF_HYBRID, GGUF_RECURRENT, HYBRID, RECURRENT, gguf_hybrid, hybrid_spec, with_ahead
 from flashrt.arch.metadata import Metadata
 from flashrt.arch.mixture import GGUF_KEYS as MIXTURE_KEYS
 from flashrt.arch.mixture import experts
@@ -43,18 +43,20 @@ def _gates(net: DeltaNet) -> list[Share]:
 
 
 _GATE_SHARES = {"beta": lambda net: _gates(net)[:1], "decay": lambda net: _gates(net)[1:]}
-MOE_NAMES = _mixture(qwen3_5.NAMES)
+MOE_NAMES = with_ahead(_mixture(qwen3_5.NAMES))
 MOE_GGUF = qwen3_5.GGUF
-NAMES = replace(
-    _mixture(HYBRID),
-    recurrent={
-        **RECURRENT,
-        "qkv": ("linear_attn.in_proj_qkvz.weight",) * 3,
-        "gate": ("linear_attn.in_proj_qkvz.weight",),
-        "beta": ("linear_attn.in_proj_ba.weight",),
-        "decay": ("linear_attn.in_proj_ba.weight",),
-    },
-    shares={"qkv": lambda net: _projections(net)[:3], "gate": lambda net: _projections(net)[3:], **_GATE_SHARES},
+NAMES = with_ahead(
+    replace(
+        _mixture(HYBRID),
+        recurrent={
+            **RECURRENT,
+            "qkv": ("linear_attn.in_proj_qkvz.weight",) * 3,
+            "gate": ("linear_attn.in_proj_qkvz.weight",),
+            "beta": ("linear_attn.in_proj_ba.weight",),
+            "decay": ("linear_attn.in_proj_ba.weight",),
+        },
+        shares={"qkv": lambda net: _projections(net)[:3], "gate": lambda net: _projections(net)[3:], **_GATE_SHARES},
+    )
 )
 GGUF = replace(
     GGUF_HYBRID,

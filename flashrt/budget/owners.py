@@ -10,6 +10,7 @@ _LATENT = ("queries", "q_a", "q_b", "kv_a", "k_b", "v_b")
 OWNERS = {  # by kind
     **dict.fromkeys(("qkv", "q", "k", "v", "gate", "beta", "decay", *_LATENT, "out"), "attention"),
     **dict.fromkeys(("project", "input_gate", "input_out"), "layer inputs"),
+    "join": "attention",
     "router": "router",
     "shared_gate": "router",
     "shared": "shared experts",

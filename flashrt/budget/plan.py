@@ -25,6 +25,8 @@ class Workload:
     max_draft_tokens: int = 1  # tokens of a pass that verifies a draft, at most; 1: nothing is drafted
     kv: SparseKv | None = None  # how decode passes choose what they attend to; None: they attend to everything
     request_bytes: int = 0  # that requests take beside the model: what a server reads and writes
+    sequences: int = 1  # that are held at a time, each of `context` positions
+    ahead_bytes: int = 0  # of the layer that predicts further tokens, which is planned by itself
 
     @property
     def choices(self) -> Choices:
@@ -93,6 +95,7 @@ class Plan:
     kv_cells: int = 0  # cells of these that memory holds, where tokens choose what they attend to
     kv_cell_bytes_per_token: int = 0  # of the cells that a token chooses at the end of the context
     kv_codec: KvCodec = KvCodec.BF16
+    sequences: int = 1  # see `Workload`
 
     @property
     def kv_limits(self) -> KvLimits:
@@ -158,6 +161,7 @@ class Plan:
         figures = {
             "budget_bytes": self.budget_bytes,
             "context": self.context,
+            "sequences": self.sequences,
             "prefill_chunk": self.prefill_chunk,
             "owners": dict(self.owners),
             "weight_bytes": self.weight_bytes,

@@ -36,6 +36,7 @@ from flashrt_kernels.rows import align, row_bytes
 
 MIB = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill pass, the best first
+PROMPT_ROWS = 16  # of a pass that serve prompts, at least, where each sequence has a row
 RESIDENT_CHUNK = 64  # a shorter pass computes too slowly to be worth holding all weights for
 CHUNK_SHARE = 0.08  # of what the process leaves free: a larger chunk may not take more than this from the weights
 FAR_CHUNK_SHARE = 0.2  # the same where every pass of a prompt reads the older keys and values again
@@ -43,6 +44,7 @@ RING_SLOTS = (24, 16, 12, 8, 4, 2)  # blocks in flight or in use, the best first
 RING_SHARE = 1 / 16  # of what weights may take that the ring may have at most
 LOOKUP_BYTES = 28  # of a token of context, for finding it again
 PEAK_JITTER = 3 * MIB  # by which the process differs from run to run: the budget that is named must suffice
+AHEAD = "predicting layer"  # the owner of the layer that predicts further tokens
 SLACK_BASE = 6 * MIB  # page tables, thread stacks, the allocator's rounding
 SLACK_SHARE = 0.012  # and what grows with the budget
 
@@ -102,7 +104,9 @@ def host_tier(spec: ModelSpec, layout: PackLayout, device_plan: Plan, host_bytes
 
 
 def _planners(case: Case, claims: Claims) -> list[_Planner]:
-    """With all keys and values in memory; and where older ones can stream, with these on disk."""
+    """With all keys and values in memory; and where older ones of one sequence can stream, with these on disk."""
+    if case.workload.sequences > 1:
+        return [_Planner(case, claims)]
     resident, streaming = _Planner(case, claims), _Planner(case, claims, held=0)
     return [resident, streaming] if streaming.streams else [resident]
 
@@ -112,6 +116,9 @@ class _Planner:
 
     def __init__(self, case: Case, claims: Claims, held: int | None = None) -> None:
         self.case, self.spec, self.workload, self.held = case, case.spec, case.workload, held
+        several = self.workload.sequences > 1
+        self.chunks = [c for c in CHUNKS if not several or c >= self.workload.sequences + PROMPT_ROWS]
+        self.least_chunk = self.chunks[-1]
         self.claims = [make(case) for make in claims]
         self.whole = {t.name: t.blocks for claim in self.claims for t in claim.whole}
         self.tensors = [t for t in case.layout.tensors.values() if t.name not in self.whole]
@@ -119,7 +126,7 @@ class _Planner:
         self.block_bytes = align(max(t.max_block_bytes for t in case.layout.tensors.values()), PAGE)
         choices, chooses = self.workload.choices, any(self.workload.choices)
         self.cell_bytes = kv_cell_bytes(self.spec, case.costs.kv_codec, choices) if held is not None else 0
-        far = None if held is None or (chooses and not self.cell_bytes) else self.far(CHUNKS[-1])
+        far = None if held is None or (chooses and not self.cell_bytes) else self.far(self.least_chunk)
         self.streams = far is not None
         self.page_bytes = 0 if far is None else far.largest
         self.cells = CellClaim.of(far, self._cells_chosen())
@@ -179,17 +186,18 @@ class _Planner:
             kv_cells=cells,
             kv_cell_bytes_per_token=chosen_bytes,
             kv_codec=self.case.costs.kv_codec,
+            sequences=self.workload.sequences,
         )
 
     def smallest(self) -> int:
         """Everything streamed through the smallest ring and windows, in the smallest chunk."""
-        fixed = sum(self._fixed(CHUNKS[-1]).values()) + self._least_moving()
+        fixed = sum(self._fixed(self.least_chunk).values()) + self._least_moving()
         budget = max(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, self.case.costs.peak_bytes + SLACK_BASE)
         return align(budget + PEAK_JITTER, PAGE)
 
     def enough(self) -> int:
         """Everything resident, in the longest pass that is of use: speed, not the last MiB, is what is asked for."""
-        chunk = next(c for c in CHUNKS if not self._too_long(c))
+        chunk = next(c for c in self.chunks if not self._too_long(c))
         fixed = sum(self._fixed(chunk).values()) + self.weight_bytes
         return max(align(int((fixed + SLACK_BASE) / (1 - SLACK_SHARE)) + PAGE, PAGE), self.smallest())
 
@@ -205,7 +213,8 @@ class _Planner:
         pages = {} if far is None else {"KV buffers": SPILL_BUFFERS * far.largest}
         cells = {} if claim is None else {"KV cells": claim.nbytes(claim.least)}
         requests = {"requests": workload.request_bytes} if workload.request_bytes else {}
-        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells, requests) | {
+        ahead = {AHEAD: workload.ahead_bytes} if workload.ahead_bytes else {}
+        return _added(*(claim.fixed() for claim in self.claims), lookup, pages, cells, requests, ahead) | {
             "process": costs.runtime_bytes,
             "norms and biases": vector_bytes(layout),
             "KV": self._kv_bytes(chunk),
@@ -224,12 +233,12 @@ class _Planner:
         return far, CellClaim.of(far, self._cells_chosen())
 
     def _cells_chosen(self) -> list[int]:
-        limits, costs = self._limits(CHUNKS[-1]), self.case.costs
+        limits, costs = self._limits(self.least_chunk), self.case.costs
         return cells_chosen(self.spec, limits, costs.kv_kinds, self.workload.choices)
 
     def _kv_bytes(self, chunk: int, held: int = 0) -> int:
         limits, costs = self._limits(chunk, held), self.case.costs
-        return kv_bytes(self.spec, limits, costs.kv_kinds, self.workload.choices)
+        return self.workload.sequences * kv_bytes(self.spec, limits, costs.kv_kinds, self.workload.choices)
 
     def _hold(self, chunk: int, free: int) -> int:
         """Pages of each layer that `free` bytes hold; some always stream, or else a store would hold everything.
@@ -246,7 +255,7 @@ class _Planner:
         """The longest pass that is of use and leaves all weights resident, or else takes no more than its share."""
         share = FAR_CHUNK_SHARE if self.streams else CHUNK_SHARE
         limit = share * (budget - self.case.costs.runtime_bytes)
-        fixed = {chunk: self._fixed(chunk) for chunk in CHUNKS if not self._too_long(chunk)}
+        fixed = {chunk: self._fixed(chunk) for chunk in self.chunks if not self._too_long(chunk)}
         free = {chunk: budget - slack_bytes(budget) - sum(parts.values()) for chunk, parts in fixed.items()}
         enough = min(RESIDENT_CHUNK, max(fixed))
         least = fixed[min(fixed)]["KV"]  # the KV of windows grows with the passes
@@ -257,12 +266,12 @@ class _Planner:
             for chunk, parts in fixed.items()
             if self._least_moving() <= free[chunk] and parts["activations"] + parts["KV"] - least <= limit
         ]
-        return max(resident or within, default=CHUNKS[-1])
+        return max(resident or within, default=self.least_chunk)
 
     def _too_long(self, chunk: int) -> bool:
         """Whether a pass half as long would do as well."""
-        useful = self.workload.prompt or self.workload.context
-        return chunk > CHUNKS[-1] and chunk // 2 >= useful
+        useful = self.workload.sequences * (self.workload.prompt or self.workload.context)
+        return chunk > self.least_chunk and chunk // 2 >= useful
 
     def _ring_slots(self, free: int) -> int:
         """The most slots that take no more than their share."""
@@ -296,7 +305,7 @@ class _Planner:
 
     @property
     def _logit_rows(self) -> int:
-        return max(self.workload.logit_rows, self.workload.max_draft_tokens)
+        return max(self.workload.logit_rows, self.workload.max_draft_tokens, self.workload.sequences)
 
     def _least_moving(self) -> int:
         """Bytes without which nothing can be read while decoding."""
@@ -319,10 +328,15 @@ class _Planner:
         row = align(row_bytes(tensor.codec, tensor.columns), PAGE)
         return min(rest, row) if owner_of(self.spec, tensor) == "embeddings" else rest
 
+    @property
+    def _asked(self) -> str:
+        context, count = f"a context of {self.workload.context} tokens", self.workload.sequences
+        return context if count == 1 else f"{count} sequences, each with {context}"
+
     def refusal(self, budget: int) -> str:
         """What is said of a budget that is too small."""
         smallest = self.smallest()
-        fixed = _added(self._fixed(CHUNKS[-1]), *(claim.moving() for claim in self.claims))
+        fixed = _added(self._fixed(self.least_chunk), *(claim.moving() for claim in self.claims))
         fixed["stream buffers"] = self._ring_bytes(RING_SLOTS[-1])
         if least := sum(claim.least() for claim in self.claims):
             fixed["windows"] = least
@@ -334,7 +348,7 @@ class _Planner:
         if peak + SLACK_BASE + PEAK_JITTER + PAGE >= smallest:
             parts = f"loading the program and the tokenizer alone took {peak / MIB:.0f} MiB; {parts}"
         return (
-            f"a budget of {budget / GIB:.3f} GiB is too small for a context of {self.workload.context} tokens: "
+            f"a budget of {budget / GIB:.3f} GiB is too small for {self._asked}: "
             f"the smallest that would do is {ceil_gib(smallest):.3f} GiB ({parts}). {hint[0].upper()}{hint[1:]}"
         )
 

@@ -53,9 +53,12 @@ def working_set(
         "y": BufferShape((tokens, spec.hidden)),
         "qkv": BufferShape((tokens, max(mixer.row_width for mixer in mixers))),
         "attended": BufferShape((tokens, max(mixer.width for mixer in mixers))),
-        "encoded": BufferShape((max(tokens * _row_bytes(layout, "embed"), _input_row_bytes(spec, layout)),), 1),
-        "logits": BufferShape((logit_rows, spec.vocab)),
     }
+    if spec.follows:  # whose embeddings and head are another model's
+        shapes["pair"] = BufferShape((tokens, 2 * spec.hidden))
+    else:
+        encoded = max(tokens * _row_bytes(layout, "embed"), _input_row_bytes(spec, layout))
+        shapes |= {"encoded": BufferShape((encoded,), 1), "logits": BufferShape((logit_rows, spec.vocab))}
     for i, (rope, head_dim) in enumerate(ropes(spec)):
         shapes[f"cos{i}"] = shapes[f"sin{i}"] = BufferShape((tokens, rope.width(head_dim) // 2))
     if gates:

@@ -15,6 +15,7 @@ from typing import Any
 from flashrt.checkpoints.job import run
 from flashrt.checkpoints.pack_job import how_to_pack
 from flashrt.checkpoints.resolve import Progress
+from flashrt.storage.layout import AHEAD_DIR
 from flashrt.storage.outline import write_outline
 from flashrt.storage.sources.preview import open_preview
 
@@ -28,8 +29,10 @@ def outline(repository: str, dtype: str, out: Path, progress: Progress) -> dict[
         return {"pack": None, "download": 0}
     with preview.checkpoint as source:
         source.validate()
-        codec, kept = how_to_pack(source, dtype)
-        write_outline(source, pack, codec, kept)
+        write_outline(source, pack, *how_to_pack(source, dtype))
+        if source.ahead is not None:
+            (pack / AHEAD_DIR).mkdir()
+            write_outline(source.ahead, pack / AHEAD_DIR, *how_to_pack(source.ahead, dtype))
     return {"pack": str(pack), "download": preview.download_bytes}
 
 

@@ -25,6 +25,7 @@ from flashrt.storage.file_outline import in_place, write_file_outline
 from flashrt.storage.gguf_files import SUFFIX
 from flashrt.storage.kept import Kept, kept_of
 from flashrt.storage.kept_rows import KeptEncoder
+from flashrt.storage.layout import AHEAD_DIR
 from flashrt.storage.manifest import Manifest
 from flashrt.storage.moving import Move
 from flashrt.storage.names import AUTO, CHECKPOINTS, DEMO_NAMES, is_remote
@@ -133,7 +134,8 @@ def _outlined(source: Checkpoint, target: Path, stored: tuple[Kept, Places], sou
     unfinished = target.with_name(target.name + ".partial")
     with locked(target):
         if is_pack(target):
-            write_sources(target, sources)
+            for folder in filter(is_pack, (target, target / AHEAD_DIR)):
+                write_sources(folder, sources)
             return target
         with disk_errors(target.parent):
             for left in (unfinished, target):
@@ -142,8 +144,20 @@ def _outlined(source: Checkpoint, target: Path, stored: tuple[Kept, Places], sou
             unfinished.mkdir()
             write_file_outline(source, unfinished, *stored)
             write_sources(unfinished, sources)
+            _outline_ahead(source, unfinished / AHEAD_DIR, sources)
             unfinished.rename(target)
     return target
+
+
+def _outline_ahead(source: Checkpoint, out: Path, sources: list[SourceFile]) -> None:
+    """Outline the layer that predicts further tokens, where there is one and the files hold it as a pack would."""
+    kept = None if source.ahead is None else kept_of(source.ahead)
+    if source.ahead is None or kept is None:
+        return
+    if (places := in_place(source.ahead, kept, [Path(file.path) for file in sources])) is not None:
+        out.mkdir()
+        write_file_outline(source.ahead, out, kept, places)
+        write_sources(out, sources)
 
 
 def _check(source: Checkpoint, context: int | None) -> None:
@@ -164,7 +178,11 @@ def _write(source: Checkpoint, out: Path, dtype: str, progress: Progress, move: 
     def report(file: str, done: int, total: int) -> None:
         progress("packing", done, total)
 
-    return pack(source, out, codec, progress=report, encoder=encoder, kept=kept, move=move)
+    def ahead(folder: Path) -> None:
+        if source.ahead is not None and not is_pack(folder):
+            _write(source.ahead, folder, dtype, progress)
+
+    return pack(source, out, codec, progress=report, encoder=encoder, kept=kept, move=move, ahead=ahead)
 
 
 def _fetching(progress: Progress) -> Progress:

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "run",
     "chat": "chat",
     "serve": "serve",
+    "batch": "batch",
     "eval": "evaluate",
     "bench": "bench",
     "models": "models",

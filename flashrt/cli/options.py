@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashrt.config import MOST_THREADS, Sampling
+from flashrt.config import MOST_SEQUENCES, MOST_THREADS, Sampling
 from flashrt.engine.options import DEFAULT_SESSION_GB, LoadOptions
 
 
@@ -291,6 +291,18 @@ def loads(*fields: str, **fixed: Any) -> Callable[[Callable[..., None]], Callabl
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+Sequences = Annotated[
+    int | None,
+    typer.Option(
+        "--sequences",
+        min=1,
+        max=MOST_SEQUENCES,
+        metavar="N",
+        show_default=False,
+        help="Sequences that are computed together. `batch` takes the number that is soonest done where it is omitted.",
+    ),
+]
 
 Temperature = Annotated[
     float | None,

@@ -29,6 +29,7 @@ def register(app: typer.Typer, name: str, guarded: Callable[..., Any]) -> None:
 @options.loads(*(field for field in options.LOAD if field not in ("draft", "kv_dir", *options.SESSIONS)))
 def plan(
     pack: options.Model,
+    sequences: options.Sequences = None,
     *,
     load: LoadOptions,
     json: options.Json = False,
@@ -38,6 +39,7 @@ def plan(
     One row per owner: what it takes, its share of the budget, and for weights the part that stays resident. Then what
     a token reads from disk, the speed that the disk allows for (measured by `flashrt doctor`), and the smallest budget.
     Of a hub repository that is not packed yet, only headers are read: nothing is downloaded.
+    With --sequences, for so many of the context each, and the number that `flashrt batch` would take.
 
     Example: flashrt plan demo --budget-gb 1 --context 4096
     Example: flashrt plan org/name --budget-gb 8
@@ -49,15 +51,15 @@ def plan(
         progress.stop()
         # Bars are counted, so that `run` accepts the smallest budget even where it draws them.
         model = session.open_model(pack if outline is None else str(outline.path), load, BAR_MODULES)
-        _show(model, load, json, outline)
+        _show(model, sequences, json, outline)
 
 
-def _show(model: LoadedPack, load: LoadOptions, json: bool, outline: Outline | None) -> None:
+def _show(model: LoadedPack, sequences: int | None, json: bool, outline: Outline | None) -> None:
     from flashrt.budget.plan import Workload
     from flashrt.cli import session
     from flashrt.machine.disk import load_disk_profile
 
-    workload = Workload(model.context)
+    workload = Workload(model.context, sequences=sequences or 1)
     packing = model.packing(workload)
     the_plan = packing.plan if packing is not None and packing.first else model.plan(workload)
     disk = load_disk_profile(model.cache, model.disk_number)
@@ -74,16 +76,30 @@ def _show(model: LoadedPack, load: LoadOptions, json: bool, outline: Outline | N
         "pack_seconds": None if packing is None else packing.seconds,
         "pack_gain": None if packing is None else packing.why,
         "download_bytes": None if outline is None else outline.download_bytes,
+        "together": None if sequences is None else _together(model),
     }
     warning = session.slower(model, workload, the_plan)
     if json:
-        emit(the_plan.to_json() | extra | {"mode": load.mode, "pays": warning is None})
+        emit(the_plan.to_json() | extra | {"mode": model.options.mode, "pays": warning is None})
     else:
         packed = model.pack.manifest.packed if extra["packs_first"] else model.pack.layout
         show(_table(the_plan, _resident(model.spec, packed, the_plan)))
         print("\n".join(_lines(the_plan, extra)))
         if warning:
             say(warning)
+
+
+def _together(model: LoadedPack) -> list[dict[str, Any]]:
+    """What is estimated of each number of sequences, half of whose context are prompts; the best first."""
+    from flashrt.budget.plan import Workload
+    from flashrt.config import MOST_SEQUENCES
+    from flashrt.engine.sequences import Demand, choose
+
+    half = max(model.context // 2, 1)
+    answers = 2 * MOST_SEQUENCES
+    choice = choose(model, Workload(model.context), Demand(answers, answers * half, answers * half, half))
+    others = [each for each in choice.tried if each is not choice.best]
+    return [each.to_json() for each in (choice.best, *others)]
 
 
 def _resident(spec: ModelSpec, layout: PackLayout, the_plan: Plan) -> dict[str, float]:
@@ -181,5 +197,11 @@ def _lines(the_plan: Plan, extra: dict[str, Any]) -> list[str]:
     if the_plan.max_draft_tokens > 1:
         source = "the text and the resident neurons" if the_plan.drafts else "the text"
         lines.append(f"drafts            by {source}, up to {the_plan.max_draft_tokens} tokens verified in a pass")
+    if extra["together"]:
+        best = extra["together"][0]
+        lines.append(
+            f"together          {best['sequences']} sequences give the most, about {best['tok_per_s']:.1f} tokens/s, "
+            f"prompts half of the context; {the_plan.sequences} asked for"
+        )
     lines.append(f"smallest budget   --budget-gb {ceil_gib(extra['smallest_budget_bytes']):.3f}")
     return lines

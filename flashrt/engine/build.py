@@ -108,13 +108,10 @@ def build_engine(
             spill = open_spill(kv_dir or default_cache(), the_plan.far, device, reader)
             on_error.callback(spill.close)
             pages = RingPages(spill, weights.ring, _cells(spill, the_plan, device))
-        kv = open_cache(
-            spec,
-            limits,
-            Kernels(device.ops, scratch, None if pages is None else pages.open),
-            partial(device.allocate, "KV"),
-            runtime.kv_kinds,
-            choices,
+        kernels = Kernels(device.ops, scratch, None if pages is None else pages.open)
+        allocate = partial(device.allocate, "KV")
+        kv, *others = (
+            open_cache(spec, limits, kernels, allocate, runtime.kv_kinds, choices) for _ in range(the_plan.sequences)
         )
         arrived = _counting(progress, the_plan.pinned_bytes)
         weights.load(arrived)
@@ -130,7 +127,9 @@ def build_engine(
         decoder = Decoder(work, ffns, pages)
         load_s = time.perf_counter() - began
         on_error.pop_all()
-    return Engine(decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting)
+    return Engine(
+        decoder, kv, reader, the_plan, tokenizer, runtime, roof=roof, load_s=load_s, drafting=drafting, others=others
+    )
 
 
 def _cells(spill: Spill, the_plan: Plan, device: Device) -> KvCells | None:

@@ -1,4 +1,4 @@
-"""What drafts for a sequence: the text itself, a smaller model, and the model's own resident neurons."""
+"""What drafts for a sequence: the text, a layer that predicts further tokens, a smaller model, and resident neurons."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
+from flashrt.engine.ahead import AheadModel
 from flashrt.engine.runner import Runner
 from flashrt.engine.sequence import Sequence
 from flashrt.speculate.drafter import Drafter
@@ -16,14 +17,18 @@ from flashrt_kernels.limits import NARROW_TOKENS
 Array = np.ndarray
 
 
-def drafters_of(runner: Runner, sequence: Sequence, smaller: tuple[Runner, Sequence] | None) -> list[Drafter]:
+def drafters_of(
+    runner: Runner, sequence: Sequence, smaller: tuple[Runner, Sequence] | None, ahead: AheadModel | None = None
+) -> list[Drafter]:
     """Those that draft for `sequence`, the cheapest first; none where the plan has no room for drafts.
 
-    smaller: the runner of a smaller model, and its sequence
+    smaller: the runner of a smaller model, and its sequence; ahead: the model's layer that predicts further tokens
     """
     if runner.plan.max_draft_tokens == 1:
         return []
     drafters: list[Drafter] = [Lookup(runner.plan.context + 1)]
+    if ahead is not None:
+        drafters.append(ModelDrafter("ahead", ahead, sequence.sampler))
     if smaller is not None:
         drafters.append(ModelDrafter("checkpoint", CheckpointModel(*smaller), sequence.sampler))
     if runner.plan.drafts:

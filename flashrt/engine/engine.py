@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ import numpy as np
 
 from flashrt.budget.plan import Plan
 from flashrt.config import Sampling, whole
+from flashrt.engine.ahead import AheadModel
 from flashrt.engine.async_generation import AsyncGeneration, Options
 from flashrt.engine.generation import Generation
 from flashrt.engine.grammar import Grammar
@@ -25,6 +26,7 @@ from flashrt.engine.prefixes import Prefixes
 from flashrt.engine.recommended import recommended
 from flashrt.engine.request import (
     Request,
+    checked_fit,
     checked_flag,
     checked_ids,
     checked_limit,
@@ -75,12 +77,17 @@ class Engine:
         roof: DiskRoof | None = None,
         load_s: float = 0.0,
         drafting: Engine | None = None,
+        others: Items[KvCache] = (),
     ) -> None:
-        """For reports, `roof` is what the disk gives and `load_s` what loading took; `drafting` is closed with this."""
+        """For reports, `roof` is what the disk gives and `load_s` what loading took; `drafting` is closed with this.
+
+        others: of sequences beside the engine's own; see `Batcher`
+        """
         self.plan, self.tokenizer, self.runtime = plan, tokenizer, runtime
         self.reader = reader
         self.roof, self.load_s, self.drafting = roof, load_s, drafting
-        self.sequence = Sequence(kv)
+        self.ahead: AheadModel | None = None  # drafts, and is closed with this
+        self.sequence, self.others = Sequence(kv), others
         self.turns = Turns()
         self._runner: Runner | None = Runner(decoder, plan)
         self._spec = decoder.spec
@@ -153,15 +160,16 @@ class Engine:
                 self.turns.current.close()
             self._runner.decoder.weights.stop_loading()
             self._runner.decoder.abandon_pass()
-            if self.drafting is not None:
-                self.drafting.close()
+            for beside in (self.drafting, self.ahead):
+                if beside is not None:
+                    beside.close()
             self.reader.close()
             self.sequence.kv.close()
             decoder = self._runner.decoder
             self._wait_s, self._ffn_counts = decoder.wait_s, decoder.ffns.counts()
             self._kv_counts = self.kv_counts()
             self._runner = None
-            self.sequence = Sequence(KvCache((), 0))
+            self.sequence, self.others = Sequence(KvCache((), 0)), ()
             self.__dict__.pop("_sessions", None)
 
     def generate(
@@ -337,6 +345,19 @@ class Engine:
             self.turns.begin(None)
             return self.runner.prefill(self.sequence, ids)
 
+    def logits(self, ids: Items[int]) -> Iterator[Array]:
+        """Logits after each of `ids` in order, float32 [n, vocab], a few at a time; each is valid until the next.
+
+        Raises UsageError for no ids, unknown ones, and more than the context holds.
+        """
+        ids = checked_ids(ids, self.spec.vocab)
+        if not ids:
+            raise UsageError("the text is empty: give at least one token")
+        checked_fit(len(ids), self.plan.context)
+        with self.turns.using(None):
+            self.turns.begin(None)
+            yield from self.runner.logits(self.sequence, ids, self._scores_wide(len(ids)))
+
     def prompt_logprobs(
         self, ids: Items[int], top: int = 0, cancelled: Callable[[], bool] = lambda: False
     ) -> list[Logprobs]:
@@ -350,8 +371,7 @@ class Engine:
         """
         runner = self._scorer
         ids, top = checked_ids(ids, self.spec.vocab), checked_top(top) or 0
-        if len(ids) > self.plan.context:
-            raise UsageError(f"the text has {len(ids)} tokens, the context is {self.plan.context}: use a shorter one")
+        checked_fit(len(ids), self.plan.context)
         found: list[Logprobs] = []
         with self.turns.using(None):
             self.turns.begin(None)

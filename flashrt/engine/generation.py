@@ -7,11 +7,11 @@ import inspect
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flashrt.budget.plan import Plan
+from flashrt.engine.ahead import AheadModel
 from flashrt.engine.decode_loop import DecodeLoop
 from flashrt.engine.drafters import drafters_of
 from flashrt.engine.logprobs import Logprobs
@@ -20,6 +20,7 @@ from flashrt.engine.request import Request
 from flashrt.engine.runner import Runner
 from flashrt.engine.runtime import Runtime
 from flashrt.engine.sequence import Sequence
+from flashrt.engine.stops import StopStrings
 from flashrt.engine.turns import Turns
 from flashrt.errors import UsageError
 from flashrt.kv.figures import kv_figures, kv_remarks
@@ -39,6 +40,7 @@ class Host(Protocol):
     sequence: Sequence
     roof: DiskRoof | None
     load_s: float
+    ahead: AheadModel | None
 
     @property
     def runner(self) -> Runner: ...
@@ -93,7 +95,7 @@ class Generation:
 
     def __init__(self, engine: Host, request: Request) -> None:
         self._engine, self._request = engine, request
-        self._stops = _StopStrings(request.stop)
+        self._stops = StopStrings(request.stop)
         self._ids: list[int] = []
         self._text: list[str] = []
         self._prefill, self._decode = _Phase(), _Phase()
@@ -177,7 +179,7 @@ class Generation:
         if self._passes is None:
             smaller = engine.drafting
             drafting = None if smaller is None else (smaller.runner, smaller.sequence)
-            drafters = drafters_of(engine.runner, sequence, drafting)
+            drafters = drafters_of(engine.runner, sequence, drafting, engine.ahead)
             self._passes = DecodeLoop(engine.runner, sequence, drafters, [*request.prompt, token])
         return self._passes.next(request.limit - len(self._ids), request.stop_ids)
 
@@ -251,43 +253,3 @@ class Generation:
 
 class _Cancelled(Exception):
     """Whoever asked for a generation wants no more of it."""
-
-
-class _StopStrings:
-    """Holds back text that may turn out to be the beginning of a stop string."""
-
-    def __init__(self, stops: Items[str]) -> None:
-        self._stops = [s for s in stops if s]
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Text that is now certain to belong to the answer."""
-        if not self._stops:
-            return text
-        self._held += text
-        hits = [i for s in self._stops if (i := self._held.find(s)) >= 0]
-        if hits:
-            self.found = True
-            answer, self._held = self._held[: min(hits)], ""
-            return answer
-        keep = max(_overlap(self._held, s) for s in self._stops)
-        cut = len(self._held) - keep
-        answer, self._held = self._held[:cut], self._held[cut:]
-        return answer
-
-    def flush(self, text: str) -> str:
-        """What is left at the end."""
-        if self.found:
-            return ""
-        answer = self.push(text) + self._held
-        self._held = ""
-        return answer
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0

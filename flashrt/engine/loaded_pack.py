@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashrt.budget.plan import FixedCosts, Plan, Workload
-from flashrt.budget.planner import PEAK_JITTER, plan, resident_budget, smallest_budget
+from flashrt.budget.planner import AHEAD, PEAK_JITTER, plan, resident_budget, smallest_budget
 from flashrt.checkpoints.resolve import Progress as Stages
 from flashrt.checkpoints.resolve import resolve
 from flashrt.config import checked_context
+from flashrt.engine.ahead_pack import ahead_bytes, ahead_pack, ahead_plan, load_ahead, pays
 from flashrt.engine.build import Progress, build_engine, check_start, load_tokenizer
 from flashrt.engine.draft import check_draft, load_draft
 from flashrt.engine.engine import Engine
@@ -90,6 +91,11 @@ class LoadedPack:
         return replace(costs, runtime_bytes=costs.runtime_bytes + self._beside, kv_codec=codec)
 
     @functools.cached_property
+    def ahead(self) -> Pack | None:
+        """The layer that predicts further tokens, where the pack holds one."""
+        return ahead_pack(self.pack)
+
+    @functools.cached_property
     def kv(self) -> SparseKv | None:
         """How decode passes choose what they attend to; see `sparse_kv`."""
         return self._kv or sparse_kv(self.exact, self.options, self.pack.manifest.sparsity)
@@ -115,8 +121,17 @@ class LoadedPack:
         return Packing.of(packed.nbytes, streaming, self._plan(packed, workload), free_bytes(self.cache))
 
     def _plan(self, layout: PackLayout, workload: Workload) -> Plan:
-        arguments = (self.spec, layout)
         workload = self._with_drafts(replace(workload, kv=self.kv))
+        beside = self._with_ahead(workload)
+        if beside is not None:
+            with contextlib.suppress(BudgetError):
+                if pays(found := self._divided(layout, beside), self.spec, layout):
+                    return found
+        return self._divided(layout, workload)
+
+    def _divided(self, layout: PackLayout, workload: Workload) -> Plan:
+        """The plan for just this workload."""
+        arguments = (self.spec, layout)
         if self.budget is not None:
             return plan(*arguments, self.budget, workload, self.costs)
         enough = resident_budget(*arguments, workload, self.costs)
@@ -189,6 +204,10 @@ class LoadedPack:
             kv_dir=self.options.kv_folder,
             behind=behind,
         )
+        if AHEAD in the_plan.owners and self.ahead is not None:
+            with closing_on_error(engine):
+                own = ahead_plan(self.ahead, self.runtime, the_plan.context, self.costs.kv_codec)
+                load_ahead(self.ahead, own, engine)
         if self.options.session_dir is not None:
             with closing_on_error(engine):
                 engine.keep_sessions(Path(self.options.session_dir), self.options.session_bytes)
@@ -206,6 +225,7 @@ class LoadedPack:
         if packed.layout != outline.manifest.packed:
             raise PackError(f"{packed.path} holds another model than {file} now: remove it, and run this again")
         self.pack = self.exact = packed
+        self.__dict__.pop("ahead", None)
         vars(self).pop("costs", None)  # which say what kernels take for the layout
 
     def _load_draft(self, context: int) -> Engine | None:
@@ -221,10 +241,21 @@ class LoadedPack:
         so it only drafts when it is told to.
         """
         most = self.options.max_draft_tokens
+        if workload.sequences > 1:  # whose rows are better spent on sequences
+            return workload
         if most is not None:
             return replace(workload, max_draft_tokens=most)
         drafting = replace(workload, max_draft_tokens=AUTO_DRAFT_TOKENS)
         return drafting if self.runtime.bounds_process and self._has_room(drafting, workload) else workload
+
+    def _with_ahead(self, workload: Workload) -> Workload | None:
+        """`workload` with the layer that predicts further tokens; None where there is none, or no room for it."""
+        exact = self.pack is self.exact and self.draft is None and self.runtime.bounds_process
+        if workload.max_draft_tokens == 1 or not exact or self.ahead is None:
+            return None
+        own = ahead_plan(self.ahead, self.runtime, workload.context, self.costs.kv_codec)
+        beside = replace(workload, ahead_bytes=ahead_bytes(own, self.spec.hidden))
+        return beside if self._has_room(beside, workload) else None
 
     def _has_room(self, drafting: Workload, without: Workload) -> bool:
         """Whether the budget holds drafts too, and keys and values in memory where it holds these without drafts."""

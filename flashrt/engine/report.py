@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
+
+
+class Outcome(Protocol):
+    """What is said of an answer to whoever asked; a `Report` says more."""
+
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def new_tokens(self) -> int: ...
+    @property
+    def resumed_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,12 @@ def checked_limit(max_new_tokens: int | None, prompt: int, context: int) -> int:
     return limit
 
 
+def checked_fit(count: int, context: int) -> None:
+    """Raises UsageError for a text of more tokens than a context holds."""
+    if count > context:
+        raise UsageError(f"the text has {count} tokens, the context is {context}: use a shorter one")
+
+
 def checked_sampling(sampling: Sampling | None, vocab: int) -> Sampling:
     """Greedy for None. Raises UsageError for anything but a Sampling, and for a bias of a token that there is not."""
     if sampling is None:

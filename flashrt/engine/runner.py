@@ -22,6 +22,9 @@ from flashrt_kernels.limits import NARROW_TOKENS
 
 Array = np.ndarray
 
+# Is shown the rows of a pass, behind the sequence, and their normed states, float32 [T, hidden].
+Watch = Callable[[Sequence, Rows, Tensor], None]
+
 
 class Runner:
     """Runs a decoder under a plan, for sequences whose KV caches the plan holds.
@@ -33,6 +36,7 @@ class Runner:
     def __init__(self, decoder: Decoder, plan: Plan) -> None:
         self.decoder, self.plan = decoder, plan
         self.experience = Experience()
+        self.watch: Watch | None = None
 
     def prefill(self, sequence: Sequence, ids: Items[int], before: Callable[[], None] = lambda: None) -> Array:
         """Make `sequence` hold exactly `ids`, one at least; logits after the last one, float32 [vocab] on the host.
@@ -54,7 +58,7 @@ class Runner:
                     PassKind(last, wide, sequence.kv.far(start, len(tokens))),
                     PassKind(next_is_last, wide and not last, sequence.kv.far(end, len(following))),
                 )
-                states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
+                states = self._states(sequence, Rows(sequence.kv, tokens), wide)
                 sequence.extend(tokens)
             return self._on_host(self.decoder.logits(states[-1:]))[0]
 
@@ -125,6 +129,23 @@ class Runner:
                 targets = np.asarray(ids[begin + 1 : begin + 1 + len(tokens)], np.int64)
                 yield self.decoder.scores(states, targets, wide, top)
 
+    def logits(self, sequence: Sequence, ids: Items[int], wide: bool) -> Generator[Array, None, None]:
+        """Make `sequence` hold exactly `ids`, from nothing; logits after each, float32 [n, vocab], n at most the plan's
+        `logit_rows`. Each array is valid until the next one; to be taken to its end.
+        """
+        sequence.rewind(0)
+        chunk = self.plan.prefill_chunk
+        with self._pass_or_nothing():
+            for begin in range(0, len(ids), chunk):
+                tokens = ids[begin : begin + chunk]
+                start, end = sequence.length, sequence.length + len(tokens)
+                kind, following = (PassKind(True, wide, sequence.kv.far(at, len(tokens))) for at in (start, end))
+                self.decoder.begin_pass(kind, following)
+                states = self._forward(sequence, Batch([Rows(sequence.kv, tokens)], wide))
+                sequence.extend(tokens)
+                for row in range(0, len(tokens), self.plan.logit_rows):
+                    yield self._on_host(self.decoder.logits(states[row : row + self.plan.logit_rows]))
+
     def most_positions(self, sequence: Sequence) -> int:
         """Tokens that `step_tree` takes now, at most."""
         if self.decoder.sparse is not None and sequence.length < SINKS:
@@ -140,7 +161,14 @@ class Runner:
             count = len(rows.tokens)
             kind, following = (PassKind(True, False, sequence.kv.far(at, count)) for at in (rows.start, rows.start + 1))
             self.decoder.begin_pass(kind, following)
-            return self._on_host(self.decoder.logits(self._forward(sequence, Batch([rows]))))
+            return self._on_host(self.decoder.logits(self._states(sequence, rows)))
+
+    def _states(self, sequence: Sequence, rows: Rows, wide: bool = False) -> Tensor:
+        """Run a pass that brings tokens, and show it."""
+        states = self._forward(sequence, Batch([rows], wide))
+        if self.watch is not None:
+            self.watch(sequence, rows, states)
+        return states
 
     def _forward(self, sequence: Sequence, batch: Batch) -> Tensor:
         sequence.forget_tree()

@@ -12,7 +12,7 @@ from flashrt.budget.working_set import ropes
 from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen, computed_rows
 from flashrt.model.mixer import MixedRows, MixerBlocks
-from flashrt.model.workspace import Tensor, Workspace
+from flashrt.model.workspace import Tensor, Wide, Workspace
 from flashrt.spec import Attention
 from flashrt_kernels.limits import NARROW_TOKENS
 from flashrt_kernels.rows import MATRIX_ROWS, align
@@ -62,7 +62,7 @@ class AttentionBlocks(MixerBlocks):
             if (steps := (batch.positions + first) // span).any():
                 self._scales[by, span, first] = make((1 + by * np.log1p(steps)).astype(np.float32)[:, None, None])
 
-    def mix(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+    def mix(self, i: int, normed: Tensor, wide: Wide, chosen: Chosen | None) -> Tensor:
         qkv, attention = self.project(i, normed, wide, chosen), self.work.spec.layers[i].attention
         if not attention.output_gate:
             return self.attend(i, qkv, chosen)
@@ -72,7 +72,7 @@ class AttentionBlocks(MixerBlocks):
         self.ops.sigmoid_gate(out, gate)
         return out
 
-    def project(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+    def project(self, i: int, normed: Tensor, wide: Wide, chosen: Chosen | None) -> Tensor:
         """Queries, keys and values of layer `i`, float32 [T, row_width]; queries of the chosen heads only."""
         attention = self.work.spec.layers[i].attention
         qkv = self.work.view("qkv", len(normed), attention.row_width)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashrt.kv.cache import KvCache
+from flashrt.model.workspace import Wide, leading
 
 Array = np.ndarray
 
@@ -38,12 +39,13 @@ class Rows:
 class Batch:
     """The rows of `parts`, one part after the other.
 
-    A *narrow* pass takes 1 to 16 rows, and reads each weight once; a *wide* one serves prefill. `draft` asks a narrow
-    one to use only what is in memory.
+    *Narrow* rows give a token the same bits whoever shares its pass; *wide* ones serve prefill. `wide` says of all rows
+    which they are, or how many of the leading ones are wide: whole parts. `draft` asks a narrow pass to use only what
+    is in memory.
     """
 
-    def __init__(self, parts: Sequence[Rows], wide: bool = False, draft: bool = False) -> None:
-        """Raises ValueError where a sequence has no room for its rows."""
+    def __init__(self, parts: Sequence[Rows], wide: Wide = False, draft: bool = False) -> None:
+        """Raises ValueError where a sequence has no room for its rows, and where a part is wide only in part."""
         for part in parts:
             if part.start + len(part.tokens) > part.kv.capacity:
                 raise ValueError(
@@ -54,6 +56,14 @@ class Batch:
         self.positions: Array = np.concatenate([part.positions() for part in parts])
         ends = np.cumsum([len(part.tokens) for part in parts]).tolist()
         self.parts = [(slice(end - len(part.tokens), end), part) for part, end in zip(parts, ends, strict=True)]
+        self.wide_rows = leading(wide, len(self.tokens))
+        if self.wide_rows not in (0, *ends):
+            raise ValueError(f"{self.wide_rows} wide rows end within a part: parts end at {ends}")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows of both kinds share the pass."""
+        return 0 < self.wide_rows < len(self.tokens)
 
     def __len__(self) -> int:
         return len(self.tokens)

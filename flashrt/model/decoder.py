@@ -8,7 +8,7 @@ by many tokens, and give a token the same bits however the prompt is cut into pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,12 +22,13 @@ from flashrt.model.layer_inputs import LayerInputs
 from flashrt.model.mixers import Mixers
 from flashrt.model.schedule import PassKind, Schedule
 from flashrt.model.scores import Likeliest, Scores
-from flashrt.model.workspace import Tensor, Workspace
+from flashrt.model.workspace import Tensor, Wide, Workspace
 from flashrt_kernels.rows import MATRIX_ROWS
 
 # Is shown a kind ('attention' and 'ffn' are inputs of these blocks, 'heads' what the heads give), the layer, the
 # residual stream before the block, and the values.
 Observer = Callable[[str, int, Tensor, Tensor], None]
+Embed = Callable[[Batch, Tensor], None]  # writes what the first layer is given, float32 [T, hidden]
 
 
 class Decoder:
@@ -70,15 +71,17 @@ class Decoder:
         """Forget what was being read, after a pass that was left half-way."""
         self._schedule.abandon()
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, embed: Embed | None = None) -> Tensor:
         """Run a pass through all layers. Returns the normed states of its rows, float32 [T, hidden].
+
+        embed: gives what the first layer is given; None: the embeddings of the tokens
 
         The result is a view of a buffer that the next pass overwrites. `begin_pass` comes first, but for a draft, which
         reads nothing but rows of the embeddings. Keys and values are written behind the sequences, which stay as they
         are: what becomes part of them is for their owner to say.
         """
         x = self.work.view("x", len(batch), self.spec.hidden)
-        self._embed(batch, x)
+        (embed or self.embed)(batch, x)
         self.mixers.begin(batch)
         tokens = Tokens(batch.positions, x)
         for i in range(len(self.spec.layers)):
@@ -92,14 +95,14 @@ class Decoder:
         self.work.norm("norm.final", x, normed)
         return normed
 
-    def logits(self, states: Tensor, wide: bool = False) -> Tensor:
+    def logits(self, states: Tensor, wide: Wide = False) -> Tensor:
         """Logits of normed states (float32 [B, hidden]): float32 [B, vocab], a view of a buffer."""
         out = self.work.view("logits", len(states), self.spec.vocab)
         self.work.linear(self.spec.head, states, out, wide)
         self._bound(out)
         return out
 
-    def scores(self, states: Tensor, targets: np.ndarray, wide: bool, top: int = 0) -> Scores:
+    def scores(self, states: Tensor, targets: np.ndarray, wide: Wide, top: int = 0) -> Scores:
         """How likely `targets` (int64 [T]) are after `states` (float32 [T, hidden]), and which `top` tokens are most.
 
         The head's output is reduced strip by strip, so that [T, vocab] never exists.
@@ -138,10 +141,9 @@ class Decoder:
         if self.spec.logit_softcap:
             self.work.ops.softcap(logits, self.spec.logit_softcap)
 
-    def _embed(self, batch: Batch, x: Tensor) -> None:
-        self.work.lookup("embed", batch.tokens, x)
-        if self.spec.embed_scale != 1.0:
-            x *= self.spec.embed_scale
+    def embed(self, batch: Batch, x: Tensor) -> None:
+        """Write the embeddings of a pass's tokens into x, float32 [T, hidden]."""
+        self.look_up(batch.tokens, x)
         if self.spec.positions:
             y = self.work.view("y", len(batch), self.spec.hidden)
             self.work.lookup("positions", (batch.positions + self.spec.position_offset).tolist(), y)
@@ -149,7 +151,13 @@ class Decoder:
         if self.inputs is not None:
             self.inputs.begin(batch.tokens, x, batch.wide)
 
-    def _mix(self, i: int, tokens: Tokens, wide: bool) -> None:
+    def look_up(self, tokens: Sequence[int], out: Tensor) -> None:
+        """Rows of the embeddings, scaled, float32 [T, hidden]."""
+        self.work.lookup("embed", tokens, out)
+        if self.spec.embed_scale != 1.0:
+            out *= self.spec.embed_scale
+
+    def _mix(self, i: int, tokens: Tokens, wide: Wide) -> None:
         work, blocks, x = self.work, self.mixers.blocks, tokens.residual
         before = None if wide else self.ffns.blocks[i].before_attention
         if before is not None:
@@ -175,6 +183,8 @@ class Decoder:
         y[:] = 0
         if batch.draft:
             block.draft(normed, y)
+        elif batch.mixed:
+            block.mix(normed, y, batch.wide_rows)
         elif batch.wide:
             block.prefill(normed, y, tokens)
         else:

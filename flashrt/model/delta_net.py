@@ -7,7 +7,7 @@ from functools import partial
 from flashrt.kv.recurrent import KEPT_ROWS
 from flashrt.model.heads import Chosen
 from flashrt.model.mixer import MixerBlocks
-from flashrt.model.workspace import Tensor
+from flashrt.model.workspace import Tensor, Wide
 from flashrt.spec import DeltaNet
 
 
@@ -16,7 +16,7 @@ class DeltaNetBlocks(MixerBlocks):
 
     mixer = DeltaNet
 
-    def mix(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+    def mix(self, i: int, normed: Tensor, wide: Wide, chosen: Chosen | None) -> Tensor:
         assert chosen is None, "heads of a delta net are not left out"
         work, net, count = self.work, self._net(i), len(normed)
         rows, gate = work.view("qkv", count, net.row_width), work.view("gate", count, net.width)

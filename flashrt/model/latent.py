@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashrt.model.attention import AttentionBlocks
 from flashrt.model.heads import Chosen
-from flashrt.model.workspace import Tensor
+from flashrt.model.workspace import Tensor, Wide
 from flashrt.spec import LatentAttention
 
 ALL = slice(0, 1)  # of KV heads, of which there is one
@@ -18,7 +18,7 @@ class LatentBlocks(AttentionBlocks):
 
     mixer = LatentAttention
 
-    def mix(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+    def mix(self, i: int, normed: Tensor, wide: Wide, chosen: Chosen | None) -> Tensor:
         assert chosen is None, "heads that share a latent are not left out"
         work, own, count = self.work, self._latent(i), len(normed)
         absorbed = work.view("absorbed", count, own.heads * own.head_dim).reshape(count, own.heads, own.head_dim)
@@ -35,7 +35,7 @@ class LatentBlocks(AttentionBlocks):
         work.linear_by_head(f"{i}.v_b", attended, out.reshape(count, own.heads, own.value_dim), wide)
         return out
 
-    def _rows(self, i: int, normed: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+    def _rows(self, i: int, normed: Tensor, wide: Wide) -> tuple[Tensor, Tensor]:
         """Queries [T, heads, query_dim] and keys [T, 1, head_dim] of layer `i`, rotated; views of a buffer."""
         work, own, count = self.work, self._latent(i), len(normed)
         rows, by_way_of = work.view("qkv", count, own.row_width), normed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashrt.budget.working_set import INPUT_ROWS
-from flashrt.model.workspace import Tensor, Workspace
+from flashrt.model.workspace import Tensor, Wide, Workspace
 
 _HALF = 0.5**0.5  # of two parts of the same size, so that their sum has it too
 
@@ -21,7 +21,7 @@ class LayerInputs:
         self.work, spec = work, work.spec
         self._width, self._columns = spec.layer_inputs, len(spec.layers) * spec.layer_inputs
 
-    def begin(self, tokens: Sequence[int], x: Tensor, wide: bool) -> None:
+    def begin(self, tokens: Sequence[int], x: Tensor, wide: Wide) -> None:
         """Prepare those of all layers, of tokens whose embeddings are x, float32 [T, hidden]."""
         work, spec = self.work, self.work.spec
         inputs = work.view("inputs", len(x), self._columns)
@@ -37,7 +37,7 @@ class LayerInputs:
             part += rows
             part *= _HALF
 
-    def add(self, i: int, x: Tensor, wide: bool) -> None:
+    def add(self, i: int, x: Tensor, wide: Wide) -> None:
         """x += what layer `i` makes of its share, x float32 [T, hidden]."""
         work, count = self.work, len(x)
         gate, y = work.view("input_gate", count, self._width), work.view("y", count, work.spec.hidden)

@@ -10,7 +10,7 @@ from flashrt.kv.base import KvRows
 from flashrt.kv.cache import KvCache
 from flashrt.model.batch import Batch
 from flashrt.model.heads import Chosen
-from flashrt.model.workspace import Tensor, Workspace
+from flashrt.model.workspace import Tensor, Wide, Workspace
 from flashrt.spec import Mixer
 
 
@@ -36,7 +36,7 @@ class MixerBlocks(ABC):
         self.parts = parts
 
     @abstractmethod
-    def mix(self, i: int, normed: Tensor, wide: bool, chosen: Chosen | None) -> Tensor:
+    def mix(self, i: int, normed: Tensor, wide: Wide, chosen: Chosen | None) -> Tensor:
         """What the chosen heads (None: all) of layer `i` give, float32 [T, width], a view of a buffer.
 
         normed: what the block is given, float32 [T, hidden]
@@ -45,7 +45,7 @@ class MixerBlocks(ABC):
     def look_ahead(self, i: int, residual: Tensor) -> None:
         """Start to bring what narrow rows will probably need in layer `i`, by the stream before the layer ahead."""
 
-    def output(self, i: int, mixed: Tensor, wide: bool) -> Tensor:
+    def output(self, i: int, mixed: Tensor, wide: Wide) -> Tensor:
         """What the block adds to the residual stream, float32 [T, hidden]."""
         work, name = self.work, f"{i}.out.bias"
         y = work.view("y", len(mixed), work.spec.hidden)

@@ -38,6 +38,6 @@ class Mixers:
         parts, make = [], self._work.device.make
         for own, part in batch.parts:
             parents = None if part.parents is None else make(np.asarray(part.parents, np.int32))
-            parts.append(MixedRows(own, part.kv, KvRows(part.start, parents, batch.wide, batch.draft)))
+            parts.append(MixedRows(own, part.kv, KvRows(part.start, parents, own.stop <= batch.wide_rows, batch.draft)))
         for kind in self.kinds:
             kind.begin(batch, parts)

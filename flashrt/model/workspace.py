@@ -15,6 +15,12 @@ from flashrt_kernels.rows import MATRIX_ROWS, Codec, row_bytes
 WIDE_NEURONS = 512  # neurons of one wide call; a multiple of 128 (see `flashrt_kernels.cpu`)
 
 Tensor = Any  # an array of the backend: numpy for 'cpu', torch for 'torch'
+Wide = bool | int  # whether the kernels for many tokens compute rows: all of them, none, or so many of the leading ones
+
+
+def leading(wide: Wide, rows: int) -> int:
+    """How many of `rows` the kernels for many tokens compute: the first ones."""
+    return rows * wide if isinstance(wide, bool) else wide
 
 
 class Workspace:
@@ -41,7 +47,7 @@ class Workspace:
         name: str,
         x: Tensor,
         out: Tensor,
-        wide: bool,
+        wide: Wide,
         bias: str | None = None,
         rows: Sequence[tuple[int, int]] | None = None,
     ) -> None:
@@ -61,7 +67,7 @@ class Workspace:
                         part = bundles[(begin - row0) // MATRIX_ROWS :]
                         self.multiply(x, part, tensor.codec, out, begin, end - begin, share, wide)
 
-    def _turned(self, tensor: TensorLayout, x: Tensor, out: Tensor, wide: bool, bias: Tensor | None) -> None:
+    def _turned(self, tensor: TensorLayout, x: Tensor, out: Tensor, wide: Wide, bias: Tensor | None) -> None:
         """`linear` of rows that a file has in another order: products are put in order, a few tokens at a time."""
         assert tensor.turned is not None
         begin, end = tensor.row0, tensor.row0 + tensor.rows
@@ -76,32 +82,34 @@ class Workspace:
             if bias is not None:
                 part += bias[begin:end]
 
-    def linear_by_head(self, name: str, x: Tensor, out: Tensor, wide: bool) -> None:
+    def linear_by_head(self, name: str, x: Tensor, out: Tensor, wide: Wide) -> None:
         """out[:, h] = x[:, h] W_h^T, of a matrix that has the rows of one head after the other, whole bundles each.
 
         x: float32 [T, heads, K]; out: float32 [T, heads, N]
         """
-        tensor, count = self.layout.tensors[name], out.shape[2]
+        tensor, count, many = self.layout.tensors[name], out.shape[2], leading(wide, len(x))
         for first, bundles in self.weights.runs(name):
             row0 = first * MATRIX_ROWS
             last = min(row0 + len(bundles) * MATRIX_ROWS, tensor.rows)
-            if not wide:
-                self.ops.linear_by_head(x, bundles, tensor.codec, out, row0, last - row0)
+            if many < len(x):
+                self.ops.linear_by_head(x[many:], bundles, tensor.codec, out[many:], row0, last - row0)
+            if not many:
                 continue
             for head in range(row0 // count, -(-last // count)):
                 begin, end = max(head * count, row0), min((head + 1) * count, last)
                 part = bundles[(begin - row0) // MATRIX_ROWS :]
-                place = out[:, head], begin - head * count, end - begin
-                self.ops.gemm_linear(x[:, head], part, tensor.codec, *place, None, self.scratch)
+                place = out[:many, head], begin - head * count, end - begin
+                self.ops.gemm_linear(x[:many, head], part, tensor.codec, *place, None, self.scratch)
 
     def multiply(
-        self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: bool
+        self, x: Tensor, bundles: Tensor, codec: Codec, out: Tensor, row0: int, rows: int, bias: Tensor, wide: Wide
     ) -> None:
         """out[:, row0 : row0 + rows] = x W^T + bias, of `rows` rows in `bundles`."""
-        if wide:
-            self.ops.gemm_linear(x, bundles, codec, out, row0, rows, bias, self.scratch)
-        else:
-            self.ops.linear(x, bundles, codec, out, row0, rows, bias)
+        many = leading(wide, len(x))
+        if many:
+            self.ops.gemm_linear(x[:many], bundles, codec, out[:many], row0, rows, bias, self.scratch)
+        if many < len(x):
+            self.ops.linear(x[many:], bundles, codec, out[many:], row0, rows, bias)
 
     def norm(self, name: str, x: Tensor, out: Tensor) -> None:
         """out = norm `name` of x, float32 [T, hidden]."""
@@ -130,7 +138,7 @@ class Workspace:
 
 def scratch_bytes(spec: ModelSpec, layout: PackLayout, ops: Any, tokens: int) -> int:
     """Bytes of the kernels' scratch in a pass of at most `tokens` tokens."""
-    sizes = [ops.gemm_scratch_bytes(tokens, spec.hidden)]
+    sizes = [ops.gemm_scratch_bytes(tokens, 2 * spec.hidden if spec.follows else spec.hidden)]
     if spec.layer_inputs:
         sizes.append(ops.gemm_scratch_bytes(tokens, spec.layer_inputs))
     if layout.channel_columns:
@@ -163,6 +171,6 @@ def _mixer_scratch(mixer: Mixer, ops: Any, tokens: int) -> list[int]:
 def reserve(spec: ModelSpec, layout: PackLayout, ops: Any) -> None:
     """Make the kernels take what they keep between calls, before the process is measured."""
     columns = (columns for layer in spec.layers for _, columns in layer.mixer.matrices(spec.hidden).values())
-    ops.reserve(max(*columns, spec.hidden, spec.layer_inputs))
+    ops.reserve(max(*columns, 2 * spec.hidden if spec.follows else spec.hidden, spec.layer_inputs))
     if _downs(layout) or any(tensor.group > 1 for tensor in layout.tensors.values()):
         ops.reserve_groups()

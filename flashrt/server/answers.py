@@ -7,7 +7,7 @@ from typing import Any
 
 from flashrt.engine.generation import Token
 from flashrt.engine.logprobs import Logprobs
-from flashrt.engine.report import Report
+from flashrt.engine.report import Outcome
 from flashrt.text.tokenizer import Tokenizer
 
 COMPLETION_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -23,7 +23,7 @@ class Usage:
     cached: int = 0
     _counted: bool = field(default=False, repr=False)
 
-    def add(self, report: Report | None, scored: bool = False) -> None:
+    def add(self, report: Outcome | None, scored: bool = False) -> None:
         """`scored`: the prompt was computed before, for its log-probabilities."""
         if report is None:
             return
@@ -40,7 +40,7 @@ class Usage:
         }
 
 
-def finish_of(report: Report | None) -> str:
+def finish_of(report: Outcome | None) -> str:
     return "length" if report is None else FINISH[report.finish_reason]
 
 

@@ -11,11 +11,12 @@ from flashrt.server.anthropic_answers import MessageAnswers, MessageShape
 from flashrt.server.calls import grammar_of_calls
 from flashrt.server.chat import ENDING
 from flashrt.server.deltas import style_of
+from flashrt.server.desk import Asked
 from flashrt.server.errors import ApiError, invalid, refused
 from flashrt.server.fields import Refusals, bias_free_sampling, checked_stops, convert
 from flashrt.server.job import Part, Rules
 from flashrt.server.memory import most_tokens
-from flashrt.server.service import Asked, Service
+from flashrt.server.service import Service
 from flashrt.server.tools import Function, Tool, Use, shown, use_of
 
 REFUSED: Refusals = {

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flashrt.server.anthropic import counted, message
 from flashrt.server.chat import chat
 from flashrt.server.completions import completion
+from flashrt.server.desk import Asked
 from flashrt.server.errors import ApiError
 from flashrt.server.guard import Guard
 from flashrt.server.intake import Intake
@@ -23,7 +24,7 @@ from flashrt.server.metrics import CONTENT_TYPE
 from flashrt.server.page import page
 from flashrt.server.replies import StreamReply, WholeReply, error_reply, json_reply
 from flashrt.server.responses import response
-from flashrt.server.service import Asked, Service
+from flashrt.server.service import Service
 from flashrt.server.status import status
 from flashrt.server.tokens import tokenized
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flashrt.engine.engine import Engine
-from flashrt.engine.grammar import Grammars
 from flashrt.engine.loaded_pack import LoadedPack
 from flashrt.engine.recommended import recommended
-from flashrt.errors import UsageError
+from flashrt.server.desk import grammars_of, template_of
 from flashrt.server.metrics import Metrics
 from flashrt.server.options import ServerOptions
 from flashrt.server.prompts import Prompts
 from flashrt.server.queue import JobQueue
 from flashrt.server.service import Service
 from flashrt.server.worker import Worker
-from flashrt.text.template import ChatTemplate
 
 
 def assemble(model: LoadedPack, options: ServerOptions, load: Callable[[], Engine]) -> Service:
@@ -28,24 +26,10 @@ def assemble(model: LoadedPack, options: ServerOptions, load: Callable[[], Engin
     return Service(
         options=options,
         name=model.pack.manifest.name,
-        prompts=Prompts(tokenizer, _template(model), model.spec.vocab, model.context),
+        prompts=Prompts(tokenizer, template_of(model), model.spec.vocab, model.context),
         recommended=lambda given: recommended(generation, given),
         queue=queue,
         worker=Worker(load, queue, metrics.generated),
         metrics=metrics,
-        grammars=_grammars(model),
+        grammars=grammars_of(model),
     )
-
-
-def _grammars(model: LoadedPack) -> Grammars | None:
-    """Made before the process is measured."""
-    return Grammars(model.tokenizer, model.spec.vocab, model.spec.eos) if model.spec.eos else None
-
-
-def _template(model: LoadedPack) -> ChatTemplate | None:
-    try:
-        template = model.tokenizer.chat_template
-    except UsageError:  # a base model
-        return None
-    template.check()
-    return template

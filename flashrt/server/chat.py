@@ -13,13 +13,13 @@ from flashrt.engine.generation import Token
 from flashrt.server.answers import Usage, chat_logprob, finish_of
 from flashrt.server.calls import grammar_of_calls
 from flashrt.server.deltas import MARKERS, Deltas, Style, style_of
+from flashrt.server.desk import Asked, Desk
 from flashrt.server.errors import invalid, refused
 from flashrt.server.fields import Fields, Refusals, convert
 from flashrt.server.formats import ResponseFormat, grammar_of
 from flashrt.server.job import Came, Ended, Event, Part, Rules
 from flashrt.server.memory import most_tokens
 from flashrt.server.messages import Message, for_template
-from flashrt.server.service import Asked, Service
 from flashrt.server.tools import Tool, shown, use_of
 from flashrt.text.tokenizer import Tokenizer
 
@@ -53,10 +53,10 @@ class ChatFields(Fields, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def chat(service: Service, given: dict[str, Any]) -> Asked:
+def chat(desk: Desk, given: dict[str, Any]) -> Asked:
     """Raises ApiError."""
     fields = convert(given, ChatFields, REFUSED)
-    turn = prepared(service, fields)
+    turn = prepared(desk, fields)
     answers = ChatAnswers(turn.shape, turn.usage)
     return Asked(turn.parts, turn.rules, answers, bool(fields.stream), fields.include_usage)
 
@@ -71,28 +71,28 @@ class Turn:
     usage: Usage
 
 
-def prepared(service: Service, fields: ChatFields) -> Turn:
+def prepared(desk: Desk, fields: ChatFields) -> Turn:
     """Raises ApiError."""
     top = _top(fields)
-    template = service.prompts.template.source if service.prompts.template else ""
+    template = desk.prompts.template.source if desk.prompts.template else ""
     tools = shown(fields.tools, fields.tool_choice, template)
-    grammar = grammar_of(service.grammars, fields.response_format)
+    grammar = grammar_of(desk.grammars, fields.response_format)
     if tools and grammar:
         raise invalid("response_format", "response_format leaves no room for calls: leave tools out, or it")
     variables = _variables(fields, template) | ({"tools": tools} if tools else {})
-    prompt = service.prompts.conversation(for_template(fields.messages), **variables)
+    prompt = desk.prompts.conversation(for_template(fields.messages), **variables)
     asked, name = _limit(fields)
-    limit = service.prompts.limit(prompt, asked, name)
+    limit = desk.prompts.limit(prompt, asked, name)
     if asked is None:
         limit = min(limit, most_tokens(fields.choices, top))
-    parts = [Part(prompt, limit, sampling) for sampling in service.seeded(service.sampling(fields), fields.choices)]
-    service.check_size(parts, top)
-    tokenizer = service.prompts.tokenizer
+    parts = [Part(prompt, limit, sampling) for sampling in desk.seeded(desk.sampling(fields), fields.choices)]
+    desk.check_size(parts, top)
+    tokenizer = desk.prompts.tokenizer
     style = Style() if grammar else style_of(template, tokenizer.decode(prompt[-ENDING:], False), bool(tools))
     if tools:
         use = use_of(fields.tools or [], fields.tool_choice, fields.parallel_tool_calls is not False)
-        grammar = grammar_of_calls(service.grammars, tokenizer, template, style, use)
-    shape = Shape(service.name, tokenizer, fields.choices, top is not None, style)
+        grammar = grammar_of_calls(desk.grammars, tokenizer, template, style, use)
+    shape = Shape(desk.name, tokenizer, fields.choices, top is not None, style)
     return Turn(parts, Rules(fields.stops, top, bool(fields.ignore_eos), grammar), shape, Usage(len(prompt)))
 
 
@@ -150,7 +150,7 @@ class Whole:
 
 
 class ChatAnswers:
-    """See `service.Answers`."""
+    """See `desk.Answers`."""
 
     named = False
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashrt.server.answers import CompletionLogprobs, Usage, characters, finish_of
+from flashrt.server.desk import Asked, Desk
 from flashrt.server.errors import invalid
 from flashrt.server.fields import Fields, Refusals, convert
 from flashrt.server.job import Came, Ended, Event, Failed, Part, Rules, Scored
-from flashrt.server.service import Asked, Service
 from flashrt.text.tokenizer import Tokenizer
 
 MOST_PROMPTS = 256
@@ -31,20 +31,20 @@ class CompletionFields(Fields, kw_only=True):
     ignore_eos: bool | None = None
 
 
-def completion(service: Service, given: dict[str, Any]) -> Asked:
+def completion(desk: Desk, given: dict[str, Any]) -> Asked:
     """Raises ApiError."""
     fields = convert(given, CompletionFields, REFUSED)
     top = None if fields.logprobs is None else _checked_top(fields.logprobs)
     limit = DEFAULT_TOKENS if fields.max_tokens is None else fields.max_tokens
-    sampling, parts, texts = service.sampling(fields), [], []
-    for text, prompt in _prompts(service, fields.prompt):
-        new = service.prompts.limit(prompt, limit, "max_tokens")
+    sampling, parts, texts = desk.sampling(fields), [], []
+    for text, prompt in _prompts(desk, fields.prompt):
+        new = desk.prompts.limit(prompt, limit, "max_tokens")
         scored = top if fields.echo else None
         texts.append(text)
-        for choice in service.seeded(sampling, fields.choices):
+        for choice in desk.seeded(sampling, fields.choices):
             parts.append(Part(prompt, new, choice, scored))
-    service.check_size(parts, top)
-    shape = Shape(service.name, service.prompts.tokenizer, texts, fields.choices, bool(fields.echo), top is not None)
+    desk.check_size(parts, top)
+    shape = Shape(desk.name, desk.prompts.tokenizer, texts, fields.choices, bool(fields.echo), top is not None)
     usage = Usage(sum(len(part.prompt) for part in parts[:: fields.choices]))
     answers = Completions(shape, parts, usage)
     rules = Rules(fields.stops, top, bool(fields.ignore_eos))
@@ -57,9 +57,9 @@ def _checked_top(logprobs: int) -> int:
     return logprobs
 
 
-def _prompts(service: Service, prompt: str | list[Any]) -> Iterator[tuple[str, array[int]]]:
+def _prompts(desk: Desk, prompt: str | list[Any]) -> Iterator[tuple[str, array[int]]]:
     """The text of each prompt as `echo` gives it back, and its tokens."""
-    prompts = service.prompts
+    prompts = desk.prompts
     many: list[Any] = [prompt] if isinstance(prompt, str) or all(isinstance(item, int) for item in prompt) else prompt
     if not many or not many[0]:
         raise invalid("prompt", "the prompt is empty: give at least one token")

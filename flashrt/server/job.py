@@ -14,7 +14,7 @@ from flashrt.config import Sampling
 from flashrt.engine.generation import Token
 from flashrt.engine.grammar import Grammar
 from flashrt.engine.logprobs import Logprobs
-from flashrt.engine.report import Report
+from flashrt.engine.report import Outcome
 from flashrt.server.errors import ApiError
 
 
@@ -59,7 +59,7 @@ class Ended:
     """A part is over. None: nothing was generated, as was asked for."""
 
     part: int
-    report: Report | None
+    report: Outcome | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from flashrt.server.desk import Asked
 from flashrt.server.errors import ApiError
 from flashrt.server.job import Event, Failed, Job
-from flashrt.server.service import Asked
 
 SEND_SECONDS = 60.0  # that a client may leave what it was sent unread
 PIECE = 64 << 10  # bytes that are handed on at a time

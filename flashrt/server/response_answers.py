@@ -30,7 +30,7 @@ _KINDS = {
 
 
 class ResponseAnswers:
-    """See `service.Answers`. `said`: what the response repeats of its request.
+    """See `desk.Answers`. `said`: what the response repeats of its request.
 
     It does not repeat instructions and tools, which may be as long as a body.
     """

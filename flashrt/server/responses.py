@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 
 from flashrt.server.chat import ChatFields, prepared
+from flashrt.server.desk import Asked, Desk
 from flashrt.server.errors import ApiError, invalid, refused
 from flashrt.server.fields import Refusals, StreamOptions, convert
 from flashrt.server.formats import JsonSchema, ResponseFormat
 from flashrt.server.messages import CalledFunction, Message, ToolCall
 from flashrt.server.response_answers import ResponseAnswers
-from flashrt.server.service import Asked, Service
 from flashrt.server.tools import Function, Tool
 
 REFUSED: Refusals = {
@@ -88,12 +88,12 @@ class ResponseFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
 
 
-def response(service: Service, given: dict[str, Any]) -> Asked:
+def response(desk: Desk, given: dict[str, Any]) -> Asked:
     """Raises ApiError."""
     fields = convert(given, ResponseFields, REFUSED)
     _check(fields)
     try:
-        turn = prepared(service, _chat(fields))
+        turn = prepared(desk, _chat(fields))
     except ApiError as error:
         raise _renamed(error) from None
     sampling = turn.parts[0].sampling

@@ -24,6 +24,7 @@ from flashrt_kernels.rows import MATRIX_ROWS, Codec, NeuronCodecs, align, bundle
 BLOCK_BYTES = 1 << 20  # large enough for full disk bandwidth at a small depth, small enough to keep the ring small
 PREDICTOR = ".predictor."  # in the names of all that belongs to one
 RESIDENT_FILE = "resident.safetensors"
+AHEAD_DIR = "ahead"  # in a pack, the pack of the layer that predicts further tokens
 NEURON_PARTS = ("gate", "up", "down")  # end the names of matrices of neurons, behind a colon
 
 

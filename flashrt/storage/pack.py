@@ -10,7 +10,7 @@ from pathlib import Path
 from flashrt.errors import PackError, UsageError
 from flashrt.rope import RopeScaling
 from flashrt.spec import ModelSpec
-from flashrt.storage.layout import PackLayout
+from flashrt.storage.layout import AHEAD_DIR, PackLayout
 from flashrt.storage.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from flashrt.storage.places import Places
 from flashrt.storage.source_file import SourceFile, read_sources
@@ -104,6 +104,8 @@ class Pack:
                 raise PackError(f"{self.path / name} is damaged: its SHA-256 does not match. Pack the checkpoint again")
         for name in self.manifest.text_files:
             self.check_text(name)
+        if is_pack(self.path / AHEAD_DIR):
+            Pack(self.path / AHEAD_DIR).verify()
 
 
 def is_pack(path: Path) -> bool:

@@ -24,7 +24,7 @@ from flashrt.spec import ModelSpec
 from flashrt.storage import _io
 from flashrt.storage.atomic import disk_errors, replacing, write_atomically
 from flashrt.storage.kept import Kept
-from flashrt.storage.layout import BLOCK_BYTES, PackLayout, TensorLayout, VectorLayout, pack_layout
+from flashrt.storage.layout import AHEAD_DIR, BLOCK_BYTES, PackLayout, TensorLayout, VectorLayout, pack_layout
 from flashrt.storage.lock import lock
 from flashrt.storage.manifest import MANIFEST_FILE, FileEntry, Manifest
 from flashrt.storage.room import check_room
@@ -81,12 +81,14 @@ def pack(
     sparsity: Sparsity | None = None,
     move: Move | None = None,
     kept: Kept | None = None,
+    ahead: Callable[[Path], object] | None = None,
 ) -> Manifest:
     """Convert `source` into a pack at `out`, or finish one that was interrupted.
 
     `encoder` is where encoded bundles come from; without one it is the weights of `source`, then a WeightSource.
     `sparsity` makes it a calibrated pack; `kept` says which tensors have the codecs of a file. With `move`, files of
-    the source are deleted as they are packed.
+    the source are deleted as they are packed. `ahead` is called first, with the directory that the pack has for the
+    layer that predicts further tokens.
 
     Raises UnsupportedModelError for shapes that the kernels do not take, UsageError when `out` holds something else,
     DiskError when the disk is too small or fails, CheckpointError when the source cannot be read or holds values that
@@ -101,6 +103,8 @@ def pack(
         if manifest_path.exists():  # killed while tidying up
             manifest = Manifest.from_bytes(manifest_path.read_bytes(), str(manifest_path))
         else:
+            if ahead is not None:
+                ahead(out / AHEAD_DIR)
             rows = encoder or RowEncoder(cast(WeightSource, source))
             files, texts = _write_all(source, rows, out, layout, progress, move)
             identity = source.name, source.source, source.fingerprint
@@ -204,7 +208,8 @@ def _parsed(text: str) -> object:
 
 def _holds_weights(out: Path) -> bool:
     """Whether an earlier run has completed a data file here."""
-    return any(path.suffix == ".safetensors" or path.name.endswith(ENTRY_SUFFIX) for path in out.iterdir())
+    names = [path.name for path in out.iterdir()]
+    return any(name == AHEAD_DIR or name.endswith((".safetensors", ENTRY_SUFFIX)) for name in names)
 
 
 def _check_room(out: Path, layout: PackLayout, move: Move | None) -> None:

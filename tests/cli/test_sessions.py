@@ -29,28 +29,28 @@ def resumed(stderr: str) -> int:
 
 
 def test_run_goes_on_from_its_session(cli: Cli, pack: Path, session: Path) -> None:
-    plain = cli("run", pack, "--prompt", PROMPT, *ASK)
-    first = cli("run", pack, "--prompt", PROMPT, *ASK, "--session", session)
-    again = cli("run", pack, "--prompt", PROMPT, *ASK, "--session", session, "--json")
+    plain = cli("run", pack, "--raw", "--prompt", PROMPT, *ASK)
+    first = cli("run", pack, "--raw", "--prompt", PROMPT, *ASK, "--session", session)
+    again = cli("run", pack, "--raw", "--prompt", PROMPT, *ASK, "--session", session, "--json")
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
     report = json.loads(again.stdout)
     assert first.stdout == plain.stdout == report["text"] + "\n"
     assert resumed(first.stderr) == 0
     assert report["resumed_tokens"] == report["prompt_tokens"] - 17
     longer = PROMPT + report["text"] + " and " * 10
-    other = cli("run", pack, "--prompt", longer, *ASK, "--session", session)
+    other = cli("run", pack, "--raw", "--prompt", longer, *ASK, "--session", session)
     assert resumed(other.stderr) > report["prompt_tokens"], other.stderr
 
 
 def test_an_interrupted_run_saves_what_is_there(cli: Cli, launch: Launch, long_pack: Path, session: Path) -> None:
     options = ("--prompt", PROMPT, "--ignore-eos", "--session", session, "--context", 4096)
-    process = launch("run", long_pack, *options, "-n", 3900)
+    process = launch("run", long_pack, "--raw", *options, "-n", 3900)
     assert process.stdout is not None
     begun = process.stdout.read(10)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    again = cli("run", long_pack, *options, "-n", 5)
+    again = cli("run", long_pack, "--raw", *options, "-n", 5)
     assert again.returncode == 0, again.stderr
     assert resumed(again.stderr) == 57  # all but what a wide pass takes
     assert (begun + out).decode().startswith(again.stdout[:-1])
@@ -94,31 +94,33 @@ def test_ctrl_c_ends_a_chat_that_is_saved(cli: Cli, launch: Launch, long_pack: P
 
 
 def test_texts_and_conversations_do_not_replace_each_other(cli: Cli, pack: Path, session: Path) -> None:
-    assert cli("run", pack, "--prompt", PROMPT, "-n", 2, "--session", session).returncode == 0
+    assert cli("run", pack, "--raw", "--prompt", PROMPT, "-n", 2, "--session", session).returncode == 0
     check_failure(cli("chat", pack, "--session", session), 2, "the session of a text", "flashrt run")
     session.unlink()
     assert cli("chat", pack, "-n", 2, "--session", session, stdin="on").returncode == 0
-    failed = cli("run", pack, "--prompt", PROMPT, "-n", 2, "--session", session)
+    failed = cli("run", pack, "--raw", "--prompt", PROMPT, "-n", 2, "--session", session)
     check_failure(failed, 2, "the session of a conversation", "flashrt chat")
 
 
 def test_a_damaged_session_is_refused_and_left_alone(cli: Cli, pack: Path, session: Path) -> None:
-    assert cli("run", pack, "--prompt", PROMPT, "-n", 2, "--session", session).returncode == 0
+    assert cli("run", pack, "--raw", "--prompt", PROMPT, "-n", 2, "--session", session).returncode == 0
     data = session.read_bytes()
     session.write_bytes(damaged := data[:-1] + bytes([data[-1] ^ 1]))
-    check_failure(cli("run", pack, "--prompt", PROMPT, "-n", 2, "--session", session), 1, "saved.session is damaged")
+    check_failure(
+        cli("run", pack, "--raw", "--prompt", PROMPT, "-n", 2, "--session", session), 1, "saved.session is damaged"
+    )
     assert session.read_bytes() == damaged
 
 
 def test_a_directory_serves_later_processes(cli: Cli, pack: Path, tmp_path: Path) -> None:
     options = (*ASK, "--session-dir", tmp_path / "kept")
-    plain = cli("run", pack, "--prompt", PROMPT, *ASK)
-    results = [cli("run", pack, "--prompt", PROMPT, *options) for _ in range(2)]
+    plain = cli("run", pack, "--raw", "--prompt", PROMPT, *ASK)
+    results = [cli("run", pack, "--raw", "--prompt", PROMPT, *options) for _ in range(2)]
     assert [result.stdout for result in results] == [plain.stdout] * 2
     assert resumed(results[0].stderr) == 0 < resumed(results[1].stderr)
     for path in (tmp_path / "kept").glob("*.kv"):
         path.write_bytes(path.read_bytes()[:-1])
-    result = cli("run", pack, "--prompt", PROMPT, *options)
+    result = cli("run", pack, "--raw", "--prompt", PROMPT, *options)
     assert (result.returncode, result.stdout) == (0, plain.stdout)
     assert re.match(r"note: .*\.kv is damaged .* computed again\n\[20 tokens", result.stderr)
     assert "Warning" not in result.stderr
@@ -127,11 +129,11 @@ def test_a_directory_serves_later_processes(cli: Cli, pack: Path, tmp_path: Path
 def test_processes_share_a_directory(cli: Cli, launch: Launch, pack: Path, tmp_path: Path) -> None:
     """Four at once, two texts, and room for little: each gives the text that it gives alone."""
     prompts = [PROMPT, "on " + PROMPT]
-    alone = [cli("run", pack, "--prompt", prompt, *ASK).stdout for prompt in prompts]
+    alone = [cli("run", pack, "--raw", "--prompt", prompt, *ASK).stdout for prompt in prompts]
     folder = tmp_path / "kept"
     for _ in range(2):
         options = (*ASK, "--session-dir", folder, "--session-gb", 0.0001, "--threads", 1)
-        processes = [launch("run", pack, "--prompt", prompts[i % 2], *options) for i in range(4)]
+        processes = [launch("run", pack, "--raw", "--prompt", prompts[i % 2], *options) for i in range(4)]
         results = [process.communicate(timeout=100) for process in processes]
         assert [process.returncode for process in processes] == [0] * 4, results
         assert [out.decode() for out, _ in results] == alone * 2
@@ -143,8 +145,12 @@ def test_processes_share_a_directory(cli: Cli, launch: Launch, pack: Path, tmp_p
 
 
 def test_options_that_contradict(cli: Cli, pack: Path, tmp_path: Path) -> None:
-    check_failure(cli("run", pack, "-p", "x", "--session-gb", 1), 2, "--session-gb needs --session-dir")
-    check_failure(cli("run", pack, "-p", "x", "--session-dir", tmp_path, "--session-gb", -1), 2, "session_gb is -1")
-    check_failure(cli("run", pack, "-p", "x", "--session", tmp_path / "a", "--device", "cuda"), 2, "CPU")
+    check_failure(cli("run", pack, "--raw", "-p", "x", "--session-gb", 1), 2, "--session-gb needs --session-dir")
+    check_failure(
+        cli("run", pack, "--raw", "-p", "x", "--session-dir", tmp_path, "--session-gb", -1), 2, "session_gb is -1"
+    )
+    check_failure(cli("run", pack, "--raw", "-p", "x", "--session", tmp_path / "a", "--device", "cuda"), 2, "CPU")
     (tmp_path / "file").write_text("")
-    check_failure(cli("run", pack, "-p", "x", "--session-dir", tmp_path / "file"), 2, "no sessions can be kept")
+    check_failure(
+        cli("run", pack, "--raw", "-p", "x", "--session-dir", tmp_path / "file"), 2, "no sessions can be kept"
+    )

@@ -25,6 +25,7 @@ class AdaptiveBlock(DenseBlock):
     """A block and its neurons, `adaptive`. `usage` (float32 [neurons]) is where kernels say of what use each was."""
 
     partial = True
+    mixes = False
 
     def __init__(self, work: Workspace, i: int, usage: Tensor) -> None:
         super().__init__(work, i)

@@ -49,6 +49,7 @@ class FfnBlock(ABC):
 
     submit: Submit | None = None  # starts reads of what it expects, where that is not whole blocks
     partial = False  # whether passes of few tokens take other blocks from the ring than those of many
+    mixes = False  # whether a pass may have rows of both kinds
 
     def __init__(self, work: Workspace, i: int) -> None:
         self.work, self.i = work, i
@@ -82,7 +83,14 @@ class FfnBlock(ABC):
 
     @abstractmethod
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
-        """y += block of x, for 1 to 16 tokens; a token's result does not depend on the others."""
+        """y += block of x, for few tokens; a token's result does not depend on the others."""
+
+    def mix(self, x: Tensor, y: Tensor, wide: int) -> None:
+        """y += block of x, of which the first `wide` rows are computed as many tokens, the others as few.
+
+        For blocks that say so (`mixes`).
+        """
+        raise NotImplementedError
 
     def draft(self, x: Tensor, y: Tensor) -> None:
         """y += something like the block of x, for few tokens, without taking anything from the ring.

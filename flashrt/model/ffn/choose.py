@@ -42,6 +42,11 @@ class Ffns:
         self._names = [name for kind in kinds for name in kind.FIGURES]
 
     @property
+    def mixes(self) -> bool:
+        """Whether rows for the kernels of many tokens and of few may share a pass."""
+        return all(block.mixes for block in self.blocks)
+
+    @property
     def sparse(self) -> SparseKind | None:
         """The blocks of a calibrated pack."""
         return next((kind for kind in self.kinds if isinstance(kind, SparseKind)), None)

@@ -14,6 +14,8 @@ from flashrt_kernels.ffn import FfnWeights, RoutedTokens
 class DenseBlock(FfnBlock):
     """All neurons, in their order; those of tensor `name` of the layer."""
 
+    mixes = True
+
     def __init__(self, work: Workspace, i: int, name: str = "ffn") -> None:
         super().__init__(work, i)
         self.tensor = work.layout.tensors[f"{i}.{name}"]
@@ -34,6 +36,11 @@ class DenseBlock(FfnBlock):
 
     def decode(self, x: Tensor, y: Tensor, tokens: Tokens) -> None:
         self.add(x, y, wide=False)
+
+    def mix(self, x: Tensor, y: Tensor, wide: int) -> None:
+        for first, bundles in self.weights.runs(self.tensor.name):
+            self.wide(x[:wide], y[:wide], first, bundles)
+            self.work.ops.glu(x[wide:], self.neurons(first, bundles), y[wide:])
 
     def add(
         self,

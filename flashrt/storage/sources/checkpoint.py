@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.arch import Part
+from flashrt.arch import Part, TensorMap, ahead_tensors
 from flashrt.errors import CheckpointError, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.decoding import F32, Raw
@@ -64,7 +64,7 @@ class Checkpoint:
         fingerprint: str,
         reader: TensorReader,
         tensor_map: NameMap,
-        text: Callable[[], TextFiles],
+        text: Callable[[], TextFiles] | None,
         quantization: Any = None,
     ):
         self.spec, self.name, self.source, self.fingerprint = spec, name, source, fingerprint
@@ -85,11 +85,38 @@ class Checkpoint:
     @functools.cached_property
     def text(self) -> TextFiles:
         """Tokenizer, chat template and generation defaults. A GGUF tokenizer is built here, which takes seconds."""
+        if self._text is None:
+            raise CheckpointError(f"{self.source} has no tokenizer of its own")
         return self._text()
 
     def text_files(self) -> dict[str, bytes]:
         """What a pack keeps of `text`: file name → content."""
-        return self.text.to_files()
+        return {} if self._text is None else self.text.to_files()
+
+    @functools.cached_property
+    def ahead(self) -> Checkpoint | None:
+        """The layer that predicts further tokens, as a checkpoint of its own in the same files.
+
+        None where there is none, and where its tensors are not those of such a layer: no logit depends on it.
+        """
+        names = ahead_tensors(self.names) if isinstance(self.names, TensorMap) else None
+        if names is None:
+            return None
+        own = Checkpoint(
+            spec=names.spec,
+            name=self.name,
+            source=f"the layer that predicts further tokens of {self.source}",
+            fingerprint=self.fingerprint,
+            reader=self.reader,
+            tensor_map=names,
+            text=None,
+            quantization=self.quantization,
+        )
+        return None if own.problems() or own.spec.unsupported() else own
+
+    def problems(self) -> list[str]:
+        """What is wrong with the tensors that are needed."""
+        return [problem for expected in self._expected() if (problem := self._problem(expected))]
 
     @functools.cached_property
     def weight_bytes_source(self) -> int:
@@ -197,8 +224,7 @@ class Checkpoint:
 
         Raises one CheckpointError listing the first problems, or UnsupportedModelError naming the first such tensors.
         """
-        problems = [problem for expected in self._expected() if (problem := self._problem(expected))]
-        if problems:
+        if problems := self.problems():
             raise CheckpointError(f"{self.source} cannot be used: {_first(problems)}")
         read = {expected.part.tensor for expected in self._expected()}
         if self.spec.tied:
