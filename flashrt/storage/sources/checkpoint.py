@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.arch import Part, TensorMap, ahead_tensors
-from flashrt.errors import CheckpointError, UnsupportedModelError
+from flashrt.errors import CheckpointError, CheckpointWarning, UnsupportedModelError
 from flashrt.spec import ModelSpec
 from flashrt.storage.sources.decoding import F32, Raw
 from flashrt.storage.sources.stored import PLAIN_CODECS
@@ -97,7 +98,8 @@ class Checkpoint:
     def ahead(self) -> Checkpoint | None:
         """The layer that predicts further tokens, as a checkpoint of its own in the same files.
 
-        None where there is none, and where its tensors are not those of such a layer: no logit depends on it.
+        None where there is none, and, with a CheckpointWarning, where its tensors are not those of such a layer: no
+        logit depends on it.
         """
         names = ahead_tensors(self.names) if isinstance(self.names, TensorMap) else None
         if names is None:
@@ -112,7 +114,12 @@ class Checkpoint:
             text=None,
             quantization=self.quantization,
         )
-        return None if own.problems() or own.spec.unsupported() else own
+        unsupported = own.spec.unsupported()
+        if problems := own.problems() or ([] if unsupported is None else [unsupported]):
+            found = f"{own.source} is left out, which drafts and changes no text: {_first(problems)}"
+            warnings.warn(found, CheckpointWarning, stacklevel=2)
+            return None
+        return own
 
     def problems(self) -> list[str]:
         """What is wrong with the tensors that are needed."""
