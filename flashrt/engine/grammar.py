@@ -94,7 +94,8 @@ class Grammar:
 
     def accept(self, token: int) -> None:
         """`token` came. Raises UsageError where the grammar does not allow it, or takes too much to be followed."""
-        if not self._matcher.consume_token(token) and not self._matcher.is_stopped():
+        over = self._matcher.is_stopped()  # all that may come is there: only what ends the text follows
+        if not over and not self._matcher.consume_token(token):
             raise UsageError(f"the grammar cannot be followed any further: {_line(self._matcher.get_error())}")
 
 

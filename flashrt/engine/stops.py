@@ -23,7 +23,7 @@ class StopStrings:
             self.found = True
             answer, self._held = self._held[: min(hits)], ""
             return answer
-        keep = max(_overlap(self._held, s) for s in self._stops)
+        keep = max(overlap(self._held, s) for s in self._stops)
         cut = len(self._held) - keep
         answer, self._held = self._held[:cut], self._held[cut:]
         return answer
@@ -37,8 +37,8 @@ class StopStrings:
         return answer
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashrt.server.answers import Usage
-from flashrt.server.deltas import MARKERS, Delta, Deltas, Style
+from flashrt.server.deltas import Delta, Deltas, Style, silent_marks
 from flashrt.server.job import Came, Ended, Event
 from flashrt.text.tokenizer import Tokenizer
 
@@ -25,15 +25,14 @@ class MessageShape:
 
 
 class MessageAnswers:
-    """See `service.Answers`."""
+    """See `desk.Answers`."""
 
     named = True
 
     def __init__(self, shape: MessageShape, usage: Usage) -> None:
         self._shape, self.usage = shape, usage
         self._deltas = Deltas(shape.style)
-        special = shape.tokenizer.special_texts  # of which the text says nothing
-        self._marks = {shape.tokenizer.token_id(mark): mark for mark in MARKERS if mark in special}
+        self._marks = silent_marks(shape.tokenizer)
         self._index, self._open = -1, ""  # the last block, and its kind while it is open
         self._message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",

@@ -12,7 +12,7 @@ from typing import Any
 from flashrt.engine.generation import Token
 from flashrt.server.answers import Usage, chat_logprob, finish_of
 from flashrt.server.calls import grammar_of_calls
-from flashrt.server.deltas import MARKERS, Deltas, Style, style_of
+from flashrt.server.deltas import Deltas, Style, silent_marks, style_of
 from flashrt.server.desk import Asked, Desk
 from flashrt.server.errors import invalid, refused
 from flashrt.server.fields import Fields, Refusals, convert
@@ -160,10 +160,7 @@ class ChatAnswers:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": shape.name}
         self._whole = {index: Whole() for index in range(shape.choices)}
         self._deltas = {index: Deltas(shape.style) for index in range(shape.choices)}
-        # Of these the text says nothing where they are special tokens.
-        self._marks = {
-            shape.tokenizer.token_id(mark): mark for mark in MARKERS if mark in shape.tokenizer.special_texts
-        }
+        self._marks = silent_marks(shape.tokenizer)
 
     def first(self) -> Iterator[dict[str, Any]]:
         for index in range(self._shape.choices):

@@ -14,6 +14,9 @@ from typing import Any
 
 import msgspec
 
+from flashrt.engine.stops import overlap
+from flashrt.text.tokenizer import Tokenizer
+
 THINK, THOUGHT = "<think>", "</think>"
 HERMES, HERMES_END = "<tool_call>", "</tool_call>"
 MISTRAL, MISTRAL_ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
@@ -22,6 +25,12 @@ MARKERS = (THINK, THOUGHT, HERMES, HERMES_END, MISTRAL, MISTRAL_ARGUMENTS, LLAMA
 
 Delta = dict[str, Any]
 Call = tuple[str, str]  # a name, and arguments as JSON
+
+
+def silent_marks(tokenizer: Tokenizer) -> dict[int | None, str]:
+    """Markers that are special tokens, by token: text that is decoded says nothing of these."""
+    special = tokenizer.special_texts
+    return {tokenizer.token_id(mark): mark for mark in MARKERS if mark in special}
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Deltas:
         """Text before `mark`, and whether that was there: it is taken out. What may yet become one is held back."""
         text, found, rest = self._held.partition(mark) if mark else (self._held, "", "")
         if mark and not found and not last:
-            cut = len(text) - _overlap(text, mark)
+            cut = len(text) - overlap(text, mark)
             text, rest = text[:cut], text[cut:]
         self._held = rest
         return text, bool(found)
@@ -168,8 +177,3 @@ def _call(found: Any) -> Call | None:
     if isinstance(arguments, str):
         arguments = _json(arguments)
     return (found["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, Mapping) else None
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `mark`."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

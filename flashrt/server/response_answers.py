@@ -10,7 +10,7 @@ from typing import Any
 
 from flashrt.server.answers import Usage, finish_of
 from flashrt.server.chat import Shape
-from flashrt.server.deltas import MARKERS, Delta, Deltas
+from flashrt.server.deltas import Delta, Deltas, silent_marks
 from flashrt.server.job import Came, Ended, Event
 
 
@@ -40,8 +40,7 @@ class ResponseAnswers:
     def __init__(self, shape: Shape, usage: Usage, said: dict[str, Any]) -> None:
         self.usage = usage
         self._deltas = Deltas(shape.style)
-        special = shape.tokenizer.special_texts  # of which the text says nothing
-        self._marks = {shape.tokenizer.token_id(mark): mark for mark in MARKERS if mark in special}
+        self._marks = silent_marks(shape.tokenizer)
         self._events = self._thoughts = 0  # told so far, and tokens in which a thought came
         self._open: _Kind | None = None  # the kind of the last item, while text is added to it
         self._text: list[str] = []  # of that item
