@@ -166,7 +166,7 @@ def test_a_long_prompt(model: Path, tmp_path: Path) -> None:
     check(result, report, 0.3)
 
 
-@pytest.mark.parametrize("budget_gb", [0.115, 0.12])
+@pytest.mark.parametrize("budget_gb", [pytest.param(0.115, marks=pytest.mark.slow), 0.12])
 def test_keys_and_values_larger_than_what_is_left(model: Path, tmp_path: Path, budget_gb: float) -> None:
     """A prompt of about 1,800 tokens, most of whose keys and values are on disk; nothing is left there."""
     result, report = run(model, budget_gb, tmp_path, 4096, PROMPT * 100)

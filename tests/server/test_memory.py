@@ -65,6 +65,7 @@ def test_mixed_requests_stay_within_the_smallest_budget(start: Start, packs: Any
     assert sum(float(line.rpartition(" ")[2]) for line in owners) == pytest.approx(budget * (1 << 30), abs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.budget
 def test_memory_is_flat(server: Server) -> None:
     sizes = []

@@ -134,7 +134,7 @@ def test_a_new_kind_is_planned_and_reported(packed):
         assert sum(engine.plan.owners.values()) == engine.plan.budget_bytes
         assert engine.plan.to_json()["reversed_layers"] == len(packed.spec.layers)
         extra = {"resident_share": 0.5, "expected_tok_per_s": None, "smallest_budget_bytes": 1}
-        extra |= {"download_bytes": None, "pack_bytes": 1, "reads_file": None}
+        extra |= {"download_bytes": None, "pack_bytes": 1, "reads_file": None, "together": None}
         assert f"reversed          {len(packed.spec.layers)} layers" in _lines(engine.plan, extra)
         generation = engine.generate(prompt, 6, ignore_eos=True)
         list(generation)

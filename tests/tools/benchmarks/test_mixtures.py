@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from flashrt_kernels.rows import Codec
 from tests.tools.support import run_tool
@@ -33,6 +34,7 @@ def test_mixtures(tmp_path: Path) -> None:
     assert [row[0] for row in found["summary"]["tables"][0]["rows"]] == ["flashrt", "llama.cpp"]
 
 
+@pytest.mark.slow
 def test_drawn_text_stays_with_a_topic(tmp_path: Path) -> None:
     import flashrt
     from flashrt.config import Sampling
